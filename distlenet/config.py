@@ -1,0 +1,181 @@
+"""Reading settings: the one place that reads YAML, and that answers every mistake in it with one line.
+
+``load_config`` merges configuration files, then ``key=value`` pairs, over the schema's defaults
+(OmegaConf structured configs). Each value is checked where it is given, so that a message can name it.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distlenet.errors import UserError
+from distlenet.schema import Config
+
+Field = dataclasses.Field
+
+
+def _fields(schema: type, prefix: str = "") -> Iterator[tuple[str, "Field[Any]"]]:
+    for field in dataclasses.fields(schema):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            yield from _fields(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field
+
+
+FIELDS: dict[str, "Field[Any]"] = dict(_fields(Config))
+"""Every setting by its dotted key, in the schema's order."""
+
+GROUPS = {key.rpartition(".")[0] for key in FIELDS} - {""}
+
+
+def load_config(
+    files: Sequence[str] = (), overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
+) -> Config:
+    """Merge ``base``, then ``files``, then ``key=value`` overrides over the defaults; later ones win.
+
+    Raises UserError, with one line, for a file that cannot be read, an unknown key, a wrong type or a
+    value out of range. No process group is needed.
+    """
+    sources = [("config", base)] if base else []
+    sources += [(f"--config {path}", _read_file(path)) for path in files]
+    sources += [(text, _read_override(text)) for text in overrides]
+    merged = OmegaConf.structured(Config)
+    for where, values in sources:
+        for key, value in flatten(values):
+            _check(key, value, where)
+        merged = OmegaConf.merge(merged, values)
+    try:
+        config = cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:  # an interpolation between keys that does not resolve
+        raise UserError(f"config: {_one_line(error)}") from error
+    if config.optim.nesterov and config.optim.name == "sgd" and config.optim.momentum == 0:
+        raise UserError("optim.nesterov=true needs optim.momentum above 0; give optim.nesterov=false")
+    if config.run.name is not None and Path(config.run.name).name != config.run.name:
+        raise UserError(f"run.name={config.run.name}: expected one folder's name; the path to it is run.dir")
+    if unknown := set(config.checkpoint.allow_changed) - set(FIELDS):
+        raise UserError(f"checkpoint.allow_changed: {_unknown_key(min(unknown))}")
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """Write all settings as YAML that ``--config`` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
+
+
+def run_folder(config: Config) -> Path:
+    """Return the folder of a run: ``run.dir`` / ``run.name``.
+
+    The name made for ``run.name=null`` depends on the result-changing settings alone: the same command
+    goes on with the same run, a changed one starts another.
+    """
+    if config.run.name is not None:
+        return Path(config.run.dir) / config.run.name
+    identity = json.dumps(result_settings(config.to_dict()), sort_keys=True)
+    return Path(config.run.dir) / f"{config.data.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+
+
+def result_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the settings that change what is learned, as {dotted key: value}."""
+    return {key: value for key, value in flatten(values) if key in FIELDS and FIELDS[key].metadata["result"]}
+
+
+def flatten(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings as (dotted key, value); only the schema's groups are entered."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key in GROUPS and isinstance(value, Mapping):
+            yield from flatten(value, key + ".")
+        else:
+            yield key, value
+
+
+def describe(key: str) -> str:
+    """Say in words which values a setting takes, such as ``a whole number, at least 1, or null``."""
+    field = FIELDS[key]
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    kinds = (field.type,) if get_origin(field.type) in (Literal, list) else get_args(field.type) or (field.type,)
+    words = []
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            words.append(" or ".join(get_args(kind)))
+        elif get_origin(kind) is list:
+            words.append("a list of keys")
+        elif kind is not type(None):
+            words.append(names[kind])
+    bounds = {"ge": "at least", "gt": "more than", "lt": "less than"}
+    words += [f"{word} {field.metadata[name]}" for name, word in bounds.items() if field.metadata[name] is not None]
+    words += ["or null"] if type(None) in kinds else []
+    return ", ".join(words)
+
+
+def _check(key: str, value: Any, where: str) -> None:
+    """Raise UserError unless ``key`` exists and takes ``value``."""
+    given = where if "=" in where else f"{where}: {key}={'null' if value is None else value}"
+    if key in GROUPS:
+        raise UserError(f"{given}: {key} is a group of settings; write {key}.KEY=VALUE")
+    if key not in FIELDS:
+        raise UserError(f"{where}: {_unknown_key(key)}")
+    try:
+        scratch = OmegaConf.merge(OmegaConf.structured(Config), _nest(key, value))
+        typed = OmegaConf.select(scratch, key)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"{given}: expected {describe(key)}") from error
+    if isinstance(typed, int | float):
+        limits = FIELDS[key].metadata
+        if (
+            not math.isfinite(typed)
+            or (limits["ge"] is not None and typed < limits["ge"])
+            or (limits["gt"] is not None and typed <= limits["gt"])
+            or (limits["lt"] is not None and typed >= limits["lt"])
+        ):
+            raise UserError(f"{given}: expected {describe(key)}")
+
+
+def _unknown_key(key: str) -> str:
+    """Say that a key is unknown, with the nearest right spelling of the whole key or of its last part."""
+    close = difflib.get_close_matches(key, FIELDS, n=1)
+    if not close:
+        leaves = {known.rpartition(".")[2]: known for known in FIELDS}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1)]
+    return f"unknown key {key!r}; " + (f"did you mean {close[0]}?" if close else "--help lists all keys")
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return cast(dict[str, Any], value)
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"--config {path}: not valid YAML: {_one_line(error)}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"--config {path}: expected a mapping of settings, got a {type(loaded).__name__}")
+    return cast(dict[str, Any], loaded)
+
+
+def _read_override(text: str) -> dict[str, Any]:
+    key, equals, _ = text.partition("=")
+    if not (equals and key):
+        raise UserError(f"{text!r}: expected key=value")
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text])))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{text}: the value is not valid YAML: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

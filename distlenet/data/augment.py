@@ -1,0 +1,76 @@
+"""From stored bytes to network input, vectorised over a batch, on the device.
+
+Augmentation draws from a hash of (seed, epoch, sample index), not from a stream of random numbers: what
+happens to an image does not depend on ranks, workers, restarts or its neighbours in the batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIZE = 32  # height and width of the network's input, pixels
+SHIFT = 2  # largest shift in each direction, pixels
+
+
+class Prepare:
+    """Pad to 32×32, augment where asked, and normalise with the training set's mean and deviation."""
+
+    def __init__(self, train_images: Tensor, augment: str, seed: int) -> None:
+        """Measure ``train_images``, uint8 (N, H, W); ``augment`` is none, shift or flip_shift."""
+        # A histogram of 256 values makes mean and deviation exact, however many pixels there are.
+        counts = torch.bincount(train_images.flatten(), minlength=256).double()
+        values = torch.arange(256, dtype=torch.float64)
+        mean = (counts * values).sum() / counts.sum()
+        variance = (counts * (values - mean) ** 2).sum() / counts.sum()
+        self.mean = float(mean)
+        self.std = max(float(variance.sqrt()), 1.0)  # a set of one colour still trains
+        self.augment = augment
+        self.seed = seed
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Turn uint8 (n, H, W), H and W up to 32, into float32 (n, 1, 32, 32)."""
+        return self._normalise(self._pad(images))
+
+    def augmented(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        """Do the same with augmentation; ``indices`` int64 (n,) are the samples' places in the set."""
+        if self.augment == "none":
+            return self(images)
+        random = hash32(indices, self.seed, epoch)
+        images = self._pad(images)
+        if self.augment == "flip_shift":
+            images = torch.where((random & 1).bool()[:, None, None], images.flip(2), images)
+        span = 2 * SHIFT + 1
+        rows = (random >> 8) % span  # 0 to 4, biased by less than 1e-6
+        columns = (random >> 20) % span
+        return self._normalise(_shift(images, rows, columns))
+
+    def _pad(self, images: Tensor) -> Tensor:
+        height, width = images.shape[1:]
+        top, left = (SIZE - height) // 2, (SIZE - width) // 2
+        return F.pad(images, (left, SIZE - width - left, top, SIZE - height - top))
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return images.float().sub_(self.mean).div_(self.std).unsqueeze(1)
+
+
+def _shift(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Move each image of (n, H, W) by (rows - SHIFT, columns - SHIFT) pixels, filling with zeros."""
+    padded = F.pad(images, (SHIFT, SHIFT, SHIFT, SHIFT))
+    n, height, width = images.shape
+    y = rows[:, None, None] + torch.arange(height, device=images.device)[None, :, None]
+    x = columns[:, None, None] + torch.arange(width, device=images.device)[None, None, :]
+    return padded[torch.arange(n, device=images.device)[:, None, None], y, x]
+
+
+def hash32(indices: Tensor, seed: int, epoch: int) -> Tensor:
+    """Hash (seed, epoch, index) to 32 random-looking bits, as int64 of the shape of ``indices``.
+
+    Rounds of the "lowbias32" mixer (https://nullprogram.com/blog/2018/07/31/), one for each input.
+    """
+    state = torch.zeros_like(indices)
+    for word in (indices, seed, epoch):
+        state = (state ^ word) & 0xFFFFFFFF
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            state = ((state ^ (state >> shift)) * factor) & 0xFFFFFFFF
+        state = state ^ (state >> 16)
+    return state

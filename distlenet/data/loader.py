@@ -1,0 +1,41 @@
+"""Batches for one rank: a sampler says which samples, one gather fetches them."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from distlenet.data.sources import Split
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Images uint8 (n, H, W), labels int64 (n,), and the samples' indices int64 (n,)."""
+
+
+class Gather(Dataset[Batch]):
+    """A data set whose item is a whole batch: it is asked with a tensor of indices, not with one index."""
+
+    def __init__(self, split: Split) -> None:
+        """Serve the samples of ``split``."""
+        self.split = split
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        """Fetch the samples at ``indices``, int64 (n,); n may be 0."""
+        return self.split.images.index_select(0, indices), self.split.labels.index_select(0, indices), indices
+
+
+def make_loader(split: Split, sampler: Iterable[Tensor], workers: int, device: torch.device) -> DataLoader[Batch]:
+    """Load what ``sampler`` names, a tensor of indices at a time.
+
+    ``batch_size=None`` turns the DataLoader's own batching off: the sampler's tensors arrive at the data
+    set whole (https://docs.pytorch.org/docs/stable/data.html#disable-automatic-batching).
+    """
+    return DataLoader(
+        Gather(split),
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the loader draws a seed per epoch: not from the global generator
+    )

@@ -1,0 +1,104 @@
+"""Which samples a rank takes, and when: a function of seed, epoch, global batch and rank alone."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from distlenet.data.sources import Split
+from distlenet.errors import UserError
+
+
+class GlobalBatchSampler(DistributedSampler[Tensor]):
+    """Give a rank its share of every global batch, as one tensor of indices per optimizer step.
+
+    Position p of an epoch's permutation belongs to global batch p // B and, as in ``DistributedSampler``,
+    to rank p % W. So global batch t is positions tB to (t+1)B-1 for every world size W, and nothing is
+    padded: the last batch of an epoch is as short as what is left, or is left out (``drop_last``).
+    W must divide B (``check_global_batch``).
+
+    Yields int64 tensors (n,), where n = B/W but for the last batch, in which ranks may differ by one and
+    may get nothing (n = 0). All ranks yield equally often.
+    """
+
+    def __init__(
+        self, data: Split, global_batch: int, rank: int, world_size: int, seed: int, drop_last: bool = False
+    ) -> None:
+        """Order ``data`` for this rank. Raises UserError where an epoch would have no step."""
+        super().__init__(data, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        self.samples = len(data)
+        self.global_batch = global_batch
+        self.steps = self.samples // global_batch if drop_last else -(-self.samples // global_batch)
+        self.start = 0
+        if self.steps == 0:
+            raise UserError(
+                f"data.drop_last=true drops all {self.samples} images of the training set, which do not fill "
+                f"train.global_batch_size={global_batch}; give a smaller one, or data.drop_last=false"
+            )
+
+    def set_position(self, epoch: int, start: int) -> None:
+        """Choose the epoch, and how many of its global batches are already done."""
+        self.set_epoch(epoch)
+        self.start = start
+
+    def count(self, step: int) -> int:
+        """Return how many samples global batch ``step`` of an epoch holds, over all ranks."""
+        return min(self.global_batch, self.samples - step * self.global_batch)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield this rank's indices of each global batch, from ``start`` on."""
+        order = permutation(self.samples, self.seed, self.epoch)
+        for step in range(self.start, self.steps):
+            first = step * self.global_batch
+            yield order[first + self.rank : first + self.count(step) : self.num_replicas]
+
+    def __len__(self) -> int:
+        """Return how many global batches are left in the epoch."""
+        return self.steps - self.start
+
+
+class ShardSampler:
+    """Split a set over ranks for evaluation: every sample once, no padding, the last chunk short.
+
+    Chunk k, of ``chunk`` neighbouring samples, belongs to rank k % W. So which samples are computed
+    together does not depend on W. Yields int64 tensors (n,), n <= ``chunk``.
+    """
+
+    def __init__(self, samples: int, chunk: int, rank: int, world_size: int) -> None:
+        """Choose the chunks of ``rank``."""
+        self.samples, self.chunk = samples, chunk
+        self.starts = range(rank * chunk, samples, world_size * chunk)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the indices of each of this rank's chunks."""
+        for start in self.starts:
+            yield torch.arange(start, min(start + self.chunk, self.samples))
+
+    def __len__(self) -> int:
+        """Return how many chunks this rank has; it may be none."""
+        return len(self.starts)
+
+
+def permutation(samples: int, seed: int, epoch: int) -> Tensor:
+    """Shuffle 0 to ``samples``-1 for an epoch: int64 (samples,).
+
+    Seed and epoch are hashed together: with their sum, as in ``DistributedSampler``, epoch 1 of seed 0
+    would be epoch 0 of seed 1.
+    """
+    digest = hashlib.sha256(f"order of seed {seed} in epoch {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.randperm(samples, generator=generator)
+
+
+def check_global_batch(global_batch: int, world_size: int, accumulation_steps: int) -> None:
+    """Raise UserError, with the nearest sizes that work, unless each micro-batch is of equal size."""
+    divisor = world_size * accumulation_steps
+    if global_batch % divisor:
+        below = global_batch // divisor * divisor
+        sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
+        raise UserError(
+            f"train.global_batch_size={global_batch} does not divide by {world_size} ranks × "
+            f"{accumulation_steps} accumulation steps; the nearest that do: {sizes}"
+        )

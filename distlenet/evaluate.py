@@ -1,0 +1,53 @@
+"""``python -m distlenet.evaluate checkpoint=RUN_OR_FILE``: measure a checkpoint on its test set."""
+
+from pathlib import Path
+
+from distlenet.checkpoint import State, find_checkpoint, load_checkpoint, load_model
+from distlenet.config import load_config
+from distlenet.data.augment import Prepare
+from distlenet.data.loader import make_loader
+from distlenet.data.sampler import ShardSampler
+from distlenet.data.sources import load_data
+from distlenet.distributed import all_or_none
+from distlenet.entry import parse_arguments, run_entry
+from distlenet.errors import UserError
+from distlenet.metrics import EVAL_BATCH, Metrics, evaluate
+from distlenet.net import NETS
+from distlenet.schema import Config
+from distlenet.session import open_session
+from distlenet.tracking.console import accuracy_line
+
+
+def main() -> None:
+    """Evaluate as the arguments say; the settings are the checkpoint's own where nothing else is given."""
+    files, overrides = parse_arguments("distlenet.evaluate", "Measure a checkpoint on the test set.")
+    # checkpoint=PATH is the short form of checkpoint.path=PATH
+    overrides = [f"checkpoint.path={o.partition('=')[2]}" if o.startswith("checkpoint=") else o for o in overrides]
+    given = load_config(files, overrides)
+    if given.checkpoint.path is None:
+        raise UserError("distlenet.evaluate: which checkpoint? give checkpoint=RUN_FOLDER or checkpoint=FILE.pt")
+    path = find_checkpoint(Path(given.checkpoint.path))
+    state = load_checkpoint(path)
+    evaluate_checkpoint(load_config(files, overrides, base=state["config"]), state, path)
+
+
+def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
+    """Measure the checkpoint ``state``, read from ``path``, as one rank; rank 0 prints."""
+    with open_session(config) as session:
+        world, device = session.world, session.device
+        net = NETS[config.model.name]().to(device)
+        load_model(net, state, path)
+        with all_or_none():
+            data = load_data(config.data)
+        shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
+        loader = make_loader(data.test, shard, 0, device)
+        prepare = Prepare(data.train.images, "none", config.seed)
+        metrics = evaluate(net, loader, prepare, session.autocast(), device, len(data.test))
+        if world.rank == 0:
+            print(f"{path}: step {state['step']}, test loss {metrics.loss:.6f}, accuracy {metrics.accuracy:.4f}")
+            print(accuracy_line(metrics.accuracy, metrics.count), flush=True)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,137 @@
+"""Loss and accuracy over samples: summed on the device, added over ranks when they are read."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distlenet.data.loader import Batch
+from distlenet.distributed import sum_over_ranks
+
+EVAL_BATCH = 250
+"""Images that are evaluated together; fixed, so that results do not depend on the number of ranks."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Mean loss (nats per image), accuracy (0 to 1) and the number of images behind them."""
+
+    loss: float
+    accuracy: float
+    count: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the three as a dict."""
+        return asdict(self)
+
+
+class Meter:
+    """Sums of loss, correct answers and images, of a window of steps and of the whole epoch."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start at zero."""
+        self.epoch = torch.zeros(3, dtype=torch.float64, device=device)
+        self.window_start = self.epoch.clone()
+
+    def update(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count a micro-batch: its summed loss (), logits (n, C) and labels (n,). No host sync."""
+        correct = (logits.argmax(1) == labels).sum()
+        self.epoch[0] += loss_sum
+        self.epoch[1] += correct
+        self.epoch[2] += len(labels)
+
+    def window(self) -> Metrics:
+        """Return the metrics since the last call, over all ranks. A collective, then a host sync."""
+        metrics = _metrics(self.epoch - self.window_start)
+        self.window_start.copy_(self.epoch)
+        return metrics
+
+    def reset(self) -> Metrics:
+        """Return the metrics since the last reset, over all ranks, and start anew. As ``window``."""
+        metrics = _metrics(self.epoch)
+        self.epoch.zero_()
+        self.window_start.zero_()
+        return metrics
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the sums over all ranks, from which any number of ranks can go on. A collective."""
+        return {
+            "epoch": sum_over_ranks(self.epoch).cpu(),
+            "window_start": sum_over_ranks(self.window_start).cpu(),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor], rank: int) -> None:
+        """Take up saved sums: rank 0 carries them, the others start at zero."""
+        for mine, saved in ((self.epoch, state["epoch"]), (self.window_start, state["window_start"])):
+            mine.copy_(saved if rank == 0 else torch.zeros_like(saved))
+
+
+class Speed:
+    """Images of all ranks per second, while training: between ``start`` and ``stop``."""
+
+    def __init__(self) -> None:
+        """Start with nothing measured."""
+        self.images, self.seconds = 0, 0.0
+        self.window_images, self.window_started, self.started = 0, 0.0, 0.0
+
+    def start(self) -> None:
+        """Begin to measure."""
+        self.window_images = 0
+        self.started = self.window_started = time.perf_counter()
+
+    def add(self, images: int) -> None:
+        """Count one step's images, of all ranks."""
+        self.images += images
+        self.window_images += images
+
+    def window(self) -> float:
+        """Return images/s since the last call. True only after a host sync."""
+        now = time.perf_counter()
+        rate = self.window_images / (now - self.window_started)
+        self.window_images, self.window_started = 0, now
+        return rate
+
+    def stop(self) -> None:
+        """End the measurement. True only after a host sync."""
+        self.seconds += time.perf_counter() - self.started
+
+    def mean(self) -> float | None:
+        """Return images/s over all that was measured; None where nothing was."""
+        return self.images / self.seconds if self.images else None
+
+
+def _metrics(sums: Tensor) -> Metrics:
+    loss, correct, count = sum_over_ranks(sums).tolist()
+    return Metrics(loss / max(count, 1), correct / max(count, 1), int(count))
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module,
+    loader: Iterable[Batch],
+    prepare: Callable[[Tensor], Tensor],
+    autocast: torch.autocast,
+    device: torch.device,
+    expected: int,
+) -> Metrics:
+    """Measure ``net`` over a set of ``expected`` images, of which each rank's loader gives its shard.
+
+    ``net`` is the bare module, not its DDP wrapper: ranks may have different numbers of batches.
+    A collective, then a host sync. Raises RuntimeError where the shards are not the set, once each.
+    """
+    net.eval()
+    meter = Meter(device)
+    for images, labels, _ in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with autocast:
+            logits = net(prepare(images))
+            loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
+        meter.update(loss_sum, logits, labels)
+    net.train()
+    metrics = meter.reset()
+    if metrics.count != expected:
+        raise RuntimeError(f"evaluation counted {metrics.count} images of a set of {expected}")
+    return metrics

@@ -1,0 +1,153 @@
+"""Every setting, with its default, its help and its range, in frozen dataclasses."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    lt: float | None = None,
+    result: bool = False,
+) -> Any:
+    """Declare one setting: its default, its help and the range of its number.
+
+    ``result=True`` marks a setting that changes what is learned. Such settings name the run, and a
+    checkpoint made with other values of them is not resumed.
+    """
+    metadata = {"help": help, "ge": ge, "gt": gt, "lt": lt, "result": result}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run keeps its files, and how it speaks."""
+
+    dir: str = setting("runs", "Folder of all runs; shared by all nodes.")
+    name: str | None = setting(
+        None, "Folder of this run inside run.dir; null makes one from the settings that change the result."
+    )
+    console: Literal["auto", "tutorial"] = setting(
+        "auto",
+        "auto: a progress bar on a terminal, else plain lines; tutorial: the PyTorch tutorial's lines.",
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from."""
+
+    name: Literal["fashion_mnist", "mnist", "digits", "synthetic"] = setting(
+        "fashion_mnist", "Data set; digits is bundled and needs no network.", result=True
+    )
+    root: str = setting("data", "Folder looked into first, and downloaded to.")
+    augment: Literal["none", "shift", "flip_shift"] = setting(
+        "none", "Random shift by up to 2 pixels; flip_shift also mirrors half of the images.", result=True
+    )
+    workers: int = setting(0, "Loader processes per rank; 0 loads in the rank itself.", ge=0)
+    drop_last: bool = setting(
+        False, "Drop an epoch's last, shorter global batch instead of training on it.", result=True
+    )
+    synthetic_train: int = setting(60000, "Training images of data.name=synthetic.", ge=1, result=True)
+    synthetic_test: int = setting(10000, "Test images of data.name=synthetic.", ge=1, result=True)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What learns."""
+
+    name: Literal["lenet"] = setting("lenet", "Network, by its name in distlenet.net.NETS.", result=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and in which portions."""
+
+    epochs: int = setting(8, "Passes over the training set.", ge=1, result=True)
+    max_steps: int | None = setting(
+        None, "Stop after this many optimizer steps; null: after train.epochs.", ge=1, result=True
+    )
+    global_batch_size: int = setting(
+        128,
+        "Images per optimizer step over all ranks; ranks × accumulation must divide it.",
+        ge=1,
+        result=True,
+    )
+    accumulation_steps: int = setting(1, "Micro-batches per optimizer step on each rank.", ge=1)
+    log_every: int = setting(50, "Steps between two records of the training loss.", ge=1)
+    label_smoothing: float = setting(0.05, "Label smoothing of the training loss.", ge=0, lt=1, result=True)
+    clip_norm: float | None = setting(None, "Largest norm of the gradient; null: no clipping.", gt=0, result=True)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["sgd", "adamw"] = setting("sgd", "Optimizer.", result=True)
+    lr: float = setting(0.2, "Peak learning rate.", gt=0, result=True)
+    momentum: float = setting(0.9, "Momentum of SGD.", ge=0, lt=1, result=True)
+    nesterov: bool = setting(True, "Nesterov's momentum, for SGD.", result=True)
+    weight_decay: float = setting(5e-4, "Weight decay.", ge=0, result=True)
+    schedule: Literal["constant", "cosine", "one_cycle"] = setting(
+        "one_cycle", "Learning-rate schedule, stepped once per optimizer step.", result=True
+    )
+    warmup_steps: int | None = setting(
+        None,
+        "Steps of rising learning rate; null: none, but 30 % of all steps for one_cycle.",
+        ge=0,
+        result=True,
+    )
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How ranks work together."""
+
+    backend: Literal["auto", "nccl", "gloo"] = setting(
+        "auto", "auto: NCCL where every local rank has a GPU of its own, else Gloo."
+    )
+    timeout_s: float = setting(600.0, "Seconds after which a collective that hangs ends the job.", gt=0)
+    threads: int | None = setting(None, "CPU threads per rank; null: OMP_NUM_THREADS where it is set, else 1.", ge=1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    every_steps: int | None = setting(
+        None, "Optimizer steps between checkpoints inside an epoch; null: at epoch ends only.", ge=1
+    )
+    keep: int = setting(3, "Newest checkpoints kept, besides the best.", ge=1)
+    resume: str = setting(
+        "auto", "auto: go on from the run's newest checkpoint; never: start anew; or a file or run folder."
+    )
+    allow_changed: list[str] = setting([], "Result-changing keys that may differ from the resumed checkpoint's.")
+    path: str | None = setting(None, "File or run folder that evaluate reads; checkpoint=PATH is its short form.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made from."""
+
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    seed: int = setting(0, "Seed of initial weights, order and augmentation.", ge=0, lt=2**32, result=True)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "auto: bf16 where the GPU has it, else fp16; fp32 on CPU.", result=True
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: a GPU per rank where there are GPUs.")
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as nested dicts of plain values."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,62 @@
+"""What every command that computes does first: find its place, its device, its precision, and the others."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from distlenet.distributed import World, pick_backend, pick_device, process_group, world_from_environ
+from distlenet.precision import autocast, pick_precision
+from distlenet.schema import Config
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank of a job whose process group is joined."""
+
+    world: World
+    device: torch.device
+    backend: str
+    precision: str
+
+    def autocast(self) -> torch.autocast:
+        """Return autocast for the forward pass in this session's precision."""
+        return autocast(self.precision, self.device)
+
+    def describe(self) -> dict[str, str | int]:
+        """Say where and how this job computes, in plain values."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        return {
+            "world_size": self.world.world_size,
+            "backend": self.backend,
+            "device": f"{self.device.type} ({name})" if name else self.device.type,
+            "precision": self.precision,
+            "threads": torch.get_num_threads(),
+        }
+
+
+@contextmanager
+def open_session(config: Config) -> Iterator[Session]:
+    """Join the job for the length of a ``with`` block.
+
+    Raises UserError, before the ranks meet, for an environment, device, backend or precision that cannot be.
+    """
+    world = world_from_environ(os.environ)
+    device = pick_device(config.device, world, torch.cuda.device_count())
+    backend = pick_backend(config.distributed.backend, device)
+    precision = pick_precision(config.precision, device)
+    set_threads(config.distributed.threads)
+    with process_group(world, backend, device, config.distributed.timeout_s):
+        yield Session(world, device, backend, precision)
+
+
+def set_threads(threads: int | None) -> None:
+    """Choose the CPU threads of this process.
+
+    One where nothing is said: the batches of a rank are small, and results on CPU depend on how a sum is
+    cut into threads, so a number taken from the machine would change them with the machine.
+    """
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or 1)

@@ -1,0 +1,55 @@
+"""Where the numbers of a run go: one protocol, and a tracker that passes them on to several.
+
+A record is one measurement, a flat dict: ``split`` (train, train_epoch or test), ``step`` (optimizer
+steps done), ``epoch`` (from 1), ``batch`` (steps done in it), ``loss`` (nats per image), ``accuracy``
+(0 to 1), ``count`` (images behind it); for train also ``lr`` and ``images_per_s``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+Record = dict[str, Any]
+
+
+class Tracker(Protocol):
+    """What a trainer tells. Ranks other than 0 hold a tracker that tells nobody."""
+
+    def start(self, facts: Record) -> None:
+        """Open: the facts of the run, and ``step``, from which it goes on."""
+
+    def log(self, record: Record) -> None:
+        """Take one record."""
+
+    def finish(self, summary: Record) -> None:
+        """Take the summary of a run that reached its end."""
+
+    def close(self) -> None:
+        """Let go of terminals and files; called once, on every path."""
+
+
+class Trackers:
+    """Pass everything on to each of several trackers, in their order; with none, to nobody."""
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        """Pass on to ``trackers``."""
+        self.trackers = trackers
+
+    def start(self, facts: Record) -> None:
+        """See ``Tracker``."""
+        for tracker in self.trackers:
+            tracker.start(facts)
+
+    def log(self, record: Record) -> None:
+        """See ``Tracker``."""
+        for tracker in self.trackers:
+            tracker.log(record)
+
+    def finish(self, summary: Record) -> None:
+        """See ``Tracker``."""
+        for tracker in self.trackers:
+            tracker.finish(summary)
+
+    def close(self) -> None:
+        """See ``Tracker``."""
+        for tracker in self.trackers:
+            tracker.close()

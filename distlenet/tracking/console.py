@@ -1,0 +1,162 @@
+"""What a person sees: a progress bar on a terminal, plain lines in a file, or the tutorial's lines."""
+
+import time
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from distlenet.tracking import Record, Tracker
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def make_console(style: str) -> Tracker:
+    """Choose by ``run.console`` (auto or tutorial) and by whether standard output is a terminal."""
+    if style == "tutorial":
+        return TutorialLines()
+    return Bar() if Console().is_terminal else Lines()
+
+
+class Lines:
+    """One plain line for the start, for each test, and for training at most every few seconds."""
+
+    def __init__(self) -> None:
+        """Print to standard output."""
+        self.facts: Record = {}
+        self.printed = float("-inf")
+
+    def start(self, facts: Record) -> None:
+        """Print what runs where."""
+        self.facts = facts
+        for line in _opening(facts):
+            self.print(line)
+
+    def log(self, record: Record) -> None:
+        """Print a record, unless a training line was printed a moment ago."""
+        if record["split"] == "test":
+            self.print(_test_line(record, self.facts))
+        elif record["split"] == "train" and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
+            self.printed = time.monotonic()
+            self.print(
+                f"epoch {record['epoch']}/{self.facts['epochs']}  step {record['step']}/{self.facts['steps']}  "
+                f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.1%}  lr {record['lr']:.4g}  "
+                f"{record['images_per_s']:,.0f} images/s  {_time_left(record, self.facts)} left"
+            )
+
+    def finish(self, summary: Record) -> None:
+        """Print the result and where the files are."""
+        for line in _closing(summary):
+            self.print(line)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def print(self, line: str) -> None:
+        """Print one line, at once."""
+        print(line, flush=True)
+
+
+class Bar(Lines):
+    """A live progress bar for training; the other lines scroll above it."""
+
+    def __init__(self) -> None:
+        """Print to the terminal of standard output."""
+        super().__init__()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[numbers]}"),
+            console=Console(highlight=False),
+            expand=True,
+        )
+        self.task: TaskID | None = None
+
+    def start(self, facts: Record) -> None:
+        """Print what runs where and show the bar."""
+        super().start(facts)
+        if facts["step"] < facts["steps"]:
+            self.task = self.progress.add_task("", total=facts["steps"], completed=facts["step"], numbers="")
+            self.progress.start()
+
+    def log(self, record: Record) -> None:
+        """Move the bar, or print a test's line above it."""
+        if record["split"] == "train" and self.task is not None:
+            self.progress.update(
+                self.task,
+                completed=record["step"],
+                description=f"epoch {record['epoch']}/{self.facts['epochs']}",
+                numbers=f"loss {record['loss']:.3f}  acc {record['accuracy']:.1%}  "
+                f"{record['images_per_s']:,.0f} images/s  {_time_left(record, self.facts)} left",
+            )
+        elif record["split"] == "test":
+            super().log(record)
+
+    def finish(self, summary: Record) -> None:
+        """Complete the bar and print the result below it."""
+        if self.task is not None:
+            self.progress.update(self.task, completed=summary["steps"], refresh=True)
+        self.close()
+        super().finish(summary)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self.progress.stop()
+
+    def print(self, line: str) -> None:
+        """Print one line above the bar."""
+        self.progress.console.print(line, markup=False, soft_wrap=True)
+
+
+class TutorialLines(Lines):
+    """What PyTorch's "Training a Classifier" tutorial prints: ``[1,  2000] loss: 1.234``."""
+
+    def log(self, record: Record) -> None:
+        """Print the mean loss of the batches since the last line."""
+        if record["split"] == "train":
+            self.print(f"[{record['epoch']}, {record['batch']:5d}] loss: {record['loss']:.3f}")
+
+    def finish(self, summary: Record) -> None:
+        """Print the tutorial's last lines."""
+        self.print("Finished Training")
+        super().finish(summary)
+
+
+def _opening(facts: Record) -> list[str]:
+    f = facts
+    lines = [
+        f"distlenet {f['version']}: {f['model']} on {f['data']} ({f['train_count']} images, {f['data_source']}); "
+        f"world size {f['world_size']}, {f['backend']}, {f['device']}, {f['precision']}, "
+        f"CPU threads per rank {f['threads']}",
+        f"epochs {f['epochs']}, steps per epoch {f['steps_per_epoch']}, global batch {f['global_batch_size']} = "
+        f"ranks {f['world_size']} × micro-batches {f['accumulation_steps']} × images {f['micro_batch_size']}",
+    ]
+    if facts["step"] >= facts["steps"]:
+        lines.append("this run is complete; change a setting or give another run.name to train again")
+    elif facts["step"]:
+        lines.append(f"resumed at step {f['step']} of {f['steps']} from {f['resumed_from']}")
+    return lines
+
+
+def _test_line(record: Record, facts: Record) -> str:
+    return (
+        f"epoch {record['epoch']}/{facts['epochs']}  test loss {record['loss']:.4f}  "
+        f"test accuracy {record['accuracy']:.2%} of {record['count']} images"
+    )
+
+
+def _closing(summary: Record) -> list[str]:
+    return [
+        accuracy_line(summary["test_accuracy"], summary["test_count"]),
+        f"Files of this run: {summary['folder']}",
+    ]
+
+
+def accuracy_line(accuracy: float, count: int) -> str:
+    """Write a test accuracy (0 to 1) the way PyTorch's tutorial does."""
+    return f"Accuracy of the network on the {count} test images: {100 * accuracy:.1f} %"
+
+
+def _time_left(record: Record, facts: Record) -> timedelta:
+    images = (facts["steps"] - record["step"]) * facts["global_batch_size"]
+    return timedelta(seconds=round(images / max(record["images_per_s"], 1e-9)))

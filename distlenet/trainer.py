@@ -1,0 +1,230 @@
+"""The training loop, and the state that one checkpoint holds."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from distlenet import __version__
+from distlenet.checkpoint import CheckpointFolder, State, choose_resumable, load_model
+from distlenet.data.augment import Prepare
+from distlenet.data.loader import make_loader
+from distlenet.data.sampler import GlobalBatchSampler, ShardSampler, check_global_batch
+from distlenet.data.sources import ImageData
+from distlenet.distributed import all_or_none, from_rank_0
+from distlenet.metrics import EVAL_BATCH, Meter, Metrics, Speed, evaluate
+from distlenet.net import NETS
+from distlenet.optim import make_optimizer, make_schedule
+from distlenet.precision import make_scaler
+from distlenet.schema import Config
+from distlenet.session import Session
+from distlenet.tracking import Record, Tracker
+
+
+class Trainer:
+    """Train ``config.model`` on ``data`` as one rank of ``session``."""
+
+    def __init__(
+        self,
+        config: Config,
+        session: Session,
+        data: ImageData,
+        folder: Path,
+        tracker: Tracker,
+    ) -> None:
+        """Build every part. Raises UserError for settings that do not fit each other, data or ranks."""
+        train = config.train
+        check_global_batch(train.global_batch_size, world.world_size, train.accumulation_steps)
+        self.config, self.world, self.device, self.precision, self.tracker = (
+            config,
+            world,
+            device,
+            precision,
+            tracker,
+        )
+        self.micro_batch = train.global_batch_size // (world.world_size * train.accumulation_steps)
+
+        self.sampler = GlobalBatchSampler(
+            data.train,
+            train.global_batch_size,
+            world.rank,
+            world.world_size,
+            config.seed,
+            config.data.drop_last,
+        )
+        self.train_loader = make_loader(data.train, self.sampler, config.data.workers, device)
+        shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
+        self.test_loader = make_loader(data.test, shard, 0, device)
+        self.test_count = len(data.test)
+        self.data_source = data.source
+        self.prepare = Prepare(data.train.images, config.data.augment, config.seed)
+
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        self.net = NETS[config.model.name]().to(device)
+        self.ddp = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
+        self.optimizer = make_optimizer(config.optim, self.net)
+        epochs_steps = train.epochs * self.sampler.steps
+        self.total_steps = min(epochs_steps, train.max_steps or epochs_steps)
+        self.schedule = make_schedule(config.optim, self.optimizer, self.total_steps)
+        self.autocast = session.autocast()
+        self.scaler = make_scaler(session.precision, device)
+        self.meter = Meter(device)
+        self.speed = Speed()
+        self.label_smoothing = train.label_smoothing
+        self.checkpoint_every = config.checkpoint.every_steps or self.total_steps
+
+        self.checkpoints = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
+        self.resumed_from: Path | None = None
+        self.step = 0  # optimizer steps done, over all epochs
+        self.epoch = 0  # epochs done
+        self.batch = 0  # global batches done in the epoch under way
+        self.test: Record = {}  # metrics of the last evaluation
+        self.best_accuracy = -1.0
+
+    def fit(self) -> Record:
+        """Train from the newest checkpoint, or from scratch, to the last step; return the results."""
+        self.restore()
+        while self.step < self.total_steps:
+            self.sampler.set_position(self.epoch, self.batch)
+            self.speed.start()
+            for (
+                images,
+                labels,
+                indices,
+            ) in self.train_loader:  # (n, H, W), (n,), (n,); n = B/W but for the last
+                self.train_step(images, labels, indices)
+                if self.batch % self.config.train.log_every == 0:
+                    metrics = self.meter.window()  # collective, host sync
+                    self.log("train", metrics, images_per_s=self.speed.window())
+                if self.step == self.total_steps:
+                    break
+                if self.step % self.checkpoint_every == 0:
+                    self.save()  # collective
+            metrics = self.meter.reset()  # collective, host sync
+            self.speed.stop()
+            self.log("train_epoch", metrics)
+            best = self.evaluate()  # collective, host sync
+            if self.batch == self.sampler.steps:
+                self.epoch, self.batch = self.epoch + 1, 0
+            self.save(best)  # collective
+        results = {"epochs": self.epoch, "steps": self.step, "train_images_per_s": self.speed.mean()}
+        return {**self.test, **results, **self.session.describe()}
+
+    def train_step(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:
+        """Take one optimizer step on this rank's share of the next global batch.
+
+        Every image of the global batch weighs the same, however the batch is split: losses are summed, not
+        averaged, and scaled by world_size/count because DDP divides by world_size. So neither a short last
+        batch, nor a short last micro-batch, nor a rank with fewer images or none changes the gradient.
+        """
+        count = self.sampler.count(self.batch)  # images of the global batch, over all ranks
+        micro_batches = self.split(images, labels, indices)
+        for number, (x, y, index) in enumerate(micro_batches, start=1):
+            # The last backward alone is a collective. DDP wants the forward inside no_sync too.
+            with nullcontext() if number == len(micro_batches) else self.ddp.no_sync():
+                with self.autocast:
+                    logits = self.ddp(self.prepare.augmented(x, index, self.epoch)).float()
+                loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=self.label_smoothing)
+                self.scaler.scale(loss * (self.world.world_size / count)).backward()  # type: ignore[no-untyped-call]
+            self.meter.update(loss.detach(), logits.detach(), y)
+        if self.config.train.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
+        self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()  # host sync, with fp16 only
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.get_scale() >= scale:  # a smaller scale: the gradient overflowed, the step was skipped
+            self.schedule.step()
+        self.speed.add(count)
+        self.step += 1
+        self.batch += 1
+
+    def split(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """Move a batch to the device and cut it into micro-batches; an empty one is one empty micro-batch."""
+        parts = (tensor.to(self.device, non_blocking=True).split(self.micro_batch) for tensor in tensors)  # type: ignore[no-untyped-call]
+        return list(zip(*parts, strict=True))
+
+    def evaluate(self) -> bool:
+        """Measure the bare network on the test set; return whether it is the best yet. A collective."""
+        metrics = evaluate(self.net, self.test_loader, self.prepare, self.autocast, self.device, self.test_count)
+        self.test = {f"test_{name}": value for name, value in metrics.to_dict().items()}
+        self.log("test", metrics)
+        best = metrics.accuracy > self.best_accuracy
+        self.best_accuracy = max(metrics.accuracy, self.best_accuracy)
+        return best
+
+    def log(self, split: str, metrics: Metrics, **more: float) -> None:
+        """Tell the tracker one record; see ``distlenet.tracking``."""
+        place = {"split": split, "step": self.step, "epoch": self.epoch + 1, "batch": self.batch}
+        self.tracker.log({**place, **metrics.to_dict(), "lr": self.schedule.get_last_lr()[0], **more})
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint from rank 0. A collective; raises UserError where it cannot be written."""
+        state = self.state_dict()
+        with all_or_none():
+            if self.world.rank == 0:
+                self.checkpoints.save(state, best)
+
+    def restore(self) -> None:
+        """Go on from where ``checkpoint.resume`` says: rank 0 reads, all take it. A collective."""
+        found: tuple[Path, State] | None = None
+        with all_or_none():
+            if self.world.rank == 0:
+                found = choose_resumable(self.config, self.checkpoints, self.net)
+        found = from_rank_0(found)
+        if found is not None:
+            self.resumed_from, state = found
+            load_model(self.net, state, self.resumed_from)
+            self.load_state_dict(state)
+        self.tracker.start(self.facts())
+
+    def state_dict(self) -> State:
+        """Return everything that the rest of the run depends on: tensors and plain values. A collective."""
+        return {
+            "model": {name: tensor.detach().cpu() for name, tensor in self.net.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "meter": self.meter.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "test": self.test,
+            "best_accuracy": self.best_accuracy,
+            "config": self.config.to_dict(),
+            "versions": {"distlenet": __version__, "torch": str(torch.__version__)},
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take up a saved state, of any number of ranks."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"]:  # empty where the run was not fp16 so far: then the loss scale starts anew
+            self.scaler.load_state_dict(state["scaler"])
+        self.meter.load_state_dict(state["meter"], self.world.rank)
+        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+        self.test, self.best_accuracy = state["test"], state["best_accuracy"]
+
+    def facts(self) -> Record:
+        """Return what a tracker tells about the run before its first step."""
+        return {
+            "version": __version__,
+            "model": self.config.model.name,
+            "data": self.config.data.name,
+            "train_count": self.sampler.samples,
+            "data_source": self.data_source,
+            "step": self.step,
+            "steps": self.total_steps,
+            "epochs": self.config.train.epochs,
+            "steps_per_epoch": self.sampler.steps,
+            "global_batch_size": self.config.train.global_batch_size,
+            "accumulation_steps": self.config.train.accumulation_steps,
+            "micro_batch_size": self.micro_batch,
+            "resumed_from": self.resumed_from and str(self.resumed_from),
+            **self.session.describe(),
+        }
