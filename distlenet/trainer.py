@@ -28,36 +28,20 @@ from distlenet.tracking import Record, Tracker
 class Trainer:
     """Train ``config.model`` on ``data`` as one rank of ``session``."""
 
-    def __init__(
-        self,
-        config: Config,
-        session: Session,
-        data: ImageData,
-        folder: Path,
-        tracker: Tracker,
-    ) -> None:
+    def __init__(self, config: Config, session: Session, data: ImageData, folder: Path, tracker: Tracker) -> None:
         """Build every part. Raises UserError for settings that do not fit each other, data or ranks."""
+        self.config, self.session, self.tracker = config, session, tracker
+        self.world, self.device = world, device = session.world, session.device
         train = config.train
         check_global_batch(train.global_batch_size, world.world_size, train.accumulation_steps)
-        self.config, self.world, self.device, self.precision, self.tracker = (
-            config,
-            world,
-            device,
-            precision,
-            tracker,
-        )
         self.micro_batch = train.global_batch_size // (world.world_size * train.accumulation_steps)
 
+        place = (world.rank, world.world_size)
         self.sampler = GlobalBatchSampler(
-            data.train,
-            train.global_batch_size,
-            world.rank,
-            world.world_size,
-            config.seed,
-            config.data.drop_last,
+            data.train, train.global_batch_size, *place, config.seed, config.data.drop_last
         )
         self.train_loader = make_loader(data.train, self.sampler, config.data.workers, device)
-        shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
+        shard = ShardSampler(len(data.test), EVAL_BATCH, *place)
         self.test_loader = make_loader(data.test, shard, 0, device)
         self.test_count = len(data.test)
         self.data_source = data.source
@@ -129,7 +113,7 @@ class Trainer:
                 with self.autocast:
                     logits = self.ddp(self.prepare.augmented(x, index, self.epoch)).float()
                 loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=self.label_smoothing)
-                self.scaler.scale(loss * (self.world.world_size / count)).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(loss * (self.world.world_size / count)).backward()
             self.meter.update(loss.detach(), logits.detach(), y)
         if self.config.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -146,7 +130,7 @@ class Trainer:
 
     def split(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         """Move a batch to the device and cut it into micro-batches; an empty one is one empty micro-batch."""
-        parts = (tensor.to(self.device, non_blocking=True).split(self.micro_batch) for tensor in tensors)  # type: ignore[no-untyped-call]
+        parts = (tensor.to(self.device, non_blocking=True).split(self.micro_batch) for tensor in tensors)
         return list(zip(*parts, strict=True))
 
     def evaluate(self) -> bool:

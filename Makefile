@@ -1,0 +1,46 @@
+# make train [NPROC=4] [ARGS="train.epochs=2 ..."]    environment, data, training
+# make test                                           environment, data, the whole suite
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+# Processes on this machine: one for every GPU, or else 2 on the CPU.
+NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
+
+.PHONY: help train data test lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# //p' Makefile | head -2
+
+train: data
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m distlenet.train $(ARGS)
+
+data: $(VENV)/.installed
+	@$(BIN)/python -m distlenet.data $(ARGS)
+
+test: $(VENV)/.installed-dev lint
+	@$(BIN)/python -m distlenet.data
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Both stamps are older than pyproject.toml when it changes; pip then installs what is new.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
