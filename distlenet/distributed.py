@@ -3,6 +3,7 @@
 Environment parsing is pure: a mapping in, an immutable record out. Nothing here writes ``os.environ``.
 """
 
+import gc
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -169,6 +170,10 @@ def process_group(world: World, backend: str, device: torch.device, timeout_s: f
         yield
     finally:
         dist.destroy_process_group()
+        # Gloo's threads end when the last reference to the group goes, which DistributedDataParallel holds
+        # in a cycle. A thread that outlives the interpreter aborts it: "terminate called without an active
+        # exception", exit status 134 after a run that succeeded.
+        gc.collect()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -10,6 +11,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from distlenet.config import FIELDS, describe
 from distlenet.errors import RankError, UserError
+
+LINGER_S = 10.0  # seconds that rank 0 has to print what all ranks know
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,20 +41,27 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = No
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: 0 done, 2 the user can mend it, 1 anything else.
+    """Run a command and exit: 0 done, 2 the user can mend it, 130 interrupted, 1 anything else.
 
     What the user can mend is one line on standard error, once for the whole job: rank 0 speaks, since a
-    mistake in settings is the same on every rank and ``all_or_none`` makes the others so. A mistake
-    that only one process can see, in its own environment, is raised before the ranks have met; it names
-    that process's rank.
+    mistake in settings is the same on every rank, and ``all_or_none`` makes the others so. The other ranks
+    linger, because torchrun ends all when it sees one gone, and rank 0 may still be importing.
+    A mistake that one process alone can see (``RankError``) is printed by that process, at once.
     """
-    try:
-        record(main)()  # under torchrun, leaves a traceback where the agent's report of failures finds it
-    except UserError as error:
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-        if rank == "0" or isinstance(error, RankError):
-            print(f"distlenet: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+
+    @record  # under torchrun, leaves the traceback where the agent's report of failures finds it
+    def guarded() -> int:
+        try:
+            main()
+        except UserError as error:
+            rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+            if rank != "0" and not isinstance(error, RankError):
+                time.sleep(LINGER_S)
+            else:
+                print(f"distlenet: {error}", file=sys.stderr, flush=True)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    sys.exit(guarded())

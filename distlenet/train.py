@@ -3,7 +3,9 @@
 import time
 from pathlib import Path
 
+from distlenet.checkpoint import find_checkpoint
 from distlenet.config import load_config, run_folder, to_yaml
+from distlenet.data.sampler import check_global_batch
 from distlenet.data.sources import load_data
 from distlenet.distributed import all_or_none
 from distlenet.entry import parse_arguments, run_entry
@@ -32,9 +34,12 @@ def train(config: Config) -> Record:
         raise UserError("checkpoint.path is read by distlenet.evaluate; to train on from a file give checkpoint.resume")
     folder = run_folder(config)
     with open_session(config) as session:
-        with all_or_none():
-            data = load_data(config.data)
         rank_0 = session.world.rank == 0
+        check_global_batch(config.train.global_batch_size, session.world.world_size, config.train.accumulation_steps)
+        with all_or_none():
+            if rank_0 and config.checkpoint.resume not in ("auto", "never"):
+                find_checkpoint(Path(config.checkpoint.resume))
+            data = load_data(config.data)
         with all_or_none():
             if rank_0:
                 prepare_folder(folder, config)

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch._dynamo  # see below
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -13,7 +14,7 @@ from distlenet import __version__
 from distlenet.checkpoint import CheckpointFolder, State, choose_resumable, load_model
 from distlenet.data.augment import Prepare
 from distlenet.data.loader import make_loader
-from distlenet.data.sampler import GlobalBatchSampler, ShardSampler, check_global_batch
+from distlenet.data.sampler import GlobalBatchSampler, ShardSampler
 from distlenet.data.sources import ImageData
 from distlenet.distributed import all_or_none, from_rank_0
 from distlenet.metrics import EVAL_BATCH, Meter, Metrics, Speed, evaluate
@@ -24,6 +25,10 @@ from distlenet.schema import Config
 from distlenet.session import Session
 from distlenet.tracking import Record, Tracker
 
+# DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import
+# (seen with torch 2.15) keeps every frame under way alive, with the trainer and the process group in them.
+# Imported up here, it finds no such frames: the group can end when its ``with`` block does.
+
 
 class Trainer:
     """Train ``config.model`` on ``data`` as one rank of ``session``."""
@@ -33,7 +38,6 @@ class Trainer:
         self.config, self.session, self.tracker = config, session, tracker
         self.world, self.device = world, device = session.world, session.device
         train = config.train
-        check_global_batch(train.global_batch_size, world.world_size, train.accumulation_steps)
         self.micro_batch = train.global_batch_size // (world.world_size * train.accumulation_steps)
 
         place = (world.rank, world.world_size)
