@@ -109,4 +109,4 @@ def parse(content: bytearray) -> Tensor:
     shape = struct.unpack_from(f">{dimensions}I", content, 4)
     if len(content) != start + math.prod(shape):
         raise ValueError(f"IDX data of {len(content) - start} bytes do not fill the shape {shape}")
-    return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(shape)
+    return torch.frombuffer(content, dtype=torch.uint8)[start:].view(shape)

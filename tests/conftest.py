@@ -1,0 +1,103 @@
+"""Helpers that all tests share: real data, a group of one, and running commands under a hard time limit."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distlenet.data.download import locate
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, with everything that it and its ranks printed."""
+
+    command: str
+    status: int
+    stdout: str
+    stderr: str
+
+    def succeeded(self) -> "Ended":
+        """Fail the test, showing all output, unless the status is 0."""
+        assert self.status == 0, str(self)
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.command}\nstatus {self.status}\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
+
+
+def run_command(*words: object, timeout: float = 120, env: dict[str, str] | None = None, cwd: Path = REPO) -> Ended:
+    """Run a command in a session of its own; at the time limit, kill all of the session and fail with its output."""
+    command = [str(word) for word in words]
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**plain, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        pytest.fail(f"still running after {timeout} s: " + str(Ended(" ".join(command), -9, stdout, stderr)))
+    return Ended(" ".join(command), process.returncode, stdout, stderr)
+
+
+def run_torchrun(ranks: int, *words: object, timeout: float = 120, env: dict[str, str] | None = None) -> Ended:
+    """Run ``-m MODULE ...`` or ``SCRIPT ...`` on several ranks of this machine."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    return run_command(sys.executable, *launcher, *words, timeout=timeout, env=env)
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> dict[str, Path]:
+    """The four files of the real Fashion-MNIST, which ``make test`` puts in place."""
+    files = locate("fashion_mnist", REPO / "data")
+    assert files is not None, "Fashion-MNIST is not here: run `make data`, as `make test` does"
+    return files
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[], None]], str]:
+    """Run an entry's main that must end with status 2 and one line on standard error; return the line."""
+    from distlenet.entry import run_entry
+
+    def check(main: Callable[[], None]) -> str:
+        with pytest.raises(SystemExit) as ended:
+            run_entry(main)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2, error
+        lines = error.splitlines()
+        assert len(lines) == 1, error
+        assert lines[0].startswith("distlenet: ")
+        return lines[0]
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Two cores may run several ranks at once."""
+    torch.set_num_threads(1)

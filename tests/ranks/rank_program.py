@@ -1,0 +1,45 @@
+"""One rank that trains and leaves its weights behind: ``rank_program.py OUT [--die-at STEP] [key=value]...``.
+
+``OUT/rank0.pt`` and so on hold each rank's own network after training. With ``--die-at``, rank 1 kills
+itself before that optimizer step, as the out-of-memory killer would.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from distlenet import train as train_entry
+from distlenet.config import load_config
+from distlenet.trainer import Trainer
+
+
+class Watched(Trainer):
+    die_at = -1
+    out = Path()
+
+    def train_step(self, images, labels, indices):
+        if self.world.rank == 1 and self.step == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().train_step(images, labels, indices)
+
+    def fit(self):
+        results = super().fit()
+        torch.save(self.net.state_dict(), self.out / f"rank{self.world.rank}.pt")
+        return results
+
+
+def main() -> None:
+    out, *words = sys.argv[1:]
+    Watched.out = Path(out)
+    if words and words[0] == "--die-at":
+        Watched.die_at = int(words[1])
+        words = words[2:]
+    train_entry.Trainer = Watched
+    train_entry.train(load_config([], words))
+
+
+if __name__ == "__main__":
+    main()

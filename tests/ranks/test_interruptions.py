@@ -1,0 +1,97 @@
+"""Ranks that die, and runs that go on."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, run_command, run_torchrun
+
+pytestmark = pytest.mark.ranks
+
+PROGRAM = Path(__file__).with_name("rank_program.py")
+SETTINGS = (
+    "device=cpu",
+    "data.name=digits",
+    "data.augment=shift",
+    "train.global_batch_size=64",
+    "train.epochs=2",
+    "train.log_every=5",
+    "checkpoint.every_steps=4",
+    "run.name=run",
+)
+
+
+def history(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records]
+
+
+@pytest.mark.parametrize("die_at", [7, 23, 30])
+def test_a_dying_rank_ends_the_job_and_the_next_one_goes_on_to_the_same_bytes(tmp_path, die_at):
+    """Mid-epoch, at the first step of the second epoch, and in it; 23 steps make an epoch."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    run_torchrun(2, PROGRAM, whole, *SETTINGS, f"run.dir={whole}").succeeded()
+    # The limit is the promise: within seconds, not after the 600 s of distributed.timeout_s. It includes the start.
+    died = run_torchrun(2, PROGRAM, broken, "--die-at", die_at, *SETTINGS, f"run.dir={broken}", timeout=60)
+    assert died.status != 0, str(died)
+    assert not (broken / "run/summary.json").exists()
+    went_on = run_torchrun(2, PROGRAM, broken, *SETTINGS, f"run.dir={broken}").succeeded()
+    resumed_at = die_at // 4 * 4 if die_at != 23 else 23  # the end of an epoch is saved too
+    assert f"resumed at step {resumed_at} of 46" in went_on.stdout, str(went_on)
+    a, b = (torch.load(folder / "rank0.pt", weights_only=True) for folder in (whole, broken))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert history(whole) == history(broken)
+
+
+def test_a_user_error_under_torchrun_is_one_line_from_one_rank(tmp_path):
+    ended = run_torchrun(3, "-m", "distlenet.train", "data.name=digits", "train.global_batch_size=64", timeout=60)
+    assert ended.status != 0
+    ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
+    assert ours == [
+        "distlenet: train.global_batch_size=64 does not divide by 3 ranks × 1 accumulation steps; "
+        "the nearest that do: 63 or 66"
+    ], str(ended)
+    assert "UserError" not in ended.stderr, str(ended)
+
+
+BAD_ON_ONE_RANK = """
+import os, sys
+from distlenet import train
+from distlenet.entry import run_entry
+from distlenet.errors import UserError
+def load(config):
+    if os.environ["RANK"] == "1":
+        raise UserError("my disk is gone")
+    return original(config)
+original, train.load_data = train.load_data, load
+run_entry(train.main)
+"""
+
+
+def test_what_one_rank_sees_ends_all_and_names_the_rank(tmp_path):
+    script = tmp_path / "bad.py"
+    script.write_text(BAD_ON_ONE_RANK)
+    ended = run_torchrun(2, script, "data.name=digits", f"run.dir={tmp_path}", timeout=60)
+    assert ended.status != 0
+    ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
+    assert ours == ["distlenet: rank 1: my disk is gone"], str(ended)
+
+
+def test_a_complete_run_is_not_trained_again_and_evaluates_to_the_same(tmp_path):
+    words = ("-m", "distlenet.train", "--config", REPO / "configs/ci.yaml", "train.epochs=1", f"run.dir={tmp_path}")
+    run_command(sys.executable, *words, "run.name=run").succeeded()
+    summary = (tmp_path / "run/summary.json").read_bytes()
+    again = run_command(sys.executable, *words, "run.name=run").succeeded()
+    assert "this run is complete" in again.stdout
+    assert (tmp_path / "run/summary.json").read_bytes() == summary
+    told = f"test loss {json.loads(summary)['test_loss']:.6f}"
+    for ended in (
+        run_command(sys.executable, "-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run'}"),
+        run_torchrun(3, "-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run/checkpoints/best.pt'}"),
+    ):
+        assert told in ended.succeeded().stdout, str(ended)
+        assert ended.stdout.count("Accuracy of the network on the 360 test images") == 1, str(ended)

@@ -1,0 +1,63 @@
+"""The shipped recipes, whole, on the real data: what the README promises of them."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO, run_command, run_torchrun
+
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.usefixtures("fashion_mnist")
+def test_the_default_recipe_on_two_ranks(tmp_path):
+    words = ("-m", "distlenet.train", "device=cpu", f"run.dir={tmp_path}", "run.name=run")
+    ended = run_torchrun(2, *words, timeout=600).succeeded()
+    result = summary(tmp_path / "run")
+    assert result["test_accuracy"] >= 0.91
+    assert result["test_count"] == 10000
+    assert result["epochs"] <= 8
+    assert (result["world_size"], result["backend"], result["device"], result["precision"]) == (
+        2,
+        "gloo",
+        "cpu",
+        "fp32",
+    )
+    percent = f"{100 * result['test_accuracy']:.1f}"
+    assert f"Accuracy of the network on the 10000 test images: {percent} %\n" in ended.stdout
+    assert ended.stdout.rstrip().endswith(str(tmp_path / "run"))
+    assert "\x1b" not in ended.stdout  # no terminal, no escape codes
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "summary.json",
+    }
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4  # three newest and the best
+
+
+@pytest.mark.usefixtures("fashion_mnist")
+def test_the_tutorials_recipe_in_one_process(tmp_path):
+    words = ("-m", "distlenet.train", "--config", REPO / "configs/tutorial.yaml", f"run.dir={tmp_path}", "run.name=run")
+    ended = run_command(sys.executable, *words, "device=cpu", timeout=600).succeeded()
+    assert 0.865 <= summary(tmp_path / "run")["test_accuracy"] <= 0.885
+    shown = re.findall(r"^\[(\d), +(\d+)\] loss: (\d\.\d{3})$", ended.stdout, re.M)
+    assert [(int(epoch), int(batch)) for epoch, batch, _ in shown] == [
+        (epoch, batch) for epoch in (1, 2) for batch in range(2000, 15000, 2000)
+    ]
+    assert float(shown[0][2]) > 2 * float(shown[-1][2])
+    assert "\nFinished Training\nAccuracy of the network on the 10000 test images: 8" in ended.stdout
+
+
+def test_the_ci_recipe_in_one_process(tmp_path):
+    words = ("-m", "distlenet.train", "--config", REPO / "configs/ci.yaml", f"run.dir={tmp_path}", "run.name=run")
+    run_command(sys.executable, *words, timeout=30).succeeded()  # the limit is the promise
+    result = summary(tmp_path / "run")
+    assert result["test_accuracy"] >= 0.95
+    assert (result["test_count"], result["world_size"], result["backend"]) == (360, 1, "gloo")

@@ -1,0 +1,133 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from distlenet.config import FIELDS, describe, load_config, run_folder, to_yaml
+from distlenet.errors import UserError
+from distlenet.schema import Config
+
+pytestmark = pytest.mark.unit
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_later_files_win_and_overrides_win_over_files(tmp_path):
+    (tmp_path / "a.yaml").write_text("optim: {lr: 0.1, momentum: 0.5}\nseed: 1\n")
+    (tmp_path / "b.yaml").write_text("optim: {lr: 0.2}\n")
+    config = load_config([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")], ["seed=7", "train.max_steps=1_0"])
+    assert (config.optim.lr, config.optim.momentum, config.seed, config.train.max_steps) == (0.2, 0.5, 7, 10)
+    assert config.data == Config().data
+
+
+def test_the_saved_config_reads_back(tmp_path):
+    config = load_config([], ["optim.lr=1e-3", "train.clip_norm=2", "checkpoint.allow_changed=[seed]", "run.name=x"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config([str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize("name", [path.name for path in (REPO / "configs").glob("*.yaml")])
+def test_shipped_configs_load_and_hold_only_differences(name):
+    path = REPO / "configs" / name
+    config = load_config([str(path)])
+    if name == "default.yaml":
+        assert config == Config()
+    else:
+        given = re.findall(r"^\s*\w+: *[^\s#{]+", path.read_text(), re.M)
+        defaults = to_yaml(Config()).splitlines()
+        changed = [line for line in to_yaml(config).splitlines() if line not in defaults]
+        repeated = {line.strip() for line in given} - {line.strip() for line in changed}
+        assert repeated <= {"momentum: 0.9"}, "only differences from the schema's defaults"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("optim.lrr=1", ["'optim.lrr'", "did you mean optim.lr?"]),
+        ("lr=1", ["'lr'", "did you mean optim.lr?"]),
+        ("train.epoch=3", ["'train.epoch'", "did you mean train.epochs?"]),
+        ("zzzz=1", ["'zzzz'", "--help"]),
+        ("seed=x", ["seed=x", "a whole number"]),
+        ("seed=1.5", ["seed=1.5", "a whole number"]),
+        ("seed=-1", ["seed=-1", "at least 0"]),
+        ("seed=", ["seed=", "a whole number"]),
+        ("train.epochs=0", ["train.epochs=0", "at least 1"]),
+        ("train.global_batch_size=-4", ["train.global_batch_size=-4", "at least 1"]),
+        ("optim.lr=0", ["optim.lr=0", "more than 0"]),
+        ("optim.lr=nan", ["optim.lr=nan", "a number"]),
+        ("optim.lr=1e999", ["optim.lr=1e999", "a number"]),
+        ("optim.momentum=1", ["optim.momentum=1", "less than 1"]),
+        ("optim.name=adam", ["optim.name=adam", "sgd or adamw"]),
+        ("precision=fp8", ["precision=fp8", "auto or fp32 or bf16 or fp16"]),
+        ("data.drop_last=perhaps", ["data.drop_last=perhaps", "true or false"]),
+        ("optim=3", ["optim=3", "group"]),
+        ("optim={lr: 0.1, q: 2}", ["'optim.q'"]),
+        ("seed=[1", ["seed=[1", "not valid YAML"]),
+        ("seed", ["'seed'", "key=value"]),
+        ("=1", ["key=value"]),
+        ("seed=${nope}", ["seed=${nope}", "a whole number"]),
+        ("run.name=../x", ["run.name=../x", "run.dir"]),
+        ("run.name=", ["run.name="]),
+        ("checkpoint.allow_changed=[sead]", ["'sead'", "did you mean seed?"]),
+        ("optim.momentum=0", ["optim.nesterov=false"]),
+    ],
+)
+def test_a_bad_override_is_answered_in_one_line(override, parts):
+    if override == "run.name=":
+        assert load_config([], [override]).run.name is None  # an empty value is YAML's null
+        return
+    with pytest.raises(UserError) as error:
+        load_config([], [override])
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n- 2\n", "a mapping of settings, got a list"),
+        ("optim: {lrr: 1}", "did you mean optim.lr?"),
+        ("optim: {lr: fast}", "optim.lr=fast: expected a number"),
+        ("optim: 3", "optim is a group"),
+        ("\xff\xfe", "not valid YAML"),
+        ("1: 2", "unknown key '1'"),
+    ],
+)
+def test_a_bad_file_is_answered_in_one_line_that_names_it(tmp_path, content, part):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        load_config([str(path)])
+    assert str(path) in str(error.value)
+    assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(UserError, match=re.escape(f"--config {path}: cannot be read")):
+            load_config([str(path)])
+
+
+def test_a_run_is_named_by_what_changes_its_result():
+    name = run_folder(load_config())
+    assert run_folder(load_config([], ["data.workers=2", "run.console=tutorial", "device=cpu"])) == name
+    assert run_folder(load_config([], ["seed=1"])) != name
+    assert run_folder(load_config([], ["run.dir=x", "run.name=y"])) == Path("x/y")
+
+
+def test_every_setting_has_a_help_and_a_description():
+    for key, field in FIELDS.items():
+        assert field.metadata["help"].endswith("."), key
+        assert describe(key), key
+
+
+def test_the_readme_lists_every_setting_with_its_default():
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.+?) \|", (REPO / "README.md").read_text(), re.M))
+    defaults = {key: field.default for key, field in FIELDS.items()} | {"checkpoint.allow_changed": []}
+    words = {None: "null", True: "true", False: "false"}
+    shown = {k: f"`{words[v] if v is None or isinstance(v, bool) else v}`" for k, v in defaults.items()}
+    assert rows == shown

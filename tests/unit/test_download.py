@@ -1,0 +1,168 @@
+import gzip
+import hashlib
+import http.server
+import subprocess
+import sys
+import threading
+from collections import Counter
+
+import pytest
+import torchvision.datasets
+from conftest import run_command
+from idx_files import digests, original_gz, small_set, write_set
+
+from distlenet.config import load_config
+from distlenet.data import download, idx
+from distlenet.data.sources import load_data
+from distlenet.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def no_debian(monkeypatch, tmp_path):
+    """A machine without Debian's package."""
+    monkeypatch.setattr(download, "DEBIAN_FOLDER", {"fashion_mnist": tmp_path / "not-installed"})
+
+
+@pytest.fixture
+def server():
+    """A web server on loopback that counts requests; tests fill its ``files``."""
+    files, requests = {}, Counter()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rpartition("/")[2]
+            requests[name] += 1
+            if name not in files:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(files[name])))
+            self.end_headers()
+            self.wfile.write(files[name])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        httpd.files, httpd.requests = files, requests
+        httpd.url = f"http://127.0.0.1:{httpd.server_port}/"
+        yield httpd
+        httpd.shutdown()
+        thread.join()
+
+
+def test_the_real_fashion_mnist_through_torchvision(monkeypatch, tmp_path, no_debian, server, fashion_mnist):
+    """The publisher's own bytes, from a stand-in for its server, checked by torchvision's MD5 and by us."""
+    for name, path in fashion_mnist.items():
+        server.files[f"{name}.gz"] = original_gz(name, path.with_name(f"{name}.gz").read_bytes())
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [server.url])
+    config = load_config([], [f"data.root={tmp_path / 'data'}"]).data
+    data = load_data(config)
+    assert (len(data.train), len(data.test)) == (60000, 10000)
+    assert data.train.images.shape[1:] == (28, 28)
+    again = load_data(config)
+    assert again.source == data.source == str(tmp_path / "data/FashionMNIST/raw")
+    assert not [path for path in (tmp_path / "data").iterdir() if path.name.startswith(".download")]
+
+
+DOWNLOADER = """
+import sys, torchvision.datasets
+from pathlib import Path
+from distlenet.data import download
+torchvision.datasets.MNIST.mirrors = [sys.argv[1]]
+torchvision.datasets.MNIST.resources = [tuple(pair.split("=")) for pair in sys.argv[3:]]
+print(sorted(path.name for path in download.locate_or_download("mnist", Path(sys.argv[2])).values()))
+"""
+
+
+def test_several_processes_download_once(tmp_path, server):
+    packed = {f"{name}.gz": gzip.compress(data) for name, data in small_set().items()}
+    server.files |= packed
+    sums = [f"{name}={hashlib.md5(data).hexdigest()}" for name, data in packed.items()]
+    command = [sys.executable, "-c", DOWNLOADER, server.url, str(tmp_path / "data"), *sums]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert len({stdout for stdout, _ in outputs}) == 1
+    # torchvision asks twice for each file: for redirects, then for the content.
+    assert set(server.requests.values()) == {2}
+
+
+def test_damaged_downloads_are_never_used(monkeypatch, tmp_path, no_debian, server):
+    server.files |= {f"{name}.gz": gzip.compress(data) for name, data in small_set().items()}  # not the published ones
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [server.url])
+    with pytest.raises(UserError, match="File not found or corrupted"):
+        download.locate_or_download("fashion_mnist", tmp_path)
+    assert idx.find(tmp_path / "FashionMNIST/raw") is None
+
+
+def test_without_a_network_the_message_lists_the_ways(monkeypatch, tmp_path, no_debian):
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
+    with pytest.raises(UserError) as error:
+        download.locate_or_download("fashion_mnist", tmp_path)
+    message = str(error.value)
+    for way in ("refused", str(tmp_path), "apt install dataset-fashion-mnist", "make data", "data.name=digits"):
+        assert way in message
+    assert "\n" not in message
+
+
+def test_data_root_comes_first_then_debians_folder(monkeypatch, tmp_path):
+    system, root = tmp_path / "system", tmp_path / "root"
+    monkeypatch.setattr(download, "DEBIAN_FOLDER", {"fashion_mnist": system})
+    write_set(system, small_set(), packed=True)
+    assert {path.parent for path in download.locate("fashion_mnist", root).values()} == {system}
+    write_set(root / "FashionMNIST/raw", small_set(), packed=True)
+    assert {p.parent for p in download.locate("fashion_mnist", root).values()} == {root / "FashionMNIST/raw"}
+    write_set(root, small_set(), packed=True)
+    assert {path.parent for path in download.locate("fashion_mnist", root).values()} == {root}
+
+
+def test_a_bad_file_is_named_whatever_its_source(monkeypatch, tmp_path):
+    content = small_set()
+    monkeypatch.setitem(idx.SHA256, "fashion_mnist", digests(content))
+    config = load_config([], [f"data.root={tmp_path}"]).data
+    write_set(tmp_path, content, packed=True)
+    assert len(load_data(config).train) == 30
+    bad = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    bad.write_bytes(bad.read_bytes()[:-9])
+    with pytest.raises(UserError, match=str(bad)):
+        load_data(config)
+
+
+def test_debians_package_needs_no_root(monkeypatch, tmp_path, no_debian):
+    """A real package and the real dpkg; apt-get is a stand-in that hands the package out."""
+    package = tmp_path / "package"
+    write_set(package / "usr/share/datasets/fashion-mnist", small_set(), packed=True)
+    (package / "DEBIAN").mkdir()
+    (package / "DEBIAN/control").write_text(
+        "Package: dataset-fashion-mnist\nVersion: 1\nArchitecture: all\n"
+        "Maintainer: nobody <nobody@example.org>\nDescription: a small set\n"
+    )
+    run_command("dpkg-deb", "--build", package, tmp_path / "set.deb").succeeded()
+    (tmp_path / "bin").mkdir()
+    apt_get = tmp_path / "bin/apt-get"
+    apt_get.write_text(f'#!/bin/sh\n[ "$1" = download ] && cp {tmp_path / "set.deb"} dataset-fashion-mnist_1_all.deb\n')
+    apt_get.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
+    monkeypatch.setattr(
+        download, "DEBIAN_FOLDER", {"fashion_mnist": download.Path("/usr/share/datasets/fashion-mnist")}
+    )
+    monkeypatch.setattr(download, "locate", lambda name, root: idx.find(download.downloaded_folder(name, root)))
+    root = tmp_path / "data"
+    with pytest.raises(UserError, match="refused"):
+        download.locate_or_download("fashion_mnist", root)
+    files = download.locate_or_download("fashion_mnist", root, debian=True)
+    assert {path.parent for path in files.values()} == {root / "FashionMNIST/raw"}
+
+
+def test_data_root_that_is_a_file_or_cannot_be_made_is_named(tmp_path, no_debian):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not a folder"):
+        download.locate_or_download("fashion_mnist", tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written"):
+        download.locate_or_download("fashion_mnist", download.Path("/proc/no/such"))

@@ -1,0 +1,86 @@
+import gzip
+import hashlib
+import re
+
+import pytest
+import torch
+import torchvision.datasets
+from idx_files import idx_bytes, original_gz, small_set, write_set
+
+from distlenet.data import idx
+from distlenet.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_our_checksums_are_torchvisions(fashion_mnist):
+    """One .gz file gives torchvision's MD5 as it was published, and our SHA-256 unpacked: they are tied."""
+    published = dict(torchvision.datasets.FashionMNIST.resources)
+    for name, path in fashion_mnist.items():
+        if path.suffix != ".gz":
+            path = path.with_name(f"{name}.gz")
+        packed = original_gz(name, path.read_bytes())
+        assert hashlib.md5(packed).hexdigest() == published[f"{name}.gz"]
+        assert sha256(gzip.decompress(packed)) == idx.SHA256["fashion_mnist"][name]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (4, 28, 28), (0, 28, 28)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_reading_back(tmp_path, shape, packed):
+    values = torch.randint(0, 256, shape, dtype=torch.uint8)
+    data = idx_bytes(values)
+    path = tmp_path / ("x.gz" if packed else "x")
+    path.write_bytes(gzip.compress(data) if packed else data)
+    assert torch.equal(idx.read_verified(path, sha256(data)), values)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 5, 9, 10, 17, 300, -1])
+def test_a_truncated_gz_is_named_and_not_used(tmp_path, keep):
+    data = idx_bytes(torch.randint(0, 256, (2, 28, 28), dtype=torch.uint8))
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(data)[:keep])
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        idx.read_verified(path, sha256(data))
+
+
+def test_one_flipped_bit_is_noticed(tmp_path):
+    data = bytearray(idx_bytes(torch.zeros(2, 28, 28, dtype=torch.uint8)))
+    path = tmp_path / "train-images-idx3-ubyte"
+    digest = sha256(data)
+    data[700] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path} is not the published file"):
+        idx.read_verified(path, digest)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\0\0", b"\0\0\x0d\1\0\0\0\0", b"\1\0\x08\1\0\0\0\0", b"\0\0\x08\3\0\0\0\1", b"\0\0\x08\1\0\0\0\2x"],
+)
+def test_bytes_that_are_no_idx_are_refused(data):
+    with pytest.raises(ValueError, match="IDX"):
+        idx.parse(bytearray(data))
+
+
+def test_finding_prefers_plain_files_and_wants_all_four(tmp_path):
+    assert idx.find(tmp_path) is None
+    assert idx.find(tmp_path / "none") is None
+    write_set(tmp_path, small_set(), packed=True)
+    assert {path.suffix for path in idx.find(tmp_path).values()} == {".gz"}
+    write_set(tmp_path, small_set(), packed=False)
+    assert {path.suffix for path in idx.find(tmp_path).values()} == {""}
+    for path in tmp_path.glob("t10k-labels*"):
+        path.unlink()
+    with pytest.raises(UserError, match="lacks t10k-labels-idx1-ubyte"):
+        idx.find(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)  # unreadable for root too
+    with pytest.raises(UserError, match=re.escape(str(loop))):
+        idx.find(loop)

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from torch import nn
+
+from distlenet.metrics import Meter, Speed, evaluate
+
+pytestmark = pytest.mark.unit
+
+CPU = torch.device("cpu")
+
+
+def update(meter, losses, answers, labels):
+    logits = nn.functional.one_hot(torch.tensor(answers), 10).float()
+    meter.update(torch.tensor(losses).sum(), logits, torch.tensor(labels))
+
+
+@pytest.mark.usefixtures("group")
+def test_means_are_over_images_not_over_batches():
+    meter = Meter(CPU)
+    update(meter, [1.0, 1.0, 1.0], [1, 2, 3], [1, 2, 4])
+    update(meter, [9.0], [5], [6])  # a last batch of one image with a huge loss: the mean of means is 5
+    metrics = meter.reset()
+    assert metrics.loss == 3.0
+    assert metrics.accuracy == 0.5
+    assert metrics.count == 4
+
+
+@pytest.mark.usefixtures("group")
+def test_a_window_is_what_came_since_the_last_one():
+    meter = Meter(CPU)
+    update(meter, [1.0], [1], [1])
+    assert meter.window().loss == 1.0
+    update(meter, [5.0], [1], [2])
+    window = meter.window()
+    assert (window.loss, window.accuracy, window.count) == (5.0, 0.0, 1)
+    assert (meter.window().count, meter.reset().count, meter.reset().count) == (0, 2, 0)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_saved_meter_goes_on():
+    meter = Meter(CPU)
+    update(meter, [2.0], [1], [1])
+    meter.window()
+    update(meter, [4.0], [1], [1])
+    resumed, elsewhere = Meter(CPU), Meter(CPU)
+    resumed.load_state_dict(meter.state_dict(), rank=0)
+    elsewhere.load_state_dict(meter.state_dict(), rank=1)
+    assert resumed.window().loss == 4.0
+    assert resumed.reset().loss == 3.0
+    assert elsewhere.reset().count == 0  # rank 0 carries the sums alone, or they would count twice
+
+
+class Answers(nn.Module):
+    """Answers 0 for a black image and 1 for any other."""
+
+    def forward(self, x):
+        bright = (x > 0).flatten(1).any(1).long()
+        return nn.functional.one_hot(bright, 10).float()
+
+
+@pytest.mark.usefixtures("group")
+def test_evaluation_counts_each_image_once_or_fails():
+    images = torch.tensor([0, 255, 0, 0, 255], dtype=torch.uint8).view(5, 1, 1)
+    labels = torch.tensor([0, 1, 0, 1, 0])
+    batches = [(images[:4], labels[:4], torch.arange(4)), (images[4:], labels[4:], torch.arange(4, 5))]
+    net = Answers()
+    off = torch.autocast("cpu", enabled=False)
+    metrics = evaluate(net, batches, lambda x: x.float(), off, CPU, expected=5)
+    assert metrics.accuracy == pytest.approx(3 / 5)
+    assert metrics.count == 5
+    assert net.training
+    with pytest.raises(RuntimeError, match="counted 5 images of a set of 6"):
+        evaluate(net, batches, lambda x: x.float(), off, CPU, expected=6)
+
+
+def test_speed_counts_while_training_alone(monkeypatch):
+    clock = iter([10.0, 12.0, 14.0, 100.0, 101.0])
+    monkeypatch.setattr("distlenet.metrics.time.perf_counter", lambda: next(clock))
+    speed = Speed()
+    assert speed.mean() is None
+    speed.start()  # 10
+    speed.add(60)
+    assert speed.window() == 30.0  # 60 images in 2 s
+    speed.add(60)
+    speed.stop()  # 14; evaluation until 100 does not count
+    speed.start()
+    speed.add(130)
+    speed.stop()  # 101
+    assert speed.mean() == 50.0  # 250 images in 5 s

@@ -1,0 +1,108 @@
+import math
+import warnings
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+
+from distlenet.config import load_config
+from distlenet.net import Net
+from distlenet.optim import lr_factor, make_optimizer, make_schedule
+
+pytestmark = pytest.mark.unit
+
+STEPS = 40
+
+
+def rates(schedule, optimizer, steps=STEPS):
+    got = []
+    for _ in range(steps):
+        got.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return got
+
+
+def ours(*overrides: str):
+    config = load_config([], ["optim.lr=0.5", *overrides]).optim
+    optimizer = make_optimizer(config, torch.nn.Linear(1, 1))
+    return rates(make_schedule(config, optimizer, STEPS), optimizer)
+
+
+def test_one_cycle_is_torchs():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    # torch rises over 0.3 × 40 - 1 = 11 steps, so that step 11 is the peak.
+    theirs = OneCycleLR(optimizer, 0.5, total_steps=STEPS, pct_start=0.3, cycle_momentum=False)
+    got = ours("optim.schedule=one_cycle", "optim.warmup_steps=11")
+    assert got == pytest.approx(rates(theirs, optimizer), rel=1e-12)  # the same formula in float64
+
+
+def test_cosine_is_torchs():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    theirs = rates(CosineAnnealingLR(optimizer, STEPS), optimizer)
+    assert ours("optim.schedule=cosine") == pytest.approx(theirs, rel=1e-9, abs=1e-12)  # theirs is a recursion
+
+
+def test_cosine_after_warm_up_and_constant():
+    warm = ours("optim.schedule=cosine", "optim.warmup_steps=4")
+    assert warm[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert warm[22] == pytest.approx(0.25)  # half of 36 steps after the warm-up
+    assert ours("optim.schedule=constant") == [0.5] * STEPS
+    assert ours("optim.schedule=constant", "optim.warmup_steps=2")[:3] == [0.25, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
+@pytest.mark.parametrize("total", [1, 2, 3, 7])
+def test_short_runs_and_long_warm_ups_have_finite_rates(schedule, total):
+    for warmup in (0, 1, total, total + 5):
+        for step in range(total + 1):
+            assert 0 <= lr_factor(schedule, warmup, total, step) <= 1
+            assert math.isfinite(lr_factor(schedule, warmup, total, step))
+
+
+def test_one_cycle_rises_for_three_tenths_where_nothing_is_said():
+    assert max(range(STEPS), key=ours().__getitem__) == 12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reference"),
+    [
+        (
+            ["optim.name=sgd", "optim.momentum=0.8", "optim.weight_decay=0.01"],
+            lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.8, nesterov=True, weight_decay=0.01),
+        ),
+        (
+            ["optim.name=sgd", "optim.momentum=0", "optim.nesterov=false", "optim.weight_decay=0"],
+            lambda p: torch.optim.SGD(p, lr=0.5),
+        ),
+        (["optim.name=adamw", "optim.weight_decay=0.1"], lambda p: torch.optim.AdamW(p, lr=0.5, weight_decay=0.1)),
+    ],
+)
+def test_optimizers_are_torchs_with_the_settings_given(overrides, reference):
+    nets = []
+    for make in (lambda n: make_optimizer(load_config([], ["optim.lr=0.5", *overrides]).optim, n), None):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 2)
+        optimizer = make(net) if make else reference(net.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            (net(torch.ones(1, 3)) ** 2).sum().backward()
+            optimizer.step()
+        nets.append(net)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        # Fused and plain kernels round in another order: a few ulps (6e-8) in each of 3 steps of growing values.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_schedule_state_resumes():
+    config = load_config([], ["optim.lr=0.5"]).optim
+    first = make_optimizer(config, Net())
+    schedule = make_schedule(config, first, STEPS)
+    rates(schedule, first, 17)
+    second = make_optimizer(config, Net())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resumed = make_schedule(config, second, STEPS)
+    resumed.load_state_dict(schedule.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert rates(resumed, second, 10) == rates(schedule, first, 10)

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from distlenet.errors import UserError
+from distlenet.precision import autocast, make_scaler, pick_precision
+
+pytestmark = pytest.mark.unit
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_cpu():
+    assert [pick_precision(wanted, CPU) for wanted in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
+    with pytest.raises(UserError, match="precision=fp16"):
+        pick_precision("fp16", CPU)
+
+
+@pytest.mark.parametrize(("native", "auto"), [(True, "bf16"), (False, "fp16")])
+def test_gpu(monkeypatch, native, auto):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
+    assert pick_precision("auto", GPU) == auto
+    assert [pick_precision(wanted, GPU) for wanted in ("fp32", "fp16")] == ["fp32", "fp16"]
+    if not native:
+        with pytest.raises(UserError, match="precision=bf16"):
+            pick_precision("bf16", GPU)
+
+
+def test_autocast_is_on_for_mixed_precision_alone():
+    layer, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with autocast(precision, CPU):
+            assert layer(x).dtype == dtype
+
+
+def test_the_scaler_is_on_for_fp16_alone():
+    assert [make_scaler(p, GPU).is_enabled() for p in ("fp32", "bf16")] == [False, False]
+    scaler = make_scaler("fp16", CPU)  # on a machine without CUDA, a CUDA scaler turns itself off
+    assert scaler.is_enabled()
+    assert scaler.get_scale() == 65536.0

@@ -1,0 +1,191 @@
+import json
+import os
+import pty
+import re
+import threading
+
+import pytest
+
+from distlenet.tracking import Trackers
+from distlenet.tracking.console import Bar, Lines, TutorialLines, make_console
+from distlenet.tracking.history import History
+
+pytestmark = pytest.mark.unit
+
+FACTS = {
+    "version": "1",
+    "model": "lenet",
+    "data": "digits",
+    "train_count": 1437,
+    "data_source": "bundled",
+    "world_size": 2,
+    "backend": "gloo",
+    "device": "cpu",
+    "precision": "fp32",
+    "threads": 1,
+    "epochs": 2,
+    "steps_per_epoch": 20,
+    "global_batch_size": 64,
+    "accumulation_steps": 1,
+    "micro_batch_size": 32,
+    "step": 0,
+    "steps": 40,
+    "resumed_from": None,
+}
+SUMMARY = {"test_accuracy": 0.98765, "test_count": 360, "steps": 40, "folder": "runs/x"}
+
+
+def train_record(step: int) -> dict:
+    place = {"split": "train", "step": step, "epoch": 1, "batch": step, "loss": 0.5, "accuracy": 0.75, "count": 64}
+    return {**place, "lr": 0.1, "images_per_s": 1000.0}
+
+
+def test_record(step: int) -> dict:
+    return {"split": "test", "step": step, "epoch": 1, "batch": step, "loss": 0.25, "accuracy": 0.9, "count": 360}
+
+
+test_record.__test__ = False
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(folder, steps, start=0):
+    history = History(folder)
+    history.start({**FACTS, "step": start})
+    for step in steps:
+        history.log(train_record(step))
+    return history
+
+
+def test_history_has_one_object_a_line_at_once(tmp_path):
+    history = write(tmp_path, [1, 2])
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2]  # before it is closed: a kill loses nothing
+    history.finish(SUMMARY)
+    history.close()
+    assert json.loads((tmp_path / "summary.json").read_text()) == SUMMARY
+
+
+def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path):
+    write(tmp_path, [1, 2, 3, 4]).close()
+    write(tmp_path, [3, 4, 5], start=2).close()
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
+    write(tmp_path, [1, 2]).close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"split": "train", "st')
+    write(tmp_path, [3], start=2).close()
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_starting_anew_empties_an_old_history(tmp_path):
+    write(tmp_path, [1, 2]).close()
+    write(tmp_path, [], start=0).close()
+    assert lines(tmp_path) == []
+
+
+def test_a_complete_run_keeps_its_summary(tmp_path):
+    for measured in (1234.5, None):
+        history = write(tmp_path, [], start=0 if measured else 40)
+        history.finish({**SUMMARY, "train_images_per_s": measured})
+    assert json.loads((tmp_path / "summary.json").read_text())["train_images_per_s"] == 1234.5
+
+
+def test_plain_lines_come_at_most_every_few_seconds(capsys, monkeypatch):
+    clock = iter([0.0, 0.0, 1.0, 4.9, 5.1, 5.1, 6.0])
+    monkeypatch.setattr("distlenet.tracking.console.time.monotonic", lambda: next(clock))
+    console = Lines()
+    console.start(FACTS)
+    capsys.readouterr()
+    for step in (1, 2, 3, 4, 5):
+        console.log(train_record(step))
+    shown = capsys.readouterr().out.splitlines()
+    assert [re.search(r"step (\d+)/40", line).group(1) for line in shown] == ["1", "4"]
+    assert shown[0].endswith("loss 0.5000  accuracy 75.0%  lr 0.1  1,000 images/s  0:00:02 left")
+
+
+def test_tests_and_results_are_always_shown(capsys):
+    console = Lines()
+    console.start(FACTS)
+    console.log(test_record(20))
+    console.log(test_record(40))
+    console.finish(SUMMARY)
+    out = capsys.readouterr().out
+    assert out.count("test accuracy 90.00% of 360 images") == 2
+    assert out.endswith("Accuracy of the network on the 360 test images: 98.8 %\nFiles of this run: runs/x\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({}, "global batch 64 = ranks 2 × micro-batches 1 × images 32"),
+        ({"step": 8, "resumed_from": "runs/x/c.pt"}, "resumed at step 8 of 40 from runs/x/c.pt"),
+        ({"step": 40}, "this run is complete"),
+    ],
+)
+def test_the_opening_says_what_runs_where(capsys, change, part):
+    Lines().start({**FACTS, **change})
+    assert part in capsys.readouterr().out
+
+
+def test_the_tutorials_lines(capsys):
+    console = make_console("tutorial")
+    assert isinstance(console, TutorialLines)
+    console.log({**train_record(2000), "loss": 1.23449})
+    console.log({**train_record(12000), "epoch": 2})
+    console.finish(SUMMARY)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:3] == ["[1,  2000] loss: 1.234", "[2, 12000] loss: 0.500", "Finished Training"]
+
+
+def test_no_terminal_no_bar(capsys):
+    assert type(make_console("auto")) is Lines
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    """A real pseudo-terminal: the bar redraws in place, and the last lines stay below it."""
+    master, slave = pty.openpty()
+    shown = []
+    reader = threading.Thread(target=lambda: shown.extend(iter(lambda: read(master), b"")))
+    reader.start()
+    with os.fdopen(slave, "w", buffering=1) as terminal:
+        monkeypatch.setattr("sys.stdout", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        console = make_console("auto")
+        assert isinstance(console, Bar)
+        console.start(FACTS)
+        console.log(train_record(10))
+        console.log(test_record(20))
+        console.finish(SUMMARY)
+    reader.join(timeout=30)
+    os.close(master)
+    text = b"".join(shown).decode()
+    assert "loss 0.500  acc 75.0%  1,000 images/s" in text
+    assert "40/40" in text
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "")
+    assert plain.rstrip().endswith("Accuracy of the network on the 360 test images: 98.8 %\nFiles of this run: runs/x")
+    assert plain.count("Accuracy of the network") == 1
+
+
+def read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:  # the other end is closed
+        return b""
+
+
+def test_trackers_pass_on_to_each_and_none_is_fine(tmp_path, capsys):
+    Trackers().log(train_record(1))
+    both = Trackers([TutorialLines(), History(tmp_path)])
+    both.start(FACTS)
+    both.log(train_record(1))
+    both.finish(SUMMARY)
+    both.close()
+    assert "[1,     1] loss: 0.500" in capsys.readouterr().out
+    assert len(lines(tmp_path)) == 1
+    assert (tmp_path / "summary.json").exists()
