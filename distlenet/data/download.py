@@ -97,7 +97,7 @@ def _by_debian(name: str, scratch: Path) -> Path:
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise RuntimeError("no apt-get and dpkg here")
     for command in (["apt-get", "download", "-q", DEBIAN_PACKAGE[name]], ["dpkg", "-x", "PACKAGE", "."]):
-        packages = [str(path) for path in scratch.glob("*.deb")]
+        packages = [path.name for path in scratch.glob("*.deb")]
         line = [word for part in command for word in (packages if part == "PACKAGE" else [part])]
         subprocess.run(line, cwd=scratch, check=True, capture_output=True, text=True, timeout=600)
     return scratch / DEBIAN_FOLDER[name].relative_to("/")

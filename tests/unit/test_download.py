@@ -153,7 +153,8 @@ def test_debians_package_needs_no_root(monkeypatch, tmp_path, no_debian):
         download, "DEBIAN_FOLDER", {"fashion_mnist": download.Path("/usr/share/datasets/fashion-mnist")}
     )
     monkeypatch.setattr(download, "locate", lambda name, root: idx.find(download.downloaded_folder(name, root)))
-    root = tmp_path / "data"
+    monkeypatch.chdir(tmp_path)
+    root = download.Path("data")  # relative, as data.root is by default
     with pytest.raises(UserError, match="refused"):
         download.locate_or_download("fashion_mnist", root)
     files = download.locate_or_download("fashion_mnist", root, debian=True)
