@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distlenet.data.loader import Batch
 from distlenet.distributed import sum_over_ranks
+from distlenet.exact import LOSS_BITS, round_to_grid
 
 EVAL_BATCH = 250
 """Images that are evaluated together; fixed, so that results do not depend on the number of ranks."""
@@ -29,18 +30,20 @@ class Metrics:
 
 
 class Meter:
-    """Sums of loss, correct answers and images, of a window of steps and of the whole epoch."""
+    """Sums of loss, correct answers and images, of a window of steps and of the whole epoch.
+
+    The sums are exact (see ``distlenet.exact``): they do not depend on who adds what, nor in which order.
+    """
 
     def __init__(self, device: torch.device) -> None:
         """Start at zero."""
         self.epoch = torch.zeros(3, dtype=torch.float64, device=device)
         self.window_start = self.epoch.clone()
 
-    def update(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a micro-batch: its summed loss (), logits (n, C) and labels (n,). No host sync."""
-        correct = (logits.argmax(1) == labels).sum()
-        self.epoch[0] += loss_sum
-        self.epoch[1] += correct
+    def update(self, loss_sums: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count the summed losses (m,) of m micro-batches, with their logits (n, C) and labels (n,). No host sync."""
+        self.epoch[0] += round_to_grid(loss_sums.double(), LOSS_BITS).sum()
+        self.epoch[1] += (logits.argmax(1) == labels).sum()
         self.epoch[2] += len(labels)
 
     def window(self) -> Metrics:
@@ -129,7 +132,7 @@ def evaluate(
         with autocast:
             logits = net(prepare(images))
             loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
-        meter.update(loss_sum, logits, labels)
+        meter.update(loss_sum.view(1), logits, labels)
     net.train()
     metrics = meter.reset()
     if metrics.count != expected:

@@ -54,6 +54,7 @@ class DataConfig:
     drop_last: bool = setting(
         False, "Drop an epoch's last, shorter global batch instead of training on it.", result=True
     )
+    ledger: bool = setting(False, "Record which samples each rank consumed, for python -m distlenet.ledger.")
     synthetic_train: int = setting(60000, "Training images of data.name=synthetic.", ge=1, result=True)
     synthetic_test: int = setting(10000, "Test images of data.name=synthetic.", ge=1, result=True)
 
@@ -81,6 +82,9 @@ class TrainConfig:
     )
     accumulation_steps: int = setting(1, "Micro-batches per optimizer step on each rank.", ge=1)
     log_every: int = setting(50, "Steps between two records of the training loss.", ge=1)
+    check_replicas_every: int | None = setting(
+        500, "Steps between two checks that all ranks hold the same parameters; null: never.", ge=1
+    )
     label_smoothing: float = setting(0.05, "Label smoothing of the training loss.", ge=0, lt=1, result=True)
     clip_norm: float | None = setting(None, "Largest norm of the gradient; null: no clipping.", gt=0, result=True)
 
@@ -111,6 +115,15 @@ class DistributedConfig:
 
     backend: Literal["auto", "nccl", "gloo"] = setting(
         "auto", "auto: NCCL where every local rank has a GPU of its own, else Gloo."
+    )
+    reduction: Literal["exact", "ddp"] = setting(
+        "ddp", "exact: the same bits on any number of ranks; ddp: DistributedDataParallel's own sums.", result=True
+    )
+    virtual_shards: int = setting(
+        8,
+        "Micro-batches of a global batch with reduction=exact; the number of ranks must divide it.",
+        ge=1,
+        result=True,
     )
     timeout_s: float = setting(600.0, "Seconds after which a collective that hangs ends the job.", gt=0)
     threads: int | None = setting(None, "CPU threads per rank; null: OMP_NUM_THREADS where it is set, else 1.", ge=1)

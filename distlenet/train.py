@@ -5,11 +5,11 @@ from pathlib import Path
 
 from distlenet.checkpoint import find_checkpoint
 from distlenet.config import load_config, run_folder, to_yaml
-from distlenet.data.sampler import check_global_batch
 from distlenet.data.sources import load_data
 from distlenet.distributed import all_or_none
 from distlenet.entry import parse_arguments, run_entry
 from distlenet.errors import UserError
+from distlenet.reduction import micro_batch_size
 from distlenet.schema import Config
 from distlenet.session import open_session
 from distlenet.tracking import Record, Trackers
@@ -35,7 +35,7 @@ def train(config: Config) -> Record:
     folder = run_folder(config)
     with open_session(config) as session:
         rank_0 = session.world.rank == 0
-        check_global_batch(config.train.global_batch_size, session.world.world_size, config.train.accumulation_steps)
+        micro_batch_size(config, session.world.world_size)  # before the data: it is what users get wrong most
         with all_or_none():
             if rank_0 and config.checkpoint.resume not in ("auto", "never"):
                 find_checkpoint(Path(config.checkpoint.resume))

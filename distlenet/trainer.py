@@ -1,13 +1,10 @@
 """The training loop, and the state that one checkpoint holds."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch._dynamo  # see below
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from distlenet import __version__
@@ -17,17 +14,17 @@ from distlenet.data.loader import make_loader
 from distlenet.data.sampler import GlobalBatchSampler, ShardSampler
 from distlenet.data.sources import ImageData
 from distlenet.distributed import all_or_none, from_rank_0
+from distlenet.exact import seed_micro_batch
 from distlenet.metrics import EVAL_BATCH, Meter, Metrics, Speed, evaluate
 from distlenet.net import NETS
 from distlenet.optim import make_optimizer, make_schedule
 from distlenet.precision import make_scaler
+from distlenet.reduction import make_reduction
+from distlenet.replicas import check_replicas
 from distlenet.schema import Config
 from distlenet.session import Session
 from distlenet.tracking import Record, Tracker
-
-# DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import
-# (seen with torch 2.15) keeps every frame under way alive, with the trainer and the process group in them.
-# Imported up here, it finds no such frames: the group can end when its ``with`` block does.
+from distlenet.tracking.ledger import Ledger, NoLedger, open_start
 
 
 class Trainer:
@@ -38,7 +35,6 @@ class Trainer:
         self.config, self.session, self.tracker = config, session, tracker
         self.world, self.device = world, device = session.world, session.device
         train = config.train
-        self.micro_batch = train.global_batch_size // (world.world_size * train.accumulation_steps)
 
         place = (world.rank, world.world_size)
         self.sampler = GlobalBatchSampler(
@@ -53,19 +49,21 @@ class Trainer:
 
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.net = NETS[config.model.name]().to(device)
-        self.ddp = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(config.optim, self.net)
         epochs_steps = train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, train.max_steps or epochs_steps)
         self.schedule = make_schedule(config.optim, self.optimizer, self.total_steps)
         self.autocast = session.autocast()
         self.scaler = make_scaler(session.precision, device)
+        self.reduction = make_reduction(config, self.net, world, watch=not self.scaler.is_enabled())
         self.meter = Meter(device)
         self.speed = Speed()
         self.label_smoothing = train.label_smoothing
         self.checkpoint_every = config.checkpoint.every_steps or self.total_steps
+        self.check_replicas_every = train.check_replicas_every or self.total_steps
 
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
+        self.ledger = NoLedger()
         self.resumed_from: Path | None = None
         self.step = 0  # optimizer steps done, over all epochs
         self.epoch = 0  # epochs done
@@ -79,19 +77,19 @@ class Trainer:
         while self.step < self.total_steps:
             self.sampler.set_position(self.epoch, self.batch)
             self.speed.start()
-            for (
-                images,
-                labels,
-                indices,
-            ) in self.train_loader:  # (n, H, W), (n,), (n,); n = B/W but for the last
+            for images, labels, indices in self.train_loader:  # (n, H, W), (n,), (n,); n = B/W, but for the last
                 self.train_step(images, labels, indices)
+                if self.step % self.check_replicas_every == 0:
+                    check_replicas(self.net)  # collective, host sync
                 if self.batch % self.config.train.log_every == 0:
+                    self.reduction.check()  # host sync
                     metrics = self.meter.window()  # collective, host sync
                     self.log("train", metrics, images_per_s=self.speed.window())
                 if self.step == self.total_steps:
                     break
                 if self.step % self.checkpoint_every == 0:
                     self.save()  # collective
+            self.reduction.check()  # host sync
             metrics = self.meter.reset()  # collective, host sync
             self.speed.stop()
             self.log("train_epoch", metrics)
@@ -99,26 +97,35 @@ class Trainer:
             if self.batch == self.sampler.steps:
                 self.epoch, self.batch = self.epoch + 1, 0
             self.save(best)  # collective
+        self.ledger.close()
         results = {"epochs": self.epoch, "steps": self.step, "train_images_per_s": self.speed.mean()}
         return {**self.test, **results, **self.session.describe()}
 
     def train_step(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:
         """Take one optimizer step on this rank's share of the next global batch.
 
-        Every image of the global batch weighs the same, however the batch is split: losses are summed, not
-        averaged, and scaled by world_size/count because DDP divides by world_size. So neither a short last
-        batch, nor a short last micro-batch, nor a rank with fewer images or none changes the gradient.
+        Every image of the global batch weighs the same, however the batch is cut: losses are summed, not
+        averaged, and divided by the images of the global batch. So neither a short last batch, nor a short
+        last micro-batch, nor a rank with fewer images or none changes the gradient.
         """
         count = self.sampler.count(self.batch)  # images of the global batch, over all ranks
-        micro_batches = self.split(images, labels, indices)
-        for number, (x, y, index) in enumerate(micro_batches, start=1):
-            # The last backward alone is a collective. DDP wants the forward inside no_sync too.
-            with nullcontext() if number == len(micro_batches) else self.ddp.no_sync():
+        self.ledger.record(self.epoch, self.step, indices)
+        images, labels, indices = (t.to(self.device, non_blocking=True) for t in (images, labels, indices))
+        inputs = self.prepare.augmented(images, indices, self.epoch)  # (n, 1, 32, 32)
+        losses, outputs, answers = [], [], []
+        micro_batches = self.reduction.micro_batches(inputs, labels)
+        for shard, (x, y) in micro_batches:
+            seed_micro_batch(self.device, self.config.seed, self.step, shard)
+            with self.reduction.accumulate(last=shard == micro_batches[-1][0]):
                 with self.autocast:
-                    logits = self.ddp(self.prepare.augmented(x, index, self.epoch)).float()
+                    logits = self.reduction.model(x).float()
                 loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=self.label_smoothing)
-                self.scaler.scale(loss * (self.world.world_size / count)).backward()
-            self.meter.update(loss.detach(), logits.detach(), y)
+                self.scaler.scale(loss * (self.reduction.weight / count)).backward()
+            losses.append(loss.detach())
+            outputs.append(logits.detach())
+            answers.append(y)
+        self.meter.update(torch.stack(losses), torch.cat(outputs), torch.cat(answers))
+        self.reduction.finish(self.step)  # collective
         if self.config.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
@@ -131,11 +138,6 @@ class Trainer:
         self.speed.add(count)
         self.step += 1
         self.batch += 1
-
-    def split(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """Move a batch to the device and cut it into micro-batches; an empty one is one empty micro-batch."""
-        parts = (tensor.to(self.device, non_blocking=True).split(self.micro_batch) for tensor in tensors)
-        return list(zip(*parts, strict=True))
 
     def evaluate(self) -> bool:
         """Measure the bare network on the test set; return whether it is the best yet. A collective."""
@@ -153,6 +155,7 @@ class Trainer:
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint from rank 0. A collective; raises UserError where it cannot be written."""
+        self.reduction.check()  # what is not finite is never saved
         state = self.state_dict()
         with all_or_none():
             if self.world.rank == 0:
@@ -169,7 +172,19 @@ class Trainer:
             self.resumed_from, state = found
             load_model(self.net, state, self.resumed_from)
             self.load_state_dict(state)
+        check_replicas(self.net)  # all start alike, whatever their seeds or disks say
+        if self.config.data.ledger:
+            self.ledger = self.open_ledger()
         self.tracker.start(self.facts())
+
+    def open_ledger(self) -> Ledger:
+        """Open this rank's ledger of the samples it takes from now on. A collective."""
+        folder = None
+        if self.world.rank == 0:
+            facts = {"samples": self.sampler.samples, "steps_per_epoch": self.sampler.steps}
+            facts |= {"global_batch_size": self.sampler.global_batch, "world_size": self.world.world_size}
+            folder = open_start(self.checkpoints.folder.parent, self.step, facts)
+        return Ledger(from_rank_0(folder) or Path(), self.world.rank)
 
     def state_dict(self) -> State:
         """Return everything that the rest of the run depends on: tensors and plain values. A collective."""
@@ -211,8 +226,9 @@ class Trainer:
             "epochs": self.config.train.epochs,
             "steps_per_epoch": self.sampler.steps,
             "global_batch_size": self.config.train.global_batch_size,
-            "accumulation_steps": self.config.train.accumulation_steps,
-            "micro_batch_size": self.micro_batch,
+            "micro_batches": self.reduction.micro_batches_per_rank,
+            "micro_batch_size": self.reduction.micro_batch_size,
+            "reduction": self.config.distributed.reduction,
             "resumed_from": self.resumed_from and str(self.resumed_from),
             **self.session.describe(),
         }

@@ -17,7 +17,7 @@ class GlobalBatchSampler(DistributedSampler[Tensor]):
     Position p of an epoch's permutation belongs to global batch p // B and, as in ``DistributedSampler``,
     to rank p % W. So global batch t is positions tB to (t+1)B-1 for every world size W, and nothing is
     padded: the last batch of an epoch is as short as what is left, or is left out (``drop_last``).
-    W must divide B (``check_global_batch``).
+    W must divide B.
 
     Yields int64 tensors (n,), where n = B/W but for the last batch, in which ranks may differ by one and
     may get nothing (n = 0). All ranks yield equally often.
@@ -90,15 +90,3 @@ def permutation(samples: int, seed: int, epoch: int) -> Tensor:
     digest = hashlib.sha256(f"order of seed {seed} in epoch {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.randperm(samples, generator=generator)
-
-
-def check_global_batch(global_batch: int, world_size: int, accumulation_steps: int) -> None:
-    """Raise UserError, with the nearest sizes that work, unless each micro-batch is of equal size."""
-    divisor = world_size * accumulation_steps
-    if global_batch % divisor:
-        below = global_batch // divisor * divisor
-        sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
-        raise UserError(
-            f"train.global_batch_size={global_batch} does not divide by {world_size} ranks × "
-            f"{accumulation_steps} accumulation steps; the nearest that do: {sizes}"
-        )

@@ -129,7 +129,8 @@ def _opening(facts: Record) -> list[str]:
         f"world size {f['world_size']}, {f['backend']}, {f['device']}, {f['precision']}, "
         f"CPU threads per rank {f['threads']}",
         f"epochs {f['epochs']}, steps per epoch {f['steps_per_epoch']}, global batch {f['global_batch_size']} = "
-        f"ranks {f['world_size']} × micro-batches {f['accumulation_steps']} × images {f['micro_batch_size']}",
+        f"ranks {f['world_size']} × micro-batches {f['micro_batches']} × images {f['micro_batch_size']}, "
+        f"reduction {f['reduction']}",
     ]
     if facts["step"] >= facts["steps"]:
         lines.append("this run is complete; change a setting or give another run.name to train again")

@@ -1,6 +1,6 @@
 """One rank that trains and leaves its weights behind: ``rank_program.py OUT [--die-at STEP] [key=value]...``.
 
-``OUT/rank0.pt`` and so on hold each rank's own network after training. With ``--die-at``, rank 1 kills
+``OUT/rank0.pt`` and so on hold each rank's own network after training. With ``--die-at``, the last rank kills
 itself before that optimizer step, as the out-of-memory killer would.
 """
 
@@ -21,7 +21,7 @@ class Watched(Trainer):
     out = Path()
 
     def train_step(self, images, labels, indices):
-        if self.world.rank == 1 and self.step == self.die_at:
+        if self.world.rank == self.world.world_size - 1 and self.step == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         super().train_step(images, labels, indices)
 

@@ -15,6 +15,7 @@ PROGRAM = Path(__file__).with_name("rank_program.py")
 # micro-batches it is also ragged. The test set of 1,001 divides by no world size but 1.
 SETTINGS = (
     "device=cpu",
+    "distributed.reduction=ddp",
     "data.name=synthetic",
     "data.synthetic_train=251",
     "data.synthetic_test=1001",

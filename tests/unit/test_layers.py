@@ -11,10 +11,10 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(distlenet.__file__).parent
 FLOORS = [
-    {"errors", "schema", "net", "distributed"},
-    {"config", "data", "optim", "precision", "metrics", "checkpoint", "tracking"},
+    {"errors", "schema", "net", "distributed", "exact"},
+    {"config", "data", "optim", "precision", "metrics", "checkpoint", "tracking", "reduction", "replicas"},
     {"session", "trainer"},
-    {"entry", "train", "evaluate", "data.__main__"},
+    {"entry", "train", "evaluate", "ledger", "data.__main__"},
 ]
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distlenet.data.sampler import GlobalBatchSampler, ShardSampler, check_global_batch, permutation
+from distlenet.data.sampler import GlobalBatchSampler, ShardSampler, permutation
 from distlenet.data.sources import Split
 from distlenet.errors import UserError
 
@@ -99,16 +99,3 @@ def test_shards_have_every_sample_once_in_chunks_that_do_not_depend_on_ranks(sam
     alone = [part.tolist() for part in ShardSampler(samples, chunk, 0, 1)]
     assert sorted(chunks) == alone
     assert [sample for part in alone for sample in part] == list(range(samples))
-
-
-@pytest.mark.parametrize(
-    ("size", "ranks", "accumulation", "nearest"),
-    [(64, 3, 1, "63 or 66"), (10, 2, 4, "8 or 16"), (5, 8, 1, ": 8"), (100, 3, 7, "84 or 105")],
-)
-def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(size, ranks, accumulation, nearest):
-    with pytest.raises(UserError, match=nearest):
-        check_global_batch(size, ranks, accumulation)
-
-
-def test_a_batch_that_divides_passes():
-    check_global_batch(96, 4, 3)

@@ -1,0 +1,82 @@
+"""Which samples each rank consumed, on disk, so that anyone can check that an epoch used each of them once.
+
+``RUN/ledger/0002-from-00000040/`` belongs to the second start of a run, which went on after step 40. In it
+``start.json`` has the facts of that start, and ``rank-00003.jsonl`` one line per optimizer step of rank 3.
+Lines are only ever added. A step that a later start trained again counts in that start alone.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+START = re.compile(r"(\d+)-from-(\d+)")
+
+
+class NoLedger:
+    """Records nothing."""
+
+    def record(self, epoch: int, step: int, indices: Tensor) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Ledger(NoLedger):
+    """Record the samples of one rank."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        """Write into ``folder``, which ``open_start`` made."""
+        self.file: TextIO = (folder / f"rank-{rank:05d}.jsonl").open("w", encoding="utf-8", buffering=1)
+
+    def record(self, epoch: int, step: int, indices: Tensor) -> None:
+        """Add a line, at once: the samples ``indices`` (n,) of the optimizer step that comes after ``step`` others."""
+        self.file.write(json.dumps({"epoch": epoch, "step": step, "indices": indices.tolist()}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def open_start(run: Path, step: int, facts: dict[str, Any]) -> Path:
+    """Make the folder of a start that goes on after ``step`` steps, with its facts. Rank 0 alone calls it."""
+    number = 1 + max((start.number for start in starts(run)), default=0)
+    folder = run / "ledger" / f"{number:04d}-from-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "start.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    return folder
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run, as its ledger has it."""
+
+    folder: Path
+    number: int
+    step: int
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts that ``open_start`` was given."""
+        facts: dict[str, Any] = json.loads((self.folder / "start.json").read_text(encoding="utf-8"))
+        return facts
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of all ranks; a last line that a kill cut short is none."""
+        for path in sorted(self.folder.glob("rank-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+
+def starts(run: Path) -> list[Start]:
+    """Return a run's starts in their order."""
+    found = []
+    for folder in (run / "ledger").glob("*-from-*"):
+        if match := START.fullmatch(folder.name):
+            found.append(Start(folder, int(match[1]), int(match[2])))
+    return sorted(found, key=lambda start: start.number)
