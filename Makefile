@@ -1,5 +1,6 @@
 # make train [NPROC=4] [ARGS="train.epochs=2 ..."]    environment, data, training
 # make test                                           environment, data, the whole suite
+# make prove-exact                                    the same bits on 1, 2, 4, 8 ranks, and after kills
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,11 +8,11 @@ ARGS   ?=
 # Processes on this machine: one for every GPU, or else 2 on the CPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-.PHONY: help train data test lint format clean
+.PHONY: help train data test prove-exact lint format clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile | head -2
+	@sed -n 's/^# //p' Makefile | head -3
 
 train: data
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m distlenet.train $(ARGS)
@@ -22,6 +23,9 @@ data: $(VENV)/.installed
 test: $(VENV)/.installed-dev lint
 	@$(BIN)/python -m distlenet.data
 	$(BIN)/pytest
+
+prove-exact: $(VENV)/.installed
+	@$(BIN)/python benchmarks/prove_exact.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

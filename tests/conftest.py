@@ -1,5 +1,6 @@
 """Helpers that all tests share: real data, a group of one, and running commands under a hard time limit."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -36,7 +37,7 @@ class Ended:
 
 
 def run_command(*words: object, timeout: float = 120, env: dict[str, str] | None = None, cwd: Path = REPO) -> Ended:
-    """Run a command in a session of its own; at the time limit, kill all of the session and fail with its output."""
+    """Run a command; at the time limit, kill it and all that it started, and fail with its output."""
     command = [str(word) for word in words]
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
     process = subprocess.Popen(
@@ -51,10 +52,24 @@ def run_command(*words: object, timeout: float = 120, env: dict[str, str] | None
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         stdout, stderr = process.communicate()
         pytest.fail(f"still running after {timeout} s: " + str(Ended(" ".join(command), -9, stdout, stderr)))
     return Ended(" ".join(command), process.returncode, stdout, stderr)
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and its descendants, whatever sessions they are in (torchrun gives each rank its own)."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone in the meantime
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    doomed = [pid]
+    for parent in doomed:
+        doomed += [child for child, its_parent in parents.items() if its_parent == parent]
+    for each in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
 
 
 def run_torchrun(ranks: int, *words: object, timeout: float = 120, env: dict[str, str] | None = None) -> Ended:
