@@ -50,6 +50,23 @@ def test_a_saved_meter_goes_on():
     assert elsewhere.reset().count == 0  # rank 0 carries the sums alone, or they would count twice
 
 
+@pytest.mark.usefixtures("group")
+def test_sums_of_losses_do_not_depend_on_their_order():
+    """Losses from 1e-6 to 1e6: plain float64 sums of them differ from order to order."""
+    generator = torch.Generator().manual_seed(0)
+    losses = 10 ** (torch.rand(500, generator=generator) * 12 - 6)
+    sums, plain = set(), set()
+    for _ in range(5):
+        order = torch.randperm(500, generator=generator)
+        meter = Meter(CPU)
+        for part in losses[order].split(7):
+            meter.update(part, torch.zeros(0, 10), torch.zeros(0, dtype=torch.int64))
+        sums.add(float(meter.epoch[0]))
+        plain.add(sum(losses[order].double().tolist()))
+    assert len(sums) == 1
+    assert len(plain) > 1
+
+
 class Answers(nn.Module):
     """Answers 0 for a black image and 1 for any other."""
 

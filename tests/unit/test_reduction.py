@@ -187,3 +187,18 @@ def test_sizes_that_divide():
 @pytest.mark.parametrize(("name", "kind"), [(EXACT, ExactReduction), (DDP, DdpReduction)])
 def test_the_configured_one_is_made(name, kind):
     assert re.fullmatch(kind.__name__, type(make_reduction(load_config([], [name]), Net(), ALONE, True)).__name__)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 3, 1, 0), (3, 0, 2, 1)])
+def test_the_order_of_shards_does_not_matter(order):
+    """Chosen so that it matters in plain float64: 1 + 2**-24 is half way between two float32, and whether the
+    two 2**-53 are added to each other first or lost one by one decides which of them is nearer."""
+    shards = [1.0, 2.0**-24, 2.0**-53, 2.0**-53]
+    layer = nn.Linear(1, 1, bias=False)
+    reduction = ExactReduction(layer, ALONE, 4, 1, watch=True)
+    for number in order:
+        with reduction.accumulate(last=number == order[-1]):
+            layer.weight.grad = torch.full((1, 1), shards[number])
+    reduction.finish(0)
+    assert layer.weight.grad.item() == 1.0
