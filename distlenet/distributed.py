@@ -34,6 +34,7 @@ class World:
     local_world_size: int = 1
     node_rank: int = 0
     init_method: str | None = None
+    own_gpu: bool = False  # this process sees one GPU, its own (srun --gpus-per-task), not all of the node
 
 
 def world_from_environ(environ: Mapping[str, str]) -> World:
@@ -61,10 +62,15 @@ def world_from_environ(environ: Mapping[str, str]) -> World:
         tasks = slurm_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
         if node_rank >= len(tasks):
             raise RankError(f"environment: SLURM_NODEID={node_rank} is beyond SLURM_STEP_TASKS_PER_NODE")
+        if environ.get("SLURM_DISTRIBUTION", "").startswith("arbitrary") and "MASTER_ADDR" not in environ:
+            raise RankError(
+                "environment: SLURM_DISTRIBUTION=arbitrary: rank 0 may be on any node; set MASTER_ADDR to its host name"
+            )
         host = environ.get("MASTER_ADDR") or slurm_first_host(environ.get("SLURM_STEP_NODELIST", ""))
         port = _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else slurm_port(environ)
         init_method = None if world_size == 1 else f"tcp://{host}:{port}"
-        return _checked(World(rank, local_rank, world_size, tasks[node_rank], node_rank, init_method))
+        own_gpu = "SLURM_GPUS_PER_TASK" in environ
+        return _checked(World(rank, local_rank, world_size, tasks[node_rank], node_rank, init_method, own_gpu))
     return World()
 
 
@@ -121,6 +127,8 @@ def pick_device(wanted: str, world: World, gpus: int) -> torch.device:
     """
     if wanted == "cpu" or (wanted == "auto" and gpus == 0):
         return torch.device("cpu")
+    if world.own_gpu and gpus == 1:
+        return torch.device("cuda", 0)
     if gpus < world.local_world_size:
         raise RankError(
             f"device={wanted}: {world.local_world_size} ranks on this node but {gpus} visible GPUs; "

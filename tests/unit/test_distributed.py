@@ -50,6 +50,21 @@ def test_srun():
     assert world_from_environ(SRUN) == World(2, 0, 3, 1, 1, f"tcp://n1:{slurm_port(SRUN)}")
 
 
+def test_srun_with_a_gpu_per_task():
+    world = world_from_environ({**SRUN, "SLURM_GPUS_PER_TASK": "1"})
+    assert world.own_gpu
+    crowded = World(5, 3, 8, 4, 1, own_gpu=True)
+    assert pick_device("auto", crowded, 1) == torch.device("cuda", 0)
+    assert pick_device("auto", crowded, 4) == torch.device("cuda", 3)  # not bound to tasks: all are visible
+
+
+def test_srun_with_an_arbitrary_distribution_needs_an_address():
+    arbitrary = {**SRUN, "SLURM_DISTRIBUTION": "arbitrary"}
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        world_from_environ(arbitrary)
+    assert world_from_environ({**arbitrary, "MASTER_ADDR": "n2"}).init_method.startswith("tcp://n2:")
+
+
 def test_srun_takes_an_address_that_the_user_gives():
     given = {**SRUN, "MASTER_ADDR": "login", "MASTER_PORT": "1234"}
     assert world_from_environ(given).init_method == "tcp://login:1234"

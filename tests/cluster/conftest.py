@@ -1,0 +1,18 @@
+"""What the tests on several hosts share: one SLURM cluster for all of them."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.slurm_cluster import ClusterUnavailableError, SlurmCluster
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """Two nodes of four CPUs. A machine without root or SLURM skips, with that reason; any other failure fails."""
+    try:
+        cluster = SlurmCluster(nodes=2, cpus=4)
+    except ClusterUnavailableError as error:
+        pytest.skip(str(error))
+    with cluster:
+        yield cluster
