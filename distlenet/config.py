@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distlenet.errors import UserError
@@ -52,17 +52,21 @@ def load_config(
     for where, values in sources:
         for key, value in flatten(values):
             _check(key, value, where)
-        merged = OmegaConf.merge(merged, values)
+            merged = OmegaConf.merge(merged, _nest(key, value))
     try:
         config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:  # an interpolation between keys that does not resolve
         raise UserError(f"config: {_one_line(error)}") from error
+    for key, value in flatten(config.to_dict()):
+        _check(key, value, "config")  # once more: an interpolation is only now a value
     if config.optim.nesterov and config.optim.name == "sgd" and config.optim.momentum == 0:
         raise UserError("optim.nesterov=true needs optim.momentum above 0; give optim.nesterov=false")
-    if config.run.name is not None and Path(config.run.name).name != config.run.name:
-        raise UserError(f"run.name={config.run.name}: expected one folder's name; the path to it is run.dir")
-    if unknown := set(config.checkpoint.allow_changed) - set(FIELDS):
-        raise UserError(f"checkpoint.allow_changed: {_unknown_key(min(unknown))}")
+    if (name := config.run.name) is not None and (name in ("", "..") or Path(name).name != name):
+        raise UserError(f"run.name={name}: expected one folder's name; the path to it is run.dir")
+    if unknown := [key for key in config.checkpoint.allow_changed if key not in FIELDS]:
+        raise UserError(f"checkpoint.allow_changed: {_unknown_key(unknown[0])}")
+    if fixed := {"model.name", "optim.name"} & set(config.checkpoint.allow_changed):
+        raise UserError(f"checkpoint.allow_changed: {min(fixed)} cannot change, the checkpoint's state would not fit")
     return config
 
 
@@ -120,24 +124,35 @@ def describe(key: str) -> str:
 def _check(key: str, value: Any, where: str) -> None:
     """Raise UserError unless ``key`` exists and takes ``value``."""
     given = where if "=" in where else f"{where}: {key}={'null' if value is None else value}"
+    given = given if len(given) <= 200 else given[:197] + "..."
     if key in GROUPS:
         raise UserError(f"{given}: {key} is a group of settings; write {key}.KEY=VALUE")
     if key not in FIELDS:
         raise UserError(f"{where}: {_unknown_key(key)}")
+    if value == "???":  # OmegaConf's word for a missing value, which it would pass over
+        raise UserError(f"{given}: expected {describe(key)}")
     try:
         scratch = OmegaConf.merge(OmegaConf.structured(Config), _nest(key, value))
-        typed = OmegaConf.select(scratch, key)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        typed = OmegaConf.select(scratch, key, throw_on_missing=True)
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{given}: expected {describe(key)}") from error
+    texts = typed if isinstance(typed, ListConfig) else [typed]
+    if any(isinstance(text, ListConfig) or (isinstance(text, str) and not _is_plain(text)) for text in texts):
+        raise UserError(f"{given!r}: expected {describe(key)}, without control characters")
     if isinstance(typed, int | float):
         limits = FIELDS[key].metadata
         if (
-            not math.isfinite(typed)
+            (isinstance(typed, float) and not math.isfinite(typed))
             or (limits["ge"] is not None and typed < limits["ge"])
             or (limits["gt"] is not None and typed <= limits["gt"])
             or (limits["lt"] is not None and typed >= limits["lt"])
         ):
             raise UserError(f"{given}: expected {describe(key)}")
+
+
+def _is_plain(text: str) -> bool:
+    """Say whether a text can be a part of a path and of a message of one line."""
+    return text.isprintable() and len(text) <= 1000
 
 
 def _unknown_key(key: str) -> str:
@@ -160,7 +175,7 @@ def _read_file(path: str) -> dict[str, Any]:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
         raise UserError(f"--config {path}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"--config {path}: expected a mapping of settings, got a {type(loaded).__name__}")
@@ -173,9 +188,9 @@ def _read_override(text: str) -> dict[str, Any]:
         raise UserError(f"{text!r}: expected key=value")
     try:
         return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text])))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{text}: the value is not valid YAML: {_one_line(error)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
+        raise UserError(f"{text[:200]}: the value is not valid YAML: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split())[:300]

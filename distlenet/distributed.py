@@ -53,6 +53,7 @@ def world_from_environ(environ: Mapping[str, str]) -> World:
                 f"or unset {given} for one process"
             )
         rank, local_rank, world_size, local_world_size = (_number(environ, name) for name in names)
+        _port(environ)
         node_rank = _number(environ, "GROUP_RANK") if "GROUP_RANK" in environ else rank // max(1, local_world_size)
         return _checked(World(rank, local_rank, world_size, local_world_size, node_rank, "env://"))
     if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
@@ -67,7 +68,7 @@ def world_from_environ(environ: Mapping[str, str]) -> World:
                 "environment: SLURM_DISTRIBUTION=arbitrary: rank 0 may be on any node; set MASTER_ADDR to its host name"
             )
         host = environ.get("MASTER_ADDR") or slurm_first_host(environ.get("SLURM_STEP_NODELIST", ""))
-        port = _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else slurm_port(environ)
+        port = _port(environ) if "MASTER_PORT" in environ else slurm_port(environ)
         init_method = None if world_size == 1 else f"tcp://{host}:{port}"
         own_gpu = "SLURM_GPUS_PER_TASK" in environ
         return _checked(World(rank, local_rank, world_size, tasks[node_rank], node_rank, init_method, own_gpu))
@@ -76,9 +77,16 @@ def world_from_environ(environ: Mapping[str, str]) -> World:
 
 def _number(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name, "")
-    if not re.fullmatch(r"[0-9]+", value):
+    if not re.fullmatch(r"[0-9]{1,9}", value):
         raise RankError(f"environment: {name}={value!r}: expected a whole number, at least 0")
     return int(value)
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    port = _number(environ, "MASTER_PORT")
+    if not 1 <= port <= 65535:
+        raise RankError(f"environment: MASTER_PORT={port}: expected a port, 1 to 65535")
+    return port
 
 
 def _checked(world: World) -> World:
@@ -119,22 +127,21 @@ def slurm_port(environ: Mapping[str, str]) -> int:
 
 
 def pick_device(wanted: str, world: World, gpus: int) -> torch.device:
-    """Choose this rank's device: the GPU of its local rank, or the CPU where there are no GPUs.
+    """Choose this rank's device: the GPU of its local rank, or the CPU where not each local rank has one.
 
     ``wanted`` is auto, cpu or cuda; ``gpus`` is how many GPUs this process sees.
-    Raises RankError where there are GPUs, but not one for each local rank: sharing one, or leaving it
-    idle, is nothing that a user should get without asking.
+    Raises RankError where GPUs are asked for and there is not one for each local rank.
     """
-    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
-        return torch.device("cpu")
-    if world.own_gpu and gpus == 1:
+    if world.own_gpu and gpus == 1 and wanted != "cpu":
         return torch.device("cuda", 0)
+    if wanted == "cpu" or (wanted == "auto" and gpus < world.local_world_size):
+        return torch.device("cpu")
+    if gpus == 0:
+        raise RankError("device=cuda: no GPU is visible to PyTorch here; give device=cpu, or check the driver")
     if gpus < world.local_world_size:
         raise RankError(
-            f"device={wanted}: {world.local_world_size} ranks on this node but {gpus} visible GPUs; "
-            f"start at most {gpus} ranks per node, or give device=cpu"
-            if gpus
-            else f"device={wanted}: no GPU is visible to PyTorch here; give device=cpu, or check the driver"
+            f"device=cuda: {world.local_world_size} ranks on this node but {gpus} visible GPUs; start at most {gpus} "
+            "ranks per node, or give device=cpu"
         )
     return torch.device("cuda", world.local_rank)
 
@@ -160,8 +167,6 @@ def process_group(world: World, backend: str, device: torch.device, timeout_s: f
     Raises RankError where the group does not come together within ``timeout_s`` seconds.
     """
     bound = device if backend == "nccl" else None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     try:
         if world.init_method is None:  # a group of one: no address, no port, no network
@@ -169,15 +174,21 @@ def process_group(world: World, backend: str, device: torch.device, timeout_s: f
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=bound)
         else:
             dist.init_process_group(backend, world.init_method, timeout, world.world_size, world.rank, device_id=bound)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
         raise RankError(
             f"rank {world.rank} of {world.world_size} could not join the group at {world.init_method}: "
             f"{str(error).splitlines()[0]}"
         ) from error
     try:
         yield
+    except BaseException:
+        # Others may be inside a collective. Then NCCL's orderly end waits for them for ever, its abort does not.
+        if backend == "nccl" and hasattr(dist.distributed_c10d, "_abort_process_group"):
+            dist.distributed_c10d._abort_process_group()
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         # Gloo's threads end when the last reference to the group goes, which DistributedDataParallel holds
         # in a cycle. A thread that outlives the interpreter aborts it: "terminate called without an active
         # exception", exit status 134 after a run that succeeded.

@@ -1,6 +1,7 @@
 """What all commands share: one grammar of arguments, and one way to end."""
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -11,6 +12,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from distlenet.config import FIELDS, describe
 from distlenet.errors import RankError, UserError
+
+
+def _speaks_for_others(node_alone: bool) -> bool:
+    """Say whether this is the first rank: of its node, for what a node may see alone, else of the job."""
+    names = ("LOCAL_RANK", "SLURM_LOCALID") if node_alone else ("RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
 
 LINGER_S = 10.0  # seconds that rank 0 has to print what all ranks know
 
@@ -43,10 +51,10 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = No
 def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit: 0 done, 2 the user can mend it, 130 interrupted, 1 anything else.
 
-    What the user can mend is one line on standard error, once for the whole job: rank 0 speaks, since a
-    mistake in settings is the same on every rank, and ``all_or_none`` makes the others so. The other ranks
-    linger, because torchrun ends all when it sees one gone, and rank 0 may still be importing.
-    A mistake that one process alone can see (``RankError``) is printed by that process, at once.
+    What the user can mend is one line on standard error, once for the whole job: rank 0 speaks at once, since
+    a mistake in settings is the same on every rank, and ``all_or_none`` makes the others so; for what a node may
+    see alone (``RankError``), its first rank does. The other ranks linger, because torchrun ends all when it sees
+    one gone, and rank 0 may still be importing; a rank that nobody has ended by then speaks for itself.
     """
 
     @record  # under torchrun, leaves the traceback where the agent's report of failures finds it
@@ -54,14 +62,17 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         try:
             main()
         except UserError as error:
-            rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-            if rank != "0" and not isinstance(error, RankError):
+            if not _speaks_for_others(isinstance(error, RankError)):
                 time.sleep(LINGER_S)
-            else:
-                print(f"distlenet: {error}", file=sys.stderr, flush=True)
+                if "RANK" not in os.environ:  # srun ends nobody early: rank 0 has spoken
+                    return 2
+            print("distlenet:", " ".join(str(error).split()), file=sys.stderr, flush=True)
             return 2
         except KeyboardInterrupt:
             return 130
         return 0
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an odd locale costs a character, not the run
     sys.exit(guarded())

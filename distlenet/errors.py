@@ -10,4 +10,4 @@ class UserError(Exception):
 
 
 class RankError(UserError):
-    """A mistake that this rank alone may see, such as in its environment; each rank that does prints it."""
+    """A mistake that one node or rank alone may see, such as in its environment."""

@@ -52,12 +52,14 @@ class Meter:
         self.window_start.copy_(self.epoch)
         return metrics
 
-    def reset(self) -> Metrics:
-        """Return the metrics since the last reset, over all ranks, and start anew. As ``window``."""
-        metrics = _metrics(self.epoch)
+    def total(self) -> Metrics:
+        """Return the metrics since the last reset, over all ranks. A collective, then a host sync."""
+        return _metrics(self.epoch)
+
+    def reset(self) -> None:
+        """Start anew."""
         self.epoch.zero_()
         self.window_start.zero_()
-        return metrics
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the sums over all ranks, from which any number of ranks can go on. A collective."""
@@ -134,7 +136,7 @@ def evaluate(
             loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
         meter.update(loss_sum.view(1), logits, labels)
     net.train()
-    metrics = meter.reset()
+    metrics = meter.total()
     if metrics.count != expected:
         raise RuntimeError(f"evaluation counted {metrics.count} images of a set of {expected}")
     return metrics

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -31,6 +32,23 @@ def make_schedule(config: OptimConfig, optimizer: Optimizer, total_steps: int) -
     else:
         warmup = config.warmup_steps
     return LambdaLR(optimizer, partial(lr_factor, config.schedule, warmup, total_steps))
+
+
+def load_optimizer(optimizer: Optimizer, schedule: LambdaLR, state: dict[str, Any]) -> None:
+    """Take up the state of optimizer and schedule, but not the settings in it: those are the present run's.
+
+    They differ only where ``checkpoint.allow_changed`` names them.
+    """
+    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    base_lrs = schedule.base_lrs
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    schedule.base_lrs = base_lrs
+    for group, own, base_lr, factor in zip(
+        optimizer.param_groups, settings, base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group.update(own)
+        group["lr"] = base_lr * factor(schedule.last_epoch)
 
 
 def lr_factor(schedule: str, warmup: int, total_steps: int, step: int) -> float:

@@ -22,6 +22,16 @@ def pick_precision(wanted: str, device: torch.device) -> str:
     return ("bf16" if native else "fp16") if wanted == "auto" else wanted
 
 
+def exact_kernels() -> None:
+    """Have cuDNN compute fp32 in fp32, not in TF32, and choose kernels that give the same bits each time.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Return autocast for the forward pass and the loss; for fp32 it does nothing."""
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")

@@ -50,13 +50,13 @@ class DataConfig:
     augment: Literal["none", "shift", "flip_shift"] = setting(
         "none", "Random shift by up to 2 pixels; flip_shift also mirrors half of the images.", result=True
     )
-    workers: int = setting(0, "Loader processes per rank; 0 loads in the rank itself.", ge=0)
+    workers: int = setting(0, "Loader processes per rank; 0 loads in the rank itself.", ge=0, lt=1000)
     drop_last: bool = setting(
         False, "Drop an epoch's last, shorter global batch instead of training on it.", result=True
     )
     ledger: bool = setting(False, "Record which samples each rank consumed, for python -m distlenet.ledger.")
-    synthetic_train: int = setting(60000, "Training images of data.name=synthetic.", ge=1, result=True)
-    synthetic_test: int = setting(10000, "Test images of data.name=synthetic.", ge=1, result=True)
+    synthetic_train: int = setting(60000, "Training images of data.name=synthetic.", ge=1, lt=2**31, result=True)
+    synthetic_test: int = setting(10000, "Test images of data.name=synthetic.", ge=1, lt=2**31, result=True)
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,15 @@ class ModelConfig:
 class TrainConfig:
     """How long, and in which portions."""
 
-    epochs: int = setting(8, "Passes over the training set.", ge=1, result=True)
+    epochs: int = setting(8, "Passes over the training set.", ge=1, lt=2**31, result=True)
     max_steps: int | None = setting(
-        None, "Stop after this many optimizer steps; null: after train.epochs.", ge=1, result=True
+        None, "Stop after this many optimizer steps; null: after train.epochs.", ge=1, lt=2**53, result=True
     )
     global_batch_size: int = setting(
         128,
         "Images per optimizer step over all ranks; ranks × accumulation must divide it.",
         ge=1,
+        lt=2**31,
         result=True,
     )
     accumulation_steps: int = setting(1, "Micro-batches per optimizer step on each rank.", ge=1)
@@ -125,8 +126,10 @@ class DistributedConfig:
         ge=1,
         result=True,
     )
-    timeout_s: float = setting(600.0, "Seconds after which a collective that hangs ends the job.", gt=0)
-    threads: int | None = setting(None, "CPU threads per rank; null: OMP_NUM_THREADS where it is set, else 1.", ge=1)
+    timeout_s: float = setting(600.0, "Seconds after which a collective that hangs ends the job.", gt=0, lt=1e7)
+    threads: int | None = setting(
+        None, "CPU threads per rank; null: OMP_NUM_THREADS where it is set, else 1.", ge=1, lt=1000
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What every command that computes does first: find its place, its device, its precision, and the others."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from distlenet.distributed import World, pick_backend, pick_device, process_group, world_from_environ
-from distlenet.precision import autocast, pick_precision
+from distlenet.precision import autocast, exact_kernels, pick_precision
 from distlenet.schema import Config
 
 
@@ -45,6 +46,15 @@ def open_session(config: Config) -> Iterator[Session]:
     """
     world = world_from_environ(os.environ)
     device = pick_device(config.device, world, torch.cuda.device_count())
+    if config.device == "auto" and device.type == "cpu" and torch.cuda.device_count() > 0 and world.local_rank == 0:
+        print(
+            f"distlenet: device=auto: training on the CPU, since {world.local_world_size} ranks on this node share "
+            f"{torch.cuda.device_count()} GPUs; start a rank per GPU to use them",
+            file=sys.stderr,
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        exact_kernels()
     backend = pick_backend(config.distributed.backend, device)
     precision = pick_precision(config.precision, device)
     set_threads(config.distributed.threads)

@@ -3,9 +3,11 @@
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from distlenet.checkpoint import find_checkpoint
 from distlenet.config import load_config, run_folder, to_yaml
-from distlenet.data.sources import load_data
+from distlenet.data.sources import fetch_data, load_data
 from distlenet.distributed import all_or_none
 from distlenet.entry import parse_arguments, run_entry
 from distlenet.errors import UserError
@@ -14,7 +16,7 @@ from distlenet.schema import Config
 from distlenet.session import open_session
 from distlenet.tracking import Record, Trackers
 from distlenet.tracking.console import make_console
-from distlenet.tracking.history import History, replace_text
+from distlenet.tracking.history import History
 from distlenet.trainer import Trainer
 
 
@@ -39,25 +41,31 @@ def train(config: Config) -> Record:
         with all_or_none():
             if rank_0 and config.checkpoint.resume not in ("auto", "never"):
                 find_checkpoint(Path(config.checkpoint.resume))
-            data = load_data(config.data)
+            if session.world.local_rank == 0:
+                fetch_data(config.data)  # once per node; the others find it
+        lock = FileLock(folder / ".lock", blocking=False)
         with all_or_none():
+            data = load_data(config.data)
             if rank_0:
-                prepare_folder(folder, config)
-        tracker = Trackers([make_console(config.run.console), History(folder)] if rank_0 else [])
+                claim_folder(folder, lock)
+        tracker = Trackers([make_console(config.run.console), History(folder, to_yaml(config))] if rank_0 else [])
         try:
             summary = Trainer(config, session, data, folder, tracker).fit()
             summary |= {"wall_s": time.perf_counter() - started, "folder": str(folder)}
             tracker.finish(summary)
         finally:
             tracker.close()
+            lock.release()
     return summary
 
 
-def prepare_folder(folder: Path, config: Config) -> None:
-    """Make the run folder, with the resolved settings. Raises UserError where it cannot be written."""
+def claim_folder(folder: Path, lock: FileLock) -> None:
+    """Make the run folder and take its lock. Raises UserError where it cannot be written, or another job has it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / "config.yaml", to_yaml(config))
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"run folder {folder}: another job is writing there; give another run.name, or wait") from error
     except OSError as error:
         raise UserError(
             f"run folder {folder}: cannot be written: {error.strerror or error}; give another run.dir"

@@ -14,10 +14,11 @@ from distlenet.data.loader import make_loader
 from distlenet.data.sampler import GlobalBatchSampler, ShardSampler
 from distlenet.data.sources import ImageData
 from distlenet.distributed import all_or_none, from_rank_0
+from distlenet.errors import UserError
 from distlenet.exact import seed_micro_batch
 from distlenet.metrics import EVAL_BATCH, Meter, Metrics, Speed, evaluate
 from distlenet.net import NETS
-from distlenet.optim import make_optimizer, make_schedule
+from distlenet.optim import load_optimizer, make_optimizer, make_schedule
 from distlenet.precision import make_scaler
 from distlenet.reduction import make_reduction
 from distlenet.replicas import check_replicas
@@ -52,6 +53,10 @@ class Trainer:
         self.optimizer = make_optimizer(config.optim, self.net)
         epochs_steps = train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, train.max_steps or epochs_steps)
+        if (config.optim.warmup_steps or 0) >= self.total_steps:
+            raise UserError(
+                f"optim.warmup_steps={config.optim.warmup_steps}: the run has {self.total_steps} steps; give fewer"
+            )
         self.schedule = make_schedule(config.optim, self.optimizer, self.total_steps)
         self.autocast = session.autocast()
         self.scaler = make_scaler(session.precision, device)
@@ -65,11 +70,14 @@ class Trainer:
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
         self.ledger = NoLedger()
         self.resumed_from: Path | None = None
+        resume = config.checkpoint.resume
+        self.started_from = resume if resume not in ("auto", "never") else None
         self.step = 0  # optimizer steps done, over all epochs
         self.epoch = 0  # epochs done
         self.batch = 0  # global batches done in the epoch under way
         self.test: Record = {}  # metrics of the last evaluation
         self.best_accuracy = -1.0
+        self.lr = config.optim.lr  # of the last step
 
     def fit(self) -> Record:
         """Train from the newest checkpoint, or from scratch, to the last step; return the results."""
@@ -87,14 +95,16 @@ class Trainer:
                     self.log("train", metrics, images_per_s=self.speed.window())
                 if self.step == self.total_steps:
                     break
-                if self.step % self.checkpoint_every == 0:
-                    self.save()  # collective
+                if self.step % self.checkpoint_every == 0 and self.batch < self.sampler.steps:
+                    self.save()  # collective; the end of an epoch is saved below, with its records
             self.reduction.check()  # host sync
-            metrics = self.meter.reset()  # collective, host sync
+            metrics = self.meter.total()  # collective, host sync
             self.speed.stop()
-            self.log("train_epoch", metrics)
+            if complete := self.batch == self.sampler.steps:  # else train.max_steps ended it
+                self.log("train_epoch", metrics)
+                self.meter.reset()
             best = self.evaluate()  # collective, host sync
-            if self.batch == self.sampler.steps:
+            if complete:
                 self.epoch, self.batch = self.epoch + 1, 0
             self.save(best)  # collective
         self.ledger.close()
@@ -108,6 +118,7 @@ class Trainer:
         averaged, and divided by the images of the global batch. So neither a short last batch, nor a short
         last micro-batch, nor a rank with fewer images or none changes the gradient.
         """
+        self.lr = float(self.schedule.get_last_lr()[0])
         count = self.sampler.count(self.batch)  # images of the global batch, over all ranks
         self.ledger.record(self.epoch, self.step, indices)
         images, labels, indices = (t.to(self.device, non_blocking=True) for t in (images, labels, indices))
@@ -151,14 +162,16 @@ class Trainer:
     def log(self, split: str, metrics: Metrics, **more: float) -> None:
         """Tell the tracker one record; see ``distlenet.tracking``."""
         place = {"split": split, "step": self.step, "epoch": self.epoch + 1, "batch": self.batch}
-        self.tracker.log({**place, **metrics.to_dict(), "lr": self.schedule.get_last_lr()[0], **more})
+        self.tracker.log({**place, **metrics.to_dict(), "lr": self.lr, **more})
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint from rank 0. A collective; raises UserError where it cannot be written."""
         self.reduction.check()  # what is not finite is never saved
         state = self.state_dict()
+        state["started_from"] = self.started_from
         with all_or_none():
             if self.world.rank == 0:
+                self.tracker.sync()
                 self.checkpoints.save(state, best)
 
     def restore(self) -> None:
@@ -166,12 +179,19 @@ class Trainer:
         found: tuple[Path, State] | None = None
         with all_or_none():
             if self.world.rank == 0:
+                self.checkpoints.remove_torn()
                 found = choose_resumable(self.config, self.checkpoints, self.net)
         found = from_rank_0(found)
         if found is not None:
             self.resumed_from, state = found
             load_model(self.net, state, self.resumed_from)
-            self.load_state_dict(state)
+            try:
+                self.load_state_dict(state)
+            except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+                raise UserError(
+                    f"checkpoint {self.resumed_from}: holds a network, but no state that training can go on from "
+                    f"({type(error).__name__}: {error})"
+                ) from error
         check_replicas(self.net)  # all start alike, whatever their seeds or disks say
         if self.config.data.ledger:
             self.ledger = self.open_ledger()
@@ -205,13 +225,13 @@ class Trainer:
 
     def load_state_dict(self, state: State) -> None:
         """Take up a saved state, of any number of ranks."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        load_optimizer(self.optimizer, self.schedule, state)
         if state["scaler"]:  # empty where the run was not fp16 so far: then the loss scale starts anew
             self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"], self.world.rank)
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self.test, self.best_accuracy = state["test"], state["best_accuracy"]
+        self.started_from = self.started_from or state.get("started_from")
 
     def facts(self) -> Record:
         """Return what a tracker tells about the run before its first step."""

@@ -1,6 +1,7 @@
 """Getting Fashion-MNIST and MNIST onto this machine, once, whoever else wants them too."""
 
 import http.client
+import os
 import shutil
 import socket
 import subprocess
@@ -25,8 +26,8 @@ LOCK_S = 1800.0  # seconds that a process waits while another one downloads
 def locate(name: str, root: Path) -> dict[str, Path] | None:
     """Find the four IDX files: in ``root``, in torchvision's folder below it, in Debian's package."""
     folders = [root, downloaded_folder(name, root), DEBIAN_FOLDER.get(name)]
-    if root.exists() and not root.is_dir():
-        raise UserError(f"data.root={root}: is not a folder")
+    if os.path.lexists(root) and not os.path.isdir(root):
+        raise UserError(f"data.root={root}: is not a folder that can be read")
     return next((files for folder in folders if folder and (files := idx.find(folder))), None)
 
 

@@ -6,6 +6,7 @@ Format: http://yann.lecun.com/exdb/mnist/ (two zero bytes, type, number of dimen
 import gzip
 import hashlib
 import math
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -64,11 +65,13 @@ def find(folder: Path) -> dict[str, Path] | None:
     for name in FILES:
         for path in (folder / name, folder / f"{name}.gz"):
             try:
-                path.stat()
+                regular = stat.S_ISREG(path.stat().st_mode)  # a pipe would be waited for, for ever
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 raise UserError(f"data: {path} cannot be read: {error.strerror}; give another data.root") from error
+            if not regular:
+                raise UserError(f"data: {path} is not a regular file; give another data.root")
             found.setdefault(name, path)
     if found and (missing := [name for name in FILES if name not in found]):
         raise UserError(f"data: {folder} lacks {', '.join(missing)} (plain or .gz); complete it or remove it")

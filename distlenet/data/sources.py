@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distlenet.data import download, idx
+from distlenet.errors import UserError
 from distlenet.schema import DataConfig
 
 
@@ -37,18 +37,24 @@ class ImageData:
     source: str
 
 
-def load_data(
-    config: DataConfig, fetch: Callable[[str, Path], dict[str, Path]] = download.locate_or_download
-) -> ImageData:
-    """Load the data set that ``config`` names. ``fetch`` finds or gets files that are not bundled.
+def fetch_data(config: DataConfig, debian: bool = False) -> dict[str, Path]:
+    """Find the files of the data set that ``config`` names, or download them; see ``distlenet.data.download``.
 
-    Raises UserError where the data cannot be had, naming the ways to get them.
+    Returns their paths by name; none for a set that has no files of its own. Raises UserError where they cannot
+    be had, naming the ways to get them.
     """
+    if config.name in ("digits", "synthetic"):
+        return {}
+    return download.locate_or_download(config.name, Path(config.root), debian)
+
+
+def load_data(config: DataConfig) -> ImageData:
+    """Load the data set that ``config`` names. Raises UserError as ``fetch_data``, and for a file that is damaged."""
     if config.name == "digits":
         return _digits()
     if config.name == "synthetic":
         return _synthetic(config.synthetic_train, config.synthetic_test)
-    paths = fetch(config.name, Path(config.root))
+    paths = fetch_data(config)
     parts = {name: idx.read_verified(path, idx.SHA256[config.name][name]) for name, path in paths.items()}
     train, test = (
         Split(parts[f"{prefix}-images-idx3-ubyte"], parts[f"{prefix}-labels-idx1-ubyte"].long())
@@ -71,6 +77,10 @@ def _digits() -> ImageData:
 def _synthetic(train: int, test: int) -> ImageData:
     """Noise that looks like Fashion-MNIST to a clock: the same bytes on every rank, nothing to learn."""
     generator = torch.Generator().manual_seed(0)
+    try:
+        torch.empty((train + test) * 28 * 28, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise UserError(f"data.synthetic_train={train}: {train + test} images do not fit into memory") from error
     train_split, test_split = (
         Split(
             torch.randint(0, 256, (size, 28, 28), dtype=torch.uint8, generator=generator),

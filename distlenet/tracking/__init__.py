@@ -20,6 +20,9 @@ class Tracker(Protocol):
     def log(self, record: Record) -> None:
         """Take one record."""
 
+    def sync(self) -> None:
+        """Make what was told so far as durable as the checkpoint that is saved next."""
+
     def finish(self, summary: Record) -> None:
         """Take the summary of a run that reached its end."""
 
@@ -43,6 +46,11 @@ class Trackers:
         """See ``Tracker``."""
         for tracker in self.trackers:
             tracker.log(record)
+
+    def sync(self) -> None:
+        """See ``Tracker``."""
+        for tracker in self.trackers:
+            tracker.sync()
 
     def finish(self, summary: Record) -> None:
         """See ``Tracker``."""

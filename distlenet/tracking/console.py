@@ -1,5 +1,7 @@
 """What a person sees: a progress bar on a terminal, plain lines in a file, or the tutorial's lines."""
 
+import os
+import sys
 import time
 from datetime import timedelta
 
@@ -15,7 +17,7 @@ def make_console(style: str) -> Tracker:
     """Choose by ``run.console`` (auto or tutorial) and by whether standard output is a terminal."""
     if style == "tutorial":
         return TutorialLines()
-    return Bar() if Console().is_terminal else Lines()
+    return Bar() if sys.stdout.isatty() else Lines()
 
 
 class Lines:
@@ -44,6 +46,9 @@ class Lines:
                 f"{record['images_per_s']:,.0f} images/s  {_time_left(record, self.facts)} left"
             )
 
+    def sync(self) -> None:
+        """Nothing is kept."""
+
     def finish(self, summary: Record) -> None:
         """Print the result and where the files are."""
         for line in _closing(summary):
@@ -53,8 +58,12 @@ class Lines:
         """Nothing is held."""
 
     def print(self, line: str) -> None:
-        """Print one line, at once."""
-        print(line, flush=True)
+        """Print one line, at once. When nobody reads any more (``| head``, a full disk), training goes on unheard."""
+        try:
+            print(line, flush=True)
+        except OSError as error:
+            print(f"distlenet: standard output is gone ({error.strerror}); see metrics.jsonl", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Bar(Lines):
@@ -159,5 +168,5 @@ def accuracy_line(accuracy: float, count: int) -> str:
 
 
 def _time_left(record: Record, facts: Record) -> timedelta:
-    images = (facts["steps"] - record["step"]) * facts["global_batch_size"]
+    images = (facts["steps"] - record["step"]) * facts["train_count"] / facts["steps_per_epoch"]
     return timedelta(seconds=round(images / max(record["images_per_s"], 1e-9)))

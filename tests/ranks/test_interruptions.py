@@ -47,6 +47,18 @@ def test_a_dying_rank_ends_the_job_and_the_next_one_goes_on_to_the_same_bytes(tm
     assert history(whole) == history(broken)
 
 
+@pytest.mark.parametrize("every", [1, 23])
+def test_a_death_at_the_end_of_an_epoch_doubles_no_record(tmp_path, every):
+    settings = (*SETTINGS, f"run.dir={tmp_path}", f"checkpoint.every_steps={every}")
+    died = run_torchrun(2, PROGRAM, tmp_path, "--die-in-evaluation", *settings, timeout=60)
+    assert died.status != 0, str(died)
+    assert history(tmp_path)[-1]["split"] == "test"
+    run_torchrun(2, PROGRAM, tmp_path, *settings).succeeded()
+    told = [(record["split"], record["step"]) for record in history(tmp_path)]
+    assert len(set(told)) == len(told)
+    assert [step for split, step in told if split == "test"] == [23, 46]
+
+
 def test_a_user_error_under_torchrun_is_one_line_from_one_rank(tmp_path):
     ended = run_torchrun(3, "-m", "distlenet.train", "data.name=digits", "train.global_batch_size=64", timeout=60)
     assert ended.status != 0

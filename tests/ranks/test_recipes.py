@@ -34,6 +34,7 @@ def test_the_default_recipe_on_two_ranks(tmp_path):
     assert ended.stdout.rstrip().endswith(str(tmp_path / "run"))
     assert "\x1b" not in ended.stdout  # no terminal, no escape codes
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        ".lock",
         "config.yaml",
         "metrics.jsonl",
         "checkpoints",

@@ -1,5 +1,7 @@
 import os
 import re
+import resource
+import signal
 
 import pytest
 import torch
@@ -43,6 +45,38 @@ def test_the_tutorials_code_reads_a_checkpoint(tmp_path):
     fresh = Net()
     fresh.load_state_dict(torch.load(tmp_path / "c.pt", weights_only=True)["model"])
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), fresh.parameters(), strict=True))
+
+
+def test_a_death_between_the_best_and_the_newest_loses_neither(tmp_path, monkeypatch):
+    """The newest says what the best accuracy was: written first, it would hide that best.pt is missing."""
+    written = []
+    monkeypatch.setattr(checkpoint, "write_atomically", lambda _, path: written.append(path.name))
+    CheckpointFolder(tmp_path, keep=1).save(state(5), best=True)
+    assert written == ["best.pt", "step-00000005.pt"]
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """The kernel's own error, from a limit on the size of files; torch.save into a file would hide it."""
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(state(1), best=False)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written: File too large"):
+            folder.save(state(2), best=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
+
+
+def test_torn_files_are_no_checkpoints_and_are_removed(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=3)
+    newest = folder.save(state(1), best=False)
+    (tmp_path / ".writing-abc").write_bytes(b"half")
+    assert list(tmp_path.glob("*.pt")) == [newest]
+    folder.remove_torn()
+    assert list(tmp_path.iterdir()) == [newest]
 
 
 @pytest.mark.parametrize("fails_in", ["torch.save", "os.fsync", "os.replace"])
@@ -92,6 +126,34 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path, content):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": 3},
+        {"model": {"conv1.weight": 3}},
+        {"config": [1]},
+        {"config": None},
+        {"step": "x"},
+        {"step": -5},
+        {"epoch": 1.5},
+    ],
+)
+def test_a_file_with_the_right_keys_and_wrong_contents_is_refused(tmp_path, change):
+    write_atomically({**state(1), **change}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="is not one of distlenet"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)  # unreadable for root too
+    for path in (loop, tmp_path / ("a" * 300)):
+        with pytest.raises(UserError, match="cannot be read"):
+            find_checkpoint(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        CheckpointFolder(loop, keep=1).newest()
+
+
 def test_a_truncated_checkpoint_is_named(tmp_path):
     path = tmp_path / "c.pt"
     write_atomically(state(1), path)
@@ -139,6 +201,23 @@ def test_resuming_takes_the_newest_a_given_one_or_none(tmp_path):
     for config in (given, load_config([], ["checkpoint.resume=never"])):
         with pytest.raises(UserError, match=r"already holds step-00000009\.pt"):
             choose_resumable(config, own, Net())
+
+
+def test_a_run_started_from_a_checkpoint_goes_on_by_the_same_command(tmp_path):
+    other = CheckpointFolder(tmp_path / "other/checkpoints", keep=3).save(state(5), best=False)
+    own = CheckpointFolder(tmp_path / "own/checkpoints", keep=3)
+    same = load_config([], [f"checkpoint.resume={other}"])
+    newest = own.save({**state(9), "started_from": str(other)}, best=False)
+    assert choose_resumable(same, own, Net())[0] == newest
+    with pytest.raises(UserError, match="already holds"):
+        choose_resumable(load_config([], [f"checkpoint.resume={tmp_path / 'other'}"]), own, Net())
+
+
+def test_inside_an_epoch_its_order_cannot_change_even_if_allowed(tmp_path):
+    allowed = ["train.global_batch_size=64", "checkpoint.allow_changed=[train.global_batch_size]"]
+    check_same_settings({**state(8), "batch": 0}, load_config([], allowed), tmp_path)
+    with pytest.raises(UserError, match="8 batches into an epoch, where train"):
+        check_same_settings({**state(8), "batch": 8}, load_config([], allowed), tmp_path)
 
 
 def test_settings_that_change_the_result_are_refused_others_pass(tmp_path):

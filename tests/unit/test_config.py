@@ -68,6 +68,20 @@ def test_shipped_configs_load_and_hold_only_differences(name):
         ("seed=${nope}", ["seed=${nope}", "a whole number"]),
         ("run.name=../x", ["run.name=../x", "run.dir"]),
         ("run.name=", ["run.name="]),
+        ("run.name=..", ["run.name=..", "run.dir"]),
+        ("run.name=a\0b", ["control characters"]),
+        ("run.name=a\tb", ["control characters"]),
+        ("data.root=" + "a" * 2000, ["control characters"]),
+        ("seed=???", ["seed=???"]),
+        ("seed=" + "9" * 400, ["less than 4294967296"]),
+        ("optim.lr=" + "9" * 400, ["optim.lr=999"]),
+        ("train.epochs=" + "9" * 5000, ["train.epochs=999"]),
+        ("seed=" + "[" * 2000 + "]" * 2000, ["seed=[[["]),
+        ("train.global_batch_size=10000000000", ["less than 2147483648"]),
+        ("distributed.threads=100000", ["less than 1000"]),
+        ("optim.weight_decay=${optim.nope}", ["optim.weight_decay"]),
+        ("checkpoint.allow_changed=[[seed]]", ["checkpoint.allow_changed"]),
+        ("checkpoint.allow_changed=[optim.name]", ["optim.name cannot change"]),
         ("checkpoint.allow_changed=[sead]", ["'sead'", "did you mean seed?"]),
         ("optim.momentum=0", ["optim.nesterov=false"]),
     ],
@@ -104,6 +118,18 @@ def test_a_bad_file_is_answered_in_one_line_that_names_it(tmp_path, content, par
     assert str(path) in str(error.value)
     assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_an_interpolation_gives_is_checked_too():
+    assert load_config([], ["optim.lr=${optim.momentum}"]).optim.lr == 0.9
+    with pytest.raises(UserError, match=r"optim\.lr=0\.0: expected a number, more than 0"):
+        load_config([], ["optim.lr=${optim.weight_decay}", "optim.weight_decay=0"])
+
+
+def test_flat_keys_in_a_file_are_keys_too(tmp_path):
+    (tmp_path / "c.yaml").write_text("optim.lr: 0.3\ntrain: {epochs: 2}\n")
+    config = load_config([str(tmp_path / "c.yaml")])
+    assert (config.optim.lr, config.train.epochs) == (0.3, 2)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):

@@ -150,13 +150,13 @@ def test_ports_of_neighbouring_jobs_and_steps_differ_and_are_below_the_ephemeral
 
 @pytest.mark.parametrize(
     ("wanted", "gpus", "device"),
-    [("auto", 0, "cpu"), ("cpu", 8, "cpu"), ("auto", 4, "cuda:1"), ("cuda", 8, "cuda:1")],
+    [("auto", 0, "cpu"), ("auto", 3, "cpu"), ("cpu", 8, "cpu"), ("auto", 4, "cuda:1"), ("cuda", 8, "cuda:1")],
 )
 def test_device(wanted, gpus, device):
     assert pick_device(wanted, World(5, 1, 8, 4, 1), gpus) == torch.device(device)
 
 
-@pytest.mark.parametrize(("wanted", "gpus"), [("cuda", 0), ("auto", 2), ("cuda", 3)])
+@pytest.mark.parametrize(("wanted", "gpus"), [("cuda", 0), ("cuda", 3)])
 def test_a_device_that_would_be_shared_or_is_missing_is_refused(wanted, gpus):
     with pytest.raises(UserError, match="device=cpu"):
         pick_device(wanted, World(5, 1, 8, 4, 1), gpus)

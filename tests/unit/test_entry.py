@@ -1,11 +1,13 @@
 """Bad input, as a user meets it: exit status 2 and one line, from the commands' own main functions."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_command
+from filelock import FileLock
 from idx_files import small_set, write_set
 
 from distlenet import entry, evaluate, train
@@ -73,6 +75,50 @@ def test_training(given, tmp_path, words, part):
     assert part in given(*words)
 
 
+def quick(*more: str) -> None:
+    train.train(load_config([], [*DIGITS, "train.max_steps=2", "run.name=run", *more]))
+
+
+def test_a_refused_run_leaves_the_good_one_as_it_was(given, tmp_path):
+    quick()
+    before = {path: path.read_bytes() for path in (tmp_path / "runs/run").rglob("*") if path.is_file()}
+    for change in ("seed=5", "checkpoint.resume=never", "optim.warmup_steps=2"):
+        given(*DIGITS, "train.max_steps=2", "run.name=run", change)
+    assert {path: path.read_bytes() for path in (tmp_path / "runs/run").rglob("*") if path.is_file()} == before
+
+
+def test_two_jobs_in_one_run_folder(given, tmp_path):
+    (tmp_path / "runs/run").mkdir(parents=True)
+    with FileLock(tmp_path / "runs/run/.lock"):
+        assert "another job is writing there" in given(*DIGITS, "run.name=run")
+    quick()
+
+
+@pytest.mark.parametrize("key", ["optimizer", "schedule", "meter", "batch", "best_accuracy"])
+def test_a_checkpoint_without_the_state_of_training(given, tmp_path, key):
+    quick()
+    path = tmp_path / "runs/run/checkpoints/step-00000002.pt"
+    state = torch.load(path, weights_only=True)
+    del state[key]
+    write_atomically(state, path)
+    told = given(*DIGITS, "train.max_steps=2", f"checkpoint.resume={path}", "run.name=other")
+    assert "no state that training can go on from" in told
+
+
+def test_a_warm_up_longer_than_the_run(given):
+    assert "the run has 2 steps" in given(*DIGITS, "train.max_steps=2", "optim.warmup_steps=2")
+
+
+def test_max_steps_inside_an_epoch_goes_on_later_in_the_same_epoch(given, tmp_path):
+    """23 steps make an epoch; its record comes once, of all its images."""
+    constant = ("optim.schedule=constant", "optim.lr=0.01")
+    quick(*constant, "train.max_steps=20")
+    quick(*constant, "train.max_steps=30", "train.epochs=9", "checkpoint.allow_changed=[train.max_steps,train.epochs]")
+    text = (tmp_path / "runs/run/metrics.jsonl").read_text()
+    epochs = [record for line in text.splitlines() if (record := json.loads(line))["split"] == "train_epoch"]
+    assert [(record["step"], record["count"]) for record in epochs] == [(12, 1437), (24, 1437)]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the message misses")
 def test_a_missing_gpu(given):
     assert "device=cuda: no GPU is visible" in given(*DIGITS, "device=cuda")
@@ -111,18 +157,34 @@ def test_the_environment(given, monkeypatch, environ, part):
     assert part in given(*DIGITS)
 
 
-def test_other_ranks_stay_silent_but_for_what_they_alone_see(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(entry, "LINGER_S", 0.0)
-    for error, shown in ((UserError("settings"), ""), (RankError("my own"), "distlenet: my own\n")):
+@pytest.mark.parametrize(
+    ("environ", "kind", "lingers", "speaks"),
+    [
+        ({}, UserError, False, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, UserError, False, True),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, UserError, True, True),  # torchrun has ended it before, if rank 0 spoke
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, UserError, False, True),
+        ({"SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, UserError, True, False),
+        ({"SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, RankError, False, True),  # what its node may see alone
+        ({"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, RankError, True, False),
+    ],
+)
+def test_the_first_rank_speaks_and_the_others_wait_for_it(monkeypatch, capsys, environ, kind, lingers, speaks):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    waits = []
+    monkeypatch.setattr(entry.time, "sleep", waits.append)
 
-        def main(error=error):
-            raise error
+    def main():
+        raise kind("two\nlines")
 
-        with pytest.raises(SystemExit) as ended:
-            run_entry(main)
-        assert ended.value.code == 2
-        assert capsys.readouterr().err == shown
+    with pytest.raises(SystemExit) as ended:
+        run_entry(main)
+    assert ended.value.code == 2
+    assert waits == [entry.LINGER_S] * lingers
+    assert capsys.readouterr().err == "distlenet: two lines\n" * speaks
 
 
 def test_other_exceptions_keep_their_traceback(monkeypatch):

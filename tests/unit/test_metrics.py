@@ -19,7 +19,7 @@ def test_means_are_over_images_not_over_batches():
     meter = Meter(CPU)
     update(meter, [1.0, 1.0, 1.0], [1, 2, 3], [1, 2, 4])
     update(meter, [9.0], [5], [6])  # a last batch of one image with a huge loss: the mean of means is 5
-    metrics = meter.reset()
+    metrics = meter.total()
     assert metrics.loss == 3.0
     assert metrics.accuracy == 0.5
     assert metrics.count == 4
@@ -33,7 +33,9 @@ def test_a_window_is_what_came_since_the_last_one():
     update(meter, [5.0], [1], [2])
     window = meter.window()
     assert (window.loss, window.accuracy, window.count) == (5.0, 0.0, 1)
-    assert (meter.window().count, meter.reset().count, meter.reset().count) == (0, 2, 0)
+    assert (meter.window().count, meter.total().count, meter.total().count) == (0, 2, 2)
+    meter.reset()
+    assert meter.total().count == 0
 
 
 @pytest.mark.usefixtures("group")
@@ -46,8 +48,8 @@ def test_a_saved_meter_goes_on():
     resumed.load_state_dict(meter.state_dict(), rank=0)
     elsewhere.load_state_dict(meter.state_dict(), rank=1)
     assert resumed.window().loss == 4.0
-    assert resumed.reset().loss == 3.0
-    assert elsewhere.reset().count == 0  # rank 0 carries the sums alone, or they would count twice
+    assert resumed.total().loss == 3.0
+    assert elsewhere.total().count == 0  # rank 0 carries the sums alone, or they would count twice
 
 
 @pytest.mark.usefixtures("group")

@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from distlenet.config import load_config
 from distlenet.net import Net
-from distlenet.optim import lr_factor, make_optimizer, make_schedule
+from distlenet.optim import load_optimizer, lr_factor, make_optimizer, make_schedule
 
 pytestmark = pytest.mark.unit
 
@@ -92,6 +92,27 @@ def test_optimizers_are_torchs_with_the_settings_given(overrides, reference):
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         # Fused and plain kernels round in another order: a few ulps (6e-8) in each of 3 steps of growing values.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_resuming_takes_the_state_from_the_checkpoint_and_the_settings_from_the_run():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 1)
+    old = load_config([], ["optim.lr=0.5", "optim.schedule=cosine"]).optim
+    optimizer = make_optimizer(old, layer)
+    schedule = make_schedule(old, optimizer, STEPS)
+    layer(torch.ones(1, 3)).sum().backward()
+    rates(schedule, optimizer, 20)
+    state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    new = load_config([], ["optim.lr=0.1", "optim.schedule=cosine", "optim.momentum=0.5"]).optim
+    resumed = make_optimizer(new, layer)
+    resumed_schedule = make_schedule(new, resumed, STEPS)
+    load_optimizer(resumed, resumed_schedule, state)
+    (group,) = resumed.param_groups
+    assert group["momentum"] == 0.5
+    assert group["lr"] == pytest.approx(0.05)  # half way down a cosine from 0.1
+    assert rates(resumed_schedule, resumed, 2)[1] < 0.05
+    buffers = [resumed.state[p]["momentum_buffer"] for p in layer.parameters()]
+    assert all(bool(b.abs().sum() > 0) for b in buffers)
 
 
 def test_the_schedule_state_resumes():

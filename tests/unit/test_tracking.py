@@ -2,10 +2,13 @@ import json
 import os
 import pty
 import re
+import sys
 import threading
 
 import pytest
+from conftest import run_command
 
+from distlenet.errors import UserError
 from distlenet.tracking import Trackers
 from distlenet.tracking.console import Bar, Lines, TutorialLines, make_console
 from distlenet.tracking.history import History
@@ -53,7 +56,7 @@ def lines(folder) -> list[dict]:
 
 
 def write(folder, steps, start=0):
-    history = History(folder)
+    history = History(folder, "seed: 0\n")
     history.start({**FACTS, "step": start})
     for step in steps:
         history.log(train_record(step))
@@ -82,6 +85,41 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
     assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("line", ["", "{}", "3", '{"step": "x"}', "garbled"])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    write(tmp_path, [1]).close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is no record"):
+        write(tmp_path, [], start=1)
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    history = write(tmp_path, [])
+    history.log({**train_record(1), "loss": float("nan"), "lr": float("inf")})
+    history.finish({**SUMMARY, "test_loss": float("-inf")})
+    history.close()
+    (record,) = lines(tmp_path)
+    assert (record["loss"], record["lr"], record["step"]) == (None, None, 1)
+    assert json.loads((tmp_path / "summary.json").read_text())["test_loss"] is None
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
+def test_files_that_cannot_be_written_are_told(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"run folder {tmp_path}: cannot be written"):
+        write(tmp_path, [1])
+
+
+def test_the_settings_are_kept_when_the_run_starts_not_before(tmp_path):
+    history = History(tmp_path, "seed: 5\n")
+    assert not (tmp_path / "config.yaml").exists()
+    history.start(FACTS)
+    history.sync()
+    history.close()
+    assert (tmp_path / "config.yaml").read_text() == "seed: 5\n"
+
+
 def test_starting_anew_empties_an_old_history(tmp_path):
     write(tmp_path, [1, 2]).close()
     write(tmp_path, [], start=0).close()
@@ -105,7 +143,7 @@ def test_plain_lines_come_at_most_every_few_seconds(capsys, monkeypatch):
         console.log(train_record(step))
     shown = capsys.readouterr().out.splitlines()
     assert [re.search(r"step (\d+)/40", line).group(1) for line in shown] == ["1", "4"]
-    assert shown[0].endswith("loss 0.5000  accuracy 75.0%  lr 0.1  1,000 images/s  0:00:02 left")
+    assert shown[0].endswith("loss 0.5000  accuracy 75.0%  lr 0.1  1,000 images/s  0:00:03 left")
 
 
 def test_tests_and_results_are_always_shown(capsys):
@@ -140,6 +178,23 @@ def test_the_tutorials_lines(capsys):
     console.finish(SUMMARY)
     shown = capsys.readouterr().out.splitlines()
     assert shown[:3] == ["[1,  2000] loss: 1.234", "[2, 12000] loss: 0.500", "Finished Training"]
+
+
+def test_training_goes_on_when_nobody_reads(tmp_path):
+    """``| head -1`` and a full disk: the loss of standard output is told once, elsewhere."""
+    script = (
+        "from distlenet.tracking.console import Lines\n"
+        "lines = Lines()\n"
+        "for number in range(5000): lines.print(f'line {number}')\n"
+        "import sys; print('done', file=sys.stderr)\n"
+    )
+    command = f'{sys.executable} -c "$SCRIPT"'
+    for shell in (f"{command} | head -1; exit ${{PIPESTATUS[0]}}", f"{command} > /dev/full"):
+        ended = run_command("bash", "-c", shell, env={"SCRIPT": script}, timeout=60, cwd=tmp_path).succeeded()
+        told = ended.stderr.splitlines()
+        assert len(told) == 2, str(ended)
+        assert told[0].startswith("distlenet: standard output is gone")
+        assert told[1] == "done"
 
 
 def test_no_terminal_no_bar(capsys):
@@ -182,7 +237,7 @@ def read(descriptor: int) -> bytes:
 
 def test_trackers_pass_on_to_each_and_none_is_fine(tmp_path, capsys):
     Trackers().log(train_record(1))
-    both = Trackers([TutorialLines(), History(tmp_path)])
+    both = Trackers([TutorialLines(), History(tmp_path, "")])
     both.start(FACTS)
     both.log(train_record(1))
     both.finish(SUMMARY)
