@@ -84,7 +84,7 @@ class TrainConfig:
     accumulation_steps: int = setting(1, "Micro-batches per optimizer step on each rank.", ge=1)
     log_every: int = setting(50, "Steps between two records of the training loss.", ge=1)
     check_replicas_every: int | None = setting(
-        500, "Steps between two checks that all ranks hold the same parameters; null: never.", ge=1
+        500, "Steps between two checks that all ranks hold the same parameters; null: at start and end only.", ge=1
     )
     label_smoothing: float = setting(0.05, "Label smoothing of the training loss.", ge=0, lt=1, result=True)
     clip_norm: float | None = setting(None, "Largest norm of the gradient; null: no clipping.", gt=0, result=True)

@@ -195,7 +195,8 @@ class Trainer:
         check_replicas(self.net)  # all start alike, whatever their seeds or disks say
         if self.config.data.ledger:
             self.ledger = self.open_ledger()
-        self.tracker.start(self.facts())
+        with all_or_none():
+            self.tracker.start(self.facts())
 
     def open_ledger(self) -> Ledger:
         """Open this rank's ledger of the samples it takes from now on. A collective."""
