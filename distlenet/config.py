@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin
@@ -102,6 +103,13 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield key, value
 
 
+def in_yaml(value: Any) -> str:
+    """Write a value the way the user does: null, true."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
 def describe(key: str) -> str:
     """Say in words which values a setting takes, such as ``a whole number, at least 1, or null``."""
     field = FIELDS[key]
@@ -185,7 +193,8 @@ def _read_file(path: str) -> dict[str, Any]:
 def _read_override(text: str) -> dict[str, Any]:
     key, equals, _ = text.partition("=")
     if not (equals and key):
-        raise UserError(f"{text!r}: expected key=value")
+        hint = f"; settings in a file: --config {text}; a run: checkpoint={text}" if os.path.exists(text) else ""
+        raise UserError(f"{text!r}: expected key=value{hint}")
     try:
         return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text])))
     except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:

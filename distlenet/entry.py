@@ -11,7 +11,7 @@ from typing import NoReturn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from distlenet.config import FIELDS, describe
-from distlenet.errors import RankError, UserError
+from distlenet.errors import Preempted, RankError, UserError, warn
 
 
 def _speaks_for_others(node_alone: bool) -> bool:
@@ -19,6 +19,9 @@ def _speaks_for_others(node_alone: bool) -> bool:
     names = ("LOCAL_RANK", "SLURM_LOCALID") if node_alone else ("RANK", "SLURM_PROCID")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
+
+PREEMPTED = 75
+"""Exit status of a run that stopped as asked and is to be run again: EX_TEMPFAIL of BSD's sysexits.h."""
 
 LINGER_S = 10.0  # seconds that rank 0 has to print what all ranks know
 
@@ -49,7 +52,7 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = No
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: 0 done, 2 the user can mend it, 130 interrupted, 1 anything else.
+    """Run a command and exit: 0 done, 2 the user can mend it, 75 stopped as asked, 130 interrupted, 1 anything else.
 
     What the user can mend is one line on standard error, once for the whole job: rank 0 speaks at once, since
     a mistake in settings is the same on every rank, and ``all_or_none`` makes the others so; for what a node may
@@ -66,9 +69,15 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
                 time.sleep(LINGER_S)
                 if "RANK" not in os.environ:  # srun ends nobody early: rank 0 has spoken
                     return 2
-            print("distlenet:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+            warn(str(error))
             return 2
+        except Preempted as stopped:
+            if _speaks_for_others(node_alone=False):
+                warn(str(stopped))
+            return PREEMPTED
         except KeyboardInterrupt:
+            if _speaks_for_others(node_alone=False):
+                warn("interrupted; a run goes on from its newest checkpoint when the same command is typed again")
             return 130
         return 0
 

@@ -1,4 +1,6 @@
-"""The one exception for everything a user can mend."""
+"""The exceptions that an entry turns into one line, and the one way to warn."""
+
+import sys
 
 
 class UserError(Exception):
@@ -11,3 +13,12 @@ class UserError(Exception):
 
 class RankError(UserError):
     """A mistake that one node or rank alone may see, such as in its environment."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has. Its text says after which step, and what is saved."""
+
+
+def warn(text: str) -> None:
+    """Print one line to standard error."""
+    print("distlenet:", " ".join(text.split()), file=sys.stderr, flush=True)

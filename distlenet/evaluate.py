@@ -1,8 +1,14 @@
 """``python -m distlenet.evaluate checkpoint=RUN_OR_FILE``: measure a checkpoint on its test set."""
 
+from distlenet.orphan import die_with_agent
+
+if __name__ == "__main__":
+    die_with_agent()  # before the imports that take seconds
+
 from pathlib import Path
 
-from distlenet.checkpoint import State, find_checkpoint, load_checkpoint, load_model
+from distlenet.checkpoint.file import State, load_checkpoint, load_model
+from distlenet.checkpoint.folder import find_checkpoint
 from distlenet.config import load_config
 from distlenet.data.augment import Prepare
 from distlenet.data.loader import make_loader
@@ -42,7 +48,13 @@ def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
         shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
         loader = make_loader(data.test, shard, 0, device)
         prepare = Prepare(data.train.images, "none", config.seed)
-        metrics = evaluate(net, loader, prepare, session.autocast(), device, len(data.test))
+
+        def going_on(batch: int) -> bool:
+            session.watchdog.beat(batch)
+            return False
+
+        metrics = evaluate(net, loader, prepare, session.autocast(), device, len(data.test), going_on)
+        assert metrics is not None, "nothing stops it"
         if world.rank == 0:
             print(f"{path}: step {state['step']}, test loss {metrics.loss:.6f}, accuracy {metrics.accuracy:.4f}")
             print(accuracy_line(metrics.accuracy, metrics.count), flush=True)

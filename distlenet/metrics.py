@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -121,15 +122,21 @@ def evaluate(
     autocast: torch.autocast,
     device: torch.device,
     expected: int,
-) -> Metrics:
+    each: Callable[[int], bool] | None = None,
+) -> Metrics | None:
     """Measure ``net`` over a set of ``expected`` images, of which each rank's loader gives its shard.
 
-    ``net`` is the bare module, not its DDP wrapper: ranks may have different numbers of batches.
+    ``net`` is the bare module, not its DDP wrapper: ranks may have different numbers of batches. ``each`` is asked
+    before each batch k that every rank has; where it says true, on every rank, there is no result: None.
     A collective, then a host sync. Raises RuntimeError where the shards are not the set, once each.
     """
     net.eval()
     meter = Meter(device)
-    for images, labels, _ in loader:
+    every_rank_has = -(-expected // EVAL_BATCH) // dist.get_world_size()
+    for k, (images, labels, _) in enumerate(loader):
+        if each is not None and k < every_rank_has and each(k):
+            net.train()
+            return None
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast:
             logits = net(prepare(images))

@@ -3,11 +3,14 @@
 Both take a rank's share of a global batch apart into micro-batches, and leave in each parameter's ``grad``
 the gradient of the mean loss over all ranks. The loss of a micro-batch is to be the sum over its images
 times ``weight`` / (images of the global batch).
+
+One number more travels in the same all-reduce: whether any rank was asked to stop. ``heard`` tells.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import NoReturn
 
 import torch
 import torch._dynamo  # see below
@@ -15,17 +18,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distlenet.distributed import World
 from distlenet.errors import UserError
 from distlenet.exact import round_to_grid
+from distlenet.preemption import Heard
 from distlenet.schema import Config
+from distlenet.world import World
 
 # DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import
 # (seen with torch 2.15) keeps every frame under way alive, with the trainer and the process group in them.
 # Imported up here, it finds no such frames: the group can end when its ``with`` block does.
 
+MEND = "give a smaller optim.lr, a longer optim.warmup_steps or train.clip_norm, and look at the data"
+
 MicroBatch = tuple[int, tuple[Tensor, ...]]
 """A micro-batch's number within the global batch, and its part of each tensor."""
+
+
+class _WithFlag(nn.Module):
+    """A network, beside it a parameter that is always 0 and that nothing uses: only its gradient is meant."""
+
+    def __init__(self, net: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.net = net
+        self.flag = nn.Parameter(torch.zeros((), device=device))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.net(inputs)
+        return logits
 
 
 class DdpReduction:
@@ -33,16 +52,25 @@ class DdpReduction:
 
     def __init__(self, net: nn.Module, world: World, accumulation_steps: int, micro_batch: int) -> None:
         """Wrap ``net``; a rank's share is cut into ``accumulation_steps`` parts of up to ``micro_batch`` images."""
-        self.model: nn.Module = DistributedDataParallel(net, gradient_as_bucket_view=True)
+        self.net = net
+        device = next(net.parameters()).device
+        with_flag = _WithFlag(net, device)
+        self.flag = with_flag.flag
+        self.heard = Heard(device)
+        self.model: nn.Module = DistributedDataParallel(with_flag, gradient_as_bucket_view=True)
         self.weight = world.world_size  # DDP divides by it
-        self.first = world.rank * accumulation_steps
-        self.micro_batch_size = micro_batch
-        self.micro_batches_per_rank = accumulation_steps
+        self.rank, self.micro_batch_size, self.micro_batches_per_rank = world.rank, micro_batch, accumulation_steps
 
     def micro_batches(self, *tensors: Tensor) -> list[MicroBatch]:
         """Cut a rank's share (n, ...) into neighbours; an empty share is one empty micro-batch."""
         parts = zip(*(tensor.split(self.micro_batch_size) for tensor in tensors), strict=True)
-        return list(enumerate(parts, start=self.first))
+        return list(enumerate(parts, start=self.rank * self.micro_batches_per_rank))
+
+    def limit_micro_batch(self, images: int) -> None:
+        """Take no micro-batch of more than ``images``, with more of them: fewer ranks need no more memory each."""
+        share = self.micro_batch_size * self.micro_batches_per_rank
+        if images < self.micro_batch_size:
+            self.micro_batch_size, self.micro_batches_per_rank = images, -(-share // images)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -50,18 +78,31 @@ class DdpReduction:
         with nullcontext() if last else self.model.no_sync():  # type: ignore[operator]
             yield
 
-    def finish(self, step: int) -> None:
-        """Nothing is left to do: the last backward has reduced."""
+    def backward(self, loss: Tensor, asked: bool) -> None:
+        """Add the gradient of ``loss``; ``asked`` says that this rank was asked to stop."""
+        (loss + self.flag * float(asked)).backward()
+
+    def finish(self, step: int) -> None:  # noqa: ARG002
+        """Hear what all ranks said: the last backward has reduced."""
+        assert self.flag.grad is not None
+        self.heard.put(self.flag.grad)
+        self.flag.grad = None
 
     def check(self) -> None:
-        """Nothing is watched."""
+        """Raise UserError, on every rank, where a parameter is not finite: no later step mends that. A host sync."""
+        named = list(self.net.named_parameters())
+        finite = torch.stack([parameter.isfinite().all() for _, parameter in named]).tolist()
+        if not all(finite):
+            names = [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
+            raise UserError(f"{', '.join(names)}: not finite any more; {MEND}")
 
 
 class ExactReduction:
     """The same bits for every number of ranks.
 
     Position p of a global batch belongs to virtual shard p % V, whatever the world size W; a rank has the V/W
-    shards congruent to its rank, one micro-batch each. Each shard's gradient is computed alone, by the same
+    shards congruent to its rank, one micro-batch each (one fewer on some ranks, where W does not divide V and
+    ``distributed.uneven`` allows it). Each shard's gradient is computed alone, by the same
     kernels on the same shapes everywhere, then rounded to multiples of 2**-40 (9e-13) and summed without
     rounding (see ``distlenet.exact``): on the rank, then over ranks in one float64 all-reduce.
     """
@@ -87,7 +128,7 @@ class ExactReduction:
         self.weight = 1
         self.world = world
         self.micro_batch_size = micro_batch
-        self.micro_batches_per_rank = virtual_shards // world.world_size
+        self.micro_batches_per_rank = len(range(world.rank, virtual_shards, world.world_size))
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.sizes = [p.numel() for p in self.parameters]
         # A shard's gradient beyond ±limit would make the sum inexact. Multiplied by 2**128/limit it overflows
@@ -96,7 +137,9 @@ class ExactReduction:
         self.limit = 2.0**limit_bits
         self.scale = 2.0 ** (128 - limit_bits)
         device = self.parameters[0].device
-        self.sum = torch.zeros(sum(self.sizes), dtype=torch.float64, device=device)
+        self.heard = Heard(device)
+        self.exchanged = torch.zeros(sum(self.sizes) + 1, dtype=torch.float64, device=device)
+        self.sum, self.flag = self.exchanged[:-1], self.exchanged[-1]
         self.shard_sum = torch.empty_like(self.sum)
         self.watch = watch
         self.bad = torch.zeros(len(self.sum), dtype=torch.bool, device=device)
@@ -110,6 +153,9 @@ class ExactReduction:
             for k in range(per_rank)
         ]
 
+    def limit_micro_batch(self, images: int) -> None:
+        """Nothing is to do: a shard has as many images on any number of ranks."""
+
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:  # noqa: ARG002
         """Surround forward and backward of one micro-batch, then move its gradient into the exact sum."""
@@ -121,11 +167,18 @@ class ExactReduction:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def backward(self, loss: Tensor, asked: bool) -> None:
+        """Compute the gradient of ``loss``; ``asked`` says that this rank was asked to stop."""
+        if asked:
+            self.flag.fill_(1.0)
+        loss.backward()
+
     def finish(self, step: int) -> None:
         """Sum over ranks, and hand out float32 gradients. A collective."""
-        dist.all_reduce(self.sum)
+        dist.all_reduce(self.exchanged)
+        self.heard.put(self.flag)
         flat = self.sum.mul_(1 / self.scale).float()
-        self.sum.zero_()
+        self.exchanged.zero_()
         for parameter, gradient in zip(self.parameters, flat.split(self.sizes), strict=True):
             parameter.grad = gradient.view_as(parameter)
         if self.watch:  # no host sync: what is found waits on the device for ``check``
@@ -139,8 +192,7 @@ class ExactReduction:
         if (step := int(self.bad_step)) >= 0:
             names = [name for name, bad in zip(self.names, self.bad.split(self.sizes), strict=True) if bad.any()]
             raise UserError(
-                f"step {step + 1}: the gradient of {', '.join(names)} is not finite or beyond ±{self.limit:g}; "
-                "give a smaller optim.lr, a longer optim.warmup_steps or train.clip_norm, and look at the data"
+                f"step {step + 1}: the gradient of {', '.join(names)} is not finite or beyond ±{self.limit:g}; {MEND}"
             )
 
 
@@ -153,29 +205,34 @@ def micro_batch_size(config: Config, world_size: int) -> int:
     Raises UserError, with the nearest values that work, where the global batch does not divide evenly.
     """
     batch, shards = config.train.global_batch_size, config.distributed.virtual_shards
+    accumulation, uneven = config.train.accumulation_steps, config.distributed.uneven
     if config.distributed.reduction == "ddp":
-        divisor, parts = (
-            world_size * config.train.accumulation_steps,
-            f"{world_size} ranks × {config.train.accumulation_steps} accumulation steps",
+        parts = world_size * accumulation
+        if batch % parts and not uneven:
+            _refuse(batch, parts, f"{world_size} ranks × {accumulation} accumulation steps")
+        return -(-batch // parts)
+    if world_size > shards or (shards % world_size and not uneven):
+        sizes = ", ".join(str(size) for size in range(1, shards + 1) if shards % size == 0)
+        raise UserError(
+            f"distributed.virtual_shards={shards} does not divide by {world_size} ranks; numbers of ranks that "
+            f"work: {sizes}; or give another distributed.virtual_shards, or distributed.reduction=ddp"
         )
-    else:
-        divisor, parts = shards, f"distributed.virtual_shards={shards}"
-        if shards % world_size:
-            sizes = ", ".join(str(size) for size in range(1, shards + 1) if shards % size == 0)
-            raise UserError(
-                f"distributed.virtual_shards={shards} does not divide by {world_size} ranks; numbers of ranks that "
-                f"work: {sizes}; or give another distributed.virtual_shards, or distributed.reduction=ddp"
-            )
-        if config.train.accumulation_steps != 1:
-            raise UserError(
-                f"train.accumulation_steps={config.train.accumulation_steps}: with distributed.reduction=exact a rank "
-                "takes one micro-batch per virtual shard; for smaller ones raise distributed.virtual_shards"
-            )
-    if batch % divisor:
-        below = batch // divisor * divisor
-        sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
-        raise UserError(f"train.global_batch_size={batch} does not divide by {parts}; the nearest that do: {sizes}")
-    return batch // divisor
+    if accumulation != 1:
+        raise UserError(
+            f"train.accumulation_steps={accumulation}: with distributed.reduction=exact a rank "
+            "takes one micro-batch per virtual shard; for smaller ones raise distributed.virtual_shards"
+        )
+    if batch % shards:
+        _refuse(batch, shards, f"distributed.virtual_shards={shards}")
+    return batch // shards
+
+
+def _refuse(batch: int, divisor: int, divisor_in_words: str) -> NoReturn:
+    below = batch // divisor * divisor
+    sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
+    raise UserError(
+        f"train.global_batch_size={batch} does not divide by {divisor_in_words}; the nearest that do: {sizes}"
+    )
 
 
 def make_reduction(config: Config, net: nn.Module, world: World, watch: bool) -> Reduction:

@@ -82,7 +82,9 @@ class TrainConfig:
         result=True,
     )
     accumulation_steps: int = setting(1, "Micro-batches per optimizer step on each rank.", ge=1)
-    log_every: int = setting(50, "Steps between two records of the training loss.", ge=1)
+    log_every: int = setting(
+        50, "Steps between two records of the training loss; lines in a file come every 5 s at most.", ge=1
+    )
     check_replicas_every: int | None = setting(
         500, "Steps between two checks that all ranks hold the same parameters; null: at start and end only.", ge=1
     )
@@ -126,7 +128,11 @@ class DistributedConfig:
         ge=1,
         result=True,
     )
-    timeout_s: float = setting(600.0, "Seconds after which a collective that hangs ends the job.", gt=0, lt=1e7)
+    uneven: bool = setting(False, "Let ranks take unequal shares where their number does not divide the batch.")
+    start_timeout_s: float = setting(
+        300.0, "Seconds until the first step in which all ranks must come, or the job ends.", gt=0, lt=1e6
+    )
+    timeout_s: float = setting(120.0, "Seconds after which a step that does not end ends the job.", gt=0, lt=1e6)
     threads: int | None = setting(
         None, "CPU threads per rank; null: OMP_NUM_THREADS where it is set, else 1.", ge=1, lt=1000
     )
@@ -138,6 +144,15 @@ class CheckpointConfig:
 
     every_steps: int | None = setting(
         None, "Optimizer steps between checkpoints inside an epoch; null: at epoch ends only.", ge=1
+    )
+    grace_s: float = setting(
+        25.0,
+        "Seconds from the signal to stop until a job is gone, saved or not; torchrun kills after 30.",
+        gt=0,
+        lt=1e6,
+    )
+    restarts_in_vain: int = setting(
+        5, "Automatic restarts in a row from the same checkpoint after which a run gives up.", ge=1
     )
     keep: int = setting(3, "Newest checkpoints kept, besides the best.", ge=1)
     resume: str = setting(

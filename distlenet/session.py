@@ -1,16 +1,22 @@
 """What every command that computes does first: find its place, its device, its precision, and the others."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from distlenet.distributed import World, pick_backend, pick_device, process_group, world_from_environ
+from distlenet.distributed import pick_backend, pick_device, process_group
+from distlenet.errors import warn
 from distlenet.precision import autocast, exact_kernels, pick_precision
 from distlenet.schema import Config
+from distlenet.watchdog import Watchdog, watching
+from distlenet.world import World, world_from_environ
+
+BACKSTOP_S = 60.0
+"""How much later than the watchdog, who can say more, the backend's own timeout ends a collective."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Session:
     device: torch.device
     backend: str
     precision: str
+    watchdog: Watchdog
 
     def autocast(self) -> torch.autocast:
         """Return autocast for the forward pass in this session's precision."""
@@ -39,18 +46,17 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config) -> Iterator[Session]:
-    """Join the job for the length of a ``with`` block.
+def open_session(config: Config, folder: Path | None = None) -> Iterator[Session]:
+    """Join the job for the length of a ``with`` block; a hang is noted in ``folder``.
 
     Raises UserError, before the ranks meet, for an environment, device, backend or precision that cannot be.
     """
     world = world_from_environ(os.environ)
     device = pick_device(config.device, world, torch.cuda.device_count())
     if config.device == "auto" and device.type == "cpu" and torch.cuda.device_count() > 0 and world.local_rank == 0:
-        print(
-            f"distlenet: device=auto: training on the CPU, since {world.local_world_size} ranks on this node share "
-            f"{torch.cuda.device_count()} GPUs; start a rank per GPU to use them",
-            file=sys.stderr,
+        warn(
+            f"device=auto: training on the CPU, since {world.local_world_size} ranks on this node share "
+            f"{torch.cuda.device_count()} GPUs; start a rank per GPU to use them"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -58,8 +64,16 @@ def open_session(config: Config) -> Iterator[Session]:
     backend = pick_backend(config.distributed.backend, device)
     precision = pick_precision(config.precision, device)
     set_threads(config.distributed.threads)
-    with process_group(world, backend, device, config.distributed.timeout_s):
-        yield Session(world, device, backend, precision)
+    start_s, step_s = config.distributed.start_timeout_s, config.distributed.timeout_s
+    trace = folder / "flight-recorder" if folder is not None and backend == "nccl" else None
+    if trace is not None:  # before the group is made; see distlenet.watchdog
+        for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # as of torch 2.9, and before
+            os.environ.setdefault(name, "2000")
+    with (
+        process_group(world, backend, device, start_s, max(start_s, step_s) + BACKSTOP_S) as store,
+        watching(store, world, start_s, trace) as watchdog,
+    ):
+        yield Session(world, device, backend, precision, watchdog)
 
 
 def set_threads(threads: int | None) -> None:

@@ -1,19 +1,29 @@
 """``python -m distlenet.train``, alone or under torchrun or srun: compose a run, train, tear down."""
 
+from distlenet.orphan import die_with_agent
+
+if __name__ == "__main__":
+    die_with_agent()  # before the imports that take seconds
+
+import socket
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from distlenet.checkpoint import find_checkpoint
+from distlenet.checkpoint.folder import find_checkpoint
 from distlenet.config import load_config, run_folder, to_yaml
 from distlenet.data.sources import fetch_data, load_data
 from distlenet.distributed import all_or_none
 from distlenet.entry import parse_arguments, run_entry
-from distlenet.errors import UserError
+from distlenet.errors import Preempted, UserError, warn
+from distlenet.preemption import listening
 from distlenet.reduction import micro_batch_size
 from distlenet.schema import Config
-from distlenet.session import open_session
+from distlenet.session import Session, open_session
 from distlenet.tracking import Record, Trackers
 from distlenet.tracking.console import make_console
 from distlenet.tracking.history import History
@@ -35,7 +45,8 @@ def train(config: Config) -> Record:
     if config.checkpoint.path is not None:
         raise UserError("checkpoint.path is read by distlenet.evaluate; to train on from a file give checkpoint.resume")
     folder = run_folder(config)
-    with open_session(config) as session:
+    grace_s = config.checkpoint.grace_s
+    with listening(grace_s) as preemption, open_session(config, folder) as session, keep_error(folder, session):
         rank_0 = session.world.rank == 0
         micro_batch_size(config, session.world.world_size)  # before the data: it is what users get wrong most
         with all_or_none():
@@ -50,13 +61,34 @@ def train(config: Config) -> Record:
                 claim_folder(folder, lock)
         tracker = Trackers([make_console(config.run.console), History(folder, to_yaml(config))] if rank_0 else [])
         try:
-            summary = Trainer(config, session, data, folder, tracker).fit()
+            summary = Trainer(config, session, data, folder, tracker, preemption).fit()
             summary |= {"wall_s": time.perf_counter() - started, "folder": str(folder)}
             tracker.finish(summary)
         finally:
             tracker.close()
             lock.release()
     return summary
+
+
+@contextmanager
+def keep_error(folder: Path, session: Session) -> Iterator[None]:
+    """Keep the traceback of what ends this rank in ``errors/rank-00003.txt``; rank 0 says where they are."""
+    try:
+        yield
+    except (UserError, Preempted):
+        raise
+    except Exception:
+        errors, rank = folder / "errors", session.world.rank
+        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        try:
+            errors.mkdir(parents=True, exist_ok=True)
+            with (errors / f"rank-{rank:05d}.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{now}, rank {rank} on {socket.gethostname()}\n{traceback.format_exc()}\n")
+        except OSError as error:
+            warn(f"{errors}: cannot be written: {error.strerror or error}")
+        if rank == 0:
+            warn(f"the job failed; what ended each rank is in {errors}, the earliest is the cause")
+        raise
 
 
 def claim_folder(folder: Path, lock: FileLock) -> None:

@@ -8,41 +8,61 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from distlenet import __version__
-from distlenet.checkpoint import CheckpointFolder, State, choose_resumable, load_model
+from distlenet.checkpoint.file import State
+from distlenet.checkpointer import Checkpointer
 from distlenet.data.augment import Prepare
 from distlenet.data.loader import make_loader
 from distlenet.data.sampler import GlobalBatchSampler, ShardSampler
 from distlenet.data.sources import ImageData
-from distlenet.distributed import all_or_none, from_rank_0
+from distlenet.distributed import all_or_none, any_rank
 from distlenet.errors import UserError
 from distlenet.exact import seed_micro_batch
 from distlenet.metrics import EVAL_BATCH, Meter, Metrics, Speed, evaluate
 from distlenet.net import NETS
 from distlenet.optim import load_optimizer, make_optimizer, make_schedule
 from distlenet.precision import make_scaler
+from distlenet.preemption import Preemption, begin_worker
+from distlenet.progress import Progress, record_start
 from distlenet.reduction import make_reduction
 from distlenet.replicas import check_replicas
 from distlenet.schema import Config
 from distlenet.session import Session
 from distlenet.tracking import Record, Tracker
-from distlenet.tracking.ledger import Ledger, NoLedger, open_start
+from distlenet.tracking.ledger import NoLedger, join_start
+
+ASK_EVERY = 16
+"""Batches of an evaluation between two looks whether any rank was asked to stop."""
 
 
 class Trainer:
     """Train ``config.model`` on ``data`` as one rank of ``session``."""
 
-    def __init__(self, config: Config, session: Session, data: ImageData, folder: Path, tracker: Tracker) -> None:
+    def __init__(
+        self,
+        config: Config,
+        session: Session,
+        data: ImageData,
+        folder: Path,
+        tracker: Tracker,
+        preemption: Preemption,
+    ) -> None:
         """Build every part. Raises UserError for settings that do not fit each other, data or ranks."""
-        self.config, self.session, self.tracker = config, session, tracker
+        self.config, self.session, self.folder, self.tracker = config, session, folder, tracker
+        self.preemption, self.watchdog = preemption, session.watchdog
         self.world, self.device = world, device = session.world, session.device
         train = config.train
 
-        place = (world.rank, world.world_size)
         self.sampler = GlobalBatchSampler(
-            data.train, train.global_batch_size, *place, config.seed, config.data.drop_last
+            data.train,
+            train.global_batch_size,
+            world.rank,
+            world.world_size,
+            config.seed,
+            config.data.drop_last,
+            config.distributed.virtual_shards if config.distributed.reduction == "exact" else None,
         )
-        self.train_loader = make_loader(data.train, self.sampler, config.data.workers, device)
-        shard = ShardSampler(len(data.test), EVAL_BATCH, *place)
+        self.train_loader = make_loader(data.train, self.sampler, config.data.workers, device, begin_worker)
+        shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
         self.test_loader = make_loader(data.test, shard, 0, device)
         self.test_count = len(data.test)
         self.data_source = data.source
@@ -67,49 +87,67 @@ class Trainer:
         self.checkpoint_every = config.checkpoint.every_steps or self.total_steps
         self.check_replicas_every = train.check_replicas_every or self.total_steps
 
-        self.checkpoints = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
+        self.checkpointer = Checkpointer(config, session, folder, tracker)
         self.ledger = NoLedger()
         self.resumed_from: Path | None = None
         resume = config.checkpoint.resume
-        self.started_from = resume if resume not in ("auto", "never") else None
-        self.step = 0  # optimizer steps done, over all epochs
-        self.epoch = 0  # epochs done
-        self.batch = 0  # global batches done in the epoch under way
-        self.test: Record = {}  # metrics of the last evaluation
-        self.best_accuracy = -1.0
+        self.at = Progress(
+            micro_batch=self.reduction.micro_batch_size,
+            started_from=resume if resume not in ("auto", "never") else None,
+        )
         self.lr = config.optim.lr  # of the last step
 
     def fit(self) -> Record:
-        """Train from the newest checkpoint, or from scratch, to the last step; return the results."""
-        self.restore()
-        while self.step < self.total_steps:
-            self.sampler.set_position(self.epoch, self.batch)
+        """Train from the newest checkpoint, or from scratch, to the last step; return the results.
+
+        Raises Preempted where the job was asked to stop: then a checkpoint holds all that was done.
+        """
+        self.start()
+        at = self.at
+        while at.evaluated < self.total_steps:
+            self.sampler.set_position(at.epoch, at.batch, most=self.total_steps - at.step)
             self.speed.start()
             for images, labels, indices in self.train_loader:  # (n, H, W), (n,), (n,); n = B/W, but for the last
                 self.train_step(images, labels, indices)
-                if self.step % self.check_replicas_every == 0:
+                if at.step % self.check_replicas_every == 0:
                     check_replicas(self.net)  # collective, host sync
-                if self.batch % self.config.train.log_every == 0:
+                if at.batch % self.config.train.log_every == 0:
                     self.reduction.check()  # host sync
-                    metrics = self.meter.window()  # collective, host sync
-                    self.log("train", metrics, images_per_s=self.speed.window())
-                if self.step == self.total_steps:
-                    break
-                if self.step % self.checkpoint_every == 0 and self.batch < self.sampler.steps:
-                    self.save()  # collective; the end of an epoch is saved below, with its records
+                    self.log("train", self.meter.window(), images_per_s=self.speed.window())  # collective, host sync
+                if self.reduction.heard.yes:
+                    self.checkpointer.stop(self, self.preemption)  # collective
+                if at.step % self.checkpoint_every == 0 and at.batch < self.sampler.steps:
+                    self.checkpointer.save(self, must=False)  # collective; an epoch's end is saved below
             self.reduction.check()  # host sync
-            metrics = self.meter.total()  # collective, host sync
+            trained = self.meter.total()  # collective, host sync
             self.speed.stop()
-            if complete := self.batch == self.sampler.steps:  # else train.max_steps ended it
-                self.log("train_epoch", metrics)
+            tested = self.evaluate()  # collective, host sync
+            if complete := at.batch == self.sampler.steps:  # else train.max_steps ended it
+                self.log("train_epoch", trained)
                 self.meter.reset()
-            best = self.evaluate()  # collective, host sync
+            self.log("test", tested)
+            best = at.take_test(tested)
             if complete:
-                self.epoch, self.batch = self.epoch + 1, 0
-            self.save(best)  # collective
-        self.ledger.close()
-        results = {"epochs": self.epoch, "steps": self.step, "train_images_per_s": self.speed.mean()}
-        return {**self.test, **results, **self.session.describe()}
+                at.epoch, at.batch = at.epoch + 1, 0
+            self.checkpointer.save(self, best)  # collective
+        self.checkpointer.finish()  # collective
+        results = {"epochs": at.epoch, "steps": at.step, "train_images_per_s": self.speed.mean()}
+        return {**at.test, **results, "restarts": at.restarts, **self.session.describe()}
+
+    def start(self) -> None:
+        """Go on from a checkpoint, or begin; tell everybody. A collective."""
+        self.resumed_from = self.checkpointer.restore(self)
+        check_replicas(self.net)  # all start alike, whatever their seeds or disks say
+        if self.config.data.ledger:
+            facts = {"samples": self.sampler.samples, "steps_per_epoch": self.sampler.steps}
+            facts |= {"global_batch_size": self.sampler.global_batch, "world_size": self.world.world_size}
+            self.ledger = join_start(self.folder, self.at.step, facts, self.world.rank)
+        with all_or_none():
+            if self.world.rank == 0:
+                limit = self.config.checkpoint.restarts_in_vain
+                record_start(self.folder, self.at.step, self.world.world_size, limit)
+            self.tracker.start(self.facts())
+        self.watchdog.expect(self.config.distributed.timeout_s, "distributed.timeout_s")
 
     def train_step(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:
         """Take one optimizer step on this rank's share of the next global batch.
@@ -118,25 +156,27 @@ class Trainer:
         averaged, and divided by the images of the global batch. So neither a short last batch, nor a short
         last micro-batch, nor a rank with fewer images or none changes the gradient.
         """
+        at = self.at
         self.lr = float(self.schedule.get_last_lr()[0])
-        count = self.sampler.count(self.batch)  # images of the global batch, over all ranks
-        self.ledger.record(self.epoch, self.step, indices)
+        count = self.sampler.count(at.batch)  # images of the global batch, over all ranks
+        self.ledger.record(at.epoch, at.step, indices)
         images, labels, indices = (t.to(self.device, non_blocking=True) for t in (images, labels, indices))
-        inputs = self.prepare.augmented(images, indices, self.epoch)  # (n, 1, 32, 32)
+        inputs = self.prepare.augmented(images, indices, at.epoch)  # (n, 1, 32, 32)
         losses, outputs, answers = [], [], []
         micro_batches = self.reduction.micro_batches(inputs, labels)
         for shard, (x, y) in micro_batches:
-            seed_micro_batch(self.device, self.config.seed, self.step, shard)
+            seed_micro_batch(self.device, self.config.seed, at.step, shard)
             with self.reduction.accumulate(last=shard == micro_batches[-1][0]):
                 with self.autocast:
                     logits = self.reduction.model(x).float()
                 loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=self.label_smoothing)
-                self.scaler.scale(loss * (self.reduction.weight / count)).backward()
+                mean = self.scaler.scale(loss * (self.reduction.weight / count))
+                self.reduction.backward(mean, self.preemption.asked)
             losses.append(loss.detach())
             outputs.append(logits.detach())
             answers.append(y)
         self.meter.update(torch.stack(losses), torch.cat(outputs), torch.cat(answers))
-        self.reduction.finish(self.step)  # collective
+        self.reduction.finish(at.step)  # collective
         if self.config.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
@@ -147,79 +187,38 @@ class Trainer:
         if self.scaler.get_scale() >= scale:  # a smaller scale: the gradient overflowed, the step was skipped
             self.schedule.step()
         self.speed.add(count)
-        self.step += 1
-        self.batch += 1
+        at.step += 1
+        at.batch += 1
+        self.watchdog.beat(at.step)
 
-    def evaluate(self) -> bool:
-        """Measure the bare network on the test set; return whether it is the best yet. A collective."""
-        metrics = evaluate(self.net, self.test_loader, self.prepare, self.autocast, self.device, self.test_count)
-        self.test = {f"test_{name}": value for name, value in metrics.to_dict().items()}
-        self.log("test", metrics)
-        best = metrics.accuracy > self.best_accuracy
-        self.best_accuracy = max(metrics.accuracy, self.best_accuracy)
-        return best
+    def evaluate(self) -> Metrics:
+        """Measure the bare network on the test set. A collective."""
+
+        def asked(batch: int) -> bool:
+            self.watchdog.beat(self.at.step)
+            return batch % ASK_EVERY == ASK_EVERY - 1 and any_rank(self.preemption.asked, self.device)
+
+        metrics = evaluate(self.net, self.test_loader, self.prepare, self.autocast, self.device, self.test_count, asked)
+        return metrics or self.checkpointer.stop(self, self.preemption)
 
     def log(self, split: str, metrics: Metrics, **more: float) -> None:
         """Tell the tracker one record; see ``distlenet.tracking``."""
-        place = {"split": split, "step": self.step, "epoch": self.epoch + 1, "batch": self.batch}
+        place = {"split": split, "step": self.at.step, "epoch": self.at.epoch + 1, "batch": self.at.batch}
         self.tracker.log({**place, **metrics.to_dict(), "lr": self.lr, **more})
 
-    def save(self, best: bool = False) -> None:
-        """Write a checkpoint from rank 0. A collective; raises UserError where it cannot be written."""
-        self.reduction.check()  # what is not finite is never saved
-        state = self.state_dict()
-        state["started_from"] = self.started_from
-        with all_or_none():
-            if self.world.rank == 0:
-                self.tracker.sync()
-                self.checkpoints.save(state, best)
-
-    def restore(self) -> None:
-        """Go on from where ``checkpoint.resume`` says: rank 0 reads, all take it. A collective."""
-        found: tuple[Path, State] | None = None
-        with all_or_none():
-            if self.world.rank == 0:
-                self.checkpoints.remove_torn()
-                found = choose_resumable(self.config, self.checkpoints, self.net)
-        found = from_rank_0(found)
-        if found is not None:
-            self.resumed_from, state = found
-            load_model(self.net, state, self.resumed_from)
-            try:
-                self.load_state_dict(state)
-            except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-                raise UserError(
-                    f"checkpoint {self.resumed_from}: holds a network, but no state that training can go on from "
-                    f"({type(error).__name__}: {error})"
-                ) from error
-        check_replicas(self.net)  # all start alike, whatever their seeds or disks say
-        if self.config.data.ledger:
-            self.ledger = self.open_ledger()
-        with all_or_none():
-            self.tracker.start(self.facts())
-
-    def open_ledger(self) -> Ledger:
-        """Open this rank's ledger of the samples it takes from now on. A collective."""
-        folder = None
-        if self.world.rank == 0:
-            facts = {"samples": self.sampler.samples, "steps_per_epoch": self.sampler.steps}
-            facts |= {"global_batch_size": self.sampler.global_batch, "world_size": self.world.world_size}
-            folder = open_start(self.checkpoints.folder.parent, self.step, facts)
-        return Ledger(from_rank_0(folder) or Path(), self.world.rank)
-
     def state_dict(self) -> State:
-        """Return everything that the rest of the run depends on: tensors and plain values. A collective."""
+        """Return everything that the rest of the run depends on: tensors and plain values. A collective.
+
+        Raises UserError where it is not finite: that is never saved.
+        """
+        self.reduction.check()  # host sync
         return {
-            "model": {name: tensor.detach().cpu() for name, tensor in self.net.state_dict().items()},
+            **self.at.state_dict(),
+            "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "meter": self.meter.state_dict(),
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "test": self.test,
-            "best_accuracy": self.best_accuracy,
             "config": self.config.to_dict(),
             "versions": {"distlenet": __version__, "torch": str(torch.__version__)},
         }
@@ -230,9 +229,10 @@ class Trainer:
         if state["scaler"]:  # empty where the run was not fp16 so far: then the loss scale starts anew
             self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"], self.world.rank)
-        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-        self.test, self.best_accuracy = state["test"], state["best_accuracy"]
-        self.started_from = self.started_from or state.get("started_from")
+        started_from = self.at.started_from
+        self.at.load_state_dict(state)
+        self.at.started_from = started_from or self.at.started_from
+        self.reduction.limit_micro_batch(self.at.micro_batch)
 
     def facts(self) -> Record:
         """Return what a tracker tells about the run before its first step."""
@@ -242,8 +242,9 @@ class Trainer:
             "data": self.config.data.name,
             "train_count": self.sampler.samples,
             "data_source": self.data_source,
-            "step": self.step,
+            "step": self.at.step,
             "steps": self.total_steps,
+            "complete": self.at.evaluated >= self.total_steps,
             "epochs": self.config.train.epochs,
             "steps_per_epoch": self.sampler.steps,
             "global_batch_size": self.config.train.global_batch_size,

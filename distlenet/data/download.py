@@ -75,7 +75,10 @@ def _download(name: str, root: Path, debian: bool) -> dict[str, Path]:
     ways = [f"put its four IDX files (plain or .gz) into {root}"]
     if name in DEBIAN_PACKAGE:
         ways.append(f"apt install {DEBIAN_PACKAGE[name]}")
-    ways += ["make data on a machine with a network", "train on the bundled set with data.name=digits"]
+    ways += [
+        "make data on a machine with a network",
+        "train on the bundled set with data.name=digits, for which configs/ci.yaml has the settings",
+    ]
     raise UserError(
         f"data.name={name} is not here and cannot be downloaded ({'; '.join(failures)}). Either " + ", or ".join(ways)
     )

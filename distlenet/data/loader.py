@@ -1,6 +1,6 @@
 """Batches for one rank: a sampler says which samples, one gather fetches them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -24,8 +24,14 @@ class Gather(Dataset[Batch]):
         return self.split.images.index_select(0, indices), self.split.labels.index_select(0, indices), indices
 
 
-def make_loader(split: Split, sampler: Iterable[Tensor], workers: int, device: torch.device) -> DataLoader[Batch]:
-    """Load what ``sampler`` names, a tensor of indices at a time.
+def make_loader(
+    split: Split,
+    sampler: Iterable[Tensor],
+    workers: int,
+    device: torch.device,
+    worker_init: Callable[[int], None] | None = None,
+) -> DataLoader[Batch]:
+    """Load what ``sampler`` names, a tensor of indices at a time; ``worker_init`` is called in each worker process.
 
     ``batch_size=None`` turns the DataLoader's own batching off: the sampler's tensors arrive at the data
     set whole (https://docs.pytorch.org/docs/stable/data.html#disable-automatic-batching).
@@ -37,5 +43,6 @@ def make_loader(split: Split, sampler: Iterable[Tensor], workers: int, device: t
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
+        worker_init_fn=worker_init,
         generator=torch.Generator(),  # the loader draws a seed per epoch: not from the global generator
     )

@@ -17,46 +17,56 @@ class GlobalBatchSampler(DistributedSampler[Tensor]):
     Position p of an epoch's permutation belongs to global batch p // B and, as in ``DistributedSampler``,
     to rank p % W. So global batch t is positions tB to (t+1)B-1 for every world size W, and nothing is
     padded: the last batch of an epoch is as short as what is left, or is left out (``drop_last``).
-    W must divide B.
+    With V virtual shards, p belongs to shard p % V, and that to rank p % V % W: the same, where W divides V.
 
-    Yields int64 tensors (n,), where n = B/W but for the last batch, in which ranks may differ by one and
-    may get nothing (n = 0). All ranks yield equally often.
+    Yields int64 tensors (n,), where n = B/W where W divides B, but for the last batch, in which ranks may
+    differ and may get nothing (n = 0). All ranks yield equally often.
     """
 
     def __init__(
-        self, data: Split, global_batch: int, rank: int, world_size: int, seed: int, drop_last: bool = False
+        self,
+        data: Split,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        drop_last: bool = False,
+        shards: int | None = None,
     ) -> None:
-        """Order ``data`` for this rank. Raises UserError where an epoch would have no step."""
+        """Order ``data`` for this rank; ``shards`` divides B. Raises UserError where an epoch would have no step."""
         super().__init__(data, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.samples = len(data)
         self.global_batch = global_batch
         self.steps = self.samples // global_batch if drop_last else -(-self.samples // global_batch)
-        self.start = 0
+        self.start, self.stop = 0, self.steps
+        position = torch.arange(global_batch)
+        self.mine = (position % (shards or global_batch)) % world_size == rank  # bool (B,)
         if self.steps == 0:
             raise UserError(
                 f"data.drop_last=true drops all {self.samples} images of the training set, which do not fill "
                 f"train.global_batch_size={global_batch}; give a smaller one, or data.drop_last=false"
             )
 
-    def set_position(self, epoch: int, start: int) -> None:
-        """Choose the epoch, and how many of its global batches are already done."""
+    def set_position(self, epoch: int, start: int, most: int | None = None) -> None:
+        """Choose the epoch, how many of its global batches are already done, and how many at most are to come."""
         self.set_epoch(epoch)
         self.start = start
+        self.stop = self.steps if most is None else min(self.steps, start + most)
 
     def count(self, step: int) -> int:
         """Return how many samples global batch ``step`` of an epoch holds, over all ranks."""
         return min(self.global_batch, self.samples - step * self.global_batch)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield this rank's indices of each global batch, from ``start`` on."""
+        """Yield this rank's indices of each global batch, from ``start`` to before ``stop``."""
         order = permutation(self.samples, self.seed, self.epoch)
-        for step in range(self.start, self.steps):
-            first = step * self.global_batch
-            yield order[first + self.rank : first + self.count(step) : self.num_replicas]
+        for step in range(self.start, self.stop):
+            batch = order[step * self.global_batch :][: self.count(step)]
+            yield batch[self.mine[: len(batch)]]
 
     def __len__(self) -> int:
-        """Return how many global batches are left in the epoch."""
-        return self.steps - self.start
+        """Return how many global batches are left."""
+        return self.stop - self.start
 
 
 class ShardSampler:

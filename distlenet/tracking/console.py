@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from distlenet.tracking import Record, Tracker
 
 SECONDS_BETWEEN_LINES = 5.0
+WIDE = 78
+"""Columns from which a progress bar has room for the speed, too."""
 
 
 def make_console(style: str) -> Tracker:
@@ -84,7 +86,7 @@ class Bar(Lines):
     def start(self, facts: Record) -> None:
         """Print what runs where and show the bar."""
         super().start(facts)
-        if facts["step"] < facts["steps"]:
+        if not facts["complete"]:
             self.task = self.progress.add_task("", total=facts["steps"], completed=facts["step"], numbers="")
             self.progress.start()
 
@@ -95,11 +97,17 @@ class Bar(Lines):
                 self.task,
                 completed=record["step"],
                 description=f"epoch {record['epoch']}/{self.facts['epochs']}",
-                numbers=f"loss {record['loss']:.3f}  acc {record['accuracy']:.1%}  "
-                f"{record['images_per_s']:,.0f} images/s  {_time_left(record, self.facts)} left",
+                numbers="  ".join(self._numbers(record)),
             )
         elif record["split"] == "test":
             super().log(record)
+
+    def _numbers(self, record: Record) -> list[str]:
+        """Write what stands beside the bar; on a narrow terminal, less of it."""
+        numbers = [f"loss {record['loss']:.3f}", f"acc {record['accuracy']:.1%}"]
+        if self.progress.console.width >= WIDE:
+            numbers.append(f"{record['images_per_s']:,.0f} images/s")
+        return [*numbers, f"{_time_left(record, self.facts)} left"]
 
     def finish(self, summary: Record) -> None:
         """Complete the bar and print the result below it."""
@@ -141,8 +149,8 @@ def _opening(facts: Record) -> list[str]:
         f"ranks {f['world_size']} × micro-batches {f['micro_batches']} × images {f['micro_batch_size']}, "
         f"reduction {f['reduction']}",
     ]
-    if facts["step"] >= facts["steps"]:
-        lines.append("this run is complete; change a setting or give another run.name to train again")
+    if facts["complete"]:
+        lines.append("this run is complete; raise train.epochs to train on, or give another run.name to train anew")
     elif facts["step"]:
         lines.append(f"resumed at step {f['step']} of {f['steps']} from {f['resumed_from']}")
     return lines

@@ -2,20 +2,19 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from distlenet.errors import UserError
+from distlenet.files import LineFile, replace_text, told
 from distlenet.tracking import Record
 
 
 class History:
     """Keep the settings, append each record to ``metrics.jsonl``, one JSON object a line, and a summary at the end.
 
-    Numbers that are not finite are null: JSON has none. Raises UserError where a file cannot be written.
+    Numbers that are not finite are null: JSON has none. Raises UserError where a file cannot be written, but for
+    ``metrics.jsonl`` on the way: its lines wait for the disk in memory.
     """
 
     def __init__(self, folder: Path, settings: str) -> None:
@@ -24,7 +23,7 @@ class History:
         self.path = folder / "metrics.jsonl"
         self.summary_path = folder / "summary.json"
         self.settings = settings
-        self.file: TextIO | None = None
+        self.lines: LineFile | None = None
         self.complete = False
 
     def start(self, facts: Record) -> None:
@@ -32,36 +31,36 @@ class History:
 
         Those steps are trained and recorded again, so the history has each step once.
         """
-        self.complete = facts["step"] >= facts["steps"]
-        with _told(self.folder):
+        self.complete = facts["complete"]
+        with told(self.folder):
             kept = [line for line, record in self._lines() if record["step"] <= facts["step"]]
             replace_text(self.folder / "config.yaml", self.settings)
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
-            self.file = self.path.open("a", encoding="utf-8", buffering=1)
+            self.lines = LineFile(self.path)
 
     def log(self, record: Record) -> None:
         """Append one line."""
-        assert self.file is not None, "log before start"
-        with _told(self.folder):
-            self.file.write(to_json(record) + "\n")
+        assert self.lines is not None, "log before start"
+        self.lines.add(to_json(record))
 
     def sync(self) -> None:
         """Have all records on the disk, so that no checkpoint outlives the records before it."""
-        if self.file is not None:
-            with _told(self.folder):
-                os.fsync(self.file.fileno())
+        if self.lines is not None:
+            with told(self.folder):
+                self.lines.sync()
 
     def finish(self, summary: Record) -> None:
         """Write ``summary.json``; a run that was complete before keeps the one that measured its training."""
         if self.complete and self.summary_path.exists():
             return
-        with _told(self.folder):
+        self.sync()
+        with told(self.folder):
             replace_text(self.summary_path, to_json(summary, indent=2) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        if self.file is not None:
-            self.file.close()
+        if self.lines is not None:
+            self.lines.close()
 
     def _lines(self) -> Iterator[tuple[str, Record]]:
         """Yield the whole lines on disk and what they say; a last one without its end was cut by a kill."""
@@ -79,22 +78,7 @@ class History:
             yield line[:-1], record
 
 
-@contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
-
-
 def to_json(record: Record, indent: int | None = None) -> str:
     """Write a flat record as JSON, with null for numbers that are not finite."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, indent=indent, allow_nan=False)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

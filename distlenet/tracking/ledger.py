@@ -10,15 +10,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
+
+from distlenet.distributed import all_or_none, from_rank_0
+from distlenet.files import LineFile, told
 
 START = re.compile(r"(\d+)-from-(\d+)")
 
 
 class NoLedger:
     """Records nothing."""
+
+    behind = False
 
     def record(self, epoch: int, step: int, indices: Tensor) -> None:
         """Do nothing."""
@@ -32,15 +37,20 @@ class Ledger(NoLedger):
 
     def __init__(self, folder: Path, rank: int) -> None:
         """Write into ``folder``, which ``open_start`` made."""
-        self.file: TextIO = (folder / f"rank-{rank:05d}.jsonl").open("w", encoding="utf-8", buffering=1)
+        self.lines = LineFile(folder / f"rank-{rank:05d}.jsonl")
+
+    @property
+    def behind(self) -> bool:  # type: ignore[override]
+        """Whether lines wait for the disk: a checkpoint that is saved now could go on from where they are missing."""
+        return self.lines.failure is not None
 
     def record(self, epoch: int, step: int, indices: Tensor) -> None:
         """Add a line, at once: the samples ``indices`` (n,) of the optimizer step that comes after ``step`` others."""
-        self.file.write(json.dumps({"epoch": epoch, "step": step, "indices": indices.tolist()}) + "\n")
+        self.lines.add(json.dumps({"epoch": epoch, "step": step, "indices": indices.tolist()}))
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        self.lines.close()
 
 
 def open_start(run: Path, step: int, facts: dict[str, Any]) -> Path:
@@ -50,6 +60,19 @@ def open_start(run: Path, step: int, facts: dict[str, Any]) -> Path:
     folder.mkdir(parents=True)
     (folder / "start.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
     return folder
+
+
+def join_start(run: Path, step: int, facts: dict[str, Any], rank: int) -> Ledger:
+    """Open this rank's ledger of the samples it takes from now on, after ``step`` steps. A collective."""
+    folder: Path | None = None
+    with all_or_none():
+        if rank == 0:
+            with told(run):
+                folder = open_start(run, step, facts)
+    folder = from_rank_0(folder)
+    assert folder is not None
+    with all_or_none(), told(run):
+        return Ledger(folder, rank)
 
 
 @dataclass(frozen=True)

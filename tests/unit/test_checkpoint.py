@@ -2,20 +2,17 @@ import os
 import re
 import resource
 import signal
+import sys
 
 import pytest
 import torch
+from conftest import run_command
 
-from distlenet import checkpoint
-from distlenet.checkpoint import (
-    CheckpointFolder,
-    check_same_settings,
-    choose_resumable,
-    find_checkpoint,
-    load_checkpoint,
-    load_model,
-    write_atomically,
-)
+from distlenet.checkpoint import file as checkpoint
+from distlenet.checkpoint import folder as checkpoint_folder
+from distlenet.checkpoint.file import load_checkpoint, load_model, write_atomically
+from distlenet.checkpoint.folder import CheckpointFolder, find_checkpoint
+from distlenet.checkpoint.resume import check_same_settings, choose_resumable
 from distlenet.config import load_config
 from distlenet.errors import UserError
 from distlenet.net import Net
@@ -32,7 +29,7 @@ def test_the_newest_k_and_the_best_are_kept(tmp_path):
     folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
     assert folder.newest() is None
     for step in (5, 10, 99, 100, 1000, 123456789):
-        folder.save(state(step), best=step == 10)
+        folder.write(state(step), best=step == 10)
     names = sorted(path.name for path in folder.folder.iterdir())
     assert names == ["best.pt", "step-00001000.pt", "step-123456789.pt"]
     assert folder.newest().name == "step-123456789.pt"  # by step, not by name
@@ -50,20 +47,20 @@ def test_the_tutorials_code_reads_a_checkpoint(tmp_path):
 def test_a_death_between_the_best_and_the_newest_loses_neither(tmp_path, monkeypatch):
     """The newest says what the best accuracy was: written first, it would hide that best.pt is missing."""
     written = []
-    monkeypatch.setattr(checkpoint, "write_atomically", lambda _, path: written.append(path.name))
-    CheckpointFolder(tmp_path, keep=1).save(state(5), best=True)
+    monkeypatch.setattr(checkpoint_folder, "write_atomically", lambda _, path: written.append(path.name))
+    CheckpointFolder(tmp_path, keep=1).write(state(5), best=True)
     assert written == ["best.pt", "step-00000005.pt"]
 
 
 def test_a_disk_that_is_really_full(tmp_path):
     """The kernel's own error, from a limit on the size of files; torch.save into a file would hide it."""
     folder = CheckpointFolder(tmp_path, keep=1)
-    folder.save(state(1), best=False)
+    folder.write(state(1), best=False)
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(UserError, match="cannot be written: File too large"):
-            folder.save(state(2), best=True)
+            folder.write(state(2), best=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -72,7 +69,7 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 def test_torn_files_are_no_checkpoints_and_are_removed(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=3)
-    newest = folder.save(state(1), best=False)
+    newest = folder.write(state(1), best=False)
     (tmp_path / ".writing-abc").write_bytes(b"half")
     assert list(tmp_path.glob("*.pt")) == [newest]
     folder.remove_torn()
@@ -82,7 +79,7 @@ def test_torn_files_are_no_checkpoints_and_are_removed(tmp_path):
 @pytest.mark.parametrize("fails_in", ["torch.save", "os.fsync", "os.replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, fails_in):
     folder = CheckpointFolder(tmp_path, keep=1)
-    folder.save(state(1), best=False)
+    folder.write(state(1), best=False)
     before = (tmp_path / "step-00000001.pt").read_bytes()
 
     def fail(*_):
@@ -91,17 +88,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     module, name = fails_in.split(".")
     monkeypatch.setattr(getattr(checkpoint, module), name, fail)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        folder.save(state(2), best=True)
+        folder.write(state(2), best=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
     assert (tmp_path / "step-00000001.pt").read_bytes() == before
 
 
 def test_checkpoints_have_the_usual_permissions(tmp_path):
-    before = os.umask(0o027)
-    try:
-        write_atomically(state(1), tmp_path / "c.pt")
-    finally:
-        os.umask(before)
+    program = "import sys, pathlib; from distlenet.checkpoint.file import *; write_atomically({}, pathlib.Path('c.pt'))"
+    run_command("sh", "-c", f'umask 027; exec "$0" -c "{program}"', sys.executable, cwd=tmp_path).succeeded()
     assert (tmp_path / "c.pt").stat().st_mode & 0o777 == 0o640
 
 
@@ -183,20 +177,20 @@ def test_finding_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoints"):
         find_checkpoint(run)
     folder = CheckpointFolder(run / "checkpoints", keep=3)
-    folder.save(state(7), best=True)
-    newest = folder.save(state(8), best=False)
+    folder.write(state(7), best=True)
+    newest = folder.write(state(8), best=False)
     assert find_checkpoint(run) == find_checkpoint(folder.folder) == newest
     assert find_checkpoint(folder.folder / "best.pt") == folder.folder / "best.pt"
 
 
 def test_resuming_takes_the_newest_a_given_one_or_none(tmp_path):
     own = CheckpointFolder(tmp_path / "own/checkpoints", keep=3)
-    other = CheckpointFolder(tmp_path / "other/checkpoints", keep=3).save(state(5), best=False)
+    other = CheckpointFolder(tmp_path / "other/checkpoints", keep=3).write(state(5), best=False)
     assert choose_resumable(load_config(), own, Net()) is None
     assert choose_resumable(load_config([], ["checkpoint.resume=never"]), own, Net()) is None
     given = load_config([], [f"checkpoint.resume={tmp_path / 'other'}"])
     assert choose_resumable(given, own, Net())[0] == other
-    newest = own.save(state(9), best=False)
+    newest = own.write(state(9), best=False)
     assert choose_resumable(load_config(), own, Net())[0] == newest
     for config in (given, load_config([], ["checkpoint.resume=never"])):
         with pytest.raises(UserError, match=r"already holds step-00000009\.pt"):
@@ -204,10 +198,10 @@ def test_resuming_takes_the_newest_a_given_one_or_none(tmp_path):
 
 
 def test_a_run_started_from_a_checkpoint_goes_on_by_the_same_command(tmp_path):
-    other = CheckpointFolder(tmp_path / "other/checkpoints", keep=3).save(state(5), best=False)
+    other = CheckpointFolder(tmp_path / "other/checkpoints", keep=3).write(state(5), best=False)
     own = CheckpointFolder(tmp_path / "own/checkpoints", keep=3)
     same = load_config([], [f"checkpoint.resume={other}"])
-    newest = own.save({**state(9), "started_from": str(other)}, best=False)
+    newest = own.write({**state(9), "started_from": str(other)}, best=False)
     assert choose_resumable(same, own, Net())[0] == newest
     with pytest.raises(UserError, match="already holds"):
         choose_resumable(load_config([], [f"checkpoint.resume={tmp_path / 'other'}"]), own, Net())

@@ -1,151 +1,12 @@
-import re
-
 import pytest
 import torch
 
 from distlenet import distributed
-from distlenet.distributed import (
-    World,
-    pick_backend,
-    pick_device,
-    slurm_first_host,
-    slurm_port,
-    slurm_tasks_per_node,
-    world_from_environ,
-)
+from distlenet.distributed import pick_backend, pick_device, ranks_in_words
 from distlenet.errors import UserError
+from distlenet.world import World
 
 pytestmark = pytest.mark.unit
-
-TORCHRUN = {
-    "RANK": "5",
-    "LOCAL_RANK": "1",
-    "WORLD_SIZE": "8",
-    "LOCAL_WORLD_SIZE": "4",
-    "GROUP_RANK": "1",
-    "MASTER_ADDR": "n1",
-    "MASTER_PORT": "29500",
-}
-SRUN = {
-    "SLURM_JOB_ID": "17",
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NUM_TASKS": "3",
-    "SLURM_STEP_TASKS_PER_NODE": "2,1",
-    "SLURM_STEP_NODELIST": "n[1-2]",
-    "SLURM_PROCID": "2",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "1",
-}
-
-
-def test_torchrun():
-    assert world_from_environ(TORCHRUN) == World(5, 1, 8, 4, 1, "env://")
-
-
-def test_torchrun_wins_inside_srun():
-    assert world_from_environ({**SRUN, **TORCHRUN}) == World(5, 1, 8, 4, 1, "env://")
-
-
-def test_srun():
-    assert world_from_environ(SRUN) == World(2, 0, 3, 1, 1, f"tcp://n1:{slurm_port(SRUN)}")
-
-
-def test_srun_with_a_gpu_per_task():
-    world = world_from_environ({**SRUN, "SLURM_GPUS_PER_TASK": "1"})
-    assert world.own_gpu
-    crowded = World(5, 3, 8, 4, 1, own_gpu=True)
-    assert pick_device("auto", crowded, 1) == torch.device("cuda", 0)
-    assert pick_device("auto", crowded, 4) == torch.device("cuda", 3)  # not bound to tasks: all are visible
-
-
-def test_srun_with_an_arbitrary_distribution_needs_an_address():
-    arbitrary = {**SRUN, "SLURM_DISTRIBUTION": "arbitrary"}
-    with pytest.raises(UserError, match="set MASTER_ADDR"):
-        world_from_environ(arbitrary)
-    assert world_from_environ({**arbitrary, "MASTER_ADDR": "n2"}).init_method.startswith("tcp://n2:")
-
-
-def test_srun_takes_an_address_that_the_user_gives():
-    given = {**SRUN, "MASTER_ADDR": "login", "MASTER_PORT": "1234"}
-    assert world_from_environ(given).init_method == "tcp://login:1234"
-
-
-def test_one_task_needs_no_address():
-    alone = {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0"}
-    assert world_from_environ({**alone, "SLURM_NODEID": "0"}) == World()
-
-
-def test_one_process_without_a_launcher():
-    assert world_from_environ({"HOME": "/", "PATH": "/bin"}) == World(0, 0, 1, 1, 0, None)
-
-
-def test_a_batch_script_is_one_process_however_many_tasks_were_asked_for():
-    """SLURM sets SLURM_PROCID=0 and SLURM_NTASKS there too; only a step has started tasks."""
-    batch = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-    assert world_from_environ(batch) == World()
-
-
-@pytest.mark.parametrize("name", [*TORCHRUN.keys() - {"GROUP_RANK"}])
-def test_a_missing_variable_is_named(name):
-    with pytest.raises(UserError, match=f"{name} is not"):
-        world_from_environ({k: v for k, v in TORCHRUN.items() if k != name})
-
-
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        ({"RANK": "8"}, "rank 8 in a world of 8"),
-        ({"RANK": "x"}, "RANK='x'"),
-        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),
-        ({"LOCAL_RANK": "4"}, "local rank 4 among 4"),
-        ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE=''"),
-    ],
-)
-def test_contradictions_are_named(change, part):
-    with pytest.raises(UserError, match=re.escape(part)):
-        world_from_environ({**TORCHRUN, **change})
-
-
-@pytest.mark.parametrize(
-    ("text", "counts"),
-    [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,2(x2)", [1, 2, 2])],
-)
-def test_tasks_per_node(text, counts):
-    assert slurm_tasks_per_node(text) == counts
-
-
-@pytest.mark.parametrize("text", ["", "x", "2(x", "2,", "(x2)"])
-def test_tasks_per_node_that_are_none(text):
-    with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE"):
-        slurm_tasks_per_node(text)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("n1", "n1"),
-        ("n1,n2", "n1"),
-        ("n[1-4]", "n1"),
-        ("gpu[03-07,11],login1", "gpu03"),
-        ("gpu[3,5-7]", "gpu3"),
-        ("rack[1-2]node[05-06]", "rack1node05"),
-        ("a-b.example.org", "a-b.example.org"),
-        ("n[1-2]-ib", "n1-ib"),
-    ],
-)
-def test_first_host(nodes, first):
-    assert slurm_first_host(nodes) == first
-
-
-def test_ports_of_neighbouring_jobs_and_steps_differ_and_are_below_the_ephemeral_range():
-    ports = [
-        slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
-        for job in range(1000, 1200)
-        for step in range(10)
-    ]
-    assert len(set(ports)) == len(ports)
-    assert min(ports) >= 20_000
-    assert max(ports) < 30_000
 
 
 @pytest.mark.parametrize(
@@ -175,3 +36,9 @@ def test_backend(monkeypatch):
     assert pick_backend("auto", gpu) == "gloo"
     with pytest.raises(UserError, match="backend=nccl"):
         pick_backend("nccl", gpu)
+
+
+def test_ranks_in_words():
+    assert ranks_in_words([3]) == "rank 3"
+    assert ranks_in_words([3, 5]) == "ranks 3, 5"
+    assert ranks_in_words(range(20), most=2) == "ranks 0, 1 and 18 more"

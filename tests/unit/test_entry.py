@@ -11,7 +11,7 @@ from filelock import FileLock
 from idx_files import small_set, write_set
 
 from distlenet import entry, evaluate, train
-from distlenet.checkpoint import write_atomically
+from distlenet.checkpoint.file import write_atomically
 from distlenet.config import load_config
 from distlenet.entry import parse_arguments, run_entry
 from distlenet.errors import RankError, UserError

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from distlenet.config import load_config
-from distlenet.distributed import World
 from distlenet.errors import UserError
 from distlenet.net import Net
 from distlenet.reduction import DdpReduction, ExactReduction, make_reduction, micro_batch_size
+from distlenet.world import World
 
 pytestmark = pytest.mark.unit
 
@@ -26,7 +26,7 @@ def backward(reduction, x, y, break_shard=None, factor=1.0):
             loss = F.cross_entropy(reduction.model(images), labels, reduction="sum")
             if shard == break_shard:
                 loss = loss * factor
-            (loss * (reduction.weight / len(x))).backward()
+            reduction.backward(loss * (reduction.weight / len(x)), asked=False)
     reduction.finish(step=4)
 
 

@@ -34,6 +34,7 @@ FACTS = {
     "micro_batch_size": 32,
     "step": 0,
     "steps": 40,
+    "complete": False,
     "resumed_from": None,
 }
 SUMMARY = {"test_accuracy": 0.98765, "test_count": 360, "steps": 40, "folder": "runs/x"}
@@ -57,7 +58,7 @@ def lines(folder) -> list[dict]:
 
 def write(folder, steps, start=0):
     history = History(folder, "seed: 0\n")
-    history.start({**FACTS, "step": start})
+    history.start({**FACTS, "step": start, "complete": start == 40})
     for step in steps:
         history.log(train_record(step))
     return history
@@ -162,7 +163,7 @@ def test_tests_and_results_are_always_shown(capsys):
     [
         ({}, "global batch 64 = ranks 2 × micro-batches 1 × images 32"),
         ({"step": 8, "resumed_from": "runs/x/c.pt"}, "resumed at step 8 of 40 from runs/x/c.pt"),
-        ({"step": 40}, "this run is complete"),
+        ({"step": 40, "complete": True}, "this run is complete"),
     ],
 )
 def test_the_opening_says_what_runs_where(capsys, change, part):

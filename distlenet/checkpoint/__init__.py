@@ -1,0 +1,1 @@
+"""Checkpoints: their format, the folder that keeps them, and which one a run goes on from."""

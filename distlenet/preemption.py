@@ -1,0 +1,95 @@
+"""Asked to stop, by SIGTERM or SIGUSR2: remember it until all ranks know, then save and leave.
+
+A scheduler warns a job before it takes the machine away, and not all ranks hear it, or not at the same step. So a
+signal only sets a flag here; it travels with what the ranks exchange in each step anyway (see
+``distlenet.reduction``), and all of them see it after the same step.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from distlenet.orphan import die_with_parent
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not USR1, which NCCL may take
+
+
+class Preemption:
+    """Whether this rank was asked to stop, and since when."""
+
+    def __init__(self, grace_s: float) -> None:
+        """Allow ``grace_s`` seconds from the signal to the end."""
+        self.grace_s = grace_s
+        self.asked_by: str | None = None
+        self.deadline = float("inf")
+
+    def ask(self, number: int, _: FrameType | None = None) -> None:
+        """Take a signal. The second is as good as none: the first may already be at work."""
+        if self.asked_by is None:
+            self.deadline = time.monotonic() + self.grace_s
+            self.asked_by = signal.Signals(number).name
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came to this rank."""
+        return self.asked_by is not None
+
+    def seconds_left(self) -> float:
+        """Return the seconds until this rank should be gone; all of ``grace_s`` where it was not asked itself."""
+        return max(0.0, min(self.deadline - time.monotonic(), self.grace_s))
+
+
+@contextmanager
+def listening(grace_s: float) -> Iterator[Preemption]:
+    """Listen to the signals for the length of a ``with`` block; the handlers before it come back after it."""
+    preemption = Preemption(grace_s)
+    before = {number: signal.signal(number, preemption.ask) for number in SIGNALS}
+    try:
+        yield preemption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def begin_worker(_: int = 0) -> None:
+    """Prepare a loader's worker process: it is needed to the last step, so it ignores them, and ends with its rank."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
+
+
+class Heard:
+    """Whether any rank was asked to stop: read on the host, without making the device wait.
+
+    On a GPU a value is looked at ``LAG`` steps after it was computed: it is there by then, and every rank looks at
+    the same step's.
+    """
+
+    LAG = 4
+
+    def __init__(self, device: torch.device) -> None:
+        """Read from ``device``."""
+        self.yes = False
+        self.steps = 0
+        self.events: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self.values = torch.zeros(self.LAG, pin_memory=True)
+            self.events = [torch.cuda.Event() for _ in range(self.LAG)]
+
+    def put(self, value: Tensor) -> None:
+        """Take one step's sum over all ranks, a scalar: more than 0 where any was asked."""
+        if not self.events:
+            self.yes |= bool(value > 0)
+            return
+        slot = self.steps % self.LAG
+        if self.steps >= self.LAG:
+            self.events[slot].synchronize()  # a host sync with what the device did LAG steps ago
+            self.yes |= bool(self.values[slot] > 0)
+        self.values[slot].copy_(value.detach(), non_blocking=True)
+        self.events[slot].record()
+        self.steps += 1

@@ -1,0 +1,74 @@
+"""How far a run has come, and how often it was started."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from distlenet.errors import UserError
+from distlenet.files import LineFile
+from distlenet.metrics import Metrics
+from distlenet.tracking import Record
+
+
+@dataclass
+class Progress:
+    """Where a run stands; part of every checkpoint, as plain values."""
+
+    step: int = 0  # optimizer steps done, over all epochs
+    epoch: int = 0  # epochs done
+    batch: int = 0  # global batches done in the epoch under way
+    evaluated: int = 0  # the step after which the last evaluation was made
+    test: Record = field(default_factory=dict)  # its metrics
+    best_accuracy: float = -1.0
+    restarts: int = 0  # how often the run went on from a checkpoint
+    micro_batch: int = 0  # images of a rank's micro-batch when the run began
+    started_from: str | None = None  # the checkpoint.resume=PATH it began with
+
+    def take_test(self, metrics: Metrics) -> bool:
+        """Note an evaluation after the present step; return whether it is the best yet."""
+        self.evaluated = self.step
+        self.test = {f"test_{name}": value for name, value in metrics.to_dict().items()}
+        best = metrics.accuracy > self.best_accuracy
+        self.best_accuracy = max(metrics.accuracy, self.best_accuracy)
+        return best
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all values."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up saved values. Raises KeyError where one is missing."""
+        for each in fields(self):
+            setattr(self, each.name, state[each.name])
+
+
+def record_start(run: Path, step: int, world_size: int, limit: int, environ: Mapping[str, str] = os.environ) -> None:
+    """Note in ``starts.jsonl`` that a run starts on ``world_size`` ranks, after ``step`` steps. For rank 0 alone.
+
+    Raises UserError where torchrun or SLURM has by itself started it ``limit`` times in a row at the same step, and it
+    would be the next: what ends it there would end it again.
+    """
+    path = run / "starts.jsonl"
+    automatic = any(int(environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    in_vain = 0
+    if automatic and path.exists():
+        for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+            start = json.loads(line)
+            if start["step"] != step or not start["automatic"]:
+                break
+            in_vain += 1
+    if in_vain >= limit:
+        raise UserError(
+            f"run {run}: restarted {in_vain} times from step {step} and never reached the next checkpoint "
+            f"(checkpoint.restarts_in_vain={limit}); look at {run / 'errors'} for what ends it, then start it by hand"
+        )
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    facts = {"time": now, "step": step, "world_size": world_size, "host": socket.gethostname(), "automatic": automatic}
+    file = LineFile(path)
+    file.add(json.dumps(facts))
+    file.close()

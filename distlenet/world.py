@@ -1,0 +1,118 @@
+"""Who am I among the ranks: read from the environment that a launcher left.
+
+Pure: a mapping in, an immutable record out. Nothing here writes ``os.environ``.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distlenet.errors import RankError
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place in the job.
+
+    ``init_method`` says where the ranks meet, in the words of ``torch.distributed``: ``env://`` in the store of
+    torchrun's agent, ``tcp://HOST:PORT`` in rank 0, and None for a process of its own, which needs no address.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    node_rank: int = 0
+    init_method: str | None = None
+    own_gpu: bool = False  # this process sees one GPU, its own (srun --gpus-per-task), not all of the node
+
+
+def world_from_environ(environ: Mapping[str, str]) -> World:
+    """Read a process's place from torchrun's variables, else from srun's, else say: one process.
+
+    Only a job step counts as srun's: in a batch script or an salloc shell, SLURM_NTASKS speaks of tasks
+    that nobody has started, and a process that waited for them would wait for ever.
+    Raises RankError for variables that are missing, not numbers or contradict each other.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        if missing := [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in environ]:
+            given = "RANK" if "RANK" in environ else "WORLD_SIZE"
+            raise RankError(
+                f"environment: {given} is set but {', '.join(missing)} is not; start ranks with torchrun, "
+                f"or unset {given} for one process"
+            )
+        rank, local_rank, world_size, local_world_size = (_number(environ, name) for name in names)
+        port = _port(environ)
+        agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        init_method = "env://" if agent else f"tcp://{environ['MASTER_ADDR']}:{port}"
+        node_rank = _number(environ, "GROUP_RANK") if "GROUP_RANK" in environ else rank // max(1, local_world_size)
+        return _checked(World(rank, local_rank, world_size, local_world_size, node_rank, init_method))
+    if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
+        world_size, rank, local_rank, node_rank = (
+            _number(environ, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+        )
+        tasks = slurm_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        if node_rank >= len(tasks):
+            raise RankError(f"environment: SLURM_NODEID={node_rank} is beyond SLURM_STEP_TASKS_PER_NODE")
+        if environ.get("SLURM_DISTRIBUTION", "").startswith("arbitrary") and "MASTER_ADDR" not in environ:
+            raise RankError(
+                "environment: SLURM_DISTRIBUTION=arbitrary: rank 0 may be on any node; set MASTER_ADDR to its host name"
+            )
+        host = environ.get("MASTER_ADDR") or slurm_first_host(environ.get("SLURM_STEP_NODELIST", ""))
+        port = _port(environ) if "MASTER_PORT" in environ else slurm_port(environ)
+        address = None if world_size == 1 else f"tcp://{host}:{port}"
+        own_gpu = "SLURM_GPUS_PER_TASK" in environ
+        return _checked(World(rank, local_rank, world_size, tasks[node_rank], node_rank, address, own_gpu))
+    return World()
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name, "")
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+        raise RankError(f"environment: {name}={value!r}: expected a whole number, at least 0")
+    return int(value)
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    port = _number(environ, "MASTER_PORT")
+    if not 1 <= port <= 65535:
+        raise RankError(f"environment: MASTER_PORT={port}: expected a port, 1 to 65535")
+    return port
+
+
+def _checked(world: World) -> World:
+    if world.rank >= world.world_size:
+        raise RankError(f"environment: rank {world.rank} in a world of {world.world_size}: ranks count from 0")
+    if world.local_rank >= world.local_world_size:
+        raise RankError(
+            f"environment: local rank {world.local_rank} among {world.local_world_size} ranks of its node: "
+            "local ranks count from 0"
+        )
+    return world
+
+
+def slurm_tasks_per_node(text: str) -> list[int]:
+    """Expand SLURM's tasks per node: ``2(x3),1`` is [2, 2, 2, 1]."""
+    if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", text):
+        raise RankError(f"environment: SLURM_STEP_TASKS_PER_NODE={text!r}: expected counts such as 2(x3),1")
+    counts: list[int] = []
+    for tasks, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(tasks)] * int(repeat or 1)
+    return counts
+
+
+def slurm_first_host(nodelist: str) -> str:
+    """Name the first host of a SLURM node list: ``gpu[03-07,11],login1`` is gpu03. Rank 0 runs there."""
+    first = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist)
+    if first is None:
+        raise RankError(f"environment: SLURM_STEP_NODELIST={nodelist!r}: expected host names")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
+
+
+def slurm_port(environ: Mapping[str, str]) -> int:
+    """Pick rank 0's port from the job and its step, so that two jobs on a node do not meet.
+
+    20,000 to 29,999: below Linux's ephemeral range, where any client may sit on a port.
+    """
+    return 20_000 + (_number(environ, "SLURM_JOB_ID") * 37 + _number(environ, "SLURM_STEP_ID")) % 10_000
