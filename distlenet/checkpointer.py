@@ -98,3 +98,7 @@ class Checkpointer:
         failure = from_rank_0(self.files.wait() if self.rank == 0 else None)
         if failure:
             raise UserError(f"the trained network is not saved: {failure}; mend that and run the same command again")
+
+    def close(self) -> None:
+        """Let a write under way end, also after an error. The one method that is no collective."""
+        self.files.wait(self.config.checkpoint.grace_s)

@@ -61,6 +61,19 @@ class DdpReduction:
         self.weight = world.world_size  # DDP divides by it
         self.rank, self.micro_batch_size, self.micro_batches_per_rank = world.rank, micro_batch, accumulation_steps
 
+    def settle(self, empty: Tensor) -> None:
+        """Step once on no images, an ``empty`` batch (0, ...), and throw the gradients away. A collective.
+
+        After its first backward DistributedDataParallel orders its buckets anew. With three ranks or more the place
+        in a bucket decides in which order floats are added; so a run that goes on must have the order that one
+        without a stop has by then.
+        """
+        self.net.eval()
+        for _ in range(2):  # the new order comes with the second forward
+            self.backward(self.model(empty).sum(), asked=False)
+        self.net.train()
+        self.model.zero_grad(set_to_none=True)
+
     def micro_batches(self, *tensors: Tensor) -> list[MicroBatch]:
         """Cut a rank's share (n, ...) into neighbours; an empty share is one empty micro-batch."""
         parts = zip(*(tensor.split(self.micro_batch_size) for tensor in tensors), strict=True)
@@ -144,6 +157,9 @@ class ExactReduction:
         self.watch = watch
         self.bad = torch.zeros(len(self.sum), dtype=torch.bool, device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def settle(self, empty: Tensor) -> None:
+        """Nothing settles: the order of adding does not matter."""
 
     def micro_batches(self, *tensors: Tensor) -> list[MicroBatch]:
         """Cut a rank's share (n, ...) into its virtual shards; a short last batch may leave some empty."""

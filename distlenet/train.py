@@ -61,7 +61,11 @@ def train(config: Config) -> Record:
                 claim_folder(folder, lock)
         tracker = Trackers([make_console(config.run.console), History(folder, to_yaml(config))] if rank_0 else [])
         try:
-            summary = Trainer(config, session, data, folder, tracker, preemption).fit()
+            trainer = Trainer(config, session, data, folder, tracker, preemption)
+            try:
+                summary = trainer.fit()
+            finally:
+                trainer.checkpointer.close()
             summary |= {"wall_s": time.perf_counter() - started, "folder": str(folder)}
             tracker.finish(summary)
         finally:

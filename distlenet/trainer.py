@@ -66,6 +66,7 @@ class Trainer:
         self.test_loader = make_loader(data.test, shard, 0, device)
         self.test_count = len(data.test)
         self.data_source = data.source
+        self.no_images = data.train.images[:0].to(device)
         self.prepare = Prepare(data.train.images, config.data.augment, config.seed)
 
         torch.manual_seed(config.seed)  # the same initial weights on every rank
@@ -137,6 +138,7 @@ class Trainer:
     def start(self) -> None:
         """Go on from a checkpoint, or begin; tell everybody. A collective."""
         self.resumed_from = self.checkpointer.restore(self)
+        self.reduction.settle(self.prepare(self.no_images))
         check_replicas(self.net)  # all start alike, whatever their seeds or disks say
         if self.config.data.ledger:
             facts = {"samples": self.sampler.samples, "steps_per_epoch": self.sampler.steps}

@@ -37,7 +37,10 @@ class Ended:
 
 
 def run_command(*words: object, timeout: float = 120, env: dict[str, str] | None = None, cwd: Path = REPO) -> Ended:
-    """Run a command; at the time limit, kill it and all that it started, and fail with its output."""
+    """Run a command; at the time limit, kill it and all that it started, and fail with its output.
+
+    They are told to abort first, which makes Python's fault handler print where each of them is.
+    """
     command = [str(word) for word in words]
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
     process = subprocess.Popen(
@@ -52,24 +55,33 @@ def run_command(*words: object, timeout: float = 120, env: dict[str, str] | None
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        kill_tree(process.pid)
+        doomed = tree(process.pid)
+        signal_all(doomed[1:], signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+        signal_all(doomed, signal.SIGKILL)
         stdout, stderr = process.communicate()
         pytest.fail(f"still running after {timeout} s: " + str(Ended(" ".join(command), -9, stdout, stderr)))
     return Ended(" ".join(command), process.returncode, stdout, stderr)
 
 
-def kill_tree(pid: int) -> None:
-    """Kill a process and its descendants, whatever sessions they are in (torchrun gives each rank its own)."""
+def tree(pid: int) -> list[int]:
+    """List a process and its descendants, whatever sessions they are in (torchrun gives each rank its own)."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # gone in the meantime
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    doomed = [pid]
-    for parent in doomed:
-        doomed += [child for child, its_parent in parents.items() if its_parent == parent]
-    for each in doomed:
+    found = [pid]
+    for parent in found:
+        found += [child for child, its_parent in parents.items() if its_parent == parent]
+    return found
+
+
+def signal_all(pids: list[int], number: signal.Signals) -> None:
+    """Send a signal to each process that is still there."""
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(each, signal.SIGKILL)
+            os.kill(pid, number)
 
 
 def run_torchrun(ranks: int, *words: object, timeout: float = 120, env: dict[str, str] | None = None) -> Ended:

@@ -9,9 +9,9 @@ from cluster.slurm_cluster import ClusterUnavailableError, SlurmCluster
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """Two nodes of four CPUs. A machine without root or SLURM skips, with that reason; any other failure fails."""
+    """Three nodes of four CPUs. A machine without root or SLURM skips, with that reason; any other failure fails."""
     try:
-        cluster = SlurmCluster(nodes=2, cpus=4)
+        cluster = SlurmCluster(nodes=3, cpus=4)
     except ClusterUnavailableError as error:
         pytest.skip(str(error))
     with cluster:

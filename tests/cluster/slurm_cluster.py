@@ -10,6 +10,7 @@ Nothing is changed outside the namespaces: no address, no link, no file in /etc 
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -57,6 +58,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
+GresTypes=gpu
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SchedulerParameters=batch_sched_delay=0,sched_interval=5,bf_interval=5
@@ -205,6 +207,20 @@ class SlurmCluster:
         """Kill a node at once. The cable goes first, so that no process can say goodbye to its peers."""
         self.cut(node)
         self._hosts.pop(node).stop()
+        self._daemons = [daemon for daemon in self._daemons if daemon.poll() is None]
+
+    def power_on(self, node: str) -> None:
+        """Start a node that was powered off, and wait until SLURM has it back."""
+        (self.folder / f"{node}.up").unlink()
+        self._start_host(node)
+        self._connect_node(node)
+        self._start_node(node)
+        self._wait_for_start(self._all_idle, "every node idle")
+
+    def hosts_of(self, job_id: str) -> list[str]:
+        """Return the names of a job's nodes."""
+        nodes = self.job(job_id)["NodeList"]
+        return self.run(CONTROLLER, "scontrol", "show", "hostnames", nodes).succeeded().stdout.split()
 
     def poll(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
         """Ask until ``condition`` holds; raise TimeoutError, with all logs, where it does not in time."""
@@ -224,7 +240,7 @@ class SlurmCluster:
 
     def _write_files(self) -> None:
         nodes = (
-            f"NodeName={node} NodeAddr={self._addresses[node]} CPUs={self._cpus} RealMemory=8000 State=UNKNOWN"
+            f"NodeName={node} NodeAddr={self._addresses[node]} CPUs={self._cpus} RealMemory=8000 Gres=gpu:2"
             for node in self.nodes
         )
         hosts = {"localhost": "127.0.0.1", **self._addresses}
@@ -238,9 +254,12 @@ class SlurmCluster:
                 nodes="\n".join(nodes),
             ),
             "cgroup.conf": CGROUP_CONF,
+            "gres.conf": f"Name=gpu File={self.folder}/gpu[0-1]\n",
         }
         for name, text in files.items():
             (self.folder / name).write_text(text)
+        for number in (0, 1):  # device files, as SLURM wants them, of the null device
+            os.mknod(self.folder / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (self.folder / "state").mkdir()
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
@@ -259,13 +278,16 @@ class SlurmCluster:
         self._ip(CONTROLLER, "address", "add", f"{self._addresses[CONTROLLER]}/24", "dev", "switch")
         self._ip(CONTROLLER, "link", "set", "switch", "up")
         for node in self.nodes:
-            cable = f"link add v{node} type veth peer name eth0 netns {self._hosts[node].process.pid}".split()
-            # Enters the network namespace alone: in the controller's PID namespace the node's pid has no meaning.
-            controller = self._hosts[CONTROLLER].process.pid
-            run_command("nsenter", f"--target={controller}", "--net", "ip", *cable).succeeded()
-            self._ip(CONTROLLER, "link", "set", f"v{node}", "master", "switch", "up")
-            self._ip(node, "address", "add", f"{self._addresses[node]}/24", "dev", "eth0")
-            self._ip(node, "link", "set", "eth0", "up")
+            self._connect_node(node)
+
+    def _connect_node(self, node: str) -> None:
+        cable = f"link add v{node} type veth peer name eth0 netns {self._hosts[node].process.pid}".split()
+        # Enters the network namespace alone: in the controller's PID namespace the node's pid has no meaning.
+        controller = self._hosts[CONTROLLER].process.pid
+        run_command("nsenter", f"--target={controller}", "--net", "ip", *cable).succeeded()
+        self._ip(CONTROLLER, "link", "set", f"v{node}", "master", "switch", "up")
+        self._ip(node, "address", "add", f"{self._addresses[node]}/24", "dev", "eth0")
+        self._ip(node, "link", "set", "eth0", "up")
 
     def _ip(self, host: str, *words: str) -> None:
         self.run(host, "ip", *words).succeeded()
@@ -277,8 +299,11 @@ class SlurmCluster:
         self._wait_for_start((self.folder / "munge.socket").exists, "munged")
         self._start_daemon(CONTROLLER, "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
         for node in self.nodes:
-            self._start_daemon(node, "slurmd", "-D", "-f", str(self.folder / "slurm.conf"))
+            self._start_node(node)
         self._wait_for_start(self._all_idle, "every node idle")
+
+    def _start_node(self, node: str) -> None:
+        self._start_daemon(node, "slurmd", "-D", "-f", str(self.folder / "slurm.conf"))
 
     def _start_daemon(self, host: str, *words: str) -> None:
         command = self._hosts[host].enter(*words, cwd=self.folder)

@@ -25,7 +25,9 @@ class Stopped(Trainer):
     stop_after = -1
 
     def train_step(self, images, labels, indices):
-        if self.step == self.stop_after:
+        if self.at.step == self.stop_after:
+            self.checkpointer.save(self)  # the one of this step may have been left out, while another was written
+            assert self.checkpointer.files.wait() is None
             os.kill(os.getpid(), signal.SIGKILL)
         super().train_step(images, labels, indices)
 
@@ -59,6 +61,7 @@ def result(folder: Path) -> tuple[dict, list[dict]]:
         record.pop("images_per_s", None)
     state = torch.load(newest, weights_only=True)
     state.pop("config")  # names this folder
+    state.pop("restarts")
     return state, records
 
 

@@ -130,7 +130,7 @@ from distlenet.trainer import Trainer
 class Diverging(Trainer):
     def train_step(self, *batch):
         super().train_step(*batch)
-        if self.world.rank == 1 and self.step == 10:
+        if self.world.rank == 1 and self.at.step == 10:
             with torch.no_grad():
                 self.net.fc2.weight[3, 5] += 1e-7
 train.Trainer = Diverging
