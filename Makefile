@@ -1,6 +1,8 @@
 # make train [NPROC=4] [ARGS="train.epochs=2 ..."]    environment, data, training
-# make test                                           environment, data, the whole suite
+# make test                                           environment, data, linters, all tests but those on a cluster
 # make prove-exact                                    the same bits on 1, 2, 4, 8 ranks, and after kills
+# make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; nothing is lost
+# make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,11 +10,11 @@ ARGS   ?=
 # Processes on this machine: one for every GPU, or else 2 on the CPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-.PHONY: help train data test prove-exact lint format clean
+.PHONY: help train data test test-cluster chaos prove-exact lint format clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -5
 
 train: data
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m distlenet.train $(ARGS)
@@ -22,7 +24,16 @@ data: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint
 	@$(BIN)/python -m distlenet.data
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore=tests/cluster
+
+chaos: $(VENV)/.installed
+	@$(BIN)/python benchmarks/chaos.py $(ARGS)
+
+SLURM := slurmctld slurmd slurm-client munge iproute2
+test-cluster: $(VENV)/.installed-dev
+	@command -v slurmctld > /dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM) > /dev/null; }
+	DISTLENET_SLURM=required $(BIN)/pytest tests/cluster
 
 prove-exact: $(VENV)/.installed
 	@$(BIN)/python benchmarks/prove_exact.py $(ARGS)

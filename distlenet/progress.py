@@ -22,6 +22,7 @@ class Progress:
     step: int = 0  # optimizer steps done, over all epochs
     epoch: int = 0  # epochs done
     batch: int = 0  # global batches done in the epoch under way
+    lr: float = 0.0  # of the last step
     evaluated: int = 0  # the step after which the last evaluation was made
     test: Record = field(default_factory=dict)  # its metrics
     best_accuracy: float = -1.0

@@ -96,7 +96,6 @@ class Trainer:
             micro_batch=self.reduction.micro_batch_size,
             started_from=resume if resume not in ("auto", "never") else None,
         )
-        self.lr = config.optim.lr  # of the last step
 
     def fit(self) -> Record:
         """Train from the newest checkpoint, or from scratch, to the last step; return the results.
@@ -159,7 +158,7 @@ class Trainer:
         last micro-batch, nor a rank with fewer images or none changes the gradient.
         """
         at = self.at
-        self.lr = float(self.schedule.get_last_lr()[0])
+        at.lr = float(self.schedule.get_last_lr()[0])
         count = self.sampler.count(at.batch)  # images of the global batch, over all ranks
         self.ledger.record(at.epoch, at.step, indices)
         images, labels, indices = (t.to(self.device, non_blocking=True) for t in (images, labels, indices))
@@ -206,7 +205,7 @@ class Trainer:
     def log(self, split: str, metrics: Metrics, **more: float) -> None:
         """Tell the tracker one record; see ``distlenet.tracking``."""
         place = {"split": split, "step": self.at.step, "epoch": self.at.epoch + 1, "batch": self.at.batch}
-        self.tracker.log({**place, **metrics.to_dict(), "lr": self.lr, **more})
+        self.tracker.log({**place, **metrics.to_dict(), "lr": self.at.lr, **more})
 
     def state_dict(self) -> State:
         """Return everything that the rest of the run depends on: tensors and plain values. A collective.

@@ -1,5 +1,6 @@
 """A run's ``checkpoints/``: the newest K and the best, written in the background, read with a way back."""
 
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -82,7 +83,8 @@ class CheckpointFolder:
             try:
                 return path, load_checkpoint(path)
             except DamagedError as error:
-                aside = path.with_name(path.name + ".corrupt")
+                names = (f"{path.name}.corrupt{number}" for number in ("", *range(2, 10**6)))
+                aside = next(free for name in names if not os.path.lexists(free := path.with_name(name)))
                 try:
                     path.replace(aside)
                 except OSError as refused:

@@ -119,7 +119,7 @@ class SlurmCluster:
         self._addresses = {name: f"10.77.0.{number}" for number, name in enumerate([CONTROLLER, *self.nodes], 1)}
         self._path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
         self._hosts: dict[str, Host] = {}
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[str, list[subprocess.Popen[bytes]]] = {}
         if os.geteuid() != 0:
             raise ClusterUnavailableError("a SLURM cluster in namespaces needs root")
         if missing := [program for program in PROGRAMS if shutil.which(program, path=self._path) is None]:
@@ -147,8 +147,9 @@ class SlurmCluster:
         """Stop every host with all that runs on it, and remove the folder."""
         for host in self._hosts.values():
             host.stop()
-        for daemon in self._daemons:
-            daemon.wait()
+        for daemons in self._daemons.values():
+            for daemon in daemons:
+                daemon.wait()
         shutil.rmtree(self.folder)
 
     def run(
@@ -207,7 +208,9 @@ class SlurmCluster:
         """Kill a node at once. The cable goes first, so that no process can say goodbye to its peers."""
         self.cut(node)
         self._hosts.pop(node).stop()
-        self._daemons = [daemon for daemon in self._daemons if daemon.poll() is None]
+        for daemon in self._daemons.pop(node):
+            daemon.wait()
+        self.run(CONTROLLER, "ip", "link", "delete", f"v{node}")  # unless the kernel was faster
 
     def power_on(self, node: str) -> None:
         """Start a node that was powered off, and wait until SLURM has it back."""
@@ -307,7 +310,8 @@ class SlurmCluster:
 
     def _start_daemon(self, host: str, *words: str) -> None:
         command = self._hosts[host].enter(*words, cwd=self.folder)
-        self._daemons.append(self._start(command, f"{host}.{words[0]}.log", stdin=subprocess.DEVNULL))
+        started = self._start(command, f"{host}.{words[0]}.log", stdin=subprocess.DEVNULL)
+        self._daemons.setdefault(host, []).append(started)
 
     def _start(self, words: list[str], log: str, stdin: int) -> subprocess.Popen[bytes]:
         """Start what runs as long as its host, in a session of its own: Ctrl-C is for the tests alone."""
@@ -321,7 +325,8 @@ class SlurmCluster:
         """Poll, but fail at once when something that should run on has ended."""
 
         def started() -> bool:
-            for process in (*(host.process for host in self._hosts.values()), *self._daemons):
+            hosts = (host.process for host in self._hosts.values())
+            for process in (*hosts, *(daemon for daemons in self._daemons.values() for daemon in daemons)):
                 if process.poll() is not None:
                     raise RuntimeError(f"ended with status {process.returncode}: {process.args!r}\n{self.logs()}")
             return condition()

@@ -38,6 +38,7 @@ def test_the_default_recipe_on_two_ranks(tmp_path):
         "config.yaml",
         "metrics.jsonl",
         "checkpoints",
+        "starts.jsonl",
         "summary.json",
     }
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4  # three newest and the best

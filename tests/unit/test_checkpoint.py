@@ -3,6 +3,8 @@ import re
 import resource
 import signal
 import sys
+import threading
+import zipfile
 
 import pytest
 import torch
@@ -99,6 +101,156 @@ def test_checkpoints_have_the_usual_permissions(tmp_path):
     assert (tmp_path / "c.pt").stat().st_mode & 0o777 == 0o640
 
 
+def tiny(step: int) -> dict:
+    return state(step, net=torch.nn.Linear(2, 1))
+
+
+def damaged(content: bytes):
+    """Every kind of damage: cut at each percent, one byte changed anywhere, empty, zeros, another format."""
+    for percent in range(100):
+        yield content[: len(content) * percent // 100]
+    for place in range(0, len(content), 1 if len(content) < 500 else len(content) // 499):
+        yield content[:place] + bytes([content[place] ^ 0x20]) + content[place + 1 :]
+    for place in range(len(content) - 80, len(content)):  # the checksum itself, and the end of the archive
+        yield content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    yield bytes(len(content))
+    yield content + b"more"
+    yield b"no archive at all"
+
+
+def test_any_damage_to_the_newest_leads_to_the_one_before(tmp_path, capsys):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    older, newest = folder.write(tiny(1), best=False), folder.write(tiny(2), best=False)
+    content = newest.read_bytes()
+    for bad in damaged(content):
+        newest.write_bytes(bad)
+        path, found = folder.load_newest()
+        assert path == older
+        assert found["step"] == 1
+        assert not newest.exists()
+        aside = tmp_path / "step-00000002.pt.corrupt"
+        assert aside.read_bytes() == bad
+        aside.unlink()
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1
+        assert "moved aside to step-00000002.pt.corrupt, going on from step-00000001.pt" in told[0]
+    newest.mkdir()  # cannot be read, by root neither
+    assert folder.load_newest()[0] == older
+    newest.symlink_to(tmp_path / "nowhere")
+    assert folder.load_newest()[0] == older
+    assert {path.name for path in tmp_path.glob("*.corrupt*")} == {f"{newest.name}.corrupt", f"{newest.name}.corrupt2"}
+
+
+def test_when_all_are_damaged_it_says_so_and_starts_anew(tmp_path, capsys):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (1, 2):
+        folder.write(tiny(step), best=False).write_bytes(b"")
+    assert folder.load_newest() is None
+    assert "no other is left: starting anew" in capsys.readouterr().err
+
+
+def test_a_whole_archive_without_a_checksum_is_refused(tmp_path):
+    torch.save(tiny(1), tmp_path / "c.pt")
+    with pytest.raises(UserError, match="do not match its checksum"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_a_checkpoint_is_still_an_archive_that_others_read(tmp_path):
+    write_atomically(tiny(1), tmp_path / "c.pt")
+    with zipfile.ZipFile(tmp_path / "c.pt") as archive:
+        assert archive.testzip() is None
+        assert archive.comment.startswith(b"sha256:")
+    assert torch.load(tmp_path / "c.pt", weights_only=True, mmap=True)["step"] == 1
+
+
+KILLED_WHILE_WRITING = """
+import builtins, io, os, signal, sys
+from pathlib import Path
+import torch
+from distlenet.checkpoint import file
+from distlenet.checkpoint.folder import CheckpointFolder
+folder, cuts = CheckpointFolder(Path(sys.argv[1]), keep=1), [int(cut) for cut in sys.argv[2:]]
+state = {"model": torch.nn.Linear(8, 8).state_dict(), "step": 2, "epoch": 0, "config": {}}
+real = os.fdopen
+for cut in cuts:
+    child = os.fork()
+    if child == 0:
+        def fdopen(descriptor, mode):
+            opened = real(descriptor, mode)
+            class Killed:
+                def __enter__(self): return self
+                def __exit__(self, *_): opened.close()
+                def write(self, content):
+                    opened.write(content[:cut]); opened.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return Killed()
+        os.fdopen = fdopen
+        folder.write(state, best=True)
+        os._exit(9)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    path, found = folder.load_newest()
+    assert found["step"] == 1 and path.name == "step-00000001.pt", path
+    assert list(folder.folder.glob("*.corrupt")) == []
+folder.remove_torn()
+print(sorted(path.name for path in folder.folder.iterdir()))
+"""
+
+
+def test_a_kill_while_writing_at_any_byte_leaves_the_one_before(tmp_path):
+    CheckpointFolder(tmp_path, keep=1).write(tiny(1), best=False)
+    size = len((tmp_path / "step-00000001.pt").read_bytes())
+    cuts = [size * part // 40 for part in range(41)]
+    words = (sys.executable, "-c", KILLED_WHILE_WRITING, tmp_path, *cuts)
+    assert run_command(*words).succeeded().stdout == "['step-00000001.pt']\n"
+
+
+def test_saving_returns_before_the_file_is_written_and_training_cannot_change_it(tmp_path, monkeypatch):
+    go_on, real = threading.Event(), checkpoint_folder.write_atomically
+
+    def slow(*arguments):
+        assert go_on.wait(30)
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint_folder, "write_atomically", slow)
+    folder, net = CheckpointFolder(tmp_path, keep=1), torch.nn.Linear(2, 1)
+    wanted = net.weight.detach().clone()
+    folder.save(state(1, net=net))
+    assert folder.busy
+    assert list(tmp_path.iterdir()) == []
+    with torch.no_grad():
+        net.weight.fill_(7.0)
+    assert folder.wait(0.01) == "not done after 0 s"
+    go_on.set()
+    assert folder.wait() is None
+    assert torch.equal(load_checkpoint(folder.newest())["model"]["weight"], wanted)
+
+
+def test_a_failed_write_is_told_once_and_tried_again(tmp_path, capsys):
+    """A folder where a file is in the way: unwritable for root, too."""
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=3)
+    (tmp_path / "checkpoints").write_text("in the way")
+    for step in (1, 2):
+        folder.save(tiny(step))
+        assert "cannot be written" in folder.wait()
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].endswith("training goes on, and saves again when the next checkpoint is due")
+    (tmp_path / "checkpoints").unlink()
+    folder.save(tiny(3))
+    assert folder.wait() is None
+    assert folder.newest().name == "step-00000003.pt"
+
+
+def test_what_must_be_written_before_it_fails_the_checkpoint_too(tmp_path):
+    def history():
+        raise UserError("metrics.jsonl: disk full")
+
+    folder = CheckpointFolder(tmp_path, keep=3)
+    folder.save(tiny(1), before=history)
+    assert "metrics.jsonl: disk full" in folder.wait()
+    assert folder.newest() is None
+
+
 class Payload:
     def __reduce__(self):
         return os.mkdir, ("payload-ran",)
@@ -106,8 +258,8 @@ class Payload:
 
 def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": Payload(), "step": 1, "epoch": 0, "config": {}}, "evil.pt")
-    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+    write_atomically({"model": Payload(), "step": 1, "epoch": 0, "config": {}}, checkpoint.Path("evil.pt"))
+    with pytest.raises(UserError, match=r"torch\.load refuses it"):
         load_checkpoint(checkpoint.Path("evil.pt"))
     assert not (tmp_path / "payload-ran").exists()
 

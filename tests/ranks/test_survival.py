@@ -1,0 +1,379 @@
+"""Signals, stopped ranks, dead agents, full disks, machines that come and go."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, Ended, run_command, run_torchrun, signal_all, tree
+
+from distlenet.checkpoint.file import load_checkpoint
+from distlenet.checkpoint.folder import CheckpointFolder
+
+pytestmark = pytest.mark.ranks
+
+LIMIT_S = 90.0  # of one wait; several times what it needs on two cores
+SETTINGS = (
+    "device=cpu",
+    "data.name=digits",
+    "data.augment=shift",
+    "data.ledger=true",
+    "distributed.reduction=exact",
+    "train.global_batch_size=64",
+    "train.epochs=16",
+    "train.log_every=5",
+    "optim.lr=0.05",
+    "run.name=run",
+)
+TRAIN = ("-m", "distlenet.train", *SETTINGS)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+class Running:
+    """A command under way; ended, with all that it started, at the end of its ``with`` block."""
+
+    def __init__(self, folder: Path, *words: object, env: dict[str, str] | None = None) -> None:
+        self.command, self.out = [str(word) for word in words], folder / f"out-{time.monotonic_ns()}.txt"
+        self.run = folder / "run"
+        with self.out.open("w") as out:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=REPO,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                stdout=out,
+                stderr=out,
+            )
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal_all(tree(self.process.pid), signal.SIGKILL)
+        self.process.wait()
+
+    def printed(self) -> str:
+        return self.out.read_text()
+
+    def ends(self, timeout: float = LIMIT_S) -> Ended:
+        """Wait for the end."""
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            signal_all(tree(self.process.pid)[1:], signal.SIGABRT)
+            time.sleep(1)  # for the fault handler to print
+            pytest.fail(f"still running after {timeout} s: {self.printed()}")
+        return Ended(" ".join(self.command), status, self.printed(), "")
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until ``condition`` holds, while the command runs."""
+        deadline = time.monotonic() + LIMIT_S
+        while not condition():
+            assert self.process.poll() is None, f"ended before {what}: {self.printed()}"
+            assert time.monotonic() < deadline, f"waited for {what}: {self.printed()}"
+            time.sleep(0.02)
+
+    def trains(self, more: int = 1) -> None:
+        """Wait until ``more`` records were told from now on."""
+        path = self.run / "metrics.jsonl"
+        count = lambda: path.read_text().count("\n") if path.exists() else 0  # noqa: E731
+        wanted = count() + more
+        self.until(lambda: count() >= wanted, "a record")
+
+    def ranks(self) -> list[int]:
+        """Return the ranks' processes, in the order of their start."""
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    assert (run / "summary.json").exists()
+    newest = CheckpointFolder(run / "checkpoints", keep=1).newest()
+    assert newest is not None
+    return load_checkpoint(newest)["model"]
+
+
+def records(run: Path) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in found]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing disturbed, in one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_command(sys.executable, *TRAIN, f"run.dir={folder}").succeeded()
+    return folder / "run"
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    a, b = weights(run), weights(whole)
+    assert all(torch.equal(a[name], b[name]) for name in a | b)
+    assert records(run) == records(whole)
+    run_command(sys.executable, "-m", "distlenet.ledger", run).succeeded()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_one_process_that_is_asked_to_stop_saves_and_says_so(tmp_path, whole, number):
+    words = (sys.executable, *TRAIN, f"run.dir={tmp_path}", "data.workers=1")
+    with Running(tmp_path, *words) as job:
+        job.trains()
+        job.process.send_signal(number)
+        ended = job.ends()
+    assert ended.status == 75, str(ended)
+    (told,) = [line for line in ended.stdout.splitlines() if line.startswith("distlenet: ")]
+    newest = CheckpointFolder(tmp_path / "run/checkpoints", keep=1).newest()
+    step = load_checkpoint(newest)["step"]
+    assert told == (
+        f"distlenet: stopped by {number.name} after step {step}, saved; run the same command again to go on"
+    )
+    run_command(*words).succeeded()
+    assert_same(tmp_path / "run", whole)
+
+
+def test_torchrun_hands_the_signal_on_and_the_next_job_ends_in_the_same_bytes(tmp_path, whole):
+    words = (*TORCHRUN, *TRAIN, f"run.dir={tmp_path}")
+    for _ in range(2):
+        with Running(tmp_path, *words) as job:
+            job.trains()
+            job.process.terminate()
+            ended = job.ends(20)  # well before the 30 s after which torchrun kills
+        assert ended.status == 1, str(ended)  # torchrun's own
+        assert ended.stdout.count("stopped by SIGTERM after step") == 1, str(ended)
+    run_command(*words).succeeded()
+    assert_same(tmp_path / "run", whole)
+
+
+def test_one_rank_that_is_asked_stops_all(tmp_path, whole):
+    words = (*TORCHRUN, *TRAIN, f"run.dir={tmp_path}")
+    with Running(tmp_path, *words) as job:
+        job.trains()
+        os.kill(job.ranks()[1], signal.SIGUSR2)
+        ended = job.ends()
+    assert ended.stdout.count("stopped by a signal to another rank after step") == 1, str(ended)
+    assert "exitcode  : 75" in ended.stdout, str(ended)
+    run_command(*words).succeeded()
+    assert_same(tmp_path / "run", whole)
+
+
+IN_EVALUATION = """
+import os, signal, sys
+from distlenet import metrics, train, trainer
+from distlenet.entry import run_entry
+trainer.ASK_EVERY = 1
+metrics.EVAL_BATCH = trainer.EVAL_BATCH = 20
+real, seen = trainer.evaluate, []
+def evaluate(net, loader, *more):
+    def batches():
+        for number, batch in enumerate(loader):
+            if len(seen) == 1 and number == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+    seen.append(1)
+    return real(net, batches(), *more)
+trainer.evaluate = evaluate
+run_entry(train.main)
+"""
+
+
+def test_a_stop_within_an_evaluation_doubles_and_loses_no_record(tmp_path, whole):
+    script = tmp_path / "script.py"
+    script.write_text(IN_EVALUATION)
+    ended = run_torchrun(2, script, *SETTINGS, f"run.dir={tmp_path}")
+    assert "after step 23, saved" in ended.stderr, str(ended)
+    assert {record["split"] for record in records(tmp_path / "run")} == {"train"}
+    run_torchrun(2, *TRAIN, f"run.dir={tmp_path}").succeeded()
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stops_answering_ends_the_job_and_is_named(tmp_path, rank):
+    words = (*TRAIN, "distributed.timeout_s=4", f"run.dir={tmp_path}")
+    with Running(tmp_path, *TORCHRUN, *words) as job:
+        job.trains()
+        os.kill(job.ranks()[rank], signal.SIGSTOP)
+        # 4 s without a step, 1 s to ask; then torchrun gives the stopped one 30 s to end by itself.
+        job.until(lambda: "no step ended for 4 s" in job.printed(), "the message")
+        os.kill(job.ranks()[rank], signal.SIGKILL)
+        ended = job.ends()
+    assert ended.status == 1
+    told = [line for line in ended.stdout.splitlines() if "no step ended" in line]
+    assert len(told) == 1, str(ended)
+    assert told[0].endswith(f"; no answer from rank {rank} on {socket.gethostname()}"), told
+
+
+def test_a_stopped_rank_that_holds_the_store_is_named_too(tmp_path):
+    """Ranks without torchrun: the store is in rank 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    words = (sys.executable, *TRAIN, "distributed.timeout_s=4", f"run.dir={tmp_path}")
+    with (
+        Running(tmp_path, *words, env={**place, "RANK": "0", "LOCAL_RANK": "0"}) as first,
+        Running(tmp_path, *words, env={**place, "RANK": "1", "LOCAL_RANK": "1"}) as second,
+    ):
+        first.trains()
+        first.process.send_signal(signal.SIGSTOP)
+        ended = second.ends()
+    assert ended.status == 1, str(ended)
+    assert f"rank 0 on {socket.gethostname()} does not answer (says rank 1 on" in ended.stdout, str(ended)
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path):
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place["MASTER_PORT"] = str(free.getsockname()[1])
+    words = (*TRAIN, "distributed.start_timeout_s=2", f"run.dir={tmp_path}")
+    ended = run_command(sys.executable, *words, env=place)
+    assert ended.status == 2, str(ended)
+    assert "ranks 1, 2 did not come within 2 s (distributed.start_timeout_s)" in ended.stderr, str(ended)
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_killed_agent_leaves_no_process(tmp_path):
+    with Running(tmp_path, *TORCHRUN, *TRAIN, "data.workers=1", f"run.dir={tmp_path}") as job:
+        job.trains()
+        started = tree(job.process.pid)
+        assert len(started) == 5, started  # the agent, two ranks, a worker each
+        job.process.kill()
+        job.process.wait()
+        deadline = time.monotonic() + 10
+        while left := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
+            assert time.monotonic() < deadline, f"left: {left}"
+            time.sleep(0.02)
+
+
+def test_a_rank_that_dies_is_started_again_inside_the_job(tmp_path, whole):
+    words = (*TORCHRUN, "--max-restarts=3", *TRAIN, "checkpoint.every_steps=3", f"run.dir={tmp_path}")
+    with Running(tmp_path, *words) as job:
+        job.trains(4)
+        os.kill(job.ranks()[1], signal.SIGKILL)
+        ended = job.ends()
+    assert ended.status == 0, str(ended)
+    assert_same(tmp_path / "run", whole)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["restarts"] == 1
+    assert "RuntimeError" in (tmp_path / "run/errors/rank-00000.txt").read_text()  # what the other rank saw
+
+
+def test_restarts_in_vain_come_to_an_end(tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os, sys\nfrom distlenet import train, trainer\nfrom distlenet.entry import run_entry\n"
+        "class Dies(trainer.Trainer):\n    def train_step(self, *batch):\n        raise MemoryError('every time')\n"
+        "train.Trainer = Dies\nrun_entry(train.main)\n"
+    )
+    settings = (*SETTINGS, "checkpoint.restarts_in_vain=2", f"run.dir={tmp_path}")
+    words = (*TORCHRUN, "--max-restarts=20", script, *settings)
+    ended = run_command(*words, timeout=300)
+    assert ended.status == 1
+    assert "restarted 2 times from step 0 and never reached the next checkpoint" in ended.stderr, str(ended)
+    assert (tmp_path / "run/errors/rank-00001.txt").read_text().count("MemoryError: every time") == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 3 MB: a checkpoint is 0.65 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    run_command("mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder).succeeded()
+    yield folder
+    run_command("umount", "--lazy", folder).succeeded()
+
+
+def fill(disk: Path) -> None:
+    """Leave no room at all."""
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk_stops_saving_not_training_and_nothing_is_lost_when_there_is_room_again(small_disk, whole):
+    words = (*TORCHRUN, *TRAIN, "checkpoint.every_steps=5", "checkpoint.keep=1", f"run.dir={small_disk}")
+    with Running(small_disk.parent, *words) as job:
+        job.run = small_disk / "run"
+        job.trains()
+        job.until(lambda: any(job.run.glob("checkpoints/step-*.pt")), "a checkpoint")
+        fill(small_disk)
+        job.until(lambda: "saves again when the next checkpoint is due" in job.printed(), "the warning")
+        before = load_checkpoint(next(job.run.glob("checkpoints/step-*.pt")))["step"]
+        (small_disk / "filler").unlink()
+        job.until(
+            lambda: max(int(p.stem[5:]) for p in job.run.glob("checkpoints/step-*.pt")) > before, "a later checkpoint"
+        )
+        ended = job.ends()
+    assert ended.status == 0, str(ended)
+    assert ended.stdout.count("saves again when the next checkpoint is due") == 1, str(ended)
+    assert_same(small_disk / "run", whole)
+
+
+def test_a_disk_that_stays_full_fails_the_job_at_its_end(small_disk):
+    words = (*TORCHRUN, *TRAIN, "train.epochs=3", f"run.dir={small_disk}")
+    fill(small_disk)
+    os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - 100_000)
+    ended = run_command(*words)
+    assert ended.status == 1  # torchrun's own; the rank's is 2
+    assert "epoch 3/3  test loss" in ended.stdout, str(ended)
+    ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
+    assert len(ours) == 2, str(ended)
+    assert "No space left on device; training goes on" in ours[0]
+    assert ours[1].startswith("distlenet: the trained network is not saved: ")
+    assert "exitcode  : 2" in ended.stderr
+
+
+def test_a_folder_that_becomes_read_only_leaves_the_older_checkpoints(small_disk, whole):
+    words = (*TORCHRUN, *TRAIN, f"run.dir={small_disk}")
+    with Running(small_disk.parent, *words, "checkpoint.every_steps=5", "checkpoint.keep=1") as job:
+        job.run = small_disk / "run"
+        job.until(lambda: any(job.run.glob("checkpoints/step-*.pt")), "a checkpoint")
+        run_command("mount", "-o", "remount,ro,force", small_disk)
+        run_command("mount", "--bind", "-o", "ro", small_disk, small_disk)
+        job.until(lambda: "Read-only file system" in job.printed() or job.process.poll() is not None, "the warning")
+        ended = job.ends()
+    assert ended.status == 1, str(ended)
+    assert "the trained network is not saved" in ended.stdout, str(ended)
+
+
+def test_machines_that_leave_and_join(tmp_path, whole):
+    """Two agents of an elastic job, as two machines would start them; one is lost, and comes back."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ("--nodes", "1:2", "--head", "localhost", "--port", port, "--id", "elastic", "-n", 1)
+    line = (REPO / "launch/node.sh", *words, *SETTINGS, "train.epochs=16", "checkpoint.every_steps=3")
+    env = {"PYTHON": sys.executable}
+
+    def worlds() -> list[int]:
+        path = tmp_path / "run/starts.jsonl"
+        return [json.loads(text)["world_size"] for text in path.read_text().splitlines()] if path.exists() else []
+
+    with Running(tmp_path, *line, f"run.dir={tmp_path}", env=env) as head:
+        with Running(tmp_path, *line, f"run.dir={tmp_path}", env=env) as other:
+            head.until(lambda: worlds()[-1:] == [2], "a world of two")
+            head.trains()
+            signal_all(tree(other.process.pid), signal.SIGKILL)
+        head.until(lambda: worlds()[-1:] == [1], "a world of one")
+        head.trains()
+        with Running(tmp_path, *line, f"run.dir={tmp_path}", env=env) as other:
+            head.until(lambda: worlds()[-1:] == [2], "a world of two again")
+            ended = head.ends()
+            other.ends()
+    assert ended.status == 0, str(ended)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_the_local_launcher(tmp_path, whole):
+    line = (REPO / "launch/local.sh", "-n", 2, *SETTINGS, f"run.dir={tmp_path}")
+    run_command(*line, env={"PYTHON": sys.executable}).succeeded()
+    assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2
+    assert_same(tmp_path / "run", whole)

@@ -1,0 +1,59 @@
+import contextlib
+import os
+import resource
+import signal
+
+import pytest
+
+from distlenet.files import LineFile, replace_text
+
+pytestmark = pytest.mark.unit
+
+
+@contextlib.contextmanager
+def a_disk_of(size: int):
+    """The kernel's own refusal to write more than ``size`` bytes of a file."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_lines_wait_for_a_full_disk_and_none_is_torn_or_lost(tmp_path, capsys):
+    path = tmp_path / "lines"
+    file = LineFile(path)
+    file.add("first")
+    with a_disk_of(10):  # the second line fits by half
+        file.add("second")
+        file.add("third")
+        assert path.read_text() == "first\n"
+        with pytest.raises(OSError, match="File too large"):
+            file.sync()
+    assert path.read_text() == "first\n"
+    file.add("fourth")
+    file.sync()
+    file.close()
+    assert path.read_text() == "first\nsecond\nthird\nfourth\n"
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert "cannot be written: File too large; its lines wait in memory, training goes on" in told[0]
+
+
+def test_it_goes_on_at_the_end(tmp_path):
+    for line in ("a", "b"):
+        file = LineFile(tmp_path / "lines")
+        file.add(line)
+        file.close()
+    assert (tmp_path / "lines").read_text() == "a\nb\n"
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "text"
+    replace_text(path, "old")
+    with a_disk_of(100), pytest.raises(OSError, match="File too large"):
+        replace_text(path, "x" * 1000)
+    assert path.read_text() == "old"
+    assert os.stat(path).st_size == 3

@@ -1,0 +1,44 @@
+import json
+
+import pytest
+
+from distlenet.errors import UserError
+from distlenet.metrics import Metrics
+from distlenet.progress import Progress, record_start
+
+pytestmark = pytest.mark.unit
+
+BY_HAND: dict[str, str] = {}
+BY_TORCHRUN = {"TORCHELASTIC_RESTART_COUNT": "1"}
+BY_SLURM = {"SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+def test_progress_comes_back_as_it_was():
+    progress = Progress(step=7, epoch=1, batch=3, restarts=2, micro_batch=16, started_from="x.pt")
+    assert progress.take_test(Metrics(0.5, 0.9, 360))
+    again = Progress()
+    again.load_state_dict(json.loads(json.dumps(progress.state_dict())))
+    assert again == progress
+    assert again.evaluated == 7
+    assert not again.take_test(Metrics(0.4, 0.8, 360))
+    assert again.best_accuracy == 0.9
+    assert again.test["test_accuracy"] == 0.8
+
+
+@pytest.mark.parametrize("environ", [BY_TORCHRUN, BY_SLURM])
+def test_restarts_in_vain_end(tmp_path, environ):
+    record_start(tmp_path, 0, 2, 3, BY_HAND)
+    for _ in range(3):
+        record_start(tmp_path, 40, 2, 3, environ)
+    with pytest.raises(UserError, match="restarted 3 times from step 40"):
+        record_start(tmp_path, 40, 2, 3, environ)
+    record_start(tmp_path, 50, 2, 3, environ)  # it has come on
+    for _ in range(9):
+        record_start(tmp_path, 50, 2, 3, BY_HAND)  # a person may try as often as it takes
+    record_start(tmp_path, 50, 2, 3, environ)
+    lines = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert len(lines) == 15
+    assert lines[1]["step"] == 40
+    assert lines[1]["world_size"] == 2
+    assert lines[1]["automatic"]
+    assert not lines[-2]["automatic"]
