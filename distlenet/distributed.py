@@ -1,7 +1,11 @@
 """How ranks meet, on which device each computes, and how they add and agree."""
 
+import contextlib
 import gc
+import json
 import socket
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -66,23 +70,59 @@ def open_store(world: World, timeout: timedelta) -> Store:
     return cast(Store, TCPStore(host, int(port), None, world.rank == 0, timeout, wait_for_workers=False))
 
 
-def meet(store: Store, world: World, timeout: timedelta) -> None:
-    """Wait until all ranks are here. Raises RankError that names those who are not after ``timeout``."""
-    store.set(host_key(world.rank), socket.gethostname())
+def meet(store: Store, world: World, timeout: timedelta) -> Store:
+    """Wait until all ranks are here; return the part of the store that is theirs alone.
+
+    torchrun keeps one store over all restarts of the ranks (seen with torch 2.15), so what it holds may be of ranks
+    that are dead: their addresses, too, with which a process group would wait for ever. So rank 0 makes a name for
+    this start. Each other rank answers under it, with a word of its own that rank 0 must repeat: a name whose
+    repeated word is another's is an old one.
+    Raises RankError that names the ranks that are not here after ``timeout``.
+    """
+    deadline, word = time.monotonic() + timeout.total_seconds(), uuid.uuid4().hex
+    own = f"{word} {socket.gethostname()}"
+    if world.rank == 0:
+        here = PrefixStore(f"distlenet/{word}", store)
+        here.set(host_key(0), own)
+        store.set("distlenet/start", word)
+        _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world)
+        words = {rank: here.get(host_key(rank)).decode().split()[0] for rank in range(world.world_size)}
+        here.set("words", json.dumps(words))
+        return here
+    while True:
+        _wait(store, ["distlenet/start"], deadline, world)
+        here = PrefixStore(f"distlenet/{store.get('distlenet/start').decode()}", store)
+        here.set(host_key(world.rank), own)
+        with contextlib.suppress(dist.DistStoreError):  # not yet, or never: then look for a newer name
+            here.wait(["words"], timedelta(seconds=1))
+            if json.loads(here.get("words")).get(str(world.rank)) == word:
+                return here
+            time.sleep(0.02)
+        if time.monotonic() > deadline:
+            _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world)
+            raise RankError(f"rank {world.rank} of {world.world_size}: rank 0 did not answer")
+
+
+def _wait(store: Store, keys: list[str], deadline: float, world: World) -> None:
+    """Wait for ranks' ``keys``; raise RankError that says whose are missing after ``deadline``."""
     try:
-        store.wait([host_key(rank) for rank in range(world.world_size)], timeout)
+        store.wait(keys, timedelta(seconds=max(0.01, deadline - time.monotonic())))
     except dist.DistStoreError as error:
-        missing = [rank for rank in range(world.world_size) if not store.check([host_key(rank)])]
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         raise RankError(
             f"rank {world.rank} of {world.world_size} on {socket.gethostname()}: {ranks_in_words(missing)} did not "
-            f"come within {timeout.total_seconds():g} s (distributed.start_timeout_s); look whether their nodes run, "
-            f"and reach the node of rank 0"
+            "come in time (distributed.start_timeout_s); look whether their nodes run, and reach the node of rank 0"
         ) from error
 
 
 def host_key(rank: int) -> str:
-    """Name the store's entry that says on which host a rank is."""
-    return f"distlenet/host/{rank}"
+    """Name the entry that a rank makes when it comes."""
+    return f"host/{rank}"
+
+
+def host_of(store: Store, rank: int) -> str:
+    """Return the name of a rank's host, as the rank itself said."""
+    return store.get(host_key(rank)).decode().partition(" ")[2]
 
 
 def ranks_in_words(ranks: Sequence[int], most: int = 16) -> str:
@@ -98,15 +138,15 @@ def process_group(
     """Join the default process group for the length of a ``with`` block, and leave it on every path.
 
     ``start_timeout_s`` is how long ranks wait for each other to come, ``timeout_s`` how long in a collective.
-    Gives the job's store. Raises RankError where the group does not come together.
+    Gives this start's part of the job's store. Raises RankError where the group does not come together.
     """
     start = timedelta(seconds=start_timeout_s)
     try:
         store = open_store(world, start)
-        meet(store, world, start)
+        here = meet(store, world, start)
         dist.init_process_group(
             backend,
-            store=PrefixStore("distlenet/group", store),
+            store=PrefixStore("group", here),
             rank=world.rank,
             world_size=world.world_size,
             timeout=timedelta(seconds=timeout_s),
@@ -118,7 +158,7 @@ def process_group(
             f"{str(error).splitlines()[0]}"
         ) from error
     try:
-        yield store
+        yield here
     except BaseException:
         # Others may be inside a collective. Then NCCL's orderly end waits for them for ever, its abort does not.
         if backend == "nccl" and hasattr(dist.distributed_c10d, "_abort_process_group"):

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,15 @@ PREEMPTED = 75
 """Exit status of a run that stopped as asked and is to be run again: EX_TEMPFAIL of BSD's sysexits.h."""
 
 LINGER_S = 10.0  # seconds that rank 0 has to print what all ranks know
+
+
+def _tell_agent_to_stop() -> None:
+    """End torchrun's agent, this process's parent, where it would start again what no restart mends."""
+    restarts_left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    )
+    if "TORCHELASTIC_RUN_ID" in os.environ and restarts_left:
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,6 +80,7 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
                 if "RANK" not in os.environ:  # srun ends nobody early: rank 0 has spoken
                     return 2
             warn(str(error))
+            _tell_agent_to_stop()
             return 2
         except Preempted as stopped:
             if _speaks_for_others(node_alone=False):

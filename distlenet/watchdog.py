@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from distlenet.distributed import host_key, ranks_in_words
+from distlenet.distributed import host_of, ranks_in_words
 from distlenet.errors import warn
 from distlenet.world import World
 
@@ -33,9 +33,10 @@ class Watchdog:
 
     def __init__(self, store: Store, world: World, limit_s: float, trace: Path | None) -> None:
         """Watch from now on; ``trace`` is the folder for what NCCL recorded, None without NCCL."""
-        self.store = store.clone() if world.init_method else store  # a connection of its own: the first may be waiting
+        # A connection of its own, where torch is new enough for that: the first may be waiting.
+        self.store = store.clone() if world.init_method and hasattr(store, "clone") else store
         self.world, self.trace = world, trace
-        self.first_host = self.store.get(host_key(0)).decode()  # now: later rank 0 may be what is missing
+        self.first_host = host_of(self.store, 0)  # now: later rank 0 may be what is missing
         self.ended = threading.Event()
         self.limit_s, self.setting = limit_s, "distributed.start_timeout_s"
         self.step, self.last = 0, time.monotonic()
@@ -91,7 +92,7 @@ class Watchdog:
         notes = {rank: note for rank in range(self.world.world_size) if (note := self._note(rank))}
         missing = [rank for rank in range(self.world.world_size) if rank not in notes]
         if missing:
-            return f"no answer from {_with_hosts({rank: self.store.get(host_key(rank)).decode() for rank in missing})}"
+            return f"no answer from {_with_hosts({rank: host_of(self.store, rank) for rank in missing})}"
         behind = min(step for step, _ in notes.values())
         slow = {rank: host for rank, (step, host) in notes.items() if step == behind}
         if len(slow) == len(notes):
@@ -128,7 +129,7 @@ def dump_flight_recorder(folder: Path, rank: int) -> None:
 
 
 def _key(rank: int) -> str:
-    return f"distlenet/late/{rank}"
+    return f"late/{rank}"
 
 
 def _with_hosts(ranks: dict[int, str]) -> str:

@@ -41,6 +41,8 @@ done
 if [[ $nodes == *:* ]]; then
     [ "${nodes%:*}" -le "${nodes#*:}" ] || refuse "--nodes $nodes: MIN is above MAX"
     restarts=${restarts:-100} elastic=(distributed.uneven=true)
+    # A store that outlives a round is not announced to machines that join in a later one (seen with torch 2.15).
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 if [ -n "$interface" ]; then
     [ -e "/sys/class/net/$interface" ] ||
@@ -50,10 +52,12 @@ fi
 addresses=$(getent ahosts "$head" | cut -d' ' -f1 | sort -u) || refuse "--head $head: no such host"
 
 # torchrun recognises the head by its name, not by an address; so it is told.
-is_host=false
+conf=is_host=false
 for address in $addresses; do
-    if ip -oneline address show 2>/dev/null | grep -qF " $address/" || hostname -I | grep -qwF "$address"; then is_host=true; fi
+    if ip -oneline address show 2>/dev/null | grep -qF " $address/" || hostname -I | grep -qwF "$address"; then conf=is_host=true; fi
 done
+# An elastic job waits for more machines, and for a silent one, for seconds, not for half a minute.
+if [ "${#elastic[@]}" -gt 0 ]; then conf+=,last_call_timeout=5,keep_alive_interval=2; fi
 exec "$PYTHON" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="${nproc:-$(ranks_here)}" \
-    --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$id" --rdzv-conf="is_host=$is_host" \
+    --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$id" --rdzv-conf="$conf" \
     --max-restarts="${restarts:-0}" -m distlenet.train ${elastic[@]+"${elastic[@]}"} "$@"

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from distlenet.data.download import locate
 
+LIMIT_S = 90.0  # of one wait for a command under way; several times what it needs on two cores
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -82,6 +84,66 @@ def signal_all(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+class Running:
+    """A command under way; ended, with all that it started, at the end of its ``with`` block."""
+
+    def __init__(self, folder: Path, *words: object, env: dict[str, str] | None = None) -> None:
+        self.command, self.out = [str(word) for word in words], folder / f"out-{time.monotonic_ns()}.txt"
+        self.run = folder / "run"
+        with self.out.open("w") as out:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=REPO,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                stdout=out,
+                stderr=out,
+            )
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once, with all that it has started."""
+        signal_all(tree(self.process.pid), signal.SIGKILL)
+        self.process.wait()
+
+    def printed(self) -> str:
+        return self.out.read_text()
+
+    def ends(self, timeout: float = LIMIT_S) -> Ended:
+        """Wait for the end."""
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            signal_all(tree(self.process.pid)[1:], signal.SIGABRT)
+            time.sleep(1)  # for the fault handler to print
+            pytest.fail(f"still running after {timeout} s: {self.printed()}")
+        return Ended(" ".join(self.command), status, self.printed(), "")
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until ``condition`` holds, while the command runs."""
+        deadline = time.monotonic() + LIMIT_S
+        while not condition():
+            assert self.process.poll() is None, f"ended before {what}: {self.printed()}"
+            assert time.monotonic() < deadline, f"waited for {what}: {self.printed()}"
+            time.sleep(0.02)
+
+    def trains(self, more: int = 1) -> None:
+        """Wait until ``more`` records were told from now on."""
+        path = self.run / "metrics.jsonl"
+        count = lambda: path.read_text().count("\n") if path.exists() else 0  # noqa: E731
+        wanted = count() + more
+        self.until(lambda: count() >= wanted, "a record")
+
+    def ranks(self) -> list[int]:
+        """Return the ranks' processes, in the order of their start."""
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
 
 
 def run_torchrun(ranks: int, *words: object, timeout: float = 120, env: dict[str, str] | None = None) -> Ended:

@@ -118,7 +118,7 @@ class SlurmCluster:
         self._cpus = cpus
         self._addresses = {name: f"10.77.0.{number}" for number, name in enumerate([CONTROLLER, *self.nodes], 1)}
         self._path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-        self._hosts: dict[str, Host] = {}
+        self.hosts: dict[str, Host] = {}
         self._daemons: dict[str, list[subprocess.Popen[bytes]]] = {}
         if os.geteuid() != 0:
             raise ClusterUnavailableError("a SLURM cluster in namespaces needs root")
@@ -145,7 +145,7 @@ class SlurmCluster:
 
     def __exit__(self, *_: object) -> None:
         """Stop every host with all that runs on it, and remove the folder."""
-        for host in self._hosts.values():
+        for host in self.hosts.values():
             host.stop()
         for daemons in self._daemons.values():
             for daemon in daemons:
@@ -161,7 +161,7 @@ class SlurmCluster:
         cwd: Path | None = None,
     ) -> Ended:
         """Run a command on a host, to its end or to the time limit, where the test fails with its output."""
-        command = self._hosts[host].enter(*words, cwd=cwd or self.folder)
+        command = self.hosts[host].enter(*words, cwd=cwd or self.folder)
         return run_command(*command, timeout=timeout, env={**self._environment(), **(env or {})}, cwd=self.folder)
 
     def srun(
@@ -207,7 +207,7 @@ class SlurmCluster:
     def power_off(self, node: str) -> None:
         """Kill a node at once. The cable goes first, so that no process can say goodbye to its peers."""
         self.cut(node)
-        self._hosts.pop(node).stop()
+        self.hosts.pop(node).stop()
         for daemon in self._daemons.pop(node):
             daemon.wait()
         self.run(CONTROLLER, "ip", "link", "delete", f"v{node}")  # unless the kernel was faster
@@ -272,7 +272,7 @@ class SlurmCluster:
         spaces = ("--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         words = ["unshare", *spaces, "bash", "-c", FIRST_PROCESS, "host", name, str(self.folder)]
         process = self._start(words, f"{name}.log", stdin=subprocess.PIPE)
-        self._hosts[name] = Host(name, process)
+        self.hosts[name] = Host(name, process)
         self._wait_for_start((self.folder / f"{name}.up").exists, f"host {name}")
 
     def _connect(self) -> None:
@@ -284,9 +284,9 @@ class SlurmCluster:
             self._connect_node(node)
 
     def _connect_node(self, node: str) -> None:
-        cable = f"link add v{node} type veth peer name eth0 netns {self._hosts[node].process.pid}".split()
+        cable = f"link add v{node} type veth peer name eth0 netns {self.hosts[node].process.pid}".split()
         # Enters the network namespace alone: in the controller's PID namespace the node's pid has no meaning.
-        controller = self._hosts[CONTROLLER].process.pid
+        controller = self.hosts[CONTROLLER].process.pid
         run_command("nsenter", f"--target={controller}", "--net", "ip", *cable).succeeded()
         self._ip(CONTROLLER, "link", "set", f"v{node}", "master", "switch", "up")
         self._ip(node, "address", "add", f"{self._addresses[node]}/24", "dev", "eth0")
@@ -309,7 +309,7 @@ class SlurmCluster:
         self._start_daemon(node, "slurmd", "-D", "-f", str(self.folder / "slurm.conf"))
 
     def _start_daemon(self, host: str, *words: str) -> None:
-        command = self._hosts[host].enter(*words, cwd=self.folder)
+        command = self.hosts[host].enter(*words, cwd=self.folder)
         started = self._start(command, f"{host}.{words[0]}.log", stdin=subprocess.DEVNULL)
         self._daemons.setdefault(host, []).append(started)
 
@@ -325,7 +325,7 @@ class SlurmCluster:
         """Poll, but fail at once when something that should run on has ended."""
 
         def started() -> bool:
-            hosts = (host.process for host in self._hosts.values())
+            hosts = (host.process for host in self.hosts.values())
             for process in (*hosts, *(daemon for daemons in self._daemons.values() for daemon in daemons)):
                 if process.poll() is not None:
                     raise RuntimeError(f"ended with status {process.returncode}: {process.args!r}\n{self.logs()}")

@@ -71,6 +71,13 @@ def test_any_number_of_ranks(tmp_path, alone, ranks):
     assert_equal(alone, tmp_path / "out")
 
 
+@pytest.mark.parametrize("ranks", [3, 5])
+def test_ranks_with_unequal_shares(tmp_path, alone, ranks):
+    """8 shards on 3 ranks are 3 + 3 + 2; on 5 ranks some have one."""
+    train(tmp_path / "out", ranks, "distributed.uneven=true")
+    assert_equal(alone, tmp_path / "out")
+
+
 def test_restarts_on_other_numbers_of_ranks_and_the_ledger_of_them(tmp_path, alone):
     out = tmp_path / "out"
     ledger = "data.ledger=true"

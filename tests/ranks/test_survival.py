@@ -5,22 +5,20 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, Ended, run_command, run_torchrun, signal_all, tree
+from conftest import REPO, Running, run_command, run_torchrun, tree
 
 from distlenet.checkpoint.file import load_checkpoint
 from distlenet.checkpoint.folder import CheckpointFolder
 
 pytestmark = pytest.mark.ranks
 
-LIMIT_S = 90.0  # of one wait; several times what it needs on two cores
 SETTINGS = (
     "device=cpu",
     "data.name=digits",
@@ -35,62 +33,6 @@ SETTINGS = (
 )
 TRAIN = ("-m", "distlenet.train", *SETTINGS)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-
-
-class Running:
-    """A command under way; ended, with all that it started, at the end of its ``with`` block."""
-
-    def __init__(self, folder: Path, *words: object, env: dict[str, str] | None = None) -> None:
-        self.command, self.out = [str(word) for word in words], folder / f"out-{time.monotonic_ns()}.txt"
-        self.run = folder / "run"
-        with self.out.open("w") as out:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=REPO,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-                stdout=out,
-                stderr=out,
-            )
-
-    def __enter__(self) -> "Running":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal_all(tree(self.process.pid), signal.SIGKILL)
-        self.process.wait()
-
-    def printed(self) -> str:
-        return self.out.read_text()
-
-    def ends(self, timeout: float = LIMIT_S) -> Ended:
-        """Wait for the end."""
-        try:
-            status = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            signal_all(tree(self.process.pid)[1:], signal.SIGABRT)
-            time.sleep(1)  # for the fault handler to print
-            pytest.fail(f"still running after {timeout} s: {self.printed()}")
-        return Ended(" ".join(self.command), status, self.printed(), "")
-
-    def until(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait until ``condition`` holds, while the command runs."""
-        deadline = time.monotonic() + LIMIT_S
-        while not condition():
-            assert self.process.poll() is None, f"ended before {what}: {self.printed()}"
-            assert time.monotonic() < deadline, f"waited for {what}: {self.printed()}"
-            time.sleep(0.02)
-
-    def trains(self, more: int = 1) -> None:
-        """Wait until ``more`` records were told from now on."""
-        path = self.run / "metrics.jsonl"
-        count = lambda: path.read_text().count("\n") if path.exists() else 0  # noqa: E731
-        wanted = count() + more
-        self.until(lambda: count() >= wanted, "a record")
-
-    def ranks(self) -> list[int]:
-        """Return the ranks' processes, in the order of their start."""
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in path.read_text().split()]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -235,7 +177,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
     words = (*TRAIN, "distributed.start_timeout_s=2", f"run.dir={tmp_path}")
     ended = run_command(sys.executable, *words, env=place)
     assert ended.status == 2, str(ended)
-    assert "ranks 1, 2 did not come within 2 s (distributed.start_timeout_s)" in ended.stderr, str(ended)
+    assert "ranks 1, 2 did not come in time (distributed.start_timeout_s)" in ended.stderr, str(ended)
     assert "Traceback" not in ended.stderr
 
 
@@ -342,34 +284,6 @@ def test_a_folder_that_becomes_read_only_leaves_the_older_checkpoints(small_disk
         ended = job.ends()
     assert ended.status == 1, str(ended)
     assert "the trained network is not saved" in ended.stdout, str(ended)
-
-
-def test_machines_that_leave_and_join(tmp_path, whole):
-    """Two agents of an elastic job, as two machines would start them; one is lost, and comes back."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ("--nodes", "1:2", "--head", "localhost", "--port", port, "--id", "elastic", "-n", 1)
-    line = (REPO / "launch/node.sh", *words, *SETTINGS, "train.epochs=16", "checkpoint.every_steps=3")
-    env = {"PYTHON": sys.executable}
-
-    def worlds() -> list[int]:
-        path = tmp_path / "run/starts.jsonl"
-        return [json.loads(text)["world_size"] for text in path.read_text().splitlines()] if path.exists() else []
-
-    with Running(tmp_path, *line, f"run.dir={tmp_path}", env=env) as head:
-        with Running(tmp_path, *line, f"run.dir={tmp_path}", env=env) as other:
-            head.until(lambda: worlds()[-1:] == [2], "a world of two")
-            head.trains()
-            signal_all(tree(other.process.pid), signal.SIGKILL)
-        head.until(lambda: worlds()[-1:] == [1], "a world of one")
-        head.trains()
-        with Running(tmp_path, *line, f"run.dir={tmp_path}", env=env) as other:
-            head.until(lambda: worlds()[-1:] == [2], "a world of two again")
-            ended = head.ends()
-            other.ends()
-    assert ended.status == 0, str(ended)
-    assert_same(tmp_path / "run", whole)
 
 
 def test_the_local_launcher(tmp_path, whole):

@@ -202,3 +202,54 @@ def test_the_order_of_shards_does_not_matter(order):
             layer.weight.grad = torch.full((1, 1), shards[number])
     reduction.finish(0)
     assert layer.weight.grad.item() == 1.0
+
+
+@pytest.mark.usefixtures("group")
+def test_plain_ddp_stops_at_parameters_that_are_not_finite():
+    net = Net()
+    reduction = DdpReduction(net, ALONE, 1, 16)
+    reduction.check()
+    with torch.no_grad():
+        net.conv2.weight[3, 1, 0, 0] = float("inf")
+        net.fc3.bias[2] = float("nan")
+    with pytest.raises(UserError, match=r"conv2\.weight, fc3\.bias: not finite any more; give a smaller optim\.lr"):
+        reduction.check()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    "reduction", [lambda n: DdpReduction(n, ALONE, 2, 8), lambda n: ExactReduction(n, ALONE, 8, 2, True)]
+)
+def test_who_is_asked_to_stop_is_heard_and_the_gradient_stays(reduction):
+    x, y = batch(16)
+    gradients = []
+    for asked in (False, True):
+        torch.manual_seed(0)
+        net = Net()
+        made = reduction(net)
+        for shard, (images, labels) in (parts := made.micro_batches(x, y)):
+            with made.accumulate(last=shard == parts[-1][0]):
+                made.backward(F.cross_entropy(made.model(images), labels, reduction="sum") / 16, asked)
+        made.finish(step=0)
+        assert made.heard.yes == asked
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.usefixtures("group")
+def test_fewer_ranks_take_no_larger_micro_batches():
+    reduction = DdpReduction(Net(), ALONE, 1, 64)
+    reduction.limit_micro_batch(24)
+    assert [len(part) for _, (part,) in reduction.micro_batches(torch.zeros(64, 1))] == [24, 24, 16]
+    assert reduction.micro_batches_per_rank == 3
+    reduction.limit_micro_batch(100)
+    assert reduction.micro_batch_size == 24
+
+
+@pytest.mark.parametrize(("settings", "size"), [([], 43), (["distributed.reduction=exact"], 16)])
+def test_uneven_ranks_must_be_asked_for(settings, size):
+    with pytest.raises(UserError, match="does not divide by 3 ranks"):
+        micro_batch_size(load_config([], settings), 3)
+    assert micro_batch_size(load_config([], [*settings, "distributed.uneven=true"]), 3) == size
+    with pytest.raises(UserError, match="does not divide by 9 ranks"):
+        micro_batch_size(load_config([], ["distributed.reduction=exact", "distributed.uneven=true"]), 9)

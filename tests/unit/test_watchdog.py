@@ -15,7 +15,7 @@ def watchdogs(ranks: int, limit_s: float = 1.0) -> list[Watchdog]:
     """Watchdogs of several ranks over one store; none of them ends this process."""
     store = dist.HashStore()
     for rank in range(ranks):
-        store.set(host_key(rank), f"host{rank // 2}")
+        store.set(host_key(rank), f"word host{rank // 2}")
     made = [Watchdog(store, World(rank, 0, ranks), limit_s, None) for rank in range(ranks)]
     for watchdog in made:
         watchdog.expect(limit_s, "distributed.timeout_s")
@@ -67,4 +67,4 @@ def test_it_ends_the_process_when_no_step_ends_and_not_before(capsys):
     assert statuses == [1]
     told = capsys.readouterr().err
     assert "no step ended for 0.3 s (distributed.timeout_s) after step 29; no answer from rank 0 on host0" in told
-    assert json.loads(watchdog.store.get("distlenet/late/1"))[0] == 29
+    assert json.loads(watchdog.store.get("late/1"))[0] == 29

@@ -1,0 +1,71 @@
+"""One line typed on several machines, which leave and join while the job goes on."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, Running, run_command
+
+from cluster.slurm_cluster import SlurmCluster
+from distlenet.checkpoint.file import load_checkpoint
+from distlenet.checkpoint.folder import CheckpointFolder
+
+pytestmark = pytest.mark.cluster
+
+SETTINGS = (
+    "device=cpu",
+    "data.name=digits",
+    "data.ledger=true",
+    "distributed.reduction=exact",
+    "train.global_batch_size=64",
+    "train.epochs=60",
+    "train.log_every=5",
+    "optim.lr=0.05",
+    "checkpoint.every_steps=3",
+    "run.name=run",
+)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = CheckpointFolder(run / "checkpoints", keep=1).newest()
+    assert newest is not None
+    return dict(load_checkpoint(newest)["model"])
+
+
+@pytest.mark.parametrize("head", ["n1", "10.77.0.2"])
+def test_machines_that_leave_and_join(slurm: SlurmCluster, tmp_path: Path, head: str) -> None:
+    """The head by its name and by its address, which torchrun itself would not recognise."""
+    line = (REPO / "launch/node.sh", "--nodes", "1:2", "--head", head, "--interface", "eth0", "-n", "1", *SETTINGS)
+
+    def on(machine: str) -> Running:
+        words = slurm.hosts[machine].enter("env", f"PYTHON={sys.executable}", *line, f"run.dir={tmp_path}", cwd=REPO)
+        return Running(tmp_path, *words)
+
+    def world() -> int:
+        path = tmp_path / "run/starts.jsonl"
+        starts = [json.loads(text)["world_size"] for text in path.read_text().splitlines()] if path.exists() else [0]
+        return int(starts[-1])
+
+    with on("n1") as first:
+        with on("n2") as second:
+            first.until(lambda: world() == 2, "a world of two")
+            first.trains()
+            second.kill()  # agent and ranks at once
+        first.until(lambda: world() == 1, "a world of one")
+        first.trains()
+        with on("n2") as second:
+            try:
+                first.until(lambda: world() == 2, "a world of two again")
+            except AssertionError:
+                pytest.fail(f"{first.printed()}\n--- the other\n{second.printed()}")
+            ended = first.ends()
+            second.ends()
+    assert ended.status == 0, str(ended)
+    run_command(sys.executable, "-m", "distlenet.ledger", tmp_path / "run").succeeded()
+    alone = tmp_path / "alone"
+    words = (*SETTINGS, "data.ledger=false", "checkpoint.every_steps=null", f"run.dir={alone}")
+    run_command(sys.executable, "-m", "distlenet.train", *words).succeeded()
+    a, b = weights(tmp_path / "run"), weights(alone / "run")
+    assert all(torch.equal(a[name], b[name]) for name in a | b)
