@@ -37,8 +37,11 @@ SETTINGS = (
 EPOCHS_PER_KILL = 3
 LIMIT_S = 120.0  # to recover once
 
+# torch's optimizers and DistributedDataParallel import torch._dynamo when they are first used: another second or so.
 JOIN = """
-import torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
+if "dynamo" in sys.argv:
+    import torch._dynamo
 dist.init_process_group("gloo")
 dist.all_reduce(torch.zeros(1))
 print("joined", flush=True)
@@ -60,8 +63,8 @@ def children(pid: int) -> list[int]:
     return []
 
 
-def bare_cost(ranks: int, folder: Path) -> float:
-    """Return the seconds from starting the ranks' processes until all have joined a group."""
+def bare_cost(ranks: int, folder: Path, *more: str) -> float:
+    """Return the seconds from starting the ranks' processes until all have joined a group; the median of 5 times."""
     script = folder / "join.py"
     script.write_text(JOIN)
     place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
@@ -71,7 +74,9 @@ def bare_cost(ranks: int, folder: Path) -> float:
         started = time.monotonic()
         processes = [
             subprocess.Popen(
-                [sys.executable, script], env={**os.environ, **place, **port, "RANK": str(rank)}, stdout=subprocess.PIPE
+                [sys.executable, script, *more],
+                env={**os.environ, **place, **port, "RANK": str(rank)},
+                stdout=subprocess.PIPE,
             )
             for rank in range(ranks)
         ]
@@ -147,7 +152,7 @@ def torment(arguments: argparse.Namespace, folder: Path, words: list[str]) -> No
                 recoveries.append(time.monotonic() - at)
     if agent.wait() != 0 or sum(killed.values()) < arguments.kills:
         sys.exit(f"{log.read_text()[-6000:]}\nstatus {agent.returncode} after {killed} kills")
-    bare = bare_cost(arguments.ranks, folder)
+    bare, with_dynamo = bare_cost(arguments.ranks, folder), bare_cost(arguments.ranks, folder, "dynamo")
     starts = [json.loads(line) for line in (folder / "run/starts.jsonl").read_text().splitlines()]
     steps = json.loads((folder / "run/summary.json").read_text())["steps"]
     print(f"kills: {killed['rank']} of ranks, {killed['agent']} of agents; starts of the run: {len(starts)}")
@@ -156,6 +161,7 @@ def torment(arguments: argparse.Namespace, folder: Path, words: list[str]) -> No
     most = max(recoveries)
     print(f"from a rank's death to the next step: median {median:.2f} s, at most {most:.2f} s, of {len(recoveries)}")
     print(f"to start Python, import torch and join a group: {bare:.2f} s; ratio of the medians {median / bare:.2f}")
+    print(f"the same with what any torch.optim imports: {with_dynamo:.2f} s; ratio {median / with_dynamo:.2f}")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ SETTINGS = (
     "data.ledger=true",
     "distributed.reduction=exact",
     "train.global_batch_size=64",
-    "train.epochs=60",
+    "train.epochs=40",
     "train.log_every=5",
     "optim.lr=0.05",
     "checkpoint.every_steps=3",
@@ -34,9 +34,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return dict(load_checkpoint(newest)["model"])
 
 
-@pytest.mark.parametrize("head", ["n1", "10.77.0.2"])
+@pytest.mark.parametrize("head", ["10.77.0.2"])
 def test_machines_that_leave_and_join(slurm: SlurmCluster, tmp_path: Path, head: str) -> None:
-    """The head by its name and by its address, which torchrun itself would not recognise."""
+    """The head by its address, in which torchrun alone would not recognise it."""
     line = (REPO / "launch/node.sh", "--nodes", "1:2", "--head", head, "--interface", "eth0", "-n", "1", *SETTINGS)
 
     def on(machine: str) -> Running:
