@@ -48,6 +48,11 @@ class Progress:
             setattr(self, each.name, state[each.name])
 
 
+def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Say whether torchrun or SLURM has by itself started this process again."""
+    return any(int(environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def record_start(run: Path, step: int, world_size: int, limit: int, environ: Mapping[str, str] = os.environ) -> None:
     """Note in ``starts.jsonl`` that a run starts on ``world_size`` ranks, after ``step`` steps. For rank 0 alone.
 
@@ -55,7 +60,7 @@ def record_start(run: Path, step: int, world_size: int, limit: int, environ: Map
     would be the next: what ends it there would end it again.
     """
     path = run / "starts.jsonl"
-    automatic = any(int(environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    automatic = is_restart(environ)
     in_vain = 0
     if automatic and path.exists():
         for line in reversed(path.read_text(encoding="utf-8").splitlines()):

@@ -21,6 +21,7 @@ from distlenet.distributed import all_or_none
 from distlenet.entry import parse_arguments, run_entry
 from distlenet.errors import Preempted, UserError, warn
 from distlenet.preemption import listening
+from distlenet.progress import is_restart
 from distlenet.reduction import micro_batch_size
 from distlenet.schema import Config
 from distlenet.session import Session, open_session
@@ -54,7 +55,8 @@ def train(config: Config) -> Record:
                 find_checkpoint(Path(config.checkpoint.resume))
             if session.world.local_rank == 0:
                 fetch_data(config.data)  # once per node; the others find it
-        lock = FileLock(folder / ".lock", blocking=False)
+        # What a lost node still holds it lets go of in a while; a person who starts a second job is told at once.
+        lock = FileLock(folder / ".lock", timeout=config.distributed.start_timeout_s / 2 if is_restart() else 0)
         with all_or_none():
             data = load_data(config.data)
             if rank_0:
