@@ -43,6 +43,7 @@ class Checkpointer:
         self.config, self.session, self.tracker = config, session, tracker
         self.rank = session.world.rank
         self.files = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
+        self.skipped: str | None = None  # why the last one was not even tried
 
     def restore(self, trainer: Trainable) -> Path | None:
         """Go on from where ``checkpoint.resume`` says: rank 0 reads, all take it. None says: from scratch.
@@ -77,7 +78,9 @@ class Checkpointer:
         """
         state = trainer.state_dict()
         if self.config.data.ledger and any_rank(trainer.ledger.behind, self.session.device):
+            self.skipped = "lines of a rank's ledger could not be written"
             return False
+        self.skipped = None
         if self.rank == 0 and (must or not self.files.busy):
             self.files.save(state, best, before=self.tracker.sync)
         return True
@@ -85,7 +88,8 @@ class Checkpointer:
     def stop(self, trainer: Trainable, preemption: Preemption) -> NoReturn:
         """Save, and end the run as a signal asked. Raises Preempted on every rank."""
         self.session.watchdog.expect(self.config.distributed.start_timeout_s, "distributed.start_timeout_s")
-        failure = None if self.save(trainer) else "a ledger could not be written"
+        self.save(trainer)
+        failure = self.skipped
         if self.rank == 0:
             failure = failure or self.files.wait(preemption.seconds_left())
         failure, by = from_rank_0((failure, preemption.asked_by or "a signal to another rank"))
@@ -95,7 +99,7 @@ class Checkpointer:
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk. Raises UserError, on every rank, where it is not."""
         self.session.watchdog.expect(self.config.distributed.start_timeout_s, "distributed.start_timeout_s")
-        failure = from_rank_0(self.files.wait() if self.rank == 0 else None)
+        failure = from_rank_0(self.skipped or (self.files.wait() if self.rank == 0 else None))
         if failure:
             raise UserError(f"the trained network is not saved: {failure}; mend that and run the same command again")
 

@@ -18,7 +18,7 @@ from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from distlenet.errors import RankError, UserError
+from distlenet.errors import Preempted, RankError, UserError
 from distlenet.world import World
 
 T = TypeVar("T")
@@ -159,6 +159,10 @@ def process_group(
         ) from error
     try:
         yield here
+    except (UserError, Preempted):  # raised on all ranks
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # what they were told may still be on its way
+        raise
     except BaseException:
         # Others may be inside a collective. Then NCCL's orderly end waits for them for ever, its abort does not.
         if backend == "nccl" and hasattr(dist.distributed_c10d, "_abort_process_group"):
@@ -198,13 +202,17 @@ def all_or_none() -> Iterator[None]:
 
     Without it a rank whose disk or data is bad leaves, and the others wait for it in their next collective.
     """
-    message = None
+    message, failure = None, None
     try:
         yield
     except UserError as error:
         message = str(error)
+    except Exception as error:  # no mistake of the user's: here the traceback, for the others that there is one
+        message, failure = f"failed: {type(error).__name__}: {error}", error
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
+    if failure is not None:
+        raise failure
     for rank, text in enumerate(messages):
         if text is not None:
             alike = all(other == text for other in messages)

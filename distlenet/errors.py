@@ -1,5 +1,6 @@
 """The exceptions that an entry turns into one line, and the one way to warn."""
 
+import contextlib
 import sys
 
 
@@ -20,5 +21,6 @@ class Preempted(Exception):
 
 
 def warn(text: str) -> None:
-    """Print one line to standard error."""
-    print("distlenet:", " ".join(text.split()), file=sys.stderr, flush=True)
+    """Print one line to standard error; where nobody hears it (a full disk, a closed terminal), work goes on."""
+    with contextlib.suppress(OSError, ValueError):
+        print("distlenet:", " ".join(text.split()), file=sys.stderr, flush=True)

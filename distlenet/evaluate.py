@@ -14,7 +14,7 @@ from distlenet.data.augment import Prepare
 from distlenet.data.loader import make_loader
 from distlenet.data.sampler import ShardSampler
 from distlenet.data.sources import load_data
-from distlenet.distributed import all_or_none
+from distlenet.distributed import all_or_none, from_rank_0
 from distlenet.entry import parse_arguments, run_entry
 from distlenet.errors import UserError
 from distlenet.metrics import EVAL_BATCH, Metrics, evaluate
@@ -41,6 +41,7 @@ def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
     """Measure the checkpoint ``state``, read from ``path``, as one rank; rank 0 prints."""
     with open_session(config) as session:
         world, device = session.world, session.device
+        path, state = from_rank_0((path, state))  # in a run under way, ranks may have found different ones
         net = NETS[config.model.name]().to(device)
         load_model(net, state, path)
         with all_or_none():

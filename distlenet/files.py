@@ -25,6 +25,12 @@ class LineFile:
     def add(self, line: str) -> None:
         """Append ``line``, whose end is added, or keep it waiting; the first time, say so."""
         self.waiting += line.encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Try to write what waits; the first time that it has to wait on, say so."""
+        if not self.waiting:
+            return
         told = self.failure is not None
         try:
             self._write(self.waiting)
@@ -52,7 +58,8 @@ class LineFile:
         os.fsync(self.descriptor)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, after a last try."""
+        self.flush()
         os.close(self.descriptor)
 
 

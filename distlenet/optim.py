@@ -11,8 +11,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from distlenet.schema import OptimConfig
 
 
-def make_optimizer(config: OptimConfig, net: nn.Module) -> Optimizer:
-    """Make SGD or AdamW (with PyTorch's betas) over all parameters of ``net``."""
+def make_optimizer(config: OptimConfig, net: nn.Module, loss_scaling: bool = False) -> Optimizer:
+    """Make SGD or AdamW (with PyTorch's betas) over all parameters of ``net``.
+
+    With ``loss_scaling`` SGD is not fused: where the first step is skipped for an overflow, the fused kernel keeps
+    momentum buffers that nobody has filled (seen with torch 2.15).
+    """
     if config.name == "adamw":
         return AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     return SGD(
@@ -21,7 +25,7 @@ def make_optimizer(config: OptimConfig, net: nn.Module) -> Optimizer:
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
-        fused=True,
+        fused=not loss_scaling,
     )
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ class Preemption:
         self.grace_s = grace_s
         self.asked_by: str | None = None
         self.deadline = float("inf")
+        self.before: dict[int, Any] = {}  # the handlers
+
+    def listen(self) -> None:
+        """Take the signals from now on."""
+        self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
 
     def ask(self, number: int, _: FrameType | None = None) -> None:
         """Take a signal. The second is as good as none: the first may already be at work."""
@@ -46,13 +52,12 @@ class Preemption:
 
 @contextmanager
 def listening(grace_s: float) -> Iterator[Preemption]:
-    """Listen to the signals for the length of a ``with`` block; the handlers before it come back after it."""
+    """Have a Preemption, which may ``listen`` to the end of a ``with`` block; then the handlers before it come back."""
     preemption = Preemption(grace_s)
-    before = {number: signal.signal(number, preemption.ask) for number in SIGNALS}
     try:
         yield preemption
     finally:
-        for number, handler in before.items():
+        for number, handler in preemption.before.items():
             signal.signal(number, handler)
 
 

@@ -1,5 +1,6 @@
 """How far a run has come, and how often it was started."""
 
+import contextlib
 import json
 import os
 import socket
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distlenet.errors import UserError
-from distlenet.files import LineFile
+from distlenet.files import LineFile, told
 from distlenet.metrics import Metrics
 from distlenet.tracking import Record
 
@@ -63,11 +64,12 @@ def record_start(run: Path, step: int, world_size: int, limit: int, environ: Map
     automatic = is_restart(environ)
     in_vain = 0
     if automatic and path.exists():
-        for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-            start = json.loads(line)
-            if start["step"] != step or not start["automatic"]:
-                break
-            in_vain += 1
+        for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+            with contextlib.suppress(ValueError):  # a line that a power cut tore
+                start = json.loads(line)
+                if start["step"] != step or not start["automatic"]:
+                    break
+                in_vain += 1
     if in_vain >= limit:
         raise UserError(
             f"run {run}: restarted {in_vain} times from step {step} and never reached the next checkpoint "
@@ -75,6 +77,7 @@ def record_start(run: Path, step: int, world_size: int, limit: int, environ: Map
         )
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     facts = {"time": now, "step": step, "world_size": world_size, "host": socket.gethostname(), "automatic": automatic}
-    file = LineFile(path)
+    with told(run):
+        file = LineFile(path)
     file.add(json.dumps(facts))
     file.close()

@@ -71,7 +71,8 @@ class Trainer:
 
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.net = NETS[config.model.name]().to(device)
-        self.optimizer = make_optimizer(config.optim, self.net)
+        self.scaler = make_scaler(session.precision, device)
+        self.optimizer = make_optimizer(config.optim, self.net, loss_scaling=self.scaler.is_enabled())
         epochs_steps = train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, train.max_steps or epochs_steps)
         if (config.optim.warmup_steps or 0) >= self.total_steps:
@@ -80,7 +81,6 @@ class Trainer:
             )
         self.schedule = make_schedule(config.optim, self.optimizer, self.total_steps)
         self.autocast = session.autocast()
-        self.scaler = make_scaler(session.precision, device)
         self.reduction = make_reduction(config, self.net, world, watch=not self.scaler.is_enabled())
         self.meter = Meter(device)
         self.speed = Speed()
@@ -149,6 +149,7 @@ class Trainer:
                 record_start(self.folder, self.at.step, self.world.world_size, limit)
             self.tracker.start(self.facts())
         self.watchdog.expect(self.config.distributed.timeout_s, "distributed.timeout_s")
+        self.preemption.listen()  # before, there is nothing to save, and a signal ends the rank
 
     def train_step(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:
         """Take one optimizer step on this rank's share of the next global batch.
@@ -245,6 +246,7 @@ class Trainer:
             "data_source": self.data_source,
             "step": self.at.step,
             "steps": self.total_steps,
+            "evaluated": self.at.evaluated,
             "complete": self.at.evaluated >= self.total_steps,
             "epochs": self.config.train.epochs,
             "steps_per_epoch": self.sampler.steps,

@@ -5,6 +5,7 @@ they wait. So each rank watches itself in a thread: when no step ends for too lo
 store, and looks whose notes are missing there.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -26,6 +27,7 @@ from distlenet.world import World
 ASK_SHARE = 0.1  # of the timeout is how long the others may take to notice it too,
 ASK_LEAST_S, ASK_MOST_S = 1.0, 10.0  # within these bounds
 HUNG = 1  # exit status
+SUSPENDED_S = 30.0  # between two looks: no running process is that late
 
 
 class Watchdog:
@@ -44,7 +46,8 @@ class Watchdog:
 
     def expect(self, limit_s: float, setting: str) -> None:
         """Go over to another limit, the value of ``setting``."""
-        self.limit_s, self.setting, self.last = limit_s, setting, time.monotonic()
+        self.last = time.monotonic()  # first: the thread may look in between
+        self.limit_s, self.setting = limit_s, setting
 
     def beat(self, step: int) -> None:
         """Say that all is well, after ``step`` steps. Costs nothing."""
@@ -52,7 +55,12 @@ class Watchdog:
 
     def watch(self) -> None:
         """Look until ``ended``."""
+        looked = time.monotonic()
         while not self.ended.wait(min(1.0, self.limit_s / 10)):
+            now = time.monotonic()
+            if (slept := now - looked) > SUSPENDED_S:  # the whole process was stopped, as by scontrol suspend
+                self.last += slept
+            looked = now
             if time.monotonic() - self.last > self.limit_s:
                 try:
                     self.report()
@@ -64,7 +72,6 @@ class Watchdog:
         """Say, on one rank, who does not answer."""
         what = f"no step ended for {self.limit_s:g} s ({self.setting}) after step {self.step};"
         if self.trace is not None:
-            dump_flight_recorder(self.trace, self.world.rank)
             what = f"{what} what NCCL did is in {self.trace}, for torchfrtrace;"
         wait_s = min(max(self.limit_s * ASK_SHARE, ASK_LEAST_S), ASK_MOST_S)
         findings: list[str | None] = []
@@ -83,6 +90,9 @@ class Watchdog:
 
         Returns what is wrong, on the lowest rank that answers alone. Raises DistError without the store.
         """
+        if self.trace is not None:
+            with contextlib.suppress(OSError, RuntimeError):
+                dump_flight_recorder(self.trace, self.world.rank)
         self.store.set_timeout(timedelta(seconds=wait_s))
         self.store.set(_key(self.world.rank), json.dumps([self.step, socket.gethostname()]))
         time.sleep(wait_s)

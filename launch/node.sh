@@ -54,6 +54,7 @@ addresses=$(getent ahosts "$head" | cut -d' ' -f1 | sort -u) || refuse "--head $
 # torchrun recognises the head by its name, not by an address; so it is told.
 conf=is_host=false
 for address in $addresses; do
+    case $address in 127.* | ::1) conf=is_host=true ;; esac # Debian's own name is 127.0.1.1 to itself
     if ip -oneline address show 2>/dev/null | grep -qF " $address/" || hostname -I | grep -qwF "$address"; then conf=is_host=true; fi
 done
 # An elastic job waits for more machines, and for a silent one, for seconds, not for half a minute.

@@ -4,6 +4,13 @@
 MAX_REQUEUES=${MAX_REQUEUES:-10}
 restarts=${SLURM_RESTART_COUNT:-0}
 
+# Asked to stop before there is a step to be told: run_step passes it on.
+asked=''
+trap 'asked=1' USR2
+
+# srun does not take this from sbatch (since SLURM 22.05); without it all ranks of a node may share one core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+
 say() { echo "distlenet: $*" >&2; }
 die() {
     say "$*"
@@ -29,12 +36,13 @@ job_port() { echo $((20000 + (SLURM_JOB_ID * 37 + restarts * 11) % 10000)); }
 # run_step COMMAND...: run the job's one step. Asked to stop by USR2 (--signal, or scancel -b -s USR2 JOB), have the
 # ranks save, then requeue. Exits with the step's status; SLURM sees COMPLETED or FAILED by it.
 run_step() {
-    local asked='' status=0 step
+    local status=0 step
     # Only assignments and single commands in traps: a $(...) there would be interrupted by the next signal.
-    trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' USR2
     trap 'say "cancelled: waiting for the ranks to save"' TERM
     "$@" &
     step=$!
+    trap 'asked=1; scancel --signal=TERM "$SLURM_JOB_ID.0" || say "the step could not be told"' USR2
+    if [ -n "$asked" ]; then kill -USR2 $$; fi
     while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a trap ends a wait, not the step
     wait "$step" || status=$?
     if [ -z "$asked" ] || [ "$status" -eq 0 ]; then exit "$status"; fi

@@ -1,5 +1,6 @@
 """A run's ``checkpoints/``: the newest K and the best, written in the background, read with a way back."""
 
+import contextlib
 import os
 import re
 import threading
@@ -21,6 +22,7 @@ class CheckpointFolder:
         self.keep = keep
         self.failure: str | None = None  # why the last write failed
         self._thread: threading.Thread | None = None
+        self._unwritten_best: State | None = None  # a best that could not be written: the next write makes up for it
 
     def save(self, state: State, best: bool = False, before: Callable[[], None] | None = None) -> None:
         """Write ``state`` in the background, also as the best where it is, then drop those beyond the newest K.
@@ -54,17 +56,21 @@ class CheckpointFolder:
             self.write(state, best)
             self.failure = None
         except Exception as error:  # a thread's exception would reach nobody
-            if self.failure is None:
+            told, self.failure = self.failure is not None, str(error)
+            if not told:
                 warn(f"{error}; training goes on, and saves again when the next checkpoint is due")
-            self.failure = str(error)
 
     def write(self, state: State, best: bool) -> Path:
         """Do what ``save`` promises, here and now. Raises UserError where the files cannot be written."""
         path = self.folder / f"step-{state['step']:08d}.pt"
+        if best:
+            self._unwritten_best = state
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if best:  # first: a job that dies between the two evaluates again, and finds it the best again
-                write_atomically(state, self.folder / "best.pt")
+            # The best first: a job that dies between the two evaluates again, and finds it the best again.
+            if self._unwritten_best is not None:
+                write_atomically(self._unwritten_best, self.folder / "best.pt")
+                self._unwritten_best = None
             write_atomically(state, path)
             for old in self.by_step()[: -self.keep]:
                 old.unlink(missing_ok=True)
@@ -97,7 +103,8 @@ class CheckpointFolder:
     def remove_torn(self) -> None:
         """Remove what jobs that died while writing have left. Nobody may be writing."""
         for path in self.folder.glob(f"{TORN}*"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that cannot be written will say so when it is to be
+                path.unlink(missing_ok=True)
 
     def by_step(self) -> list[Path]:
         """Return the files, oldest step first. Raises UserError where the folder cannot be read."""

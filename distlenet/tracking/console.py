@@ -8,6 +8,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from distlenet.errors import warn
 from distlenet.tracking import Record, Tracker
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -64,7 +65,7 @@ class Lines:
         try:
             print(line, flush=True)
         except OSError as error:
-            print(f"distlenet: standard output is gone ({error.strerror}); see metrics.jsonl", file=sys.stderr)
+            warn(f"standard output is gone ({error.strerror}); see metrics.jsonl")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -33,7 +33,7 @@ class History:
         """
         self.complete = facts["complete"]
         with told(self.folder):
-            kept = [line for line, record in self._lines() if record["step"] <= facts["step"]]
+            kept = [line for line, record in self._lines() if self._belongs(record, facts)]
             replace_text(self.folder / "config.yaml", self.settings)
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
             self.lines = LineFile(self.path)
@@ -53,6 +53,8 @@ class History:
         """Write ``summary.json``; a run that was complete before keeps the one that measured its training."""
         if self.complete and self.summary_path.exists():
             return
+        if self.lines is not None:
+            self.lines.flush()
         self.sync()
         with told(self.folder):
             replace_text(self.summary_path, to_json(summary, indent=2) + "\n")
@@ -61,6 +63,12 @@ class History:
         """Close the file."""
         if self.lines is not None:
             self.lines.close()
+
+    @staticmethod
+    def _belongs(record: Record, facts: Record) -> bool:
+        """Say whether a record is of what the checkpoint holds; after its step it may not have been evaluated yet."""
+        last = facts["step"] if record["split"] == "train" else facts["evaluated"]
+        return bool(record["step"] <= last)
 
     def _lines(self) -> Iterator[tuple[str, Record]]:
         """Yield the whole lines on disk and what they say; a last one without its end was cut by a kill."""
@@ -72,7 +80,7 @@ class History:
                 continue
             try:
                 record = json.loads(line)
-                record["step"] + 0
+                record["step"] + 0, record["split"]
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{self.path}: line {number} is no record: {line[:40]!r}; remove it") from error
             yield line[:-1], record

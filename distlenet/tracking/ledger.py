@@ -41,8 +41,13 @@ class Ledger(NoLedger):
 
     @property
     def behind(self) -> bool:  # type: ignore[override]
-        """Whether lines wait for the disk: a checkpoint that is saved now could go on from where they are missing."""
-        return self.lines.failure is not None
+        """Whether lines are not on the disk: a checkpoint saved now could go on from where they are missing."""
+        self.lines.flush()
+        try:
+            self.lines.sync()
+        except OSError:
+            return True
+        return False
 
     def record(self, epoch: int, step: int, indices: Tensor) -> None:
         """Add a line, at once: the samples ``indices`` (n,) of the optimizer step that comes after ``step`` others."""

@@ -241,6 +241,18 @@ def test_a_failed_write_is_told_once_and_tried_again(tmp_path, capsys):
     assert folder.newest().name == "step-00000003.pt"
 
 
+def test_a_best_that_could_not_be_written_is_made_up_for(tmp_path, capsys):
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=3)
+    (tmp_path / "checkpoints").write_text("in the way")
+    folder.save(tiny(1), best=True)
+    folder.wait()
+    (tmp_path / "checkpoints").unlink()
+    folder.save(tiny(2))
+    assert folder.wait() is None
+    assert load_checkpoint(folder.folder / "best.pt")["step"] == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_what_must_be_written_before_it_fails_the_checkpoint_too(tmp_path):
     def history():
         raise UserError("metrics.jsonl: disk full")

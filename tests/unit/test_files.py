@@ -57,3 +57,13 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path):
         replace_text(path, "x" * 1000)
     assert path.read_text() == "old"
     assert os.stat(path).st_size == 3
+
+
+def test_lines_that_wait_are_tried_again_without_a_new_one(tmp_path):
+    file = LineFile(tmp_path / "lines")
+    with a_disk_of(3):
+        file.add("a line")
+        file.flush()
+        assert file.failure is not None
+    file.close()
+    assert (tmp_path / "lines").read_text() == "a line\n"

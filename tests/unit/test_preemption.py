@@ -18,6 +18,7 @@ def test_a_signal_is_remembered_and_the_second_changes_nothing(monkeypatch, numb
     monkeypatch.setattr(preemption.time, "monotonic", lambda: next(clock))
     before = signal.getsignal(number)
     with listening(grace_s=25) as asked:
+        asked.listen()
         assert not asked.asked
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -46,6 +47,7 @@ import os, signal, torch
 from torch.utils.data import DataLoader
 from distlenet.preemption import begin_worker, listening
 with listening(25) as asked:
+    asked.listen()
     loader = iter(DataLoader(list(range(64)), num_workers=2, batch_size=4, worker_init_fn=begin_worker))
     next(loader)
     os.killpg(0, signal.SIGTERM)  # as torchrun and SLURM do: to the whole group

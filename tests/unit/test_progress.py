@@ -42,3 +42,12 @@ def test_restarts_in_vain_end(tmp_path, environ):
     assert lines[1]["world_size"] == 2
     assert lines[1]["automatic"]
     assert not lines[-2]["automatic"]
+
+
+def test_a_line_that_a_power_cut_tore_stops_nobody(tmp_path):
+    record_start(tmp_path, 7, 2, 1, BY_HAND)
+    with (tmp_path / "starts.jsonl").open("a") as file:
+        file.write('{"step": 7, "autom\n')
+    record_start(tmp_path, 7, 2, 1, BY_TORCHRUN)
+    with pytest.raises(UserError, match="restarted 1 times"):
+        record_start(tmp_path, 7, 2, 1, BY_TORCHRUN)

@@ -35,6 +35,7 @@ FACTS = {
     "step": 0,
     "steps": 40,
     "complete": False,
+    "evaluated": 0,
     "resumed_from": None,
 }
 SUMMARY = {"test_accuracy": 0.98765, "test_count": 360, "steps": 40, "folder": "runs/x"}
@@ -58,7 +59,7 @@ def lines(folder) -> list[dict]:
 
 def write(folder, steps, start=0):
     history = History(folder, "seed: 0\n")
-    history.start({**FACTS, "step": start, "complete": start == 40})
+    history.start({**FACTS, "step": start, "evaluated": start, "complete": start == 40})
     for step in steps:
         history.log(train_record(step))
     return history
@@ -76,6 +77,16 @@ def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path):
     write(tmp_path, [1, 2, 3, 4]).close()
     write(tmp_path, [3, 4, 5], start=2).close()
     assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_an_evaluation_that_no_checkpoint_has_is_made_and_recorded_again(tmp_path):
+    history = write(tmp_path, [19, 20])
+    history.log(test_record(20))
+    history.close()
+    again = History(tmp_path, "")
+    again.start({**FACTS, "step": 20, "evaluated": 0})
+    again.close()
+    assert [(record["split"], record["step"]) for record in lines(tmp_path)] == [("train", 19), ("train", 20)]
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
