@@ -196,6 +196,13 @@ def from_rank_0(value: T) -> T:
     return box[0]
 
 
+def from_local_rank_0(value: T | None, world: World) -> T:
+    """Return the ``value`` of the first rank of this rank's node. A collective."""
+    values: list[tuple[int, T | None]] = [(world.node_rank, None)] * world.world_size
+    dist.all_gather_object(values, (world.node_rank, value if world.local_rank == 0 else None))
+    return next(value for node, value in values if node == world.node_rank and value is not None)
+
+
 @contextmanager
 def all_or_none() -> Iterator[None]:
     """Let every rank pass the block, or none: a UserError of one rank is raised on all. A collective.

@@ -13,8 +13,8 @@ from distlenet.config import load_config
 from distlenet.data.augment import Prepare
 from distlenet.data.loader import make_loader
 from distlenet.data.sampler import ShardSampler
-from distlenet.data.sources import load_data
-from distlenet.distributed import all_or_none, from_rank_0
+from distlenet.data.sources import load_on_node
+from distlenet.distributed import from_rank_0
 from distlenet.entry import parse_arguments, run_entry
 from distlenet.errors import UserError
 from distlenet.metrics import EVAL_BATCH, Metrics, evaluate
@@ -44,8 +44,7 @@ def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
         path, state = from_rank_0((path, state))  # in a run under way, ranks may have found different ones
         net = NETS[config.model.name]().to(device)
         load_model(net, state, path)
-        with all_or_none():
-            data = load_data(config.data)
+        data = load_on_node(config.data, world)
         shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
         loader = make_loader(data.test, shard, 0, device)
         prepare = Prepare(data.train.images, "none", config.seed)

@@ -5,7 +5,9 @@ signal only sets a flag here; it travels with what the ranks exchange in each st
 ``distlenet.reduction``), and all of them see it after the same step.
 """
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,11 +63,35 @@ def listening(grace_s: float) -> Iterator[Preemption]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Let the signals wait until the end of a ``with`` block; for a process forked in it, until ``begin_worker``.
+
+    torch gives a new worker a handler of its own for SIGTERM, which ends it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def begin_worker(_: int = 0) -> None:
-    """Prepare a loader's worker process: it is needed to the last step, so it ignores them, and ends with its rank."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Prepare a loader's worker process: its rank needs it to the last step, so only the rank ends it.
+
+    Python does so by SIGTERM where a rank leaves with workers still there, and waits until they are gone.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_at_parents_sigterm, daemon=True).start()
     die_with_parent()
+
+
+def _end_at_parents_sigterm() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Heard:

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from distlenet.checkpoint.folder import find_checkpoint
 from distlenet.config import load_config, run_folder, to_yaml
-from distlenet.data.sources import fetch_data, load_data
+from distlenet.data.sources import load_on_node
 from distlenet.distributed import all_or_none
 from distlenet.entry import parse_arguments, run_entry
 from distlenet.errors import Preempted, UserError, warn
@@ -53,12 +53,10 @@ def train(config: Config) -> Record:
         with all_or_none():
             if rank_0 and config.checkpoint.resume not in ("auto", "never"):
                 find_checkpoint(Path(config.checkpoint.resume))
-            if session.world.local_rank == 0:
-                fetch_data(config.data)  # once per node; the others find it
         # What a lost node still holds it lets go of in a while; a person who starts a second job is told at once.
         lock = FileLock(folder / ".lock", timeout=config.distributed.start_timeout_s / 2 if is_restart() else 0)
+        data = load_on_node(config.data, session.world)
         with all_or_none():
-            data = load_data(config.data)
             if rank_0:
                 claim_folder(folder, lock)
         tracker = Trackers([make_console(config.run.console), History(folder, to_yaml(config))] if rank_0 else [])

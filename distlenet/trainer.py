@@ -21,7 +21,7 @@ from distlenet.metrics import EVAL_BATCH, Meter, Metrics, Speed, evaluate
 from distlenet.net import NETS
 from distlenet.optim import load_optimizer, make_optimizer, make_schedule
 from distlenet.precision import make_scaler
-from distlenet.preemption import Preemption, begin_worker
+from distlenet.preemption import Preemption
 from distlenet.progress import Progress, record_start
 from distlenet.reduction import make_reduction
 from distlenet.replicas import check_replicas
@@ -61,7 +61,7 @@ class Trainer:
             config.data.drop_last,
             config.distributed.virtual_shards if config.distributed.reduction == "exact" else None,
         )
-        self.train_loader = make_loader(data.train, self.sampler, config.data.workers, device, begin_worker)
+        self.train_loader = make_loader(data.train, self.sampler, config.data.workers, device)
         shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
         self.test_loader = make_loader(data.test, shard, 0, device)
         self.test_count = len(data.test)

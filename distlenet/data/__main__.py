@@ -1,7 +1,7 @@
 """``python -m distlenet.data [--config FILE]... [key=value]...``: find or get the data, and say where."""
 
 from distlenet.config import load_config
-from distlenet.data.sources import fetch_data, load_data
+from distlenet.data.sources import load_data
 from distlenet.entry import parse_arguments, run_entry
 
 
@@ -9,8 +9,7 @@ def main() -> None:
     """Get and verify the configured data set; tries Debian's package too where a download fails."""
     files, overrides = parse_arguments("distlenet.data", "Find or download the configured data set, and verify it.")
     config = load_config(files, overrides)
-    fetch_data(config.data, debian=True)
-    data = load_data(config.data)
+    data = load_data(config.data, debian=True)
     print(
         f"{config.data.name}: {len(data.train)} training and {len(data.test)} test images, verified, in {data.source}"
     )

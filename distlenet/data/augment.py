@@ -4,11 +4,16 @@ Augmentation draws from a hash of (seed, epoch, sample index), not from a stream
 happens to an image does not depend on ranks, workers, restarts or its neighbours in the batch.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distlenet.data.hashing import hash32
+
 SIZE = 32  # height and width of the network's input, pixels
+PARTS, PART = 64, 1024  # what of a set is measured: parts, images of each
 SHIFT = 2  # largest shift in each direction, pixels
 
 
@@ -16,9 +21,13 @@ class Prepare:
     """Pad to 32×32, augment where asked, and normalise with the training set's mean and deviation."""
 
     def __init__(self, train_images: Tensor, augment: str, seed: int) -> None:
-        """Measure ``train_images``, uint8 (N, H, W); ``augment`` is none, shift or flip_shift."""
+        """Measure ``train_images``, uint8 (N, H, W); ``augment`` is none, shift or flip_shift.
+
+        Of a large set that is mapped from a disk, 64 evenly spaced parts of 1,024 images stand for the whole.
+        """
         # A histogram of 256 values makes mean and deviation exact, however many pixels there are.
-        counts = torch.bincount(train_images.flatten(), minlength=256).double()
+        counts = torch.stack([torch.bincount(part.flatten(), minlength=256) for part in _parts(train_images)])
+        counts = counts.sum(0).double()
         values = torch.arange(256, dtype=torch.float64)
         mean = (counts * values).sum() / counts.sum()
         variance = (counts * (values - mean) ** 2).sum() / counts.sum()
@@ -53,6 +62,13 @@ class Prepare:
         return images.float().sub_(self.mean).div_(self.std).unsqueeze(1)
 
 
+def _parts(images: Tensor) -> Iterator[Tensor]:
+    """Cut a set into parts, and of a large one pick evenly spaced parts, its first and its last among them."""
+    last = len(images) - PART
+    starts = range(0, len(images), PART) if last < PARTS * PART else (k * last // (PARTS - 1) for k in range(PARTS))
+    return (images[start : start + PART] for start in starts)
+
+
 def _shift(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Move each image of (n, H, W) by (rows - SHIFT, columns - SHIFT) pixels, filling with zeros."""
     padded = F.pad(images, (SHIFT, SHIFT, SHIFT, SHIFT))
@@ -60,17 +76,3 @@ def _shift(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     y = rows[:, None, None] + torch.arange(height, device=images.device)[None, :, None]
     x = columns[:, None, None] + torch.arange(width, device=images.device)[None, None, :]
     return padded[torch.arange(n, device=images.device)[:, None, None], y, x]
-
-
-def hash32(indices: Tensor, seed: int, epoch: int) -> Tensor:
-    """Hash (seed, epoch, index) to 32 random-looking bits, as int64 of the shape of ``indices``.
-
-    Rounds of the "lowbias32" mixer (https://nullprogram.com/blog/2018/07/31/), one for each input.
-    """
-    state = torch.zeros_like(indices)
-    for word in (indices, seed, epoch):
-        state = (state ^ word) & 0xFFFFFFFF
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            state = ((state ^ (state >> shift)) * factor) & 0xFFFFFFFF
-        state = state ^ (state >> 16)
-    return state

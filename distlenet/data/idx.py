@@ -4,16 +4,17 @@ Format: http://yann.lecun.com/exdb/mnist/ (two zero bytes, type, number of dimen
 """
 
 import gzip
-import hashlib
 import math
+import os
 import stat
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from distlenet.data.shared import CHUNK, SharedFile, in_memory
 from distlenet.errors import UserError
 
 UINT8 = 8  # the format's code for unsigned bytes
@@ -78,38 +79,49 @@ def find(folder: Path) -> dict[str, Path] | None:
     return found or None
 
 
-def read_verified(path: Path, sha256: str) -> Tensor:
-    """Read one IDX file, plain or .gz, whose uncompressed bytes must have the given SHA-256.
+def open_verified(path: Path, sha256: str) -> SharedFile:
+    """Open one IDX file, unpacked into memory where it is a .gz, whose unpacked bytes must have the given SHA-256.
 
-    Returns uint8 (N, H, W) for images, (N,) for labels. Raises UserError that names the file where it
-    cannot be read or is not the published one.
+    Raises UserError that names the file where it cannot be read or is not the published one.
     """
     try:
-        content = bytearray(path.read_bytes() if path.suffix != ".gz" else gzip.decompress(path.read_bytes()))
+        shared = unpacked(path) if path.suffix == ".gz" else SharedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        digest = shared.sha256()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"data: {path} is damaged: {error}; remove it and run again") from error
     except OSError as error:
         raise UserError(f"data: {path} cannot be read: {error.strerror}; give another data.root") from error
-    if (digest := hashlib.sha256(content).hexdigest()) != sha256:
+    if digest != sha256:
         raise UserError(
             f"data: {path} is not the published file (SHA-256 {digest[:12]}..., expected {sha256[:12]}...); "
             "remove it and run again"
         )
-    return parse(content)
+    return shared
 
 
-def parse(content: bytearray) -> Tensor:
-    """Turn the bytes of an IDX file of unsigned bytes into a uint8 tensor of its shape, without a copy.
+def unpacked(path: Path) -> SharedFile:
+    """Unpack a .gz file into memory."""
+    with gzip.open(path) as packed:
+        return in_memory(iter(partial(packed.read, CHUNK), b""))
+
+
+def header(shape: tuple[int, ...]) -> bytes:
+    """Write the header of an IDX file of unsigned bytes."""
+    return bytes((0, 0, UINT8, len(shape))) + struct.pack(f">{len(shape)}I", *shape)
+
+
+def parse(content: Tensor) -> Tensor:
+    """View the bytes of an IDX file of unsigned bytes, uint8 (n,), in its shape, without a copy.
 
     Raises ValueError where header and length do not agree.
     """
-    if len(content) < 4 or content[:3] != bytes((0, 0, UINT8)):
+    if len(content) < 4 or content[:3].tolist() != [0, 0, UINT8]:
         raise ValueError("not an IDX file of unsigned bytes")
-    dimensions = content[3]
+    dimensions = int(content[3])
     start = 4 + 4 * dimensions
     if len(content) < start:
         raise ValueError("the IDX header is cut short")
-    shape = struct.unpack_from(f">{dimensions}I", content, 4)
+    shape = struct.unpack(f">{dimensions}I", bytes(content[4:start].tolist()))
     if len(content) != start + math.prod(shape):
         raise ValueError(f"IDX data of {len(content) - start} bytes do not fill the shape {shape}")
-    return torch.frombuffer(content, dtype=torch.uint8)[start:].view(shape)
+    return content[start:].view(shape)

@@ -1,23 +1,31 @@
-"""The data sets by name, whole and in memory, as unsigned bytes."""
+"""The data sets by name, as unsigned bytes, in memory that the ranks of a node share."""
 
 import csv
 import gzip
+import os
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distlenet.data import download, idx
-from distlenet.errors import UserError
+from distlenet.data import download, idx, synthetic
+from distlenet.data.shared import Place, SharedFile, in_memory
+from distlenet.distributed import all_or_none, from_local_rank_0
+from distlenet.errors import warn
 from distlenet.schema import DataConfig
+from distlenet.world import World
+
+Places = tuple[str, dict[str, Place]]
+"""Where a data set came from, and where its four files are to be mapped."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 (N, H, W) and their labels int64 (N,)."""
+    """Images uint8 (N, H, W) and their labels (N,), of any integer type."""
 
     images: Tensor
     labels: Tensor
@@ -37,58 +45,89 @@ class ImageData:
     source: str
 
 
-def fetch_data(config: DataConfig, debian: bool = False) -> dict[str, Path]:
-    """Find the files of the data set that ``config`` names, or download them; see ``distlenet.data.download``.
+class OpenData:
+    """A data set's four files, open on the first rank of a node for all ranks there."""
 
-    Returns their paths by name; none for a set that has no files of its own. Raises UserError where they cannot
-    be had, naming the ways to get them.
+    def __init__(self, files: dict[str, SharedFile], source: str) -> None:
+        """Own ``files``, by their names in ``idx.FILES``."""
+        self.files, self.source = files, source
+
+    @property
+    def places(self) -> Places:
+        """Where the node's other ranks find them, in plain values."""
+        return self.source, {name: file.place for name, file in self.files.items()}
+
+    def close(self) -> None:
+        """Let go; what is mapped stays."""
+        for file in self.files.values():
+            file.close()
+
+
+def open_data(config: DataConfig, debian: bool = False) -> OpenData:
+    """Find the data set that ``config`` names, or get it (see ``distlenet.data.download``), and verify it.
+
+    Raises UserError where it cannot be had, naming the ways to get it, and for a file that is damaged.
     """
-    if config.name in ("digits", "synthetic"):
-        return {}
-    return download.locate_or_download(config.name, Path(config.root), debian)
-
-
-def load_data(config: DataConfig) -> ImageData:
-    """Load the data set that ``config`` names. Raises UserError as ``fetch_data``, and for a file that is damaged."""
     if config.name == "digits":
-        return _digits()
+        return OpenData(_digits(), "bundled")
+    root = Path(config.root)
     if config.name == "synthetic":
-        return _synthetic(config.synthetic_train, config.synthetic_test)
-    paths = fetch_data(config)
-    parts = {name: idx.read_verified(path, idx.SHA256[config.name][name]) for name, path in paths.items()}
-    train, test = (
-        Split(parts[f"{prefix}-images-idx3-ubyte"], parts[f"{prefix}-labels-idx1-ubyte"].long())
-        for prefix in ("train", "t10k")
-    )
-    return ImageData(train, test, CLASSES[config.name], str(next(iter(paths.values())).parent))
+        paths = synthetic.locate_or_make(root, config.synthetic_train, config.synthetic_test)
+        files = {name: SharedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) for name, path in paths.items()}
+    else:
+        paths = download.locate_or_download(config.name, root, debian)
+        files = {name: idx.open_verified(path, idx.SHA256[config.name][name]) for name, path in paths.items()}
+    return OpenData(files, str(next(iter(paths.values())).parent))
 
 
-def _digits() -> ImageData:
+def map_data(name: str, places: Places) -> ImageData:
+    """Map the files that the first rank of this node has opened. Raises OSError where they are not to be seen."""
+    source, by_name = places
+    parts = {name: idx.parse(place.map()) for name, place in by_name.items()}
+    train_images, train_labels, test_images, test_labels = (parts[file] for file in idx.FILES)
+    train, test = Split(train_images, train_labels), Split(test_images, test_labels)
+    return ImageData(train, test, CLASSES["fashion_mnist" if name == "fashion_mnist" else "mnist"], source)
+
+
+def load_data(config: DataConfig, debian: bool = False) -> ImageData:
+    """Open, verify and map the data set that ``config`` names, as a process of its own; errors as ``open_data``."""
+    with closing(open_data(config, debian)) as opened:
+        return map_data(config.name, opened.places)
+
+
+def load_on_node(config: DataConfig, world: World) -> ImageData:
+    """Load once per node: its first rank opens and verifies, all its ranks map the same memory. A collective."""
+    with ExitStack() as stack:
+        places = None
+        with all_or_none():
+            if world.local_rank == 0:
+                places = stack.enter_context(closing(open_data(config))).places
+        places = from_local_rank_0(places, world)
+        with all_or_none():
+            try:
+                data = map_data(config.name, places)
+            except OSError as error:
+                warn(
+                    f"rank {world.rank}: the images that local rank 0 has opened are not to be seen here ({error}); "
+                    "this rank keeps a copy of its own; let ranks of a node share their process namespace"
+                )
+                data = load_data(config)
+        return data  # all have mapped: the files can be closed
+
+
+def _digits() -> dict[str, SharedFile]:
     """The bundled digits (see DIGITS.md): 1,437 to train on and 360 to test, scaled from 8×8 to 32×32."""
-    packed = files("distlenet.data").joinpath("digits.csv.gz").read_bytes()
+    packed = resources.files("distlenet.data").joinpath("digits.csv.gz").read_bytes()
     rows = torch.tensor([[int(v) for v in row] for row in csv.reader(gzip.decompress(packed).decode().splitlines())])
     small = rows[:, :64].view(-1, 1, 8, 8).float() * (255 / 16)  # ink from 0 to 16
     images = F.interpolate(small, size=(32, 32), mode="bilinear").round().to(torch.uint8).squeeze(1)
     held_out = torch.arange(len(rows)) % 5 == 0
-    train, test = (Split(images[part], rows[part, 64]) for part in (~held_out, held_out))
-    return ImageData(train, test, CLASSES["mnist"], "bundled")
-
-
-def _synthetic(train: int, test: int) -> ImageData:
-    """Noise that looks like Fashion-MNIST to a clock: the same bytes on every rank, nothing to learn."""
-    generator = torch.Generator().manual_seed(0)
-    try:
-        torch.empty((train + test) * 28 * 28, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise UserError(f"data.synthetic_train={train}: {train + test} images do not fit into memory") from error
-    train_split, test_split = (
-        Split(
-            torch.randint(0, 256, (size, 28, 28), dtype=torch.uint8, generator=generator),
-            torch.randint(0, 10, (size,), generator=generator),
-        )
-        for size in (train, test)
-    )
-    return ImageData(train_split, test_split, CLASSES["mnist"], "generated")
+    labels = rows[:, 64].to(torch.uint8)
+    parts = (images[~held_out], labels[~held_out], images[held_out], labels[held_out])
+    return {
+        name: in_memory((idx.header(tuple(part.shape)), part.numpy().tobytes()))
+        for name, part in zip(idx.FILES, parts, strict=True)
+    }
 
 
 CLASSES = {

@@ -73,13 +73,14 @@ def test_a_user_error_under_torchrun_is_one_line_from_one_rank(tmp_path):
 BAD_ON_ONE_RANK = """
 import os, sys
 from distlenet import train
+from distlenet.data import sources
 from distlenet.entry import run_entry
 from distlenet.errors import UserError
-def load(config):
+def map_data(name, places):
     if os.environ["RANK"] == "1":
         raise UserError("my disk is gone")
-    return original(config)
-original, train.load_data = train.load_data, load
+    return original(name, places)
+original, sources.map_data = sources.map_data, map_data
 run_entry(train.main)
 """
 

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import re
+from contextlib import closing
 
 import pytest
 import torch
@@ -35,7 +36,9 @@ def test_reading_back(tmp_path, shape, packed):
     data = idx_bytes(values)
     path = tmp_path / ("x.gz" if packed else "x")
     path.write_bytes(gzip.compress(data) if packed else data)
-    assert torch.equal(idx.read_verified(path, sha256(data)), values)
+    with closing(idx.open_verified(path, sha256(data))) as file:
+        mapped = idx.parse(file.place.map())
+    assert torch.equal(mapped, values)  # also after the file is closed
 
 
 @pytest.mark.parametrize("keep", [0, 1, 5, 9, 10, 17, 300, -1])
@@ -44,7 +47,7 @@ def test_a_truncated_gz_is_named_and_not_used(tmp_path, keep):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(data)[:keep])
     with pytest.raises(UserError, match=re.escape(str(path))):
-        idx.read_verified(path, sha256(data))
+        idx.open_verified(path, sha256(data))
 
 
 def test_one_flipped_bit_is_noticed(tmp_path):
@@ -54,7 +57,7 @@ def test_one_flipped_bit_is_noticed(tmp_path):
     data[700] ^= 4
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"{path} is not the published file"):
-        idx.read_verified(path, digest)
+        idx.open_verified(path, digest)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_one_flipped_bit_is_noticed(tmp_path):
 )
 def test_bytes_that_are_no_idx_are_refused(data):
     with pytest.raises(ValueError, match="IDX"):
-        idx.parse(bytearray(data))
+        idx.parse(torch.tensor(list(data), dtype=torch.uint8))
 
 
 def test_finding_prefers_plain_files_and_wants_all_four(tmp_path):

@@ -42,19 +42,29 @@ def test_any_rank_that_was_asked_is_heard():
     assert heard.yes
 
 
-WORKER = """
-import os, signal, torch
-from torch.utils.data import DataLoader
+WORKERS = """
+import os, subprocess, torch
+from distlenet.data import loader
+from distlenet.data.sources import Split
 from distlenet.preemption import begin_worker, listening
+signals_sent, told = os.pipe()
+def late(worker):  # the second worker is still being made when the signals come
+    if worker == 1:
+        os.read(signals_sent, 1)
+    begin_worker(worker)
+loader.begin_worker = late
+split = Split(torch.zeros(64, 1, 1, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8))
 with listening(25) as asked:
     asked.listen()
-    loader = iter(DataLoader(list(range(64)), num_workers=2, batch_size=4, worker_init_fn=begin_worker))
-    next(loader)
-    os.killpg(0, signal.SIGTERM)  # as torchrun and SLURM do: to the whole group
-    os.killpg(0, signal.SIGUSR2)
-    print(sum(len(batch) for batch in loader), asked.asked_by)
+    batches = iter(loader.make_loader(split, torch.arange(64).split(4), 2, torch.device("cpu")))
+    next(batches)
+    # As SLURM does: to all processes of the job. The shell that sends them stays out of it.
+    subprocess.run("trap '' TERM USR2; kill -TERM 0; kill -USR2 0", shell=True, check=True)
+    os.write(told, b"!")
+    print(sum(len(labels) for _, labels, _ in batches), asked.asked)
 """
 
 
-def test_a_loaders_workers_ignore_the_signals():
-    assert run_command(sys.executable, "-c", WORKER).succeeded().stdout == "60 SIGTERM\n"
+def test_a_loaders_workers_ignore_the_signals_from_their_first_moment_and_end_with_their_rank():
+    """``batches`` is still there when Python leaves, as after an error: then it ends the workers by SIGTERM."""
+    assert run_command(sys.executable, "-c", WORKERS, timeout=60).succeeded().stdout == "60 True\n"
