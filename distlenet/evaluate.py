@@ -11,14 +11,14 @@ from distlenet.checkpoint.file import State, load_checkpoint, load_model
 from distlenet.checkpoint.folder import find_checkpoint
 from distlenet.config import load_config
 from distlenet.data.augment import Prepare
-from distlenet.data.loader import make_loader
+from distlenet.data.loader import Loader
 from distlenet.data.sampler import ShardSampler
 from distlenet.data.sources import load_on_node
 from distlenet.distributed import from_rank_0
 from distlenet.entry import parse_arguments, run_entry
 from distlenet.errors import UserError
 from distlenet.metrics import EVAL_BATCH, Metrics, evaluate
-from distlenet.net import NETS
+from distlenet.net import make_net
 from distlenet.schema import Config
 from distlenet.session import open_session
 from distlenet.tracking.console import accuracy_line
@@ -42,11 +42,11 @@ def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
     with open_session(config) as session:
         world, device = session.world, session.device
         path, state = from_rank_0((path, state))  # in a run under way, ranks may have found different ones
-        net = NETS[config.model.name]().to(device)
+        net = make_net(config.model.name, config.model.channels_last, device)
         load_model(net, state, path)
         data = load_on_node(config.data, world)
         shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
-        loader = make_loader(data.test, shard, 0, device)
+        loader = Loader(data.test, shard, 0, device)
         prepare = Prepare(data.train.images, "none", config.seed)
 
         def going_on(batch: int) -> bool:

@@ -137,7 +137,6 @@ def evaluate(
         if each is not None and k < every_rank_has and each(k):
             net.train()
             return None
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast:
             logits = net(prepare(images))
             loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")

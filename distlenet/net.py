@@ -1,5 +1,6 @@
 """The network: the LeNet-style ``Net`` of PyTorch's "Neural Networks" tutorial, layer for layer."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ class Net(nn.Module):
             raise ValueError(f"Net takes images of shape (B, 1, 32, 32), but got {tuple(x.shape)}")
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # (B, 6, 15, 15)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # (B, 16, 6, 6)
-        x = x.view(-1, self.num_flat_features(x))
+        x = x.reshape(-1, self.num_flat_features(x))  # not view: what lies channels last, it copies into order
         x = F.relu(self.fc1(x))
         x = F.relu(self.fc2(x))
         logits: Tensor = self.fc3(x)
@@ -46,3 +47,13 @@ class Net(nn.Module):
 
 NETS = {"lenet": Net}
 """Networks by the name that ``model.name`` takes. Add your own here."""
+
+
+def make_net(name: str, channels_last: bool, device: torch.device) -> nn.Module:
+    """Make a network on ``device``, its weights drawn from torch's generator.
+
+    ``channels_last`` says how the weights of convolutions, and so their outputs, lie in memory; see
+    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return NETS[name]().to(device).to(memory_format=layout)

@@ -135,8 +135,8 @@ class ExactReduction:
                     "micro-batch, which depend on how it is cut; use GroupNorm, or distributed.reduction=ddp"
                 )
         named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-        if odd := [name for name, p in named if p.dtype != torch.float32]:
-            raise UserError(f"distributed.reduction=exact: needs float32 parameters, but {odd[0]} is not")
+        if odd := [name for name, p in named if p.dtype != torch.float32 or torch.empty_like(p).stride() != p.stride()]:
+            raise UserError(f"distributed.reduction=exact: needs float32 parameters without gaps, but {odd[0]} is not")
         self.model = net
         self.weight = 1
         self.world = world
@@ -176,8 +176,7 @@ class ExactReduction:
     def accumulate(self, last: bool) -> Iterator[None]:  # noqa: ARG002
         """Surround forward and backward of one micro-batch, then move its gradient into the exact sum."""
         yield
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat = torch.cat([_gradient_in_memory_order(parameter) for parameter in self.parameters])
         self.shard_sum.copy_(flat.mul_(self.scale))
         self.sum.add_(round_to_grid(self.shard_sum, self.GRID_BITS, self.scale))
         for parameter in self.parameters:
@@ -196,7 +195,7 @@ class ExactReduction:
         flat = self.sum.mul_(1 / self.scale).float()
         self.exchanged.zero_()
         for parameter, gradient in zip(self.parameters, flat.split(self.sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter)
+            parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())  # the optimizer wants them alike
         if self.watch:  # no host sync: what is found waits on the device for ``check``
             found = ~flat.isfinite()
             first = (self.bad_step < 0) & found.any()
@@ -210,6 +209,14 @@ class ExactReduction:
             raise UserError(
                 f"step {step + 1}: the gradient of {', '.join(names)} is not finite or beyond ±{self.limit:g}; {MEND}"
             )
+
+
+def _gradient_in_memory_order(parameter: Tensor) -> Tensor:
+    """View a parameter's gradient as (number of elements,), in the order in which the parameter lies in memory."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    if gradient.stride() != parameter.stride():
+        gradient = torch.empty_like(parameter).copy_(gradient)
+    return gradient.as_strided((gradient.numel(),), (1,))
 
 
 Reduction = DdpReduction | ExactReduction

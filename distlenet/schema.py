@@ -50,6 +50,9 @@ class DataConfig:
     augment: Literal["none", "shift", "flip_shift"] = setting(
         "none", "Random shift by up to 2 pixels; flip_shift also mirrors half of the images.", result=True
     )
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "Where the images stay; auto: on the GPU, if there is one and they take a quarter of it at most."
+    )
     workers: int = setting(0, "Loader processes per rank; 0 loads in the rank itself.", ge=0, lt=1000)
     drop_last: bool = setting(
         False, "Drop an epoch's last, shorter global batch instead of training on it.", result=True
@@ -64,6 +67,7 @@ class ModelConfig:
     """What learns."""
 
     name: Literal["lenet"] = setting("lenet", "Network, by its name in distlenet.net.NETS.", result=True)
+    channels_last: bool = setting(True, "Lay images and convolutions' weights out channels last.", result=True)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from distlenet.allocator import keep_freed_memory
 from distlenet.distributed import pick_backend, pick_device, process_group
 from distlenet.errors import warn
 from distlenet.precision import autocast, exact_kernels, pick_precision
@@ -64,6 +65,7 @@ def open_session(config: Config, folder: Path | None = None) -> Iterator[Session
     backend = pick_backend(config.distributed.backend, device)
     precision = pick_precision(config.precision, device)
     set_threads(config.distributed.threads)
+    keep_freed_memory()
     start_s, step_s = config.distributed.start_timeout_s, config.distributed.timeout_s
     trace = folder / "flight-recorder" if folder is not None and backend == "nccl" else None
     if trace is not None:  # before the group is made; see distlenet.watchdog

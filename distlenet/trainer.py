@@ -11,14 +11,14 @@ from distlenet import __version__
 from distlenet.checkpoint.file import State
 from distlenet.checkpointer import Checkpointer
 from distlenet.data.augment import Prepare
-from distlenet.data.loader import make_loader
+from distlenet.data.loader import Loader, settle_data
 from distlenet.data.sampler import GlobalBatchSampler, ShardSampler
 from distlenet.data.sources import ImageData
 from distlenet.distributed import all_or_none, any_rank
 from distlenet.errors import UserError
 from distlenet.exact import seed_micro_batch
 from distlenet.metrics import EVAL_BATCH, Meter, Metrics, Speed, evaluate
-from distlenet.net import NETS
+from distlenet.net import make_net
 from distlenet.optim import load_optimizer, make_optimizer, make_schedule
 from distlenet.precision import make_scaler
 from distlenet.preemption import Preemption
@@ -52,6 +52,7 @@ class Trainer:
         self.world, self.device = world, device = session.world, session.device
         train = config.train
 
+        self.prepare = Prepare(data.train.images, config.data.augment, config.seed)
         self.sampler = GlobalBatchSampler(
             data.train,
             train.global_batch_size,
@@ -61,16 +62,16 @@ class Trainer:
             config.data.drop_last,
             config.distributed.virtual_shards if config.distributed.reduction == "exact" else None,
         )
-        self.train_loader = make_loader(data.train, self.sampler, config.data.workers, device)
+        data = settle_data(data, config.data.device, config.data.workers, device)
+        self.train_loader = Loader(data.train, self.sampler, config.data.workers, device)
         shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
-        self.test_loader = make_loader(data.test, shard, 0, device)
+        self.test_loader = Loader(data.test, shard, 0, device)
         self.test_count = len(data.test)
         self.data_source = data.source
         self.no_images = data.train.images[:0].to(device)
-        self.prepare = Prepare(data.train.images, config.data.augment, config.seed)
 
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.net = NETS[config.model.name]().to(device)
+        self.net = make_net(config.model.name, config.model.channels_last, device)
         self.scaler = make_scaler(session.precision, device)
         self.optimizer = make_optimizer(config.optim, self.net, loss_scaling=self.scaler.is_enabled())
         epochs_steps = train.epochs * self.sampler.steps
@@ -162,7 +163,6 @@ class Trainer:
         at.lr = float(self.schedule.get_last_lr()[0])
         count = self.sampler.count(at.batch)  # images of the global batch, over all ranks
         self.ledger.record(at.epoch, at.step, indices)
-        images, labels, indices = (t.to(self.device, non_blocking=True) for t in (images, labels, indices))
         inputs = self.prepare.augmented(images, indices, at.epoch)  # (n, 1, 32, 32)
         losses, outputs, answers = [], [], []
         micro_batches = self.reduction.micro_batches(inputs, labels)

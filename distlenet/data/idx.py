@@ -5,7 +5,6 @@ Format: http://yann.lecun.com/exdb/mnist/ (two zero bytes, type, number of dimen
 
 import gzip
 import math
-import os
 import stat
 import struct
 import zlib
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distlenet.data.shared import CHUNK, SharedFile, in_memory
+from distlenet.data.shared import CHUNK, SharedFile, in_memory, on_disk
 from distlenet.errors import UserError
 
 UINT8 = 8  # the format's code for unsigned bytes
@@ -85,7 +84,7 @@ def open_verified(path: Path, sha256: str) -> SharedFile:
     Raises UserError that names the file where it cannot be read or is not the published one.
     """
     try:
-        shared = unpacked(path) if path.suffix == ".gz" else SharedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        shared = unpacked(path) if path.suffix == ".gz" else on_disk(path)
         digest = shared.sha256()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"data: {path} is damaged: {error}; remove it and run again") from error

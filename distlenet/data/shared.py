@@ -9,9 +9,11 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from typing_extensions import Buffer
 
 CHUNK = 2**20  # bytes read or written at a time
 
@@ -54,7 +56,12 @@ class SharedFile:
         os.close(self.descriptor)
 
 
-def in_memory(chunks: Iterable[bytes]) -> SharedFile:
+def on_disk(path: Path) -> SharedFile:
+    """Open a plain file. Raises OSError where that cannot be."""
+    return SharedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def in_memory(chunks: Iterable[Buffer]) -> SharedFile:
     """Make a file in memory of ``chunks``."""
     descriptor = os.memfd_create("distlenet")
     with open(descriptor, "wb", closefd=False) as file:

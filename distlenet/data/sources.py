@@ -2,9 +2,8 @@
 
 import csv
 import gzip
-import os
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distlenet.data import download, idx, synthetic
+from distlenet.data import download, idx
 from distlenet.data.shared import Place, SharedFile, in_memory
+from distlenet.data.synthetic import open_synthetic
 from distlenet.distributed import all_or_none, from_local_rank_0
 from distlenet.errors import warn
 from distlenet.schema import DataConfig
@@ -34,6 +34,10 @@ class Split:
         """Return N."""
         return len(self.labels)
 
+    def to(self, device: torch.device) -> "Split":
+        """Return the split on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -43,6 +47,15 @@ class ImageData:
     test: Split
     classes: tuple[str, ...]
     source: str
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the images and labels take."""
+        return sum(part.nbytes for split in (self.train, self.test) for part in (split.images, split.labels))
+
+    def to(self, device: torch.device) -> "ImageData":
+        """Return the data set on ``device``."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
 class OpenData:
@@ -72,11 +85,9 @@ def open_data(config: DataConfig, debian: bool = False) -> OpenData:
         return OpenData(_digits(), "bundled")
     root = Path(config.root)
     if config.name == "synthetic":
-        paths = synthetic.locate_or_make(root, config.synthetic_train, config.synthetic_test)
-        files = {name: SharedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) for name, path in paths.items()}
-    else:
-        paths = download.locate_or_download(config.name, root, debian)
-        files = {name: idx.open_verified(path, idx.SHA256[config.name][name]) for name, path in paths.items()}
+        return OpenData(open_synthetic(root, config.synthetic_train, config.synthetic_test), "generated")
+    paths = download.locate_or_download(config.name, root, debian)
+    files = {name: idx.open_verified(path, idx.SHA256[config.name][name]) for name, path in paths.items()}
     return OpenData(files, str(next(iter(paths.values())).parent))
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(distlenet.__file__).parent
 FLOORS = [
-    {"errors", "schema", "net", "world", "distributed", "exact", "files", "orphan"},
+    {"errors", "schema", "net", "world", "distributed", "exact", "files", "orphan", "allocator"},
     {
         *("config", "data", "optim", "precision", "metrics", "checkpoint", "tracking", "reduction", "replicas"),
         *("preemption", "progress", "watchdog"),

@@ -56,7 +56,7 @@ loader.begin_worker = late
 split = Split(torch.zeros(64, 1, 1, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8))
 with listening(25) as asked:
     asked.listen()
-    batches = iter(loader.make_loader(split, torch.arange(64).split(4), 2, torch.device("cpu")))
+    batches = iter(loader.Loader(split, torch.arange(64).split(4), 2, torch.device("cpu")))
     next(batches)
     # As SLURM does: to all processes of the job. The shell that sends them stays out of it.
     subprocess.run("trap '' TERM USR2; kill -TERM 0; kill -USR2 0", shell=True, check=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distlenet.config import load_config
-from distlenet.data.loader import make_loader
+from distlenet.data.loader import Loader
 from distlenet.data.sources import Split, load_data
 
 pytestmark = pytest.mark.unit
@@ -50,7 +50,7 @@ def test_synthetic_has_any_size_and_the_same_bytes_each_time():
 def test_a_loader_fetches_whole_batches(workers):
     split = Split(torch.arange(20, dtype=torch.uint8).view(20, 1, 1), torch.arange(20))
     batches = [torch.tensor([3, 1]), torch.tensor([7]), torch.empty(0, dtype=torch.int64)]
-    loader = make_loader(split, batches, workers, torch.device("cpu"))
+    loader = Loader(split, batches, workers, torch.device("cpu"))
     for _ in range(2):
         got = list(loader)
         assert [labels.tolist() for _, labels, _ in got] == [[3, 1], [7], []]
@@ -61,5 +61,5 @@ def test_a_loader_fetches_whole_batches(workers):
 def test_a_loader_leaves_the_global_generator_alone():
     split = Split(torch.zeros(2, 1, 1, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     before = torch.get_rng_state()
-    list(make_loader(split, [torch.tensor([0])], 0, torch.device("cpu")))
+    list(Loader(split, [torch.tensor([0])], 0, torch.device("cpu")))
     assert torch.equal(torch.get_rng_state(), before)

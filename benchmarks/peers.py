@@ -1,0 +1,180 @@
+"""The same training as a user would write it without this package: one program a peer, started by torchrun.
+
+``torchrun --nproc-per-node=2 benchmarks/peers.py plain --data torchvision --batch 256 --steps 200``: rank 0 prints
+the images/s of all ranks after a warm-up, as JSON. All train distlenet's Net, with the same optimizer and loss, on
+Fashion-MNIST: either through torchvision's data set and transforms, image by image, or from a tensor set prepared
+beforehand. ``limit`` has nothing around the step: each rank alone steps on one batch that is already there.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+
+from distlenet.net import Net
+
+WARM_UP = 30  # steps before the clock starts
+MEAN, STD = 0.2860, 0.3530
+
+
+class Clock:
+    """Counts steps of a rank; knows the speed after the warm-up."""
+
+    def __init__(self, batch: int, steps: int) -> None:
+        """Measure ``steps`` steps of ``batch`` images over all ranks."""
+        self.batch, self.steps, self.done, self.started = batch, steps, 0, 0.0
+
+    def tick(self) -> bool:
+        """Count one step; say whether it was the last."""
+        self.done += 1
+        if self.done == WARM_UP:
+            self.started = time.perf_counter()
+        return self.done == WARM_UP + self.steps
+
+    def tell(self) -> None:
+        """Print the speed, on rank 0."""
+        speed = self.batch * self.steps / (time.perf_counter() - self.started)
+        if os.environ["RANK"] == "0":
+            print(json.dumps({"images_per_s": speed}), flush=True)
+
+
+def optimizer(net: nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer of the default recipe as a user would write it."""
+    return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def data_set(form: str, folder: Path) -> Dataset[tuple[Tensor, Tensor]]:
+    """Open Fashion-MNIST through torchvision, or as tensors padded and normalised beforehand."""
+    from torchvision import transforms
+    from torchvision.datasets import FashionMNIST
+
+    steps = [transforms.ToTensor(), transforms.Pad(2), transforms.Normalize((MEAN,), (STD,))]
+    images: Dataset[tuple[Tensor, Tensor]] = FashionMNIST(folder, transform=transforms.Compose(steps))
+    if form == "torchvision":
+        return images
+    raw = images.data.float().div(255)  # type: ignore[attr-defined]
+    return TensorDataset(F.pad(raw, (2, 2, 2, 2)).sub(MEAN).div(STD).unsqueeze(1), images.targets)  # type: ignore[attr-defined]
+
+
+def for_ever(batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Go through the epochs."""
+    while True:
+        yield from batches
+
+
+def plain(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, clock: Clock) -> None:
+    """Write it with PyTorch alone: DistributedSampler, DataLoader, DistributedDataParallel."""
+    dist.init_process_group("gloo")
+    net = DistributedDataParallel(Net())
+    optim = optimizer(net)
+    loader = DataLoader(data, per_rank, sampler=DistributedSampler(data), num_workers=workers)
+    for images, labels in for_ever(loader):
+        loss = F.cross_entropy(net(images), labels)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        if clock.tick():
+            break
+    clock.tell()
+    dist.destroy_process_group()
+
+
+def accelerate(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, clock: Clock) -> None:
+    """Write it with Hugging Face Accelerate."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    net = Net()
+    net, optim, loader = accelerator.prepare(
+        net, optimizer(net), DataLoader(data, per_rank, shuffle=True, num_workers=workers)
+    )
+    for images, labels in for_ever(loader):
+        loss = F.cross_entropy(net(images), labels)
+        optim.zero_grad()
+        accelerator.backward(loss)
+        optim.step()
+        if clock.tick():
+            break
+    clock.tell()
+    accelerator.end_training()
+
+
+def lightning(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, clock: Clock) -> None:
+    """Write it with Lightning's Trainer; without progress bar, logger and checkpoints, which the others lack too."""
+    import lightning.pytorch as pl
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            images, labels = batch
+            return F.cross_entropy(self.net(images), labels)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return optimizer(self)
+
+        def on_train_batch_end(self, *_: object) -> None:
+            if clock.tick():
+                clock.tell()
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=int(os.environ["WORLD_SIZE"]),
+        strategy="ddp",
+        max_steps=WARM_UP + clock.steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), DataLoader(data, per_rank, shuffle=True, num_workers=workers))
+
+
+def limit(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, clock: Clock) -> None:  # noqa: ARG001
+    """Step on one batch that is there: no loader, no DistributedDataParallel, no all-reduce."""
+    net = Net()
+    optim = optimizer(net)
+    images, labels = torch.randn(per_rank, 1, 32, 32), torch.randint(0, 10, (per_rank,))
+    while True:
+        loss = F.cross_entropy(net(images), labels)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        if clock.tick():
+            break
+    clock.tell()
+
+
+PEERS = {program.__name__: program for program in (plain, accelerate, lightning, limit)}
+
+
+def main() -> None:
+    """Run one peer as one rank."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("--data", choices=("torchvision", "tensors"), default="tensors")
+    parser.add_argument("--folder", type=Path, default=Path("data"), help="torchvision's root of Fashion-MNIST")
+    parser.add_argument("--batch", type=int, default=256, help="images per step over all ranks (256)")
+    parser.add_argument("--steps", type=int, default=200, help="steps on the clock (200)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes per rank (0)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    per_rank = arguments.batch // int(os.environ["WORLD_SIZE"])
+    data = TensorDataset() if arguments.peer == "limit" else data_set(arguments.data, arguments.folder)
+    PEERS[arguments.peer](data, per_rank, arguments.workers, Clock(arguments.batch, arguments.steps))
+
+
+if __name__ == "__main__":
+    main()

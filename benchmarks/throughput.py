@@ -1,0 +1,126 @@
+"""Training speed beside peers, on the same machine, data, network and optimizer.
+
+``make bench-throughput [ARGS="--batches 64 256 --rounds 5"]``. The machine is taken as noisy: in each round every
+contestant runs once, one after the other, in an order that rotates; a ratio is taken within a round, and reported as
+the median over the rounds. Prints Markdown, and writes all figures as JSON where ``--json FILE`` says.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from distlenet.data.download import locate_or_download
+
+SECONDS = 4.0  # what a measurement should take at ROUGH images/s
+ROUGH = {"torchvision": 4000, "tensors": 10000}
+PEERS = (
+    ("plain", "torchvision"),
+    ("lightning", "torchvision"),
+    ("accelerate", "torchvision"),
+    ("plain", "tensors"),
+    ("lightning", "tensors"),
+    ("accelerate", "tensors"),
+    ("limit", "tensors"),
+)
+OURS = {"distlenet": (), "distlenet, exact": ("distributed.reduction=exact",)}
+
+
+def torchrun(ranks: int, *words: object) -> str:
+    """Run a program on ``ranks`` ranks with one thread each, and return what it prints."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, *map(str, words)]
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True)
+    if ended.returncode:
+        sys.exit(f"{' '.join(command)}\n{ended.stdout}\n{ended.stderr}")
+    return ended.stdout
+
+
+def speed_of_peer(peer: str, form: str, ranks: int, batch: int, folder: Path) -> float:
+    """Return a peer's images/s after its warm-up."""
+    steps = max(100, int(SECONDS * ROUGH[form] / batch))
+    program = Path(__file__).with_name("peers.py")
+    words = (program, peer, "--data", form, "--batch", batch, "--steps", steps, "--folder", folder)
+    return float(json.loads(torchrun(ranks, *words).splitlines()[-1])["images_per_s"])
+
+
+def speed_of_ours(settings: tuple[str, ...], ranks: int, batch: int, folder: Path) -> float:
+    """Return distlenet's own figure, which has no warm-up taken off: metering, logging and checks are in it."""
+    steps = max(100, int(SECONDS * 2 * ROUGH["tensors"] / batch))
+    with tempfile.TemporaryDirectory() as runs:
+        words = (f"data.root={folder}", f"train.global_batch_size={batch}", f"train.max_steps={steps}", *settings)
+        more = ("train.epochs=1000", "optim.lr=0.05", "device=cpu", f"run.dir={runs}", "run.name=run")
+        torchrun(ranks, "-m", "distlenet.train", *words, *more)
+        return float(json.loads((Path(runs) / "run/summary.json").read_text())["train_images_per_s"])
+
+
+def unpack(folder: Path) -> None:
+    """Put Fashion-MNIST where torchvision looks for it, unpacked."""
+    raw = folder / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    for name, path in locate_or_download("fashion_mnist", Path("data"), debian=True).items():
+        (raw / name).write_bytes(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
+
+
+def measure(
+    ranks: int, batch: int, rounds: int, peers: tuple[tuple[str, str], ...], folder: Path
+) -> dict[str, list[float]]:
+    """Return the images/s of each contestant, by name, one figure a round."""
+    contestants = {
+        **{name: (lambda s=settings: speed_of_ours(s, ranks, batch, folder)) for name, settings in OURS.items()},
+        **{f"{p}, {form}": (lambda p=p, f=form: speed_of_peer(p, f, ranks, batch, folder)) for p, form in peers},
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for number in range(rounds):
+        start = number * 3 % len(names)
+        for name in names[start:] + names[:start]:
+            speeds[name].append(contestants[name]())
+        print(f"ranks {ranks}, batch {batch}, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+    return speeds
+
+
+def table(speeds: dict[str, list[float]]) -> list[str]:
+    """Write one setting's figures as a Markdown table: median, range, and distlenet's ratio to each."""
+    lines = ["| | images/s | lowest to highest | distlenet is faster by |", "| --- | ---: | ---: | ---: |"]
+    for name, values in speeds.items():
+        ratios = [ours / value for ours, value in zip(speeds["distlenet"], values, strict=True)]
+        ratio = (
+            "" if name == "distlenet" else f"{statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+        median = statistics.median(values)
+        lines.append(f"| {name} | {median:,.0f} | {min(values):,.0f} to {max(values):,.0f} | {ratio} |")
+    return lines
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="numbers of ranks (2)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024], help="global batches (64 256 1024)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
+    parser.add_argument("--no-torchvision", action="store_true", help="leave out the peers on torchvision's data set")
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    arguments = parser.parse_args()
+    peers = tuple(peer for peer in PEERS if not (arguments.no_torchvision and peer[1] == "torchvision"))
+    figures = []
+    with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
+        folder = Path(scratch)
+        unpack(folder)
+        for ranks in arguments.ranks:
+            for batch in arguments.batches:
+                speeds = measure(ranks, batch, arguments.rounds, peers, folder)
+                print("\n".join(["", f"### {ranks} ranks, global batch {batch}", "", *table(speeds)]), flush=True)
+                figures.append({"ranks": ranks, "batch": batch, "images_per_s": speeds})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+import subprocess
+import sys
+from contextlib import closing
+
+import pytest
+import torch
+
+from distlenet.config import load_config
+from distlenet.data import sources
+from distlenet.data.shared import Place, in_memory, on_disk
+from distlenet.world import World
+
+pytestmark = pytest.mark.unit
+
+READER = """
+import sys
+from distlenet.data.shared import Place
+bytes_of_it = Place(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])).map()
+bytes_of_it[0] += 1  # its own affair
+print(bytes_of_it.tolist())
+print("ready", flush=True)
+sys.stdin.readline()
+print(bytes_of_it.tolist())
+"""
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_another_process_maps_the_same_bytes_and_keeps_them(tmp_path, kind):
+    (tmp_path / "file").write_bytes(bytes((5, 6, 7)))
+    with closing(in_memory([b"\5\6", b"\7"]) if kind == "memory" else on_disk(tmp_path / "file")) as file:
+        words = (sys.executable, "-c", READER, file.place.path, str(file.place.device), str(file.place.inode))
+        reader = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert [reader.stdout.readline() for _ in range(2)] == ["[6, 6, 7]\n", "ready\n"]
+        assert file.place.map().tolist() == [5, 6, 7]
+    assert reader.communicate("\n", timeout=60)[0] == "[6, 6, 7]\n"  # after it was closed
+
+
+def test_a_file_that_is_another_is_not_mapped():
+    """In another process namespace the path may lead to any file."""
+    with closing(in_memory([b"mine"])) as mine, closing(in_memory([b"other"])) as other:
+        wrong = Place(other.place.path, mine.place.device, mine.place.inode)
+        with pytest.raises(FileNotFoundError, match="another file"):
+            wrong.map()
+
+
+def test_a_rank_that_cannot_map_keeps_a_copy_of_its_own_and_says_so(monkeypatch, capfd):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    config, nowhere = load_config([], ["data.name=digits"]).data, Place("/proc/1/fd/999999", 0, 0)
+    try:
+        monkeypatch.setattr(sources, "from_local_rank_0", lambda value, _: (value[0], dict.fromkeys(value[1], nowhere)))
+        data = sources.load_on_node(config, World())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(data.train) == 1437
+    assert "rank 0: the images that local rank 0 has opened are not to be seen here" in capfd.readouterr().err
