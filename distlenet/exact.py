@@ -12,14 +12,9 @@ LOSS_BITS = 20
 """Losses are summed in steps of 2**-20 nats: exact up to 2**33 nats, a billion images and more."""
 
 
-def round_to_grid(values: Tensor, bits: int, scale: float = 1.0) -> Tensor:
-    """Round float64 ``values``, in place, to multiples of ``scale`` * 2**-bits; return them.
-
-    ``scale`` is a power of two. Exact for magnitudes below ``scale`` * 2**(51-bits): near 1.5 * 2**52 steps the
-    floats are just the multiples of one step, so adding that number rounds, and subtracting it is exact.
-    """
-    anchor = 1.5 * 2.0 ** (52 - bits) * scale
-    return values.add_(anchor).sub_(anchor)
+def round_to_grid(values: Tensor, bits: int) -> Tensor:
+    """Round float64 ``values``, in place, to multiples of 2**-bits; return them. Powers of two scale exactly."""
+    return values.mul_(2.0**bits).round_().mul_(2.0**-bits)
 
 
 def seed_micro_batch(device: torch.device, seed: int, step: int, shard: int) -> None:

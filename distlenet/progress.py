@@ -49,6 +49,12 @@ class Progress:
             setattr(self, each.name, state[each.name])
 
 
+def process_age_s() -> float:
+    """Return the seconds since this process was started, its imports among them (proc(5): field 22 of stat)."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
 def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     """Say whether torchrun or SLURM has by itself started this process again."""
     return any(int(environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distlenet.errors import UserError
-from distlenet.exact import round_to_grid
 from distlenet.preemption import Heard
 from distlenet.schema import Config
 from distlenet.world import World
@@ -148,12 +147,13 @@ class ExactReduction:
         # float32 to infinity, so one multiplication finds it, and infinity stays in the sum on every rank.
         limit_bits = self.SUM_BITS - math.ceil(math.log2(virtual_shards))
         self.limit = 2.0**limit_bits
-        self.scale = 2.0 ** (128 - limit_bits)
+        self.to_bound = 2.0 ** (128 - limit_bits)
+        self.to_grid = 2.0**self.GRID_BITS / self.to_bound
         device = self.parameters[0].device
         self.heard = Heard(device)
         self.exchanged = torch.zeros(sum(self.sizes) + 1, dtype=torch.float64, device=device)
         self.sum, self.flag = self.exchanged[:-1], self.exchanged[-1]
-        self.shard_sum = torch.empty_like(self.sum)
+        self.shard_sum, self.begun = torch.empty_like(self.sum), False
         self.watch = watch
         self.bad = torch.zeros(len(self.sum), dtype=torch.bool, device=device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -177,8 +177,12 @@ class ExactReduction:
         """Surround forward and backward of one micro-batch, then move its gradient into the exact sum."""
         yield
         flat = torch.cat([_gradient_in_memory_order(parameter) for parameter in self.parameters])
-        self.shard_sum.copy_(flat.mul_(self.scale))
-        self.sum.add_(round_to_grid(self.shard_sum, self.GRID_BITS, self.scale))
+        flat.mul_(self.to_bound).mul_(self.to_grid).round_()  # whole numbers of grid steps; float32 rounds them exactly
+        if self.begun:
+            self.sum.add_(self.shard_sum.copy_(flat))
+        else:
+            self.sum.copy_(flat)
+        self.begun = True
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -192,11 +196,13 @@ class ExactReduction:
         """Sum over ranks, and hand out float32 gradients. A collective."""
         dist.all_reduce(self.exchanged)
         self.heard.put(self.flag)
-        flat = self.sum.mul_(1 / self.scale).float()
-        self.exchanged.zero_()
+        flat = self.sum.mul_(2.0**-self.GRID_BITS).float()
+        self.flag.zero_()
+        self.begun = False
         for parameter, gradient in zip(self.parameters, flat.split(self.sizes), strict=True):
             parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())  # the optimizer wants them alike
-        if self.watch:  # no host sync: what is found waits on the device for ``check``
+        # A sum over all finds what is not finite; which it was waits on the device for ``check``, without a host sync.
+        if self.watch and (flat.is_cuda or not flat.sum().isfinite()):
             found = ~flat.isfinite()
             first = (self.bad_step < 0) & found.any()
             self.bad |= found & first

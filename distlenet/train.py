@@ -21,7 +21,7 @@ from distlenet.distributed import all_or_none
 from distlenet.entry import parse_arguments, run_entry
 from distlenet.errors import Preempted, UserError, warn
 from distlenet.preemption import listening
-from distlenet.progress import is_restart
+from distlenet.progress import is_restart, process_age_s
 from distlenet.reduction import micro_batch_size
 from distlenet.schema import Config
 from distlenet.session import Session, open_session
@@ -42,7 +42,6 @@ def train(config: Config) -> Record:
 
     Raises UserError for everything that the user can mend, where possible before the ranks meet.
     """
-    started = time.perf_counter()
     if config.checkpoint.path is not None:
         raise UserError("checkpoint.path is read by distlenet.evaluate; to train on from a file give checkpoint.resume")
     folder = run_folder(config)
@@ -66,7 +65,7 @@ def train(config: Config) -> Record:
                 summary = trainer.fit()
             finally:
                 trainer.checkpointer.close()
-            summary |= {"wall_s": time.perf_counter() - started, "folder": str(folder)}
+            summary |= {"wall_s": process_age_s(), "folder": str(folder)}
             tracker.finish(summary)
         finally:
             tracker.close()

@@ -22,7 +22,7 @@ from distlenet.net import make_net
 from distlenet.optim import load_optimizer, make_optimizer, make_schedule
 from distlenet.precision import make_scaler
 from distlenet.preemption import Preemption
-from distlenet.progress import Progress, record_start
+from distlenet.progress import Progress, process_age_s, record_start
 from distlenet.reduction import make_reduction
 from distlenet.replicas import check_replicas
 from distlenet.schema import Config
@@ -133,6 +133,7 @@ class Trainer:
             self.checkpointer.save(self, best)  # collective
         self.checkpointer.finish()  # collective
         results = {"epochs": at.epoch, "steps": at.step, "train_images_per_s": self.speed.mean()}
+        results["start_s"] = self.start_s
         return {**at.test, **results, "restarts": at.restarts, **self.session.describe()}
 
     def start(self) -> None:
@@ -150,6 +151,7 @@ class Trainer:
                 record_start(self.folder, self.at.step, self.world.world_size, limit)
             self.tracker.start(self.facts())
         self.watchdog.expect(self.config.distributed.timeout_s, "distributed.timeout_s")
+        self.start_s = process_age_s()
         self.preemption.listen()  # before, there is nothing to save, and a signal ends the rank
 
     def train_step(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:

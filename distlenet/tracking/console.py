@@ -165,8 +165,11 @@ def _test_line(record: Record, facts: Record) -> str:
 
 
 def _closing(summary: Record) -> list[str]:
+    speed = summary["train_images_per_s"]  # None where the run was complete already
+    trained = f"trained at {speed:,.0f} images/s, " if speed else ""
     return [
         accuracy_line(summary["test_accuracy"], summary["test_count"]),
+        f"{summary['start_s']:.1f} s to start, {trained}{summary['wall_s']:.1f} s in all",
         f"Files of this run: {summary['folder']}",
     ]
 

@@ -153,7 +153,7 @@ def test_batch_statistics_are_refused():
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(UserError, match="float32 parameters, but weight"):
+    with pytest.raises(UserError, match="float32 parameters without gaps, but weight"):
         ExactReduction(nn.Linear(1, 1).double(), ALONE, 8, 2, watch=True)
 
 

@@ -39,6 +39,8 @@ FACTS = {
     "resumed_from": None,
 }
 SUMMARY = {"test_accuracy": 0.98765, "test_count": 360, "steps": 40, "folder": "runs/x"}
+SUMMARY |= {"start_s": 2.31, "wall_s": 20.0, "train_images_per_s": 12345.6}
+TIMES = "2.3 s to start, trained at 12,346 images/s, 20.0 s in all"
 
 
 def train_record(step: int) -> dict:
@@ -166,7 +168,9 @@ def test_tests_and_results_are_always_shown(capsys):
     console.finish(SUMMARY)
     out = capsys.readouterr().out
     assert out.count("test accuracy 90.00% of 360 images") == 2
-    assert out.endswith("Accuracy of the network on the 360 test images: 98.8 %\nFiles of this run: runs/x\n")
+    assert out.endswith(
+        "Accuracy of the network on the 360 test images: 98.8 %\n" + TIMES + "\nFiles of this run: runs/x\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +240,9 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "loss 0.500  acc 75.0%  1,000 images/s" in text
     assert "40/40" in text
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "")
-    assert plain.rstrip().endswith("Accuracy of the network on the 360 test images: 98.8 %\nFiles of this run: runs/x")
+    assert plain.rstrip().endswith(
+        "Accuracy of the network on the 360 test images: 98.8 %\n" + TIMES + "\nFiles of this run: runs/x"
+    )
     assert plain.count("Accuracy of the network") == 1
 
 
