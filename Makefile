@@ -2,6 +2,7 @@
 # make test                                           environment, data, linters, all tests but those on a cluster
 # make prove-exact                                    the same bits on 1, 2, 4, 8 ranks, and after kills
 # make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; nothing is lost
+# make bench [ARGS="--only exact"]                    measure; writes benchmarks/RESULTS.md
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
 PYTHON ?= python3
 VENV   := .venv
@@ -10,11 +11,11 @@ ARGS   ?=
 # Processes on this machine: one for every GPU, or else 2 on the CPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-.PHONY: help train data test test-cluster chaos prove-exact lint format clean
+.PHONY: help train data test test-cluster chaos bench prove-exact lint format clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 train: data
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m distlenet.train $(ARGS)
@@ -38,6 +39,9 @@ test-cluster: $(VENV)/.installed-dev
 prove-exact: $(VENV)/.installed
 	@$(BIN)/python benchmarks/prove_exact.py $(ARGS)
 
+bench: $(VENV)/.installed-bench
+	@$(BIN)/python benchmarks/bench.py $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,7 +51,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Both stamps are older than pyproject.toml when it changes; pip then installs what is new.
+# The stamps are older than pyproject.toml when it changes; pip then installs what is new.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable .
@@ -55,6 +59,10 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@
 
 clean:

@@ -48,8 +48,9 @@ class DataConfig:
     )
     root: str = setting("data", "Folder looked into first, and downloaded to.")
     augment: Literal["none", "shift", "flip_shift"] = setting(
-        "none", "Random shift by up to 2 pixels; flip_shift also mirrors half of the images.", result=True
+        "none", "Random shift; flip_shift also mirrors half of the images.", result=True
     )
+    shift: int = setting(2, "Largest random shift, in pixels each way.", ge=1, lt=32, result=True)
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto", "Where the images stay; auto: on the GPU, if there is one and they take a quarter of it at most."
     )

@@ -52,7 +52,7 @@ class Trainer:
         self.world, self.device = world, device = session.world, session.device
         train = config.train
 
-        self.prepare = Prepare(data.train.images, config.data.augment, config.seed)
+        self.prepare = Prepare(data.train.images, config.data.augment, config.seed, config.data.shift)
         self.sampler = GlobalBatchSampler(
             data.train,
             train.global_batch_size,
@@ -132,9 +132,9 @@ class Trainer:
                 at.epoch, at.batch = at.epoch + 1, 0
             self.checkpointer.save(self, best)  # collective
         self.checkpointer.finish()  # collective
-        results = {"epochs": at.epoch, "steps": at.step, "train_images_per_s": self.speed.mean()}
-        results["start_s"] = self.start_s
-        return {**at.test, **results, "restarts": at.restarts, **self.session.describe()}
+        progress = {"epochs": at.epoch, "steps": at.step, "restarts": at.restarts}
+        times = {"train_images_per_s": self.speed.mean(), "train_s": self.speed.seconds, "start_s": self.start_s}
+        return {**at.test, **progress, **times, **self.session.describe()}
 
     def start(self) -> None:
         """Go on from a checkpoint, or begin; tell everybody. A collective."""

@@ -14,16 +14,15 @@ from distlenet.data.hashing import hash32
 
 SIZE = 32  # height and width of the network's input, pixels
 PARTS, PART = 64, 1024  # what of a set is measured: parts, images of each
-SHIFT = 2  # largest shift in each direction, pixels
 
 
 class Prepare:
     """Pad to 32×32, augment where asked, and normalise with the training set's mean and deviation."""
 
-    def __init__(self, train_images: Tensor, augment: str, seed: int) -> None:
-        """Measure ``train_images``, uint8 (N, H, W); ``augment`` is none, shift or flip_shift.
+    def __init__(self, train_images: Tensor, augment: str, seed: int, shift: int = 2) -> None:
+        """Measure ``train_images``, uint8 (N, H, W).
 
-        Of a large set that is mapped from a disk, 64 evenly spaced parts of 1,024 images stand for the whole.
+        ``augment`` is none, shift or flip_shift, ``shift`` the most, in pixels. Of a large set that is mapped from a disk, 64 evenly spaced parts of 1,024 images stand for the whole.
         """
         # A histogram of 256 values makes mean and deviation exact, however many pixels there are.
         counts = torch.stack([torch.bincount(part.flatten(), minlength=256) for part in _parts(train_images)])
@@ -35,6 +34,7 @@ class Prepare:
         self.std = max(float(variance.sqrt()), 1.0)  # a set of one colour still trains
         self.augment = augment
         self.seed = seed
+        self.shift = shift
 
     def __call__(self, images: Tensor) -> Tensor:
         """Turn uint8 (n, H, W), H and W up to 32, into float32 (n, 1, 32, 32)."""
@@ -48,10 +48,10 @@ class Prepare:
         images = self._pad(images)
         if self.augment == "flip_shift":
             images = torch.where((random & 1).bool()[:, None, None], images.flip(2), images)
-        span = 2 * SHIFT + 1
-        rows = (random >> 8) % span  # 0 to 4, biased by less than 1e-6
+        span = 2 * self.shift + 1
+        rows = (random >> 8) % span  # 24 and 12 random bits: hardly biased
         columns = (random >> 20) % span
-        return self._normalise(_shift(images, rows, columns))
+        return self._normalise(_shift(images, rows, columns, self.shift))
 
     def _pad(self, images: Tensor) -> Tensor:
         height, width = images.shape[1:]
@@ -69,10 +69,9 @@ def _parts(images: Tensor) -> Iterator[Tensor]:
     return (images[start : start + PART] for start in starts)
 
 
-def _shift(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Move each image of (n, H, W) by (rows - SHIFT, columns - SHIFT) pixels, filling with zeros."""
-    padded = F.pad(images, (SHIFT, SHIFT, SHIFT, SHIFT))
-    n, height, width = images.shape
-    y = rows[:, None, None] + torch.arange(height, device=images.device)[None, :, None]
-    x = columns[:, None, None] + torch.arange(width, device=images.device)[None, None, :]
-    return padded[torch.arange(n, device=images.device)[:, None, None], y, x]
+def _shift(images: Tensor, rows: Tensor, columns: Tensor, most: int) -> Tensor:
+    """Move each image of (n, H, W) by (most - rows, most - columns) pixels, filling with zeros."""
+    height, width = images.shape[1:]
+    padded = F.pad(images, (most, most, most, most))
+    windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view: (n, 2 most + 1, 2 most + 1, H, W)
+    return windows[torch.arange(len(images), device=images.device), rows, columns]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distlenet.data.augment import SHIFT, Prepare, hash32
+from distlenet.data.augment import Prepare, hash32
 
 pytestmark = pytest.mark.unit
 
@@ -38,7 +38,7 @@ def one_by_one(prepare, batch, indices, epoch):
         padded[2:30, 2:30] = image
         if prepare.augment == "flip_shift" and random & 1:
             padded = padded.flip(1)
-        down, right = SHIFT - (random >> 8) % 5, SHIFT - (random >> 20) % 5
+        down, right = (prepare.shift - (random >> bits) % (2 * prepare.shift + 1) for bits in (8, 20))
         moved = torch.zeros_like(padded)
         moved[max(down, 0) : 32 + min(down, 0), max(right, 0) : 32 + min(right, 0)] = padded[
             max(-down, 0) : 32 + min(-down, 0), max(-right, 0) : 32 + min(-right, 0)
@@ -47,10 +47,11 @@ def one_by_one(prepare, batch, indices, epoch):
     return torch.stack(out).unsqueeze(1)
 
 
+@pytest.mark.parametrize("shift", [1, 2, 5])
 @pytest.mark.parametrize("augment", ["shift", "flip_shift"])
-def test_augmentation_is_the_slow_reference(augment):
+def test_augmentation_is_the_slow_reference(augment, shift):
     batch, indices = images(40), torch.arange(1000, 1040)
-    prepare = Prepare(batch, augment, seed=5)
+    prepare = Prepare(batch, augment, seed=5, shift=shift)
     assert torch.equal(prepare.augmented(batch, indices, epoch=3), one_by_one(prepare, batch, indices, 3))
 
 

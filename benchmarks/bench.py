@@ -1,0 +1,68 @@
+"""``make bench [ARGS="--only throughput recipes"]``: run the benchmarks, and write ``benchmarks/RESULTS.md``.
+
+Each section is a program that prints Markdown; what it printed last, with machine and date, is kept in
+``benchmarks/results/``, so that one section can be measured anew alone.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
+    "throughput": ("Training speed beside peers", [["throughput.py", "--json", str(HERE / "results/throughput.json")]]),
+    "exact": ("What exact sums cost", [["exact_cost.py"]]),
+    "recipes": (
+        "Recipes",
+        [["recipes.py", "sprint", "--seeds", "5", "--against", "tutorial"], ["recipes.py", "best", "--seeds", "3"]],
+    ),
+    "size": ("Large sets: memory and start", [["size.py"]]),
+}
+
+
+def machine() -> str:
+    """Describe this machine and the versions on it, in a line."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    parts = [f"{os.cpu_count()} cores ({cpu.strip()})"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    parts += [f"Python {platform.python_version()}"]
+    parts += [f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "accelerate")]
+    return ", ".join(parts)
+
+
+def measure(section: str) -> None:
+    """Run a section's programs and keep what they print."""
+    title, commands = SECTIONS[section]
+    lines = [f"## {title}", "", f"{time.strftime('%Y-%m-%d')}; {machine()}"]
+    for program, *words in commands:
+        print(f"== {program} {' '.join(words)}", file=sys.stderr, flush=True)
+        command = [sys.executable, str(HERE / program), *words]
+        shown = " ".join(Path(word).name if "/" in word else word for word in words)
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        lines += ["", f"`benchmarks/{program} {shown}`".replace(" `", "`"), "", ended.stdout.strip()]
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / f"results/{section}.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Measure the sections asked for, and put all that are there together."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections (all)")
+    for section in parser.parse_args().only:
+        measure(section)
+    parts = [path.read_text() for path in (HERE / f"results/{section}.md" for section in SECTIONS) if path.exists()]
+    head = "# Results\n\nWritten by `make bench`. Machines are shared and noisy: read medians and ratios.\n"
+    (HERE / "RESULTS.md").write_text("\n".join([head, *parts]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The images are in memory once for all ranks of a node."""
+
+import json
+
+import pytest
+from conftest import run_torchrun
+
+pytestmark = pytest.mark.ranks
+
+PROGRAM = r"""
+import json, re, sys
+import torch.distributed as dist
+from distlenet.config import load_config
+from distlenet.data.sources import load_on_node
+from distlenet.session import open_session
+config = load_config([], ["device=cpu", *sys.argv[2:]])
+with open_session(config) as session:
+    images = load_on_node(config.data, session.world).train.images
+    assert images.sum() > 0  # has touched every page
+    dist.barrier()
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read(), flags=re.M)[1:]:
+        low, high = (int(end, 16) for end in mapping.split()[0].split("-"))
+        if low <= images.data_ptr() < high:
+            kilobytes = {key: int(value) for key, value in re.findall(r"^(\w+): +(\d+) kB", mapping, re.M)}
+            facts = {"inode": mapping.split()[4], "needed": images.nbytes // 1024, **kilobytes}
+            with open(f"{sys.argv[1]}/{session.world.rank}.json", "w") as file:
+                json.dump(facts, file)
+    dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_ranks_of_a_node_share_the_pages(tmp_path, where):
+    words = ["data.name=digits"]
+    if where == "disk":  # above what is made in memory
+        words = [
+            "data.name=synthetic",
+            "data.synthetic_train=1050000",
+            "data.synthetic_test=10",
+            f"data.root={tmp_path}",
+        ]
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    run_torchrun(3, script, tmp_path, *words).succeeded()
+    facts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert len({each["inode"] for each in facts}) == 1
+    for each in facts:
+        assert each["Shared_Clean"] + each["Shared_Dirty"] >= each["needed"] > 1000
+        assert each["Private_Clean"] + each["Private_Dirty"] == 0
