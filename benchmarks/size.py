@@ -1,7 +1,7 @@
 """What grows with the size of a set and the number of ranks, and what does not: memory and the start of an epoch.
 
-``python benchmarks/size.py [--no-large]``: each measurement in fresh processes; ``--no-large`` leaves out the set of ten
-million images, which takes 7.9 GB below ``data/``.
+``python benchmarks/size.py [--no-large]``: each measurement in fresh processes; ``--no-large`` leaves out the set of
+ten million images, which takes 7.9 GB below ``data/``.
 """
 
 import argparse

@@ -20,9 +20,9 @@ class Prepare:
     """Pad to 32×32, augment where asked, and normalise with the training set's mean and deviation."""
 
     def __init__(self, train_images: Tensor, augment: str, seed: int, shift: int = 2) -> None:
-        """Measure ``train_images``, uint8 (N, H, W).
+        """Measure ``train_images``, uint8 (N, H, W); of a large set, 64 evenly spaced parts of 1,024 images.
 
-        ``augment`` is none, shift or flip_shift, ``shift`` the most, in pixels. Of a large set that is mapped from a disk, 64 evenly spaced parts of 1,024 images stand for the whole.
+        ``augment`` is none, shift or flip_shift; ``shift`` the most, pixels.
         """
         # A histogram of 256 values makes mean and deviation exact, however many pixels there are.
         counts = torch.stack([torch.bincount(part.flatten(), minlength=256) for part in _parts(train_images)])
