@@ -16,6 +16,7 @@ import torch
 import torch._dynamo  # see below
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from distlenet.errors import UserError
@@ -49,14 +50,21 @@ class _WithFlag(nn.Module):
 class DdpReduction:
     """DistributedDataParallel: floats, averaged over ranks in whatever order the backend adds them."""
 
-    def __init__(self, net: nn.Module, world: World, accumulation_steps: int, micro_batch: int) -> None:
-        """Wrap ``net``; a rank's share is cut into ``accumulation_steps`` parts of up to ``micro_batch`` images."""
+    def __init__(
+        self, net: nn.Module, world: World, accumulation_steps: int, micro_batch: int, compress: bool = False
+    ) -> None:
+        """Wrap ``net``; a rank's share is cut into ``accumulation_steps`` parts of up to ``micro_batch`` images.
+
+        With ``compress`` gradients travel as bf16.
+        """
         self.net = net
         device = next(net.parameters()).device
         with_flag = _WithFlag(net, device)
         self.flag = with_flag.flag
         self.heard = Heard(device)
-        self.model: nn.Module = DistributedDataParallel(with_flag, gradient_as_bucket_view=True)
+        self.model = DistributedDataParallel(with_flag, gradient_as_bucket_view=True)
+        if compress:
+            self.model.register_comm_hook(None, bf16_compress_hook)
         self.weight = world.world_size  # DDP divides by it
         self.rank, self.micro_batch_size, self.micro_batches_per_rank = world.rank, micro_batch, accumulation_steps
 
@@ -87,7 +95,7 @@ class DdpReduction:
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         """Surround forward and backward of one micro-batch. With the last one, a collective."""
-        with nullcontext() if last else self.model.no_sync():  # type: ignore[operator]
+        with nullcontext() if last else self.model.no_sync():
             yield
 
     def backward(self, loss: Tensor, asked: bool) -> None:
@@ -268,5 +276,8 @@ def make_reduction(config: Config, net: nn.Module, world: World, watch: bool) ->
     """Make the reduction that ``distributed.reduction`` names. Raises UserError where it cannot be."""
     size = micro_batch_size(config, world.world_size)
     if config.distributed.reduction == "ddp":
-        return DdpReduction(net, world, config.train.accumulation_steps, size)
+        compress = config.distributed.compress == "bf16"
+        return DdpReduction(net, world, config.train.accumulation_steps, size, compress)
+    if config.distributed.compress != "none":
+        raise UserError("distributed.compress=bf16 rounds what distributed.reduction=exact does not; give ddp, or none")
     return ExactReduction(net, world, config.distributed.virtual_shards, size, watch)

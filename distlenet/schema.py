@@ -127,6 +127,9 @@ class DistributedConfig:
     reduction: Literal["exact", "ddp"] = setting(
         "ddp", "exact: the same bits on any number of ranks; ddp: DistributedDataParallel's own sums.", result=True
     )
+    compress: Literal["none", "bf16"] = setting(
+        "none", "bf16: ddp sends gradients rounded to bf16, half the bytes; for many nodes.", result=True
+    )
     virtual_shards: int = setting(
         8,
         "Micro-batches of a global batch with reduction=exact; the number of ranks must divide it.",
