@@ -1,6 +1,9 @@
 import json
+import sys
+import time
 
 import pytest
+from conftest import run_command
 
 from distlenet.errors import UserError
 from distlenet.metrics import Metrics
@@ -51,3 +54,11 @@ def test_a_line_that_a_power_cut_tore_stops_nobody(tmp_path):
     record_start(tmp_path, 7, 2, 1, BY_TORCHRUN)
     with pytest.raises(UserError, match="restarted 1 times"):
         record_start(tmp_path, 7, 2, 1, BY_TORCHRUN)
+
+
+def test_the_age_of_a_process_counts_from_its_start():
+    """Field 22 of stat is in ticks of 10 ms, rounded down: at most one too many."""
+    before = time.monotonic()
+    ended = run_command(sys.executable, "-c", "from distlenet.progress import process_age_s; print(process_age_s())")
+    elapsed = time.monotonic() - before
+    assert 0.1 < float(ended.succeeded().stdout) < elapsed + 0.01  # importing torch alone takes longer than 0.1 s

@@ -10,7 +10,13 @@ from torch import nn
 from distlenet.config import load_config
 from distlenet.errors import UserError
 from distlenet.net import Net
-from distlenet.reduction import DdpReduction, ExactReduction, make_reduction, micro_batch_size
+from distlenet.reduction import (
+    DdpReduction,
+    ExactReduction,
+    _gradient_in_memory_order,
+    make_reduction,
+    micro_batch_size,
+)
 from distlenet.world import World
 
 pytestmark = pytest.mark.unit
@@ -37,9 +43,10 @@ def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("n", [16, 13, 3])
-def test_the_exact_gradient_is_the_gradient(n):
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_exact_gradient_is_the_gradient(n, layout):
     torch.manual_seed(0)
-    net = Net()
+    net = Net().to(memory_format=layout)
     x, y = batch(n)
     double = Net().double()
     double.load_state_dict(net.state_dict())
@@ -49,6 +56,14 @@ def test_the_exact_gradient_is_the_gradient(n):
         # Float32 kernels: sums of up to 900 × 16 products of values near 1e-2, at 6e-8 relative each, well below
         # 1e-5; the grid of 2**-40 in each of 8 shards adds 4e-12.
         torch.testing.assert_close(ours.grad.double(), true.grad, rtol=1e-4, atol=1e-5)
+        assert ours.grad.stride() == ours.stride()  # what fused optimizers take for granted
+
+
+def test_a_gradient_that_lies_otherwise_than_its_parameter_is_put_in_order():
+    weight = nn.Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    gradient = torch.arange(120.0).view(2, 3, 4, 5)  # contiguous
+    weight.grad = gradient
+    assert torch.equal(_gradient_in_memory_order(weight), gradient.permute(0, 2, 3, 1).flatten())
 
 
 @pytest.mark.usefixtures("group")
@@ -253,3 +268,8 @@ def test_uneven_ranks_must_be_asked_for(settings, size):
     assert micro_batch_size(load_config([], [*settings, "distributed.uneven=true"]), 3) == size
     with pytest.raises(UserError, match="does not divide by 9 ranks"):
         micro_batch_size(load_config([], ["distributed.reduction=exact", "distributed.uneven=true"]), 9)
+
+
+def test_exact_sums_and_rounded_gradients_exclude_each_other():
+    with pytest.raises(UserError, match=r"distributed\.compress=bf16 rounds"):
+        make_reduction(load_config([], [EXACT, "distributed.compress=bf16"]), Net(), ALONE, watch=True)

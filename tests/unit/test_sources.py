@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from distlenet.config import load_config
-from distlenet.data.loader import Loader
+from distlenet.data import synthetic
+from distlenet.data.loader import Loader, settle_data
 from distlenet.data.sources import Split, load_data
+from distlenet.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -38,6 +40,26 @@ def test_digits_are_scaled_bilinearly():
     assert image[0, :4].tolist() == [0, 0, 0, 0]
 
 
+def test_a_large_synthetic_set_is_written_once_and_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "MOST_IN_MEMORY", 100)
+    sizes = ("data.name=synthetic", "data.synthetic_train=101", "data.synthetic_test=7", f"data.root={tmp_path}")
+    first = load(*sizes)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "synthetic-101-7").iterdir()}
+    assert len(made) == 4
+    assert torch.equal(load(*sizes).train.images, first.train.images)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    monkeypatch.setattr(synthetic, "MOST_IN_MEMORY", 1000)
+    assert torch.equal(load(*sizes).train.images, first.train.images)
+    assert len(first.train.images.unique()) == 256
+
+
+def test_a_synthetic_set_without_room_is_refused_before_it_is_written(tmp_path):
+    huge = ("data.name=synthetic", "data.synthetic_train=2000000000", f"data.root={tmp_path}")
+    with pytest.raises(UserError, match=r"data\.synthetic_train=2000000000: .* images take .* bytes, but"):
+        load(*huge)
+    assert not list(tmp_path.glob("*synthetic-*"))
+
+
 def test_synthetic_has_any_size_and_the_same_bytes_each_time():
     sizes = ("data.name=synthetic", "data.synthetic_train=101", "data.synthetic_test=7")
     first, second = load(*sizes), load(*sizes)
@@ -63,3 +85,13 @@ def test_a_loader_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     list(Loader(split, [torch.tensor([0])], 0, torch.device("cpu")))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_images_stay_where_they_are_without_a_gpu():
+    data, cpu = load("data.name=digits"), torch.device("cpu")
+    assert settle_data(data, "auto", 0, cpu) is data
+    assert settle_data(data, "cpu", 2, cpu) is data
+    with pytest.raises(UserError, match=r"data\.device=cuda: this rank has no GPU"):
+        settle_data(data, "cuda", 0, cpu)
+    with pytest.raises(UserError, match=r"data\.device=cuda: data\.workers=2: they have no GPU"):
+        settle_data(data, "cuda", 2, torch.device("cuda", 0))

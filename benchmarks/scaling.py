@@ -1,0 +1,123 @@
+"""How far training scales: a model of all-reduce and step, fitted on the ranks that run this, and what it predicts.
+
+``torchrun --nproc-per-node=2 benchmarks/scaling.py``, or under srun on a cluster; rank 0 prints Markdown. The model:
+
+    all-reduce of n bytes over W ranks, as a ring    2 (W-1) α + 2 (W-1)/W n β
+                                        as a tree    2 log2(W) α + 2 n β
+    step of b images on a rank                       s + b c
+
+α is the time of a message, β that of a byte (Thakur, Rabenseifner & Gropp, "Optimization of Collective Communication
+Operations in MPICH", 2005), s what a step costs without images, c an image. Nothing is taken to overlap.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from distlenet.config import load_config
+from distlenet.net import make_net
+from distlenet.session import open_session
+
+SIZES = [4**k for k in range(1, 12)]  # bytes, 4 B to 4 MiB
+BATCHES = [16, 32, 64, 128, 256, 512]
+WORLDS = [8, 64, 512, 4096]
+EFFICIENCY = 0.9
+
+
+def median_s(action: Callable[[], object], times: int = 15, sync: bool = True) -> float:
+    """Return the median time of ``action``, seconds; with ``sync`` all ranks begin together."""
+    seconds = []
+    for _ in range(times + 3):
+        if sync:
+            dist.barrier()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[3:])
+
+
+def line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+    """Fit y = intercept + slope x with equal relative errors; both at least 0."""
+    best = (math.inf, 0.0, 0.0)
+    x, y = torch.tensor(xs, dtype=torch.float64), torch.tensor(ys, dtype=torch.float64)
+    for columns in ([1, 0], [0], [1]):  # both, the intercept alone, the slope alone
+        design = torch.stack([torch.ones_like(x), x])[columns].T / y[:, None]
+        solution = torch.linalg.lstsq(design, torch.ones_like(y)).solution
+        found = [0.0, 0.0]
+        for column, value in zip(columns, solution.tolist(), strict=True):
+            found[column] = value
+        error = float(((found[0] + found[1] * x) / y - 1).square().sum())
+        if min(found) >= 0 and error < best[0]:
+            best = (error, found[0], found[1])
+    return best[1], best[2]
+
+
+def step(batch: int, device: torch.device) -> Callable[[], None]:
+    """Make a training step of one rank on a batch that is there."""
+    net = make_net("lenet", True, device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
+    images, labels = torch.randn(batch, 1, 32, 32, device=device), torch.randint(0, 10, (batch,), device=device)
+
+    def take() -> None:
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return take
+
+
+def batch_for(efficiency: float, all_reduce: float, s: float, c: float) -> int:
+    """Return the images of a rank at which the step is ``efficiency`` of step and all-reduce together."""
+    return max(1, math.ceil((efficiency / (1 - efficiency) * all_reduce - s) / c))
+
+
+def main() -> None:
+    """Measure, fit, predict, print."""
+    with open_session(load_config()) as session:
+        world, device = session.world.world_size, session.device
+        if world < 2:
+            raise SystemExit("an all-reduce takes 2 ranks at least: start this with torchrun or srun")
+        times = {}
+        for size in SIZES:
+            values = torch.zeros(size // 4, device=device)
+            times[size] = median_s(lambda values=values: dist.all_reduce(values))  # type: ignore[misc]
+        steps = {batch: median_s(step(batch, device)) for batch in BATCHES}
+        gradient = 4 * sum(p.numel() for p in make_net("lenet", True, device).parameters())
+        rank_0, backend, name = session.world.rank == 0, session.backend, session.describe()["device"]
+    if not rank_0:
+        return
+    intercept, slope = line(list(times), list(times.values()))
+    alpha, beta = intercept / (2 * (world - 1)), slope * world / (2 * (world - 1))
+    s, c = line(list(steps), list(steps.values()))
+    fit = f"α = {1e6 * alpha:.0f} µs, 1/β = {1e-9 / beta if beta else math.inf:.2f} GB/s"
+    print(f"{world} ranks, {backend}, {name}. {fit}; s = {1e3 * s:.2f} ms, c = {1e6 * c:.1f} µs per image.\n")
+    print("| all-reduce of | measured | model |\n| ---: | ---: | ---: |")
+    for size, seconds in times.items():
+        print(f"| {size:,} B | {1e6 * seconds:,.0f} µs | {1e6 * (intercept + slope * size):,.0f} µs |")
+    print("\n| step of | measured | model |\n| ---: | ---: | ---: |")
+    for batch, seconds in steps.items():
+        print(f"| {batch} images | {1e3 * seconds:.2f} ms | {1e3 * (s + c * batch):.2f} ms |")
+    print(f"\nPredicted for gradients of {gradient:,} bytes and {EFFICIENCY:.0%} efficiency:\n")
+    print("| ranks | ring | images per rank | global batch | tree | images per rank | global batch |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for ranks in WORLDS:
+        ring = 2 * (ranks - 1) * alpha + 2 * (ranks - 1) / ranks * gradient * beta
+        tree = 2 * math.log2(ranks) * alpha + 2 * gradient * beta
+        cells = []
+        for seconds in (ring, tree):
+            batch = batch_for(EFFICIENCY, seconds, s, c)
+            cells.append(f"{1e3 * seconds:,.2f} ms | {batch:,} | {batch * ranks:,}")
+        print(f"| {ranks:,} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

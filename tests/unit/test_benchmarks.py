@@ -1,0 +1,41 @@
+"""The benchmarks, as far as they answer without measuring, and the arithmetic in them."""
+
+import sys
+
+import pytest
+from conftest import REPO, run_command
+
+pytestmark = pytest.mark.unit
+
+sys.path.append(str(REPO / "benchmarks"))
+import scaling  # noqa: E402
+import throughput  # noqa: E402
+
+PROGRAMS = sorted(path for path in (REPO / "benchmarks").glob("*.py") if path.name != "scaling.py")  # takes no words
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_help(program):
+    assert "usage: " in run_command(sys.executable, program, "--help").succeeded().stdout
+
+
+def test_a_line_is_fitted():
+    intercept, slope = scaling.line([1, 10, 100], [5.2, 7, 25])
+    assert (intercept, slope) == (pytest.approx(5), pytest.approx(0.2))
+
+
+def test_a_line_has_no_negative_part():
+    intercept, slope = scaling.line([1, 10, 100], [1, 10.5, 110])
+    assert intercept == 0
+    assert 1 < slope < 1.1
+
+
+def test_the_batch_for_an_efficiency():
+    """9 ms of step beside 1 ms of all-reduce: 1 ms and 8 images of 1 ms."""
+    assert scaling.batch_for(0.9, all_reduce=1e-3, s=1e-3, c=1e-3) == 8
+
+
+def test_ratios_are_taken_within_rounds():
+    lines = throughput.table({"distlenet": [10.0, 20.0, 30.0], "peer": [5.0, 20.0, 10.0]})
+    assert lines[2] == "| distlenet | 20 | 10 to 30 |  |"
+    assert lines[3] == "| peer | 10 | 5 to 20 | 2.00 × (1.00 to 3.00) |"
