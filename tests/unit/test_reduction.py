@@ -10,13 +10,8 @@ from torch import nn
 from distlenet.config import load_config
 from distlenet.errors import UserError
 from distlenet.net import Net
-from distlenet.reduction import (
-    DdpReduction,
-    ExactReduction,
-    _gradient_in_memory_order,
-    make_reduction,
-    micro_batch_size,
-)
+from distlenet.reduction import DdpReduction, ExactReduction, make_reduction, micro_batch_size
+from distlenet.reduction.exact import _gradient_in_memory_order
 from distlenet.world import World
 
 pytestmark = pytest.mark.unit

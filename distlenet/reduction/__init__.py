@@ -1,0 +1,32 @@
+"""How the gradients of a global batch come together: exactly, or as DistributedDataParallel does it.
+
+Both take a rank's share of a global batch apart into micro-batches, and leave in each parameter's ``grad``
+the gradient of the mean loss over all ranks. The loss of a micro-batch is to be the sum over its images
+times ``weight`` / (images of the global batch).
+
+One number more travels in the same all-reduce: whether any rank was asked to stop. ``heard`` tells.
+"""
+
+from torch import nn
+
+from distlenet.errors import UserError
+from distlenet.reduction.ddp import DdpReduction
+from distlenet.reduction.exact import ExactReduction
+from distlenet.reduction.share import micro_batch_size
+from distlenet.schema import Config
+from distlenet.world import World
+
+__all__ = ["DdpReduction", "ExactReduction", "Reduction", "make_reduction", "micro_batch_size"]
+
+Reduction = DdpReduction | ExactReduction
+
+
+def make_reduction(config: Config, net: nn.Module, world: World, watch: bool) -> Reduction:
+    """Make the reduction that ``distributed.reduction`` names. Raises UserError where it cannot be."""
+    size = micro_batch_size(config, world.world_size)
+    if config.distributed.reduction == "ddp":
+        compress = config.distributed.compress == "bf16"
+        return DdpReduction(net, world, config.train.accumulation_steps, size, compress)
+    if config.distributed.compress != "none":
+        raise UserError("distributed.compress=bf16 rounds what distributed.reduction=exact does not; give ddp, or none")
+    return ExactReduction(net, world, config.distributed.virtual_shards, size, watch)

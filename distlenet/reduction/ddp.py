@@ -1,0 +1,102 @@
+"""DistributedDataParallel's reduction, with one number more in it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch._dynamo  # see below
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from distlenet.errors import UserError
+from distlenet.preemption import Heard
+from distlenet.reduction.share import MEND, MicroBatch
+from distlenet.world import World
+
+# DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import
+# (seen with torch 2.15) keeps every frame under way alive, with the trainer and the process group in them.
+# Imported up here, it finds no such frames: the group can end when its ``with`` block does.
+
+
+class _WithFlag(nn.Module):
+    """A network, beside it a parameter that is always 0 and that nothing uses: only its gradient is meant."""
+
+    def __init__(self, net: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.net = net
+        self.flag = nn.Parameter(torch.zeros((), device=device))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.net(inputs)
+        return logits
+
+
+class DdpReduction:
+    """DistributedDataParallel: floats, averaged over ranks in whatever order the backend adds them."""
+
+    def __init__(
+        self, net: nn.Module, world: World, accumulation_steps: int, micro_batch: int, compress: bool = False
+    ) -> None:
+        """Wrap ``net``; a rank's share is cut into ``accumulation_steps`` parts of up to ``micro_batch`` images.
+
+        With ``compress`` gradients travel as bf16.
+        """
+        self.net = net
+        device = next(net.parameters()).device
+        with_flag = _WithFlag(net, device)
+        self.flag = with_flag.flag
+        self.heard = Heard(device)
+        self.model = DistributedDataParallel(with_flag, gradient_as_bucket_view=True)
+        if compress:
+            self.model.register_comm_hook(None, bf16_compress_hook)
+        self.weight = world.world_size  # DDP divides by it
+        self.rank, self.micro_batch_size, self.micro_batches_per_rank = world.rank, micro_batch, accumulation_steps
+
+    def settle(self, empty: Tensor) -> None:
+        """Step once on no images, an ``empty`` batch (0, ...), and throw the gradients away. A collective.
+
+        After its first backward DistributedDataParallel orders its buckets anew. With three ranks or more the place
+        in a bucket decides in which order floats are added; so a run that goes on must have the order that one
+        without a stop has by then.
+        """
+        self.net.eval()
+        for _ in range(2):  # the new order comes with the second forward
+            self.backward(self.model(empty).sum(), asked=False)
+        self.net.train()
+        self.model.zero_grad(set_to_none=True)
+
+    def micro_batches(self, *tensors: Tensor) -> list[MicroBatch]:
+        """Cut a rank's share (n, ...) into neighbours; an empty share is one empty micro-batch."""
+        parts = zip(*(tensor.split(self.micro_batch_size) for tensor in tensors), strict=True)
+        return list(enumerate(parts, start=self.rank * self.micro_batches_per_rank))
+
+    def limit_micro_batch(self, images: int) -> None:
+        """Take no micro-batch of more than ``images``, with more of them: fewer ranks need no more memory each."""
+        share = self.micro_batch_size * self.micro_batches_per_rank
+        if images < self.micro_batch_size:
+            self.micro_batch_size, self.micro_batches_per_rank = images, -(-share // images)
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Surround forward and backward of one micro-batch. With the last one, a collective."""
+        with nullcontext() if last else self.model.no_sync():
+            yield
+
+    def backward(self, loss: Tensor, asked: bool) -> None:
+        """Add the gradient of ``loss``; ``asked`` says that this rank was asked to stop."""
+        (loss + self.flag * float(asked)).backward()
+
+    def finish(self, step: int) -> None:  # noqa: ARG002
+        """Hear what all ranks said: the last backward has reduced."""
+        assert self.flag.grad is not None
+        self.heard.put(self.flag.grad)
+        self.flag.grad = None
+
+    def check(self) -> None:
+        """Raise UserError, on every rank, where a parameter is not finite: no later step mends that. A host sync."""
+        named = list(self.net.named_parameters())
+        finite = torch.stack([parameter.isfinite().all() for _, parameter in named]).tolist()
+        if not all(finite):
+            names = [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
+            raise UserError(f"{', '.join(names)}: not finite any more; {MEND}")

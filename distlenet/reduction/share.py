@@ -1,0 +1,49 @@
+"""How a global batch is cut into micro-batches, and what all reductions say alike."""
+
+from typing import NoReturn
+
+from torch import Tensor
+
+from distlenet.errors import UserError
+from distlenet.schema import Config
+
+MEND = "give a smaller optim.lr, a longer optim.warmup_steps or train.clip_norm, and look at the data"
+
+MicroBatch = tuple[int, tuple[Tensor, ...]]
+"""A micro-batch's number within the global batch, and its part of each tensor."""
+
+
+def micro_batch_size(config: Config, world_size: int) -> int:
+    """Return the largest micro-batch of a rank.
+
+    Raises UserError, with the nearest values that work, where the global batch does not divide evenly.
+    """
+    batch, shards = config.train.global_batch_size, config.distributed.virtual_shards
+    accumulation, uneven = config.train.accumulation_steps, config.distributed.uneven
+    if config.distributed.reduction == "ddp":
+        parts = world_size * accumulation
+        if batch % parts and not uneven:
+            _refuse(batch, parts, f"{world_size} ranks × {accumulation} accumulation steps")
+        return -(-batch // parts)
+    if world_size > shards or (shards % world_size and not uneven):
+        sizes = ", ".join(str(size) for size in range(1, shards + 1) if shards % size == 0)
+        raise UserError(
+            f"distributed.virtual_shards={shards} does not divide by {world_size} ranks; numbers of ranks that "
+            f"work: {sizes}; or give another distributed.virtual_shards, or distributed.reduction=ddp"
+        )
+    if accumulation != 1:
+        raise UserError(
+            f"train.accumulation_steps={accumulation}: with distributed.reduction=exact a rank "
+            "takes one micro-batch per virtual shard; for smaller ones raise distributed.virtual_shards"
+        )
+    if batch % shards:
+        _refuse(batch, shards, f"distributed.virtual_shards={shards}")
+    return batch // shards
+
+
+def _refuse(batch: int, divisor: int, divisor_in_words: str) -> NoReturn:
+    below = batch // divisor * divisor
+    sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
+    raise UserError(
+        f"train.global_batch_size={batch} does not divide by {divisor_in_words}; the nearest that do: {sizes}"
+    )
