@@ -11,8 +11,10 @@ PROGRAM = r"""
 import json, re, sys
 import torch.distributed as dist
 from distlenet.config import load_config
+from distlenet.data import synthetic
 from distlenet.data.sources import load_on_node
 from distlenet.session import open_session
+synthetic.MOST_IN_MEMORY = 10
 config = load_config([], ["device=cpu", *sys.argv[2:]])
 with open_session(config) as session:
     images = load_on_node(config.data, session.world).train.images
@@ -32,13 +34,8 @@ with open_session(config) as session:
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_ranks_of_a_node_share_the_pages(tmp_path, where):
     words = ["data.name=digits"]
-    if where == "disk":  # above what is made in memory
-        words = [
-            "data.name=synthetic",
-            "data.synthetic_train=1050000",
-            "data.synthetic_test=10",
-            f"data.root={tmp_path}",
-        ]
+    if where == "disk":
+        words = ["data.name=synthetic", "data.synthetic_train=20000", f"data.root={tmp_path}"]
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     run_torchrun(3, script, tmp_path, *words).succeeded()
