@@ -5,8 +5,10 @@ Each section is a program that prints Markdown; what it printed last, with machi
 """
 
 import argparse
+import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -53,14 +55,45 @@ def measure(section: str) -> None:
     (HERE / f"results/{section}.md").write_text("\n".join(lines) + "\n")
 
 
+def draw(figures: Path, picture: Path) -> None:
+    """Draw the speeds of ``throughput.json``: a panel for each setting, a bar for each contestant's median."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "distlenet"  # the same bytes for the same figures
+    from matplotlib import pyplot
+
+    settings = json.loads(figures.read_text())
+    figure, panels = pyplot.subplots(1, len(settings), figsize=(5 * len(settings), 3.4), squeeze=False, sharey=True)
+    for panel, setting in zip(panels[0], settings, strict=True):
+        names = list(setting["images_per_s"])[::-1]
+        medians = [statistics.median(setting["images_per_s"][name]) for name in names]
+        colors = ["tab:blue" if name.startswith("distlenet") else "tab:gray" for name in names]
+        panel.bar_label(panel.barh(names, medians, color=colors), fmt="{:,.0f}", padding=3, fontsize=8)
+        panel.set(title=f"{setting['ranks']} ranks, global batch {setting['batch']}", xlabel="images/s of training")
+        panel.margins(x=0.18)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(picture, metadata={"Date": None})
+
+
 def main() -> None:
     """Measure the sections asked for, and put all that are there together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections (all)")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        help="sections (all); none: only put together what is there",
+    )
     for section in parser.parse_args().only:
         measure(section)
     parts = [path.read_text() for path in (HERE / f"results/{section}.md" for section in SECTIONS) if path.exists()]
+    if (figures := HERE / "results/throughput.json").exists():
+        draw(figures, HERE / "results/throughput.svg")
     head = "# Results\n\nWritten by `make bench`. Machines are shared and noisy: read medians and ratios.\n"
+    head += "\n![images per second of each contestant](results/throughput.svg)\n"
     (HERE / "RESULTS.md").write_text("\n".join([head, *parts]))
 
 

@@ -48,7 +48,8 @@ def test_the_default_recipe_on_two_ranks(tmp_path):
 def test_the_tutorials_recipe_in_one_process(tmp_path):
     words = ("-m", "distlenet.train", "--config", REPO / "configs/tutorial.yaml", f"run.dir={tmp_path}", "run.name=run")
     ended = run_command(sys.executable, *words, "device=cpu", timeout=600).succeeded()
-    assert 0.865 <= summary(tmp_path / "run")["test_accuracy"] <= 0.885
+    # With 5 seeds: mean 87.5 %, from 86.4 to 88.2, standard deviation 0.7 (benchmarks/RESULTS.md); three of them.
+    assert 0.855 <= summary(tmp_path / "run")["test_accuracy"] <= 0.895
     shown = re.findall(r"^\[(\d), +(\d+)\] loss: (\d\.\d{3})$", ended.stdout, re.M)
     assert [(int(epoch), int(batch)) for epoch, batch, _ in shown] == [
         (epoch, batch) for epoch in (1, 2) for batch in range(2000, 15000, 2000)
