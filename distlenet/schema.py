@@ -95,6 +95,9 @@ class TrainConfig:
     )
     label_smoothing: float = setting(0.05, "Label smoothing of the training loss.", ge=0, lt=1, result=True)
     clip_norm: float | None = setting(None, "Largest norm of the gradient; null: no clipping.", gt=0, result=True)
+    cuda_graph: Literal["off", "auto"] = setting(
+        "off", "auto: replay a step as a CUDA graph, where that can be, with the learning rate in float32.", result=True
+    )
 
 
 @dataclass(frozen=True)

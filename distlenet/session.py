@@ -11,6 +11,7 @@ import torch
 from distlenet.allocator import keep_freed_memory
 from distlenet.distributed import pick_backend, pick_device, process_group
 from distlenet.errors import warn
+from distlenet.graph import use_a_stream
 from distlenet.precision import autocast, exact_kernels, pick_precision
 from distlenet.schema import Config
 from distlenet.watchdog import Watchdog, watching
@@ -62,6 +63,8 @@ def open_session(config: Config, folder: Path | None = None) -> Iterator[Session
     if device.type == "cuda":
         torch.cuda.set_device(device)
         exact_kernels()
+        if config.train.cuda_graph == "auto":
+            use_a_stream(device)
     backend = pick_backend(config.distributed.backend, device)
     precision = pick_precision(config.precision, device)
     set_threads(config.distributed.threads)

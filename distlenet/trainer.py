@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from distlenet import __version__
 from distlenet.checkpoint.file import State
@@ -15,18 +13,13 @@ from distlenet.data.loader import Loader, settle_data
 from distlenet.data.sampler import GlobalBatchSampler, ShardSampler
 from distlenet.data.sources import ImageData
 from distlenet.distributed import all_or_none, any_rank
-from distlenet.errors import UserError
-from distlenet.exact import seed_micro_batch
-from distlenet.metrics import EVAL_BATCH, Meter, Metrics, Speed, evaluate
-from distlenet.net import make_net
-from distlenet.optim import load_optimizer, make_optimizer, make_schedule
-from distlenet.precision import make_scaler
+from distlenet.metrics import EVAL_BATCH, Metrics, Speed, evaluate
 from distlenet.preemption import Preemption
 from distlenet.progress import Progress, process_age_s, record_start
-from distlenet.reduction import make_reduction
 from distlenet.replicas import check_replicas
 from distlenet.schema import Config
 from distlenet.session import Session
+from distlenet.step import TrainStep
 from distlenet.tracking import Record, Tracker
 from distlenet.tracking.ledger import NoLedger, join_start
 
@@ -70,22 +63,11 @@ class Trainer:
         self.data_source = data.source
         self.no_images = data.train.images[:0].to(device)
 
-        torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.net = make_net(config.model.name, config.model.channels_last, device)
-        self.scaler = make_scaler(session.precision, device)
-        self.optimizer = make_optimizer(config.optim, self.net, loss_scaling=self.scaler.is_enabled())
         epochs_steps = train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, train.max_steps or epochs_steps)
-        if (config.optim.warmup_steps or 0) >= self.total_steps:
-            raise UserError(
-                f"optim.warmup_steps={config.optim.warmup_steps}: the run has {self.total_steps} steps; give fewer"
-            )
-        self.schedule = make_schedule(config.optim, self.optimizer, self.total_steps)
-        self.autocast = session.autocast()
-        self.reduction = make_reduction(config, self.net, world, watch=not self.scaler.is_enabled())
-        self.meter = Meter(device)
+        self.take_step = TrainStep(config, session, self.prepare, self.total_steps)
+        self.net, self.reduction, self.meter = self.take_step.net, self.take_step.reduction, self.take_step.meter
         self.speed = Speed()
-        self.label_smoothing = train.label_smoothing
         self.checkpoint_every = config.checkpoint.every_steps or self.total_steps
         self.check_replicas_every = train.check_replicas_every or self.total_steps
 
@@ -139,7 +121,7 @@ class Trainer:
     def start(self) -> None:
         """Go on from a checkpoint, or begin; tell everybody. A collective."""
         self.resumed_from = self.checkpointer.restore(self)
-        self.reduction.settle(self.prepare(self.no_images))
+        self.take_step.settle(self.no_images)
         check_replicas(self.net)  # all start alike, whatever their seeds or disks say
         if self.config.data.ledger:
             facts = {"samples": self.sampler.samples, "steps_per_epoch": self.sampler.steps}
@@ -155,41 +137,11 @@ class Trainer:
         self.preemption.listen()  # before, there is nothing to save, and a signal ends the rank
 
     def train_step(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:
-        """Take one optimizer step on this rank's share of the next global batch.
-
-        Every image of the global batch weighs the same, however the batch is cut: losses are summed, not
-        averaged, and divided by the images of the global batch. So neither a short last batch, nor a short
-        last micro-batch, nor a rank with fewer images or none changes the gradient.
-        """
+        """Take one optimizer step on this rank's share of the next global batch."""
         at = self.at
-        at.lr = float(self.schedule.get_last_lr()[0])
         count = self.sampler.count(at.batch)  # images of the global batch, over all ranks
         self.ledger.record(at.epoch, at.step, indices)
-        inputs = self.prepare.augmented(images, indices, at.epoch)  # (n, 1, 32, 32)
-        losses, outputs, answers = [], [], []
-        micro_batches = self.reduction.micro_batches(inputs, labels)
-        for shard, (x, y) in micro_batches:
-            seed_micro_batch(self.device, self.config.seed, at.step, shard)
-            with self.reduction.accumulate(last=shard == micro_batches[-1][0]):
-                with self.autocast:
-                    logits = self.reduction.model(x).float()
-                loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=self.label_smoothing)
-                mean = self.scaler.scale(loss * (self.reduction.weight / count))
-                self.reduction.backward(mean, self.preemption.asked)
-            losses.append(loss.detach())
-            outputs.append(logits.detach())
-            answers.append(y)
-        self.meter.update(torch.stack(losses), torch.cat(outputs), torch.cat(answers))
-        self.reduction.finish(at.step)  # collective
-        if self.config.train.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
-        self.scaler.step(self.optimizer)
-        scale = self.scaler.get_scale()  # host sync, with fp16 only
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.get_scale() >= scale:  # a smaller scale: the gradient overflowed, the step was skipped
-            self.schedule.step()
+        at.lr = self.take_step(images, labels, indices, at.epoch, at.step, count, self.preemption.asked)
         self.speed.add(count)
         at.step += 1
         at.batch += 1
@@ -202,7 +154,8 @@ class Trainer:
             self.watchdog.beat(self.at.step)
             return batch % ASK_EVERY == ASK_EVERY - 1 and any_rank(self.preemption.asked, self.device)
 
-        metrics = evaluate(self.net, self.test_loader, self.prepare, self.autocast, self.device, self.test_count, asked)
+        autocast, prepare = self.session.autocast(), self.prepare
+        metrics = evaluate(self.net, self.test_loader, prepare, autocast, self.device, self.test_count, asked)
         return metrics or self.checkpointer.stop(self, self.preemption)
 
     def log(self, split: str, metrics: Metrics, **more: float) -> None:
@@ -215,24 +168,16 @@ class Trainer:
 
         Raises UserError where it is not finite: that is never saved.
         """
-        self.reduction.check()  # host sync
         return {
             **self.at.state_dict(),
-            "model": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "meter": self.meter.state_dict(),
+            **self.take_step.state_dict(),
             "config": self.config.to_dict(),
             "versions": {"distlenet": __version__, "torch": str(torch.__version__)},
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take up a saved state, of any number of ranks."""
-        load_optimizer(self.optimizer, self.schedule, state)
-        if state["scaler"]:  # empty where the run was not fp16 so far: then the loss scale starts anew
-            self.scaler.load_state_dict(state["scaler"])
-        self.meter.load_state_dict(state["meter"], self.world.rank)
+        self.take_step.load_state_dict(state)
         started_from = self.at.started_from
         self.at.load_state_dict(state)
         self.at.started_from = started_from or self.at.started_from

@@ -40,7 +40,7 @@ class Prepare:
         """Turn uint8 (n, H, W), H and W up to 32, into float32 (n, 1, 32, 32)."""
         return self._normalise(self._pad(images))
 
-    def augmented(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
+    def augmented(self, images: Tensor, indices: Tensor, epoch: int | Tensor) -> Tensor:
         """Do the same with augmentation; ``indices`` int64 (n,) are the samples' places in the set."""
         if self.augment == "none":
             return self(images)

@@ -17,7 +17,7 @@ def mix32(state: Tensor) -> Tensor:
     return state ^ (state >> 16)
 
 
-def hash32(values: Tensor, *words: int) -> Tensor:
+def hash32(values: Tensor, *words: int | Tensor) -> Tensor:
     """Hash (value, words...) to 32 random-looking bits, as int64 of the shape of ``values``."""
     state = mix32(values & BITS_32)
     for word in words:

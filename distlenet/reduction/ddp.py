@@ -46,6 +46,7 @@ class DdpReduction:
         device = next(net.parameters()).device
         with_flag = _WithFlag(net, device)
         self.flag = with_flag.flag
+        self.asked, self.answer = torch.zeros((), device=device), torch.zeros((), device=device)
         self.heard = Heard(device)
         self.model = DistributedDataParallel(with_flag, gradient_as_bucket_view=True)
         if compress:
@@ -62,7 +63,7 @@ class DdpReduction:
         """
         self.net.eval()
         for _ in range(2):  # the new order comes with the second forward
-            self.backward(self.model(empty).sum(), asked=False)
+            self.backward(self.model(empty).sum())
         self.net.train()
         self.model.zero_grad(set_to_none=True)
 
@@ -77,21 +78,29 @@ class DdpReduction:
         if images < self.micro_batch_size:
             self.micro_batch_size, self.micro_batches_per_rank = images, -(-share // images)
 
+    def begin(self, step: int, asked: bool) -> None:  # noqa: ARG002
+        """Begin a step; ``asked`` says that this rank was asked to stop."""
+        self.asked.fill_(asked)
+
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         """Surround forward and backward of one micro-batch. With the last one, a collective."""
         with nullcontext() if last else self.model.no_sync():
             yield
 
-    def backward(self, loss: Tensor, asked: bool) -> None:
-        """Add the gradient of ``loss``; ``asked`` says that this rank was asked to stop."""
-        (loss + self.flag * float(asked)).backward()
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``."""
+        (loss + self.flag * self.asked).backward()
 
-    def finish(self, step: int) -> None:  # noqa: ARG002
-        """Hear what all ranks said: the last backward has reduced."""
+    def finish(self) -> None:
+        """Keep what all ranks said: the last backward has reduced."""
         assert self.flag.grad is not None
-        self.heard.put(self.flag.grad)
+        self.answer.copy_(self.flag.grad)
         self.flag.grad = None
+
+    def hear(self) -> None:
+        """Look, at the end of a step, whether any rank was asked to stop."""
+        self.heard.put(self.answer)
 
     def check(self) -> None:
         """Raise UserError, on every rank, where a parameter is not finite: no later step mends that. A host sync."""

@@ -61,7 +61,7 @@ class ExactReduction:
         self.shard_sum, self.begun = torch.empty_like(self.sum), False
         self.watch = watch
         self.bad = torch.zeros(len(self.sum), dtype=torch.bool, device=device)
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.step, self.bad_step = torch.full((2,), -1, dtype=torch.int64, device=device)
 
     def settle(self, empty: Tensor) -> None:
         """Nothing settles: the order of adding does not matter."""
@@ -77,6 +77,12 @@ class ExactReduction:
     def limit_micro_batch(self, images: int) -> None:
         """Nothing is to do: a shard has as many images on any number of ranks."""
 
+    def begin(self, step: int, asked: bool) -> None:
+        """Begin step ``step``; ``asked`` says that this rank was asked to stop."""
+        self.step.fill_(step)
+        self.flag.fill_(asked)
+        self.begun = False
+
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:  # noqa: ARG002
         """Surround forward and backward of one micro-batch, then move its gradient into the exact sum."""
@@ -91,19 +97,14 @@ class ExactReduction:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def backward(self, loss: Tensor, asked: bool) -> None:
-        """Compute the gradient of ``loss``; ``asked`` says that this rank was asked to stop."""
-        if asked:
-            self.flag.fill_(1.0)
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradient of ``loss``."""
         loss.backward()
 
-    def finish(self, step: int) -> None:
+    def finish(self) -> None:
         """Sum over ranks, and hand out float32 gradients. A collective."""
         dist.all_reduce(self.exchanged)
-        self.heard.put(self.flag)
         flat = self.sum.mul_(2.0**-self.GRID_BITS).float()
-        self.flag.zero_()
-        self.begun = False
         for parameter, gradient in zip(self.parameters, flat.split(self.sizes), strict=True):
             parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())  # the optimizer wants them alike
         # A sum over all finds what is not finite; which it was waits on the device for ``check``, without a host sync.
@@ -111,7 +112,11 @@ class ExactReduction:
             found = ~flat.isfinite()
             first = (self.bad_step < 0) & found.any()
             self.bad |= found & first
-            self.bad_step = torch.where(first, step, self.bad_step)
+            self.bad_step.copy_(torch.where(first, self.step, self.bad_step))
+
+    def hear(self) -> None:
+        """Look, at the end of a step, whether any rank was asked to stop."""
+        self.heard.put(self.flag)
 
     def check(self) -> None:
         """Raise UserError, on every rank, where a gradient since the start was not finite. A host sync."""

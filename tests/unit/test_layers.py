@@ -14,9 +14,9 @@ FLOORS = [
     {"errors", "schema", "net", "world", "distributed", "exact", "files", "orphan", "allocator"},
     {
         *("config", "data", "optim", "precision", "metrics", "checkpoint", "tracking", "reduction", "replicas"),
-        *("preemption", "progress", "watchdog"),
+        *("preemption", "progress", "watchdog", "graph"),
     },
-    {"session", "checkpointer", "trainer"},
+    {"session", "checkpointer", "step", "trainer"},
     {"entry", "train", "evaluate", "ledger", "data.__main__"},
 ]
 

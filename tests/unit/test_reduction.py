@@ -21,14 +21,15 @@ ALONE = World()
 
 def backward(reduction, x, y, break_shard=None, factor=1.0):
     """Accumulate the gradient of the mean loss over all micro-batches, and reduce it."""
+    reduction.begin(step=4, asked=False)
     micro_batches = reduction.micro_batches(x, y)
     for shard, (images, labels) in micro_batches:
         with reduction.accumulate(last=shard == micro_batches[-1][0]):
             loss = F.cross_entropy(reduction.model(images), labels, reduction="sum")
             if shard == break_shard:
                 loss = loss * factor
-            reduction.backward(loss * (reduction.weight / len(x)), asked=False)
-    reduction.finish(step=4)
+            reduction.backward(loss * (reduction.weight / len(x)))
+    reduction.finish()
 
 
 def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,10 +110,11 @@ def test_only_the_first_bad_gradient_is_told():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     reduction = ExactReduction(net, ALONE, 1, 1, watch=True)
     for step, bad in ((7, "1.bias"), (8, "0.weight")):
+        reduction.begin(step, asked=False)
         with reduction.accumulate(last=True):
             for name, parameter in net.named_parameters():
                 parameter.grad = torch.full_like(parameter, float("nan") if name == bad else 0.0)
-        reduction.finish(step)
+        reduction.finish()
     with pytest.raises(UserError, match=r"step 8: the gradient of 1\.bias is"):
         reduction.check()
 
@@ -125,10 +127,11 @@ def test_the_bound_is_exact():
     assert reduction.limit == 512
     inside = torch.nextafter(torch.tensor(512.0), torch.tensor(0.0))
     for value, fine in ((inside, True), (-inside, True), (torch.tensor(512.0), False)):
+        reduction.begin(step=0, asked=False)
         for shard in range(8):
             with reduction.accumulate(last=shard == 7):
                 layer.weight.grad = value.view(1, 1).clone()
-        reduction.finish(0)
+        reduction.finish()
         if fine:
             assert layer.weight.grad.item() == 8 * value.item()
             reduction.check()
@@ -151,7 +154,7 @@ def test_a_parameter_without_gradient_gets_zeros():
     reduction = ExactReduction(net, ALONE, 1, 1, watch=True)
     with reduction.accumulate(last=True):
         net["used"](torch.ones(1, 1)).sum().backward()
-    reduction.finish(0)
+    reduction.finish()
     assert torch.equal(net["unused"].weight.grad, torch.zeros(1, 1))
     assert torch.equal(net["used"].weight.grad, torch.ones(1, 1))
 
@@ -210,7 +213,7 @@ def test_the_order_of_shards_does_not_matter(order):
     for number in order:
         with reduction.accumulate(last=number == order[-1]):
             layer.weight.grad = torch.full((1, 1), shards[number])
-    reduction.finish(0)
+    reduction.finish()
     assert layer.weight.grad.item() == 1.0
 
 
@@ -237,10 +240,12 @@ def test_who_is_asked_to_stop_is_heard_and_the_gradient_stays(reduction):
         torch.manual_seed(0)
         net = Net()
         made = reduction(net)
+        made.begin(step=0, asked=asked)
         for shard, (images, labels) in (parts := made.micro_batches(x, y)):
             with made.accumulate(last=shard == parts[-1][0]):
-                made.backward(F.cross_entropy(made.model(images), labels, reduction="sum") / 16, asked)
-        made.finish(step=0)
+                made.backward(F.cross_entropy(made.model(images), labels, reduction="sum") / 16)
+        made.finish()
+        made.hear()
         assert made.heard.yes == asked
         gradients.append([p.grad.clone() for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -1,0 +1,120 @@
+"""A training step as a CUDA graph: recorded once, then replayed with one launch instead of a hundred.
+
+A replay does to the memory what the recorded step did to it, and runs no Python. So what differs from step to step
+(images, labels, indices, epoch, learning rate) is copied to fixed places first, and nothing in the step may ask
+the device for a value. Sources: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, for
+DistributedDataParallel its section "Usage with DistributedDataParallel", and for NCCL
+https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/cudagraph.html
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from distlenet.distributed import any_rank
+from distlenet.errors import warn
+
+WARM_UP = 11
+"""Steps before the recording: DistributedDataParallel times some of its first ten with events of its own."""
+
+
+class Body(Protocol):
+    """The device's part of a step."""
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int | Tensor, step: int, count: int
+    ) -> None:
+        """Learn from a rank's share of global batch number ``step`` of a run, of ``count`` images over all ranks."""
+
+
+def record_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
+    """Record ``work`` on the present stream, without doing it; return what does it.
+
+    The stream must not be the default one, and must be the one on which the network and what wraps it were made
+    (``use_a_stream``). Mode thread_local: a loader's thread may pin memory meanwhile.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        work()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def use_a_stream(device: torch.device) -> None:
+    """Have this process compute on a stream of its own from now on: the default one cannot be recorded."""
+    torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
+class GraphedStep:
+    """``body``, recorded at its first full global batch after ``WARM_UP`` others; shorter ones run as they are.
+
+    NCCL wants a collective to be recorded by all ranks or by none: so which steps are replayed depends only on what
+    all of them know, and when recording fails on one of them, all go on without.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        optimizer: Optimizer,
+        full: int,
+        seed: Callable[[int], None],
+        device: torch.device,
+        record: Callable[[Callable[[], None]], Callable[[], None]] = record_cuda_graph,
+    ) -> None:
+        """Wrap ``body``. ``full``: images of a full global batch; ``seed``: seeds the generator for a step."""
+        self.body, self.optimizer, self.full, self.seed, self.record = body, optimizer, full, seed, record
+        self.warm_up = WARM_UP
+        self.failed = False
+        self.replay: Callable[[], None] | None = None
+        self.inputs: list[Tensor] = []
+        self.epoch = torch.zeros((), dtype=torch.int64, device=device)
+        self.lr = torch.zeros((), device=device)  # float32: what fused optimizers read
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int | Tensor, step: int, count: int
+    ) -> None:
+        """Take one step, as ``body`` would."""
+        self.lr.fill_(self.optimizer.param_groups[0]["lr"])
+        with self.settings_on_device():
+            if count == self.full and not self.failed and self.warm_up == 0:
+                if self.replay is None:
+                    self.prepare((images, labels, indices), step)
+                if self.replay is not None:
+                    for place, part in zip(self.inputs, (images, labels, indices), strict=True):
+                        place.copy_(part, non_blocking=True)
+                    self.epoch.fill_(epoch)
+                    self.seed(step)
+                    self.replay()
+                    return
+            self.warm_up = max(0, self.warm_up - 1)
+            self.body(images, labels, indices, epoch, step, count)
+
+    def prepare(self, batch: tuple[Tensor, Tensor, Tensor], step: int) -> None:
+        """Record the step. A collective."""
+        self.inputs = [torch.empty_like(part) for part in batch]
+        images, labels, indices = self.inputs
+        reason = ""
+        try:
+            self.replay = self.record(lambda: self.body(images, labels, indices, self.epoch, step, self.full))
+        except RuntimeError as error:  # what cannot be recorded: a look at a value on the device, say
+            reason = f": {error}".splitlines()[0]
+        if any_rank(self.replay is None, self.lr.device):
+            warn(f"train.cuda_graph=auto: the step cannot be recorded on every rank, so it runs as it is{reason}")
+            self.replay, self.failed = None, True
+            self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def settings_on_device(self) -> Iterator[None]:
+        """Let the optimizer read the learning rate on the device, in all steps: float32 rounds it."""
+        (group,) = self.optimizer.param_groups
+        on_device = {"lr": self.lr, "capturable": True}  # SGD has no "capturable", and needs none
+        before: dict[str, Any] = {key: group[key] for key in on_device if key in group}
+        group.update({key: on_device[key] for key in before})
+        try:
+            yield
+        finally:
+            group.update(before)

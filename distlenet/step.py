@@ -1,0 +1,138 @@
+"""One optimizer step, and everything it changes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from distlenet.checkpoint.file import State
+from distlenet.data.augment import Prepare
+from distlenet.errors import UserError, warn
+from distlenet.exact import seed_micro_batch
+from distlenet.graph import Body, GraphedStep
+from distlenet.metrics import Meter
+from distlenet.net import make_net
+from distlenet.optim import load_optimizer, make_optimizer, make_schedule
+from distlenet.precision import make_scaler
+from distlenet.reduction import make_reduction
+from distlenet.schema import Config
+from distlenet.session import Session
+
+
+class TrainStep:
+    """Network, optimizer, schedule, loss scale, reduction and meter; a call is one optimizer step."""
+
+    def __init__(self, config: Config, session: Session, prepare: Prepare, total_steps: int) -> None:
+        """Build every part. Raises UserError for settings that do not fit each other or the ranks."""
+        self.config, self.session, self.device = config, session, session.device
+        self.prepare = prepare
+        if (config.optim.warmup_steps or 0) >= total_steps:
+            raise UserError(
+                f"optim.warmup_steps={config.optim.warmup_steps}: the run has {total_steps} steps; give fewer"
+            )
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        self.net = make_net(config.model.name, config.model.channels_last, self.device)
+        self.scaler = make_scaler(session.precision, self.device)
+        self.optimizer = make_optimizer(config.optim, self.net, loss_scaling=self.scaler.is_enabled())
+        self.schedule = make_schedule(config.optim, self.optimizer, total_steps)
+        self.autocast = session.autocast()
+        self.reduction = make_reduction(config, self.net, session.world, watch=not self.scaler.is_enabled())
+        self.meter = Meter(self.device)
+        self.run: Body = self.compute
+
+    def settle(self, no_images: Tensor) -> None:
+        """Get ready, with all that is restored in place; ``no_images`` is uint8 (0, H, W). A collective."""
+        self.reduction.settle(self.prepare(no_images))
+        if self.config.train.cuda_graph == "auto":
+            if reason := self.why_no_graph():
+                if self.session.world.rank == 0:
+                    warn(f"train.cuda_graph=auto: no graph, since {reason}")
+            else:
+                self.run = GraphedStep(
+                    self.compute, self.optimizer, self.config.train.global_batch_size, self.seed, self.device
+                )
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int, step: int, count: int, asked: bool
+    ) -> float:
+        """Take optimizer step ``step`` on this rank's share of a global batch; return its learning rate.
+
+        ``count`` is the number of images of the global batch, over all ranks; ``asked`` says that this rank was
+        asked to stop. No host sync, but with fp16.
+        """
+        lr = float(self.schedule.get_last_lr()[0])
+        scale = self.scaler.get_scale()  # host sync, with fp16 only
+        self.reduction.begin(step, asked)
+        self.run(images, labels, indices, epoch, step, count)
+        self.reduction.hear()
+        if self.scaler.get_scale() >= scale:  # a smaller scale: the gradient overflowed, the step was skipped
+            self.schedule.step()
+        return lr
+
+    def compute(
+        self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int | Tensor, step: int, count: int
+    ) -> None:
+        """Do the device's part.
+
+        Every image of the global batch weighs the same, however the batch is cut: losses are summed, not
+        averaged, and divided by the images of the global batch. So neither a short last batch, nor a short
+        last micro-batch, nor a rank with fewer images or none changes the gradient.
+        """
+        inputs = self.prepare.augmented(images, indices, epoch)  # (n, 1, 32, 32)
+        losses, outputs, answers = [], [], []
+        micro_batches = self.reduction.micro_batches(inputs, labels)
+        for shard, (x, y) in micro_batches:
+            self.seed(step, shard)
+            with self.reduction.accumulate(last=shard == micro_batches[-1][0]):
+                with self.autocast:
+                    logits = self.reduction.model(x).float()
+                loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=self.config.train.label_smoothing)
+                self.reduction.backward(self.scaler.scale(loss * (self.reduction.weight / count)))
+            losses.append(loss.detach())
+            outputs.append(logits.detach())
+            answers.append(y)
+        self.meter.update(torch.stack(losses), torch.cat(outputs), torch.cat(answers))
+        self.reduction.finish()  # collective
+        if self.config.train.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seed(self, step: int, shard: int | None = None) -> None:
+        """Seed the generator for a micro-batch; without ``shard`` for the only one that this rank has."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return  # seeded before each replay
+        shard = self.session.world.rank if shard is None else shard
+        seed_micro_batch(self.device, self.config.seed, step, shard)
+
+    def why_no_graph(self) -> str | None:
+        """Say why a step cannot be a CUDA graph; the same on all ranks."""
+        if self.device.type != "cuda":
+            return "there is no GPU"
+        if self.session.backend != "nccl":
+            return f"the collectives of distributed.backend={self.session.backend} run on the host"
+        if self.scaler.is_enabled():
+            return "with precision=fp16 the host must know whether a step was skipped"
+        if self.reduction.micro_batches_per_rank > 1:
+            return "a rank has several micro-batches per step, each with random numbers of its own"
+        return None
+
+    def state_dict(self) -> State:
+        """Return what a checkpoint holds of it. A collective. Raises UserError where it is not finite."""
+        self.reduction.check()  # host sync
+        return {
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "meter": self.meter.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take up a saved state, of any number of ranks; the network's weights are loaded before."""
+        load_optimizer(self.optimizer, self.schedule, state)
+        if state["scaler"]:  # empty where the run was not fp16 so far: then the loss scale starts anew
+            self.scaler.load_state_dict(state["scaler"])
+        self.meter.load_state_dict(state["meter"], self.session.world.rank)

@@ -1,0 +1,90 @@
+"""A step that is recorded and replayed. Recording itself needs a GPU (tests/ranks/test_cuda.py): here one stands in
+that keeps what a CUDA graph keeps, which Python values and which memory the step was recorded with."""
+
+import pytest
+import torch
+
+from distlenet.config import load_config
+from distlenet.data.sources import load_data
+from distlenet.graph import WARM_UP, GraphedStep
+from distlenet.preemption import Preemption
+from distlenet.session import open_session
+from distlenet.tracking import Trackers
+from distlenet.trainer import Trainer
+
+pytestmark = pytest.mark.unit
+
+SETTINGS = ("data.name=digits", "train.global_batch_size=64", "data.augment=flip_shift", "train.epochs=2", "device=cpu")
+
+
+def train(folder, settings, record=None):
+    """Train two epochs of 23 steps, the last of 29 images, and return the trainer and how often ``record`` replayed."""
+    config = load_config([], [*SETTINGS, *settings, f"run.dir={folder}", "checkpoint.resume=never"])
+    replays = []
+
+    def replaying(work):
+        replay = record(work)
+        return lambda: (replays.append(1), replay())
+
+    with open_session(config) as session:
+        trainer = Trainer(config, session, load_data(config.data), folder, Trackers([]), Preemption(1.0))
+        (folder / "checkpoints").mkdir(parents=True)
+        step = trainer.take_step
+        if record:
+            step.run = GraphedStep(step.compute, step.optimizer, 64, step.seed, session.device, replaying)
+        else:
+            step.run = lambda *batch: with_float32_lr(step, batch)
+        trainer.fit()
+        trainer.checkpointer.close()
+    return trainer, len(replays)
+
+
+def with_float32_lr(step, batch):
+    (group,) = step.optimizer.param_groups
+    lr = group["lr"]
+    group["lr"] = float(torch.tensor(lr))
+    step.compute(*batch)
+    group["lr"] = lr
+
+
+@pytest.mark.parametrize("reduction", ["ddp", "exact"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_replayed_steps_are_the_steps(tmp_path, reduction, optimizer):
+    """Shuffled batches, two epochs' augmentation and a learning rate that changes reach the recorded step."""
+    settings = (f"distributed.reduction={reduction}", "distributed.virtual_shards=1", f"optim.name={optimizer}")
+    settings += ("optim.lr=0.01",)
+    plain, _ = train(tmp_path / "plain", settings)
+    replayed, replays = train(tmp_path / "replayed", settings, record=lambda work: work)
+    assert replays == 2 * 22 - WARM_UP  # the last batch of an epoch is short
+    for name, value in plain.net.state_dict().items():
+        assert torch.equal(value, replayed.net.state_dict()[name]), name
+    assert plain.at.test == replayed.at.test
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(tmp_path, capsys):
+    def refuse(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    plain, _ = train(tmp_path / "plain", ())
+    refused, _ = train(tmp_path / "refused", (), record=refuse)
+    warning = "the step cannot be recorded on every rank, so it runs as it is: operation not permitted when stream is"
+    assert capsys.readouterr().err.count(warning) == 1
+    for name, value in plain.net.state_dict().items():
+        assert torch.equal(value, refused.net.state_dict()[name]), name
+
+
+def test_settings_are_the_schedules_again_after_a_step(tmp_path):
+    trainer, _ = train(tmp_path / "run", ("optim.name=adamw", "optim.lr=0.01"), record=lambda work: work)
+    (group,) = trainer.take_step.optimizer.param_groups
+    assert isinstance(group["lr"], float)
+    assert group["capturable"] is False
+
+
+def test_asked_for_without_a_gpu_says_so(tmp_path, capsys):
+    config = load_config([], [*SETTINGS, f"run.dir={tmp_path}", "train.cuda_graph=auto", "train.max_steps=1"])
+    with open_session(config) as session:
+        trainer = Trainer(config, session, load_data(config.data), tmp_path, Trackers([]), Preemption(1.0))
+        (tmp_path / "checkpoints").mkdir()
+        trainer.fit()
+        trainer.checkpointer.close()
+    assert "train.cuda_graph=auto: no graph, since there is no GPU" in capsys.readouterr().err
