@@ -20,13 +20,22 @@ import torch
 HERE = Path(__file__).parent
 SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
     "throughput": ("Training speed beside peers", [["throughput.py", "--json", str(HERE / "results/throughput.json")]]),
+    "parts": ("Where a step's time goes", [["parts.py"]]),
     "exact": ("What exact sums cost", [["exact_cost.py"]]),
     "recipes": (
         "Recipes",
         [["recipes.py", "sprint", "--seeds", "5", "--against", "tutorial"], ["recipes.py", "best", "--seeds", "3"]],
     ),
     "size": ("Large sets: memory and start", [["size.py"]]),
+    "gpu": (
+        "On a GPU",
+        [
+            ["throughput.py", "--device", "cuda", "--ranks", "1", "--precisions", "fp32", "bf16", "fp16"],
+            ["parts.py", "--ranks", "1"],
+        ],
+    ),
 }
+OF_DEVICE = {"cpu": [name for name in SECTIONS if name != "gpu"], "cuda": ["gpu"]}
 
 
 def machine() -> str:
@@ -70,7 +79,7 @@ def draw(figures: Path, picture: Path) -> None:
         medians = [statistics.median(setting["images_per_s"][name]) for name in names]
         colors = ["tab:blue" if name.startswith("distlenet") else "tab:gray" for name in names]
         panel.bar_label(panel.barh(names, medians, color=colors), fmt="{:,.0f}", padding=3, fontsize=8)
-        panel.set(title=f"{setting['ranks']} ranks, global batch {setting['batch']}", xlabel="images/s of training")
+        panel.set(title=setting["title"], xlabel="images/s of training")
         panel.margins(x=0.18)
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -84,10 +93,11 @@ def main() -> None:
         "--only",
         nargs="*",
         choices=SECTIONS,
-        default=list(SECTIONS),
-        help="sections (all); none: only put together what is there",
+        help="sections (all that are for the device); none: only put together what is there",
     )
-    for section in parser.parse_args().only:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure (cpu)")
+    arguments = parser.parse_args()
+    for section in OF_DEVICE[arguments.device] if arguments.only is None else arguments.only:
         measure(section)
     parts = [path.read_text() for path in (HERE / f"results/{section}.md" for section in SECTIONS) if path.exists()]
     if (figures := HERE / "results/throughput.json").exists():

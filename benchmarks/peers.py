@@ -3,7 +3,8 @@
 ``torchrun --nproc-per-node=2 benchmarks/peers.py plain --data torchvision --batch 256 --steps 200``: rank 0 prints
 the images/s of all ranks after a warm-up, as JSON. All train distlenet's Net, with the same optimizer and loss, on
 Fashion-MNIST: either through torchvision's data set and transforms, image by image, or from a tensor set prepared
-beforehand. ``limit`` has nothing around the step: each rank alone steps on one batch that is already there.
+beforehand. ``limit`` has nothing around the step: each rank alone steps on one batch that is already there; with
+``--device cuda`` it replays that step as a CUDA graph.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +27,20 @@ from distlenet.net import Net
 
 WARM_UP = 30  # steps before the clock starts
 MEAN, STD = 0.2860, 0.3530
+SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+
+
+@dataclass(frozen=True)
+class How:
+    """Where and in which numbers to compute."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> torch.autocast:
+        """Return autocast for the forward pass."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
 
 class Clock:
@@ -36,6 +53,8 @@ class Clock:
     def tick(self) -> bool:
         """Count one step; say whether it was the last."""
         self.done += 1
+        if self.done in (WARM_UP, WARM_UP + self.steps) and torch.cuda.is_available():
+            torch.cuda.synchronize()
         if self.done == WARM_UP:
             self.started = time.perf_counter()
         return self.done == WARM_UP + self.steps
@@ -49,7 +68,7 @@ class Clock:
 
 def optimizer(net: nn.Module) -> torch.optim.Optimizer:
     """Make the optimizer of the default recipe as a user would write it."""
-    return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return torch.optim.SGD(net.parameters(), **SGD)
 
 
 def data_set(form: str, folder: Path) -> Dataset[tuple[Tensor, Tensor]]:
@@ -71,28 +90,33 @@ def for_ever(batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
         yield from batches
 
 
-def plain(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, clock: Clock) -> None:
+def plain(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, how: How, clock: Clock) -> None:
     """Write it with PyTorch alone: DistributedSampler, DataLoader, DistributedDataParallel."""
-    dist.init_process_group("gloo")
-    net = DistributedDataParallel(Net())
+    cuda = how.device.type == "cuda"
+    dist.init_process_group("nccl" if cuda else "gloo")
+    net = DistributedDataParallel(Net().to(how.device))
     optim = optimizer(net)
-    loader = DataLoader(data, per_rank, sampler=DistributedSampler(data), num_workers=workers)
+    scaler = torch.amp.GradScaler(enabled=how.precision == "fp16")
+    sampler = DistributedSampler(data)
+    loader = DataLoader(data, per_rank, sampler=sampler, num_workers=workers, pin_memory=cuda)
     for images, labels in for_ever(loader):
-        loss = F.cross_entropy(net(images), labels)
+        with how.autocast():
+            loss = F.cross_entropy(net(images.to(how.device)), labels.to(how.device))
         optim.zero_grad()
-        loss.backward()
-        optim.step()
+        scaler.scale(loss).backward()
+        scaler.step(optim)
+        scaler.update()
         if clock.tick():
             break
     clock.tell()
     dist.destroy_process_group()
 
 
-def accelerate(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, clock: Clock) -> None:
+def accelerate(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, how: How, clock: Clock) -> None:
     """Write it with Hugging Face Accelerate."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=how.device.type == "cpu", mixed_precision=how.precision.replace("fp32", "no"))
     net = Net()
     net, optim, loader = accelerator.prepare(
         net, optimizer(net), DataLoader(data, per_rank, shuffle=True, num_workers=workers)
@@ -108,7 +132,7 @@ def accelerate(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int
     accelerator.end_training()
 
 
-def lightning(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, clock: Clock) -> None:
+def lightning(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, how: How, clock: Clock) -> None:
     """Write it with Lightning's Trainer; without progress bar, logger and checkpoints, which the others lack too."""
     import lightning.pytorch as pl
 
@@ -129,7 +153,8 @@ def lightning(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int,
                 clock.tell()
 
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if how.device.type == "cuda" else "cpu",
+        precision={"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[how.precision],
         devices=int(os.environ["WORLD_SIZE"]),
         strategy="ddp",
         max_steps=WARM_UP + clock.steps,
@@ -141,16 +166,31 @@ def lightning(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int,
     trainer.fit(Module(), DataLoader(data, per_rank, shuffle=True, num_workers=workers))
 
 
-def limit(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, clock: Clock) -> None:  # noqa: ARG001
+def limit(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, how: How, clock: Clock) -> None:  # noqa: ARG001
     """Step on one batch that is there: no loader, no DistributedDataParallel, no all-reduce."""
-    net = Net()
-    optim = optimizer(net)
-    images, labels = torch.randn(per_rank, 1, 32, 32), torch.randint(0, 10, (per_rank,))
-    while True:
-        loss = F.cross_entropy(net(images), labels)
+    cuda = how.device.type == "cuda"
+    net = Net().to(how.device)
+    optim = torch.optim.SGD(net.parameters(), **SGD, fused=cuda)
+    images = torch.randn(per_rank, 1, 32, 32, device=how.device)
+    labels = torch.randint(0, 10, (per_rank,), device=how.device)
+
+    def step() -> None:
+        with how.autocast():
+            loss = F.cross_entropy(net(images), labels)
         optim.zero_grad()
         loss.backward()
         optim.step()
+
+    if cuda:  # https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture
+        torch.cuda.set_stream(torch.cuda.Stream())
+        for _ in range(3):
+            step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            step()
+        step = graph.replay
+    while True:
+        step()
         if clock.tick():
             break
     clock.tell()
@@ -168,12 +208,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="images per step over all ranks (256)")
     parser.add_argument("--steps", type=int, default=200, help="steps on the clock (200)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes per rank (0)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    device = torch.device(arguments.device, int(os.environ["LOCAL_RANK"]) if arguments.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.manual_seed(0)
     per_rank = arguments.batch // int(os.environ["WORLD_SIZE"])
     data = TensorDataset() if arguments.peer == "limit" else data_set(arguments.data, arguments.folder)
-    PEERS[arguments.peer](data, per_rank, arguments.workers, Clock(arguments.batch, arguments.steps))
+    how, clock = How(device, arguments.precision), Clock(arguments.batch, arguments.steps)
+    PEERS[arguments.peer](data, per_rank, arguments.workers, how, clock)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 from distlenet.data.download import locate_or_download
@@ -28,7 +30,29 @@ PEERS = (
     ("accelerate", "tensors"),
     ("limit", "tensors"),
 )
-OURS = {"distlenet": (), "distlenet, exact": ("distributed.reduction=exact",)}
+OURS: dict[str, tuple[str, ...]] = {"distlenet": (), "distlenet, exact": ("distributed.reduction=exact",)}
+ON_GPU: dict[str, tuple[str, ...]] = {
+    "distlenet": ("train.cuda_graph=auto",),
+    "distlenet, no graph": (),
+    "distlenet, images on the host": ("data.device=cpu",),
+    "distlenet, exact": ("distributed.reduction=exact", "distributed.virtual_shards=1", "train.cuda_graph=auto"),
+}
+FASTER_ON_GPU = 10  # so many times more steps, roughly
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contestants have in common."""
+
+    ranks: int
+    batch: int  # over all ranks
+    device: str
+    precision: str
+
+    def __str__(self) -> str:
+        """Write it as a heading does."""
+        more = f", {self.precision} on a GPU" if self.device == "cuda" else ""
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, global batch {self.batch}{more}"
 
 
 def torchrun(ranks: int, *words: object) -> str:
@@ -42,21 +66,26 @@ def torchrun(ranks: int, *words: object) -> str:
     return ended.stdout
 
 
-def speed_of_peer(peer: str, form: str, ranks: int, batch: int, folder: Path) -> float:
+def speed_of_peer(peer: str, form: str, setting: Setting, folder: Path) -> float:
     """Return a peer's images/s after its warm-up."""
-    steps = max(100, int(SECONDS * ROUGH[form] / batch))
+    steps = max(100, int(SECONDS * ROUGH[form] / setting.batch))
+    if setting.device == "cuda" and peer == "limit":
+        steps *= FASTER_ON_GPU
     program = Path(__file__).with_name("peers.py")
-    words = (program, peer, "--data", form, "--batch", batch, "--steps", steps, "--folder", folder)
-    return float(json.loads(torchrun(ranks, *words).splitlines()[-1])["images_per_s"])
+    words = (program, peer, "--data", form, "--batch", setting.batch, "--steps", steps, "--folder", folder)
+    more = ("--device", setting.device, "--precision", setting.precision)
+    return float(json.loads(torchrun(setting.ranks, *words, *more).splitlines()[-1])["images_per_s"])
 
 
-def speed_of_ours(settings: tuple[str, ...], ranks: int, batch: int, folder: Path) -> float:
+def speed_of_ours(settings: tuple[str, ...], setting: Setting, folder: Path) -> float:
     """Return distlenet's own figure, which has no warm-up taken off: metering, logging and checks are in it."""
-    steps = max(100, int(SECONDS * 2 * ROUGH["tensors"] / batch))
+    batch, device = setting.batch, setting.device
+    steps = max(100, int(SECONDS * 2 * ROUGH["tensors"] / batch)) * (FASTER_ON_GPU if device == "cuda" else 1)
     with tempfile.TemporaryDirectory() as runs:
         words = (f"data.root={folder}", f"train.global_batch_size={batch}", f"train.max_steps={steps}", *settings)
-        more = ("train.epochs=1000", "optim.lr=0.05", "device=cpu", f"run.dir={runs}", "run.name=run")
-        torchrun(ranks, "-m", "distlenet.train", *words, *more)
+        more = ("train.epochs=1000", "optim.lr=0.05", f"device={device}", f"run.dir={runs}", "run.name=run")
+        more += (f"precision={setting.precision}",)
+        torchrun(setting.ranks, "-m", "distlenet.train", *words, *more)
         return float(json.loads((Path(runs) / "run/summary.json").read_text())["train_images_per_s"])
 
 
@@ -68,13 +97,12 @@ def unpack(folder: Path) -> None:
         (raw / name).write_bytes(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
 
 
-def measure(
-    ranks: int, batch: int, rounds: int, peers: tuple[tuple[str, str], ...], folder: Path
-) -> dict[str, list[float]]:
+def measure(setting: Setting, rounds: int, peers: tuple[tuple[str, str], ...], folder: Path) -> dict[str, list[float]]:
     """Return the images/s of each contestant, by name, one figure a round."""
+    ours = ON_GPU if setting.device == "cuda" else OURS
     contestants = {
-        **{name: (lambda s=settings: speed_of_ours(s, ranks, batch, folder)) for name, settings in OURS.items()},
-        **{f"{p}, {form}": (lambda p=p, f=form: speed_of_peer(p, f, ranks, batch, folder)) for p, form in peers},
+        **{name: (lambda s=settings: speed_of_ours(s, setting, folder)) for name, settings in ours.items()},
+        **{f"{p}, {form}": (lambda p=p, f=form: speed_of_peer(p, f, setting, folder)) for p, form in peers},
     }
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
@@ -82,7 +110,7 @@ def measure(
         start = number * 3 % len(names)
         for name in names[start:] + names[:start]:
             speeds[name].append(contestants[name]())
-        print(f"ranks {ranks}, batch {batch}, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+        print(f"{setting}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     return speeds
 
 
@@ -102,8 +130,10 @@ def table(speeds: dict[str, list[float]]) -> list[str]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="numbers of ranks (2)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (1 2)")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024], help="global batches (64 256 1024)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all compute (cpu)")
+    parser.add_argument("--precisions", nargs="+", default=["fp32"], help="fp32, bf16, fp16 (fp32)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
     parser.add_argument("--no-torchvision", action="store_true", help="leave out the peers on torchvision's data set")
     parser.add_argument("--json", type=Path, help="where to write all figures")
@@ -113,11 +143,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
         folder = Path(scratch)
         unpack(folder)
-        for ranks in arguments.ranks:
-            for batch in arguments.batches:
-                speeds = measure(ranks, batch, arguments.rounds, peers, folder)
-                print("\n".join(["", f"### {ranks} ranks, global batch {batch}", "", *table(speeds)]), flush=True)
-                figures.append({"ranks": ranks, "batch": batch, "images_per_s": speeds})
+        for ranks, batch, precision in product(arguments.ranks, arguments.batches, arguments.precisions):
+            setting = Setting(ranks, batch, arguments.device, precision)
+            speeds = measure(setting, arguments.rounds, peers, folder)
+            print("\n".join(["", f"### {setting}", "", *table(speeds)]), flush=True)
+            figures.append({**asdict(setting), "title": str(setting), "images_per_s": speeds})
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
 
