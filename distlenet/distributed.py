@@ -203,6 +203,13 @@ def from_local_rank_0(value: T | None, world: World) -> T:
     return next(value for node, value in values if node == world.node_rank and value is not None)
 
 
+def hosts_of_ranks() -> list[str]:
+    """Return the host name of each rank. A collective."""
+    hosts = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts
+
+
 @contextmanager
 def all_or_none() -> Iterator[None]:
     """Let every rank pass the block, or none: a UserError of one rank is raised on all. A collective.

@@ -49,6 +49,11 @@ def use_a_stream(device: torch.device) -> None:
     torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
+def is_recorded(device: torch.device) -> bool:
+    """Say whether what is done now on ``device`` is only recorded."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class GraphedStep:
     """``body``, recorded at its first full global batch after ``WARM_UP`` others; shorter ones run as they are.
 

@@ -1,6 +1,5 @@
 """Loss and accuracy over samples: summed on the device, added over ranks when they are read."""
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distlenet.data.loader import Batch
+from distlenet.details import Details
 from distlenet.distributed import sum_over_ranks
 from distlenet.exact import LOSS_BITS, round_to_grid
 
@@ -75,40 +75,6 @@ class Meter:
             mine.copy_(saved if rank == 0 else torch.zeros_like(saved))
 
 
-class Speed:
-    """Images of all ranks per second, while training: between ``start`` and ``stop``."""
-
-    def __init__(self) -> None:
-        """Start with nothing measured."""
-        self.images, self.seconds = 0, 0.0
-        self.window_images, self.window_started, self.started = 0, 0.0, 0.0
-
-    def start(self) -> None:
-        """Begin to measure."""
-        self.window_images = 0
-        self.started = self.window_started = time.perf_counter()
-
-    def add(self, images: int) -> None:
-        """Count one step's images, of all ranks."""
-        self.images += images
-        self.window_images += images
-
-    def window(self) -> float:
-        """Return images/s since the last call. True only after a host sync."""
-        now = time.perf_counter()
-        rate = self.window_images / (now - self.window_started)
-        self.window_images, self.window_started = 0, now
-        return rate
-
-    def stop(self) -> None:
-        """End the measurement. True only after a host sync."""
-        self.seconds += time.perf_counter() - self.started
-
-    def mean(self) -> float | None:
-        """Return images/s over all that was measured; None where nothing was."""
-        return self.images / self.seconds if self.images else None
-
-
 def _metrics(sums: Tensor) -> Metrics:
     loss, correct, count = sum_over_ranks(sums).tolist()
     return Metrics(loss / max(count, 1), correct / max(count, 1), int(count))
@@ -123,17 +89,19 @@ def evaluate(
     device: torch.device,
     expected: int,
     each: Callable[[int], bool] | None = None,
+    details: Details | None = None,
 ) -> Metrics | None:
     """Measure ``net`` over a set of ``expected`` images, of which each rank's loader gives its shard.
 
     ``net`` is the bare module, not its DDP wrapper: ranks may have different numbers of batches. ``each`` is asked
     before each batch k that every rank has; where it says true, on every rank, there is no result: None.
-    A collective, then a host sync. Raises RuntimeError where the shards are not the set, once each.
+    ``details`` takes what there is beyond the metrics. A collective, then a host sync. Raises RuntimeError where the
+    shards are not the set, once each.
     """
     net.eval()
     meter = Meter(device)
     every_rank_has = -(-expected // EVAL_BATCH) // dist.get_world_size()
-    for k, (images, labels, _) in enumerate(loader):
+    for k, (images, labels, indices) in enumerate(loader):
         if each is not None and k < every_rank_has and each(k):
             net.train()
             return None
@@ -141,6 +109,8 @@ def evaluate(
             logits = net(prepare(images))
             loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
         meter.update(loss_sum.view(1), logits, labels)
+        if details is not None:
+            details.update(logits, labels, indices)
     net.train()
     metrics = meter.total()
     if metrics.count != expected:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ class Progress:
     restarts: int = 0  # how often the run went on from a checkpoint
     micro_batch: int = 0  # images of a rank's micro-batch when the run began
     started_from: str | None = None  # the checkpoint.resume=PATH it began with
+    run_id: str = ""  # the run's name among trackers, of 8 letters and digits
 
     def take_test(self, metrics: Metrics) -> bool:
         """Note an evaluation after the present step; return whether it is the best yet."""
@@ -60,7 +62,19 @@ def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     return any(int(environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def record_start(run: Path, step: int, world_size: int, limit: int, environ: Mapping[str, str] = os.environ) -> None:
+def run_id(run: Path, saved: str) -> str:
+    """Return the id of a run: the ``saved`` one, or that of a start that left no checkpoint, or a new one."""
+    path = run / "starts.jsonl"
+    if not saved and path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                saved = json.loads(line).get("run_id", "") or saved
+    return saved or secrets.token_hex(4)
+
+
+def record_start(
+    run: Path, step: int, world_size: int, limit: int, run_id: str = "", environ: Mapping[str, str] = os.environ
+) -> None:
     """Note in ``starts.jsonl`` that a run starts on ``world_size`` ranks, after ``step`` steps. For rank 0 alone.
 
     Raises UserError where torchrun or SLURM has by itself started it ``limit`` times in a row at the same step, and it
@@ -82,7 +96,14 @@ def record_start(run: Path, step: int, world_size: int, limit: int, environ: Map
             f"(checkpoint.restarts_in_vain={limit}); look at {run / 'errors'} for what ends it, then start it by hand"
         )
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    facts = {"time": now, "step": step, "world_size": world_size, "host": socket.gethostname(), "automatic": automatic}
+    facts = {
+        "time": now,
+        "run_id": run_id,
+        "step": step,
+        "world_size": world_size,
+        "host": socket.gethostname(),
+        "automatic": automatic,
+    }
     with told(run):
         file = LineFile(path)
     file.add(json.dumps(facts))

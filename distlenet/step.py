@@ -3,13 +3,13 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from distlenet.checkpoint.file import State
 from distlenet.data.augment import Prepare
 from distlenet.errors import UserError, warn
 from distlenet.exact import seed_micro_batch
-from distlenet.graph import Body, GraphedStep
+from distlenet.graph import Body, GraphedStep, is_recorded
 from distlenet.metrics import Meter
 from distlenet.net import make_net
 from distlenet.optim import load_optimizer, make_optimizer, make_schedule
@@ -38,6 +38,8 @@ class TrainStep:
         self.autocast = session.autocast()
         self.reduction = make_reduction(config, self.net, session.world, watch=not self.scaler.is_enabled())
         self.meter = Meter(self.device)
+        self.measure = False  # whether the next step is one whose gradient's norm is wanted
+        self.grad_norm = torch.zeros((), device=self.device)
         self.run: Body = self.compute
 
     def settle(self, no_images: Tensor) -> None:
@@ -95,14 +97,18 @@ class TrainStep:
         self.reduction.finish()  # collective
         if self.config.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            clip_grad_norm_(self.net.parameters(), self.config.train.clip_norm)
+        if self.measure or self.config.train.clip_norm is not None or is_recorded(self.device):
+            norm = get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+            self.grad_norm.copy_(norm)
+        if self.config.train.clip_norm is not None:
+            clip_grads_with_norm_(self.net.parameters(), self.config.train.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def seed(self, step: int, shard: int | None = None) -> None:
         """Seed the generator for a micro-batch; without ``shard`` for the only one that this rank has."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_recorded(self.device):
             return  # seeded before each replay
         shard = self.session.world.rank if shard is None else shard
         seed_micro_batch(self.device, self.config.seed, step, shard)

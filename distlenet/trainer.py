@@ -1,6 +1,8 @@
 """The training loop, and the state that one checkpoint holds."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +14,15 @@ from distlenet.data.augment import Prepare
 from distlenet.data.loader import Loader, settle_data
 from distlenet.data.sampler import GlobalBatchSampler, ShardSampler
 from distlenet.data.sources import ImageData
-from distlenet.distributed import all_or_none, any_rank
-from distlenet.metrics import EVAL_BATCH, Metrics, Speed, evaluate
+from distlenet.details import Details, write_details
+from distlenet.distributed import all_or_none, any_rank, hosts_of_ranks
+from distlenet.metrics import EVAL_BATCH, Metrics, evaluate
 from distlenet.preemption import Preemption
-from distlenet.progress import Progress, process_age_s, record_start
+from distlenet.progress import Progress, process_age_s, record_start, run_id
 from distlenet.replicas import check_replicas
 from distlenet.schema import Config
 from distlenet.session import Session
+from distlenet.speed import Speed
 from distlenet.step import TrainStep
 from distlenet.tracking import Record, Tracker
 from distlenet.tracking.ledger import NoLedger, join_start
@@ -59,7 +63,7 @@ class Trainer:
         self.train_loader = Loader(data.train, self.sampler, config.data.workers, device)
         shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
         self.test_loader = Loader(data.test, shard, 0, device)
-        self.test_count = len(data.test)
+        self.test_count, self.test_images, self.classes = len(data.test), data.test.images, data.classes
         self.data_source = data.source
         self.no_images = data.train.images[:0].to(device)
 
@@ -67,7 +71,9 @@ class Trainer:
         self.total_steps = min(epochs_steps, train.max_steps or epochs_steps)
         self.take_step = TrainStep(config, session, self.prepare, self.total_steps)
         self.net, self.reduction, self.meter = self.take_step.net, self.take_step.reduction, self.take_step.meter
-        self.speed = Speed()
+        self.hosts = hosts_of_ranks()
+        self.speed = Speed(device, self.hosts)
+        self.reduction.ready = self.speed.ready
         self.checkpoint_every = config.checkpoint.every_steps or self.total_steps
         self.check_replicas_every = train.check_replicas_every or self.total_steps
 
@@ -90,13 +96,13 @@ class Trainer:
         while at.evaluated < self.total_steps:
             self.sampler.set_position(at.epoch, at.batch, most=self.total_steps - at.step)
             self.speed.start()
-            for images, labels, indices in self.train_loader:  # (n, H, W), (n,), (n,); n = B/W, but for the last
-                self.train_step(images, labels, indices)
+            for batch in self.speed.loading(self.train_loader):
+                self.train_step(*batch)
                 if at.step % self.check_replicas_every == 0:
                     check_replicas(self.net)  # collective, host sync
                 if at.batch % self.config.train.log_every == 0:
                     self.reduction.check()  # host sync
-                    self.log("train", self.meter.window(), images_per_s=self.speed.window())  # collective, host sync
+                    self.log("train", self.meter.window(), **self.measured())  # collective, host sync
                 if self.reduction.heard.yes:
                     self.checkpointer.stop(self, self.preemption)  # collective
                 if at.step % self.checkpoint_every == 0 and at.batch < self.sampler.steps:
@@ -121,6 +127,8 @@ class Trainer:
     def start(self) -> None:
         """Go on from a checkpoint, or begin; tell everybody. A collective."""
         self.resumed_from = self.checkpointer.restore(self)
+        own = self.resumed_from is None or self.folder.resolve() in self.resumed_from.resolve().parents
+        self.at.run_id = run_id(self.folder, self.at.run_id if own else "")
         self.take_step.settle(self.no_images)
         check_replicas(self.net)  # all start alike, whatever their seeds or disks say
         if self.config.data.ledger:
@@ -130,19 +138,23 @@ class Trainer:
         with all_or_none():
             if self.world.rank == 0:
                 limit = self.config.checkpoint.restarts_in_vain
-                record_start(self.folder, self.at.step, self.world.world_size, limit)
+                record_start(self.folder, self.at.step, self.world.world_size, limit, self.at.run_id)
             self.tracker.start(self.facts())
         self.watchdog.expect(self.config.distributed.timeout_s, "distributed.timeout_s")
         self.start_s = process_age_s()
         self.preemption.listen()  # before, there is nothing to save, and a signal ends the rank
 
     def train_step(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:
-        """Take one optimizer step on this rank's share of the next global batch."""
+        """Take one optimizer step on this rank's share of the next global batch.
+
+        Images are uint8 (n, H, W), labels and indices int64 (n,); n is B/W, but in an epoch's last batch.
+        """
         at = self.at
         count = self.sampler.count(at.batch)  # images of the global batch, over all ranks
         self.ledger.record(at.epoch, at.step, indices)
+        self.take_step.measure = (at.batch + 1) % self.config.train.log_every == 0
         at.lr = self.take_step(images, labels, indices, at.epoch, at.step, count, self.preemption.asked)
-        self.speed.add(count)
+        self.speed.done(count, len(labels))
         at.step += 1
         at.batch += 1
         self.watchdog.beat(at.step)
@@ -155,12 +167,30 @@ class Trainer:
             return batch % ASK_EVERY == ASK_EVERY - 1 and any_rank(self.preemption.asked, self.device)
 
         autocast, prepare = self.session.autocast(), self.prepare
-        metrics = evaluate(self.net, self.test_loader, prepare, autocast, self.device, self.test_count, asked)
-        return metrics or self.checkpointer.stop(self, self.preemption)
+        details = Details(len(self.classes), self.device) if self.at.step >= self.total_steps else None
+        metrics = evaluate(self.net, self.test_loader, prepare, autocast, self.device, self.test_count, asked, details)
+        if metrics is None:
+            self.checkpointer.stop(self, self.preemption)
+        if details is not None:
+            confusion, mistakes = details.reduce()  # collective, host sync
+            with all_or_none():
+                if self.world.rank == 0:
+                    write_details(self.folder, confusion, mistakes, self.test_images, self.classes)
+        return metrics
 
-    def log(self, split: str, metrics: Metrics, **more: float) -> None:
+    def measured(self) -> Record:
+        """Return what a training record says beside loss and accuracy. A collective, then a host sync."""
+        record = {**self.speed.window(), "grad_norm": float(self.take_step.grad_norm)}  # host sync
+        if self.take_step.scaler.is_enabled():
+            record["loss_scale"] = self.take_step.scaler.get_scale()
+        if self.device.type == "cuda":
+            record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return record
+
+    def log(self, split: str, metrics: Metrics, **more: Any) -> None:
         """Tell the tracker one record; see ``distlenet.tracking``."""
         place = {"split": split, "step": self.at.step, "epoch": self.at.epoch + 1, "batch": self.at.batch}
+        place["time"] = round(time.time(), 3)
         self.tracker.log({**place, **metrics.to_dict(), "lr": self.at.lr, **more})
 
     def state_dict(self) -> State:
@@ -187,6 +217,8 @@ class Trainer:
         """Return what a tracker tells about the run before its first step."""
         return {
             "version": __version__,
+            "run_id": self.at.run_id,
+            "hosts": self.hosts,
             "model": self.config.model.name,
             "data": self.config.data.name,
             "train_count": self.sampler.samples,

@@ -1,6 +1,6 @@
 """DistributedDataParallel's reduction, with one number more in it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -52,6 +52,8 @@ class DdpReduction:
         if compress:
             self.model.register_comm_hook(None, bf16_compress_hook)
         self.weight = world.world_size  # DDP divides by it
+        self.ready: Callable[[], None] = lambda: None
+        next(net.parameters()).register_post_accumulate_grad_hook(lambda _: self.ready())  # the first is the last
         self.rank, self.micro_batch_size, self.micro_batches_per_rank = world.rank, micro_batch, accumulation_steps
 
     def settle(self, empty: Tensor) -> None:

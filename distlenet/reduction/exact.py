@@ -1,7 +1,7 @@
 """Gradients added without rounding: the same bits for every number of ranks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -43,6 +43,7 @@ class ExactReduction:
             raise UserError(f"distributed.reduction=exact: needs float32 parameters without gaps, but {odd[0]} is not")
         self.model = net
         self.weight = 1
+        self.ready: Callable[[], None] = lambda: None
         self.world = world
         self.micro_batch_size = micro_batch
         self.micro_batches_per_rank = len(range(world.rank, virtual_shards, world.world_size))
@@ -103,6 +104,7 @@ class ExactReduction:
 
     def finish(self) -> None:
         """Sum over ranks, and hand out float32 gradients. A collective."""
+        self.ready()
         dist.all_reduce(self.exchanged)
         flat = self.sum.mul_(2.0**-self.GRID_BITS).float()
         for parameter, gradient in zip(self.parameters, flat.split(self.sizes), strict=True):

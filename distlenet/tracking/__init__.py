@@ -2,13 +2,24 @@
 
 A record is one measurement, a flat dict: ``split`` (train, train_epoch or test), ``step`` (optimizer
 steps done), ``epoch`` (from 1), ``batch`` (steps done in it), ``loss`` (nats per image), ``accuracy``
-(0 to 1), ``count`` (images behind it); for train also ``lr`` and ``images_per_s``.
+(0 to 1), ``count`` (images behind it), ``lr``, ``time`` (seconds since 1970); for train also ``grad_norm`` of
+the last step, ``loss_scale`` with fp16, ``gpu_memory_gib`` (the most of rank 0's GPU that was ever taken), and
+what ``distlenet.speed`` measures.
 """
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 Record = dict[str, Any]
+
+SPLITS = ("train", "train_epoch", "test")
+"""The kinds of records, in the order in which they come after a step."""
+
+OF_THE_MACHINE = {
+    *("time", "images_per_s", "load", "compute", "wait", "slowest_rank", "slowest_host", "gpu_memory_gib"),
+    *(f"rank_images_per_s_{name}" for name in ("min", "median", "max")),
+}
+"""What a record says of the machine; all else in it a second run says again."""
 
 
 class Tracker(Protocol):

@@ -18,6 +18,7 @@ import torch
 
 from distlenet import train as train_entry
 from distlenet.config import load_config
+from distlenet.tracking import OF_THE_MACHINE
 from distlenet.trainer import Trainer
 
 
@@ -57,11 +58,11 @@ def result(folder: Path) -> tuple[dict, list[dict]]:
     """Return the last checkpoint's state and the history, without what a clock measured."""
     newest = sorted((folder / "run/checkpoints").glob("step-*.pt"))[-1]
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        record.pop("images_per_s", None)
+    records = [{k: v for k, v in record.items() if k not in OF_THE_MACHINE} for record in records]
     state = torch.load(newest, weights_only=True)
     state.pop("config")  # names this folder
     state.pop("restarts")
+    state.pop("run_id")
     return state, records
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import REPO, run_command, run_torchrun
 
+from distlenet.tracking import OF_THE_MACHINE
+
 pytestmark = pytest.mark.ranks
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
@@ -25,7 +27,7 @@ SETTINGS = (
 
 def history(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records]
+    return [{k: v for k, v in record.items() if k not in OF_THE_MACHINE} for record in records]
 
 
 @pytest.mark.parametrize(("ranks", "die_at"), [(2, 7), (4, 23), (2, 30)])

@@ -16,6 +16,7 @@ from conftest import REPO, Running, run_command, run_torchrun, tree
 
 from distlenet.checkpoint.file import load_checkpoint
 from distlenet.checkpoint.folder import CheckpointFolder
+from distlenet.tracking import OF_THE_MACHINE
 
 pytestmark = pytest.mark.ranks
 
@@ -44,7 +45,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def records(run: Path) -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in found]
+    return [{k: v for k, v in record.items() if k not in OF_THE_MACHINE} for record in found]
 
 
 @pytest.fixture(scope="module")

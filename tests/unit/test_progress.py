@@ -30,15 +30,15 @@ def test_progress_comes_back_as_it_was():
 
 @pytest.mark.parametrize("environ", [BY_TORCHRUN, BY_SLURM])
 def test_restarts_in_vain_end(tmp_path, environ):
-    record_start(tmp_path, 0, 2, 3, BY_HAND)
+    record_start(tmp_path, 0, 2, 3, environ=BY_HAND)
     for _ in range(3):
-        record_start(tmp_path, 40, 2, 3, environ)
+        record_start(tmp_path, 40, 2, 3, environ=environ)
     with pytest.raises(UserError, match="restarted 3 times from step 40"):
-        record_start(tmp_path, 40, 2, 3, environ)
-    record_start(tmp_path, 50, 2, 3, environ)  # it has come on
+        record_start(tmp_path, 40, 2, 3, environ=environ)
+    record_start(tmp_path, 50, 2, 3, environ=environ)  # it has come on
     for _ in range(9):
-        record_start(tmp_path, 50, 2, 3, BY_HAND)  # a person may try as often as it takes
-    record_start(tmp_path, 50, 2, 3, environ)
+        record_start(tmp_path, 50, 2, 3, environ=BY_HAND)  # a person may try as often as it takes
+    record_start(tmp_path, 50, 2, 3, environ=environ)
     lines = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert len(lines) == 15
     assert lines[1]["step"] == 40
@@ -48,12 +48,12 @@ def test_restarts_in_vain_end(tmp_path, environ):
 
 
 def test_a_line_that_a_power_cut_tore_stops_nobody(tmp_path):
-    record_start(tmp_path, 7, 2, 1, BY_HAND)
+    record_start(tmp_path, 7, 2, 1, environ=BY_HAND)
     with (tmp_path / "starts.jsonl").open("a") as file:
         file.write('{"step": 7, "autom\n')
-    record_start(tmp_path, 7, 2, 1, BY_TORCHRUN)
+    record_start(tmp_path, 7, 2, 1, environ=BY_TORCHRUN)
     with pytest.raises(UserError, match="restarted 1 times"):
-        record_start(tmp_path, 7, 2, 1, BY_TORCHRUN)
+        record_start(tmp_path, 7, 2, 1, environ=BY_TORCHRUN)
 
 
 def test_the_age_of_a_process_counts_from_its_start():
