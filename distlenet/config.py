@@ -120,7 +120,7 @@ def describe(key: str) -> str:
         if get_origin(kind) is Literal:
             words.append(" or ".join(get_args(kind)))
         elif get_origin(kind) is list:
-            words.append("a list of keys")
+            words.append("a list of texts")
         elif kind is not type(None):
             words.append(names[kind])
     bounds = {"ge": "at least", "gt": "more than", "lt": "less than"}

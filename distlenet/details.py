@@ -12,9 +12,8 @@ from torch import Tensor
 
 from distlenet.distributed import sum_over_ranks
 from distlenet.files import replace_text, told
-from distlenet.tracking import Record
+from distlenet.tracking import TEST_FILE, Record
 
-FILE = "test.json"
 MISTAKES = 24
 """How many are kept."""
 
@@ -76,16 +75,7 @@ def write_details(folder: Path, confusion: Tensor, mistakes: Tensor, images: Ten
     ]
     content: Record = {"classes": list(classes), "confusion": confusion.tolist(), "mistakes": found}
     with told(folder):
-        replace_text(folder / FILE, json.dumps(content, indent=1) + "\n")
-
-
-def read_details(folder: Path) -> Record | None:
-    """Read what ``write_details`` wrote; None where there is nothing yet."""
-    path = folder / FILE
-    if not path.exists():
-        return None
-    content: Record = json.loads(path.read_text(encoding="utf-8"))
-    return content
+        replace_text(folder / TEST_FILE, json.dumps(content) + "\n")
 
 
 def to_png(image: Tensor) -> str:

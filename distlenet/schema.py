@@ -174,6 +174,31 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Where the numbers go besides the run folder and W&B."""
+
+    tensorboard: bool = setting(False, "Write TensorBoard's event files to RUN/tensorboard.")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = setting(
+        "auto", "auto: what WANDB_MODE says, else online where a key is configured, else offline."
+    )
+    project: str = setting("distlenet", "Project of the run.")
+    entity: str | None = setting(None, "User or team; null: the key's own.")
+    group: str | None = setting(None, "Group of runs.")
+    tags: list[str] = setting([], "Tags of the run.")
+    notes: str | None = setting(None, "Notes on the run.")
+    log_checkpoints: bool = setting(False, "Send the best checkpoint as an artifact.")
+    finish_s: float = setting(
+        15.0, "Seconds that W&B has at the end of a job; what it misses is sent by report --replay-wandb.", ge=0, lt=1e6
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run is made from."""
 
@@ -189,6 +214,8 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as nested dicts of plain values."""

@@ -20,7 +20,7 @@ from distlenet.data.sources import load_on_node
 from distlenet.distributed import all_or_none
 from distlenet.entry import parse_arguments, run_entry
 from distlenet.errors import Preempted, UserError, warn
-from distlenet.preemption import listening
+from distlenet.preemption import Preemption, listening
 from distlenet.progress import is_restart, process_age_s
 from distlenet.reduction import micro_batch_size
 from distlenet.schema import Config
@@ -28,6 +28,7 @@ from distlenet.session import Session, open_session
 from distlenet.tracking import Record, Trackers
 from distlenet.tracking.console import make_console
 from distlenet.tracking.history import History
+from distlenet.tracking.mirror import Mirror
 from distlenet.trainer import Trainer
 
 
@@ -58,7 +59,8 @@ def train(config: Config) -> Record:
         with all_or_none():
             if rank_0:
                 claim_folder(folder, lock)
-        tracker = Trackers([make_console(config.run.console), History(folder, to_yaml(config))] if rank_0 else [])
+        with all_or_none():
+            tracker = make_trackers(config, folder, preemption) if rank_0 else Trackers()
         try:
             trainer = Trainer(config, session, data, folder, tracker, preemption)
             try:
@@ -71,6 +73,12 @@ def train(config: Config) -> Record:
             tracker.close()
             lock.release()
     return summary
+
+
+def make_trackers(config: Config, folder: Path, preemption: Preemption) -> Trackers:
+    """Make what rank 0 tells: the console, the run's history, and then what mirrors that."""
+    mirror = Mirror(folder, config.to_dict(), preemption.seconds_left)
+    return Trackers([make_console(config.run.console), History(folder, to_yaml(config)), mirror])
 
 
 @contextmanager

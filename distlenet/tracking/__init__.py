@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 Record = dict[str, Any]
 
+TEST_FILE = "test.json"
+"""What a run's last test says beyond its two numbers; see ``distlenet.details``."""
+
 SPLITS = ("train", "train_epoch", "test")
 """The kinds of records, in the order in which they come after a step."""
 

@@ -14,10 +14,10 @@ FLOORS = [
     {"errors", "schema", "net", "world", "distributed", "exact", "files", "orphan", "allocator"},
     {
         *("config", "data", "optim", "precision", "metrics", "checkpoint", "tracking", "reduction", "replicas"),
-        *("preemption", "progress", "watchdog", "graph"),
+        *("preemption", "progress", "speed", "details", "watchdog", "graph"),
     },
     {"session", "checkpointer", "step", "trainer"},
-    {"entry", "train", "evaluate", "ledger", "data.__main__"},
+    {"entry", "mirror", "train", "evaluate", "ledger", "data.__main__"},
 ]
 
 

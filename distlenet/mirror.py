@@ -1,0 +1,144 @@
+"""``python -m distlenet.mirror RUN``: send a run's records to its trackers; started by ``distlenet.tracking.mirror``.
+
+Standard input says, a line each: what to do (JSON), that there is more, and how the run ended. Its end without such a
+line says that the training is gone.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from distlenet.errors import warn
+from distlenet.tracking import TEST_FILE, Record
+from distlenet.tracking.tensorboard import TensorBoard
+from distlenet.tracking.wandb import Wandb
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def put(self, record: Record) -> None:
+        """Take one record."""
+
+    def caught_up(self) -> None:
+        """All is there that was recorded before this start."""
+
+    def finish(self, outcome: str, summary: Record, details: Record | None) -> None:
+        """The run has ended: finished, preempted or failed."""
+
+
+class Tail:
+    """The records of a file to which lines are being added."""
+
+    def __init__(self, path: Path) -> None:
+        """Begin at the start of ``path``."""
+        self.path, self.offset = path, 0
+
+    def more(self) -> Iterator[Record]:
+        """Yield the whole lines since the last call."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self.offset += len(line)
+                yield json.loads(line)
+
+
+class Sinks:
+    """Several, of which one that fails is left out, and said so once."""
+
+    def __init__(self, makers: dict[str, Callable[[], Sink]]) -> None:
+        """Make each sink."""
+        self.sinks: dict[str, Sink] = {}
+        for name, make in makers.items():
+            self._guard(name, lambda name=name, make=make: self.sinks.update({name: make()}))  # type: ignore[misc]
+
+    def put(self, record: Record) -> None:
+        """Give each sink a record."""
+        self.each(lambda sink: sink.put(record))
+
+    def each(self, action: Callable[[Sink], None]) -> None:
+        """Do something with each sink that is left."""
+        for name, sink in list(self.sinks.items()):
+            self._guard(name, lambda sink=sink: action(sink))  # type: ignore[misc]
+
+    def _guard(self, name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever it is, training and the other sinks go on
+            self.sinks.pop(name, None)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            warn(f"{name}: {reason}; training goes on without, metrics.jsonl has everything")
+
+
+def make_sinks(folder: Path, start: Record) -> Sinks:
+    """Make what ``start`` asks for."""
+    makers: dict[str, Callable[[], Sink]] = {
+        "tensorboard": lambda: TensorBoard(folder),
+        "wandb": lambda: Wandb(folder, start["config"], start["facts"], start["wandb_mode"]),
+    }
+    return Sinks({name: make for name, make in makers.items() if name in start["wanted"]})
+
+
+def send(folder: Path, start: Record, told: Iterator[str], at_end: Callable[[], None] = lambda: None) -> None:
+    """Send what is there, then more whenever ``told``, until it says how the run ended; then call ``at_end`` first."""
+    tail = Tail(folder / "metrics.jsonl")
+    sinks = make_sinks(folder, start)
+
+    def catch_up() -> None:
+        for record in tail.more():
+            sinks.put(record)
+
+    catch_up()
+    sinks.each(lambda sink: sink.caught_up())
+    outcome = "failed"
+    for line in told:
+        if line != "more":
+            outcome = line
+            break
+        catch_up()
+    at_end()
+    catch_up()
+    summary = read_json(folder / "summary.json") if outcome == "finished" else None
+    sinks.each(lambda sink: sink.finish(outcome, summary or {}, read_json(folder / TEST_FILE)))
+
+
+def read_json(path: Path) -> Record | None:
+    """Read a JSON file; None where it is not there."""
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def main() -> None:
+    """Send, with the least claim to the processor, and never for longer than allowed after the training's end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the training takes them; its end says all
+    os.nice(19)
+    told = (line.strip() for line in sys.stdin)
+    start = json.loads(next(told))
+
+    def limit() -> None:
+        timer = threading.Timer(start["config"]["wandb"]["finish_s"], os.killpg, (0, signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+
+    folder = Path(sys.argv[1])
+    lock = FileLock(folder / ".mirror.lock")
+    with suppress(Timeout):  # that of an earlier start ends by itself soon; on another node it may hold the lock
+        lock.acquire(start["config"]["wandb"]["finish_s"] + 5)
+    send(folder, start, told, limit)
+
+
+if __name__ == "__main__":
+    main()

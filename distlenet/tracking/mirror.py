@@ -1,0 +1,114 @@
+"""W&B and TensorBoard, off the training's path: a process of its own sends on what ``metrics.jsonl`` says.
+
+``metrics.jsonl`` is the truth, and it is cut back when a run goes on from a checkpoint (see ``History``). The process
+that mirrors it starts anew with each start of the run, and gives each tracker what that does not have yet. So a run
+that was killed shows each step once, and a tracker that is slow, down or wrong costs training nothing.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distlenet.errors import Preempted, UserError, warn
+from distlenet.tracking import Record
+from distlenet.tracking.wandb import wandb_mode
+
+SPARE_S = 2.0
+"""What a job that was asked to stop keeps of its time for leaving."""
+
+
+class Mirror:
+    """Starts the process, tells it when there is more, and at the end waits for it, but not for long."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], seconds_left: Callable[[], float]) -> None:
+        """Mirror the run in ``folder``; ``seconds_left`` says how long this job may still take.
+
+        Raises UserError where a package is missing that the settings ask for.
+        """
+        self.folder, self.config, self.seconds_left = folder, config, seconds_left
+        self.wandb_mode = wandb_mode(config["wandb"]["mode"], os.environ)
+        self.wanted = []
+        if self.wandb_mode != "disabled":
+            self.wanted.append("wandb")
+        if config["tracking"]["tensorboard"]:
+            self.wanted.append("tensorboard")
+        for package in self.wanted:
+            if importlib.util.find_spec(package) is None:
+                setting = "wandb.mode=disabled" if package == "wandb" else "tracking.tensorboard=false"
+                raise UserError(f"package {package} is not installed: pip install {package}; or give {setting}")
+        self.process: subprocess.Popen[bytes] | None = None
+        self.outcome = "failed"
+
+    def start(self, facts: Record) -> None:
+        """Start the process; for a run that is complete there is nothing to send."""
+        if facts["complete"] or not self.wanted:
+            return
+        start = {"facts": facts, "config": self.config, "wanted": self.wanted, "wandb_mode": self.wandb_mode}
+        command = [sys.executable, "-m", "distlenet.mirror", str(self.folder)]
+        try:
+            # A session of its own: Ctrl-C is for the training, whose end the process sees by its standard input.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, "WANDB_SILENT": "true"},
+            )
+        except OSError as error:
+            warn(f"{' and '.join(self.wanted)}: cannot be started: {error.strerror}; training goes on without")
+            return
+        assert self.process.stdin is not None
+        self._tell(json.dumps(start))
+        os.set_blocking(self.process.stdin.fileno(), False)
+
+    def log(self, record: Record) -> None:  # noqa: ARG002
+        """Say that there is more."""
+        self._tell("more")
+
+    def sync(self) -> None:
+        """Nothing is kept here."""
+
+    def finish(self, summary: Record) -> None:  # noqa: ARG002
+        """Note that the run reached its end."""
+        self.outcome = "finished"
+
+    def close(self) -> None:
+        """Say how the run ended, and wait until that is sent, ``wandb.finish_s`` at most."""
+        if self.process is None:
+            return
+        if isinstance(sys.exception(), Preempted):
+            self.outcome = "preempted"
+        self._tell(self.outcome)
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        limit = max(0.0, min(self.config["wandb"]["finish_s"], self.seconds_left() - SPARE_S))
+        try:
+            self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            end_group(self.process.pid)
+            self.process.wait()
+            warn(
+                f"W&B did not take everything within {limit:.0f} s (wandb.finish_s); nothing is lost: "
+                f"python -m distlenet.report {self.folder} --replay-wandb"
+            )
+        self.process = None
+
+    def _tell(self, line: str) -> None:
+        """Write a line to the process; one that is gone, or does not read, misses it."""
+        if self.process is not None and self.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                os.write(self.process.stdin.fileno(), line.encode() + b"\n")
+
+
+def end_group(leader: int) -> None:
+    """Kill a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)

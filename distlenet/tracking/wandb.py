@@ -1,0 +1,179 @@
+"""Weights & Biases: one run per job, in which each line of ``metrics.jsonl`` is a row.
+
+A row's number is made from the optimizer step and the kind of record, so a row that W&B has already is known. Each
+has its optimizer step in it, the axis of all charts. Source: https://docs.wandb.ai/models/ref/python
+"""
+
+import base64
+import io
+import netrc
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from distlenet.errors import warn
+from distlenet.tracking import SPLITS, Record
+
+INIT_S = 30.0
+"""Seconds that W&B has to answer at the start, before the run is kept offline."""
+
+
+def wandb_mode(mode: str, environ: Mapping[str, str]) -> str:
+    """Resolve ``wandb.mode``: auto follows WANDB_MODE, else is online where a key is configured, else offline."""
+    if mode != "auto":
+        return mode
+    if (given := environ.get("WANDB_MODE", "")) in ("online", "offline", "disabled"):
+        return given
+    return "online" if has_key(environ) else "offline"
+
+
+def has_key(environ: Mapping[str, str]) -> bool:
+    """Say whether W&B's client will find a key without asking: in the environment or in a netrc file."""
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    home = Path(environ.get("HOME", "~")).expanduser()
+    for path in (environ.get("NETRC"), home / ".netrc", home / "_netrc"):
+        with suppress(OSError, netrc.NetrcParseError):
+            if path and netrc.netrc(path).authenticators(host):
+                return True
+    return False
+
+
+class Wandb:
+    """Sends a run's records to W&B, or keeps them in its offline format below ``RUN/wandb``."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], facts: Record, mode: str) -> None:
+        """Begin or continue the run ``facts["run_id"]``. What fails online is kept offline, and said once."""
+        import wandb
+
+        self.wandb, self.folder, self.settings = wandb, folder, config["wandb"]
+        before = set((folder / "wandb").glob(f"offline-run-*-{facts['run_id']}"))
+        self.run: Any = None
+        if mode == "online":
+            try:
+                self.run = self._init(config, facts, "online")
+            except Exception as error:  # whatever it is: a wrong key, no network, a server's mistake
+                warn(f"W&B: {in_a_line(error)}; this run is kept offline, wandb sync sends it later")
+        if self.run is None:
+            self.run = self._init(config, facts, "offline")
+        self.run.define_metric("step", hidden=True)
+        for split in SPLITS:
+            self.run.define_metric(f"{split}/*", step_metric="step")
+        self.next_row = self.run.step  # W&B has the rows before; offline it has none
+        self.stale = [path for path in before if not list(path.glob("*.synced"))]
+        self.last_step = 0
+
+    def _init(self, config: dict[str, Any], facts: Record, mode: Literal["online", "offline"]) -> Any:
+        given = self.settings
+        return self.wandb.init(
+            mode=mode,
+            id=facts["run_id"],
+            resume="allow",
+            name=self.folder.name,
+            project=given["project"],
+            entity=given["entity"],
+            group=given["group"],
+            tags=given["tags"],
+            notes=given["notes"],
+            dir=str(self.folder),
+            config={**config, "environment": environment(facts)},
+            settings=self.wandb.Settings(
+                silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_S
+            ),
+        )
+
+    def put(self, record: Record) -> None:
+        """Send one record, unless W&B has it."""
+        number = row_number(record)
+        self.last_step = record["step"]
+        if number >= self.next_row:
+            self.run.log(row(record), step=number)
+            self.next_row = number + 1
+
+    def caught_up(self) -> None:
+        """All that was recorded before this start is sent: offline files that hold parts of it are not needed."""
+        for path in self.stale:
+            shutil.rmtree(path, ignore_errors=True)
+        self.stale = []
+
+    def finish(self, outcome: str, summary: Record, details: Record | None) -> None:
+        """End the run; ``outcome`` is finished, preempted or failed."""
+        if outcome == "finished":
+            if details is not None:
+                try:
+                    tables = self._tables(details)
+                    self.run.log({"step": self.last_step, **tables}, step=self.next_row)
+                except Exception as error:  # the numbers are worth more than the pictures
+                    warn(f"W&B: {in_a_line(error)}; this run has no tables there, report.html has them")
+            self.run.summary.update({k: v for k, v in summary.items() if v is not None})
+            best = self.folder / "checkpoints" / "best.pt"
+            if self.settings["log_checkpoints"] and best.exists():
+                artifact = self.wandb.Artifact(f"{self.folder.name}-best", type="model")
+                artifact.add_file(str(best))
+                self.run.log_artifact(artifact)
+        elif outcome == "preempted":
+            self.run.mark_preempting()
+        self.run.finish(exit_code=0 if outcome == "finished" else 1)
+
+    def _tables(self, details: Record) -> dict[str, Any]:
+        from PIL import Image
+
+        wandb, names = self.wandb, details["classes"]
+        cells = [
+            [names[label], names[predicted], count]
+            for label, counts in enumerate(details["confusion"])
+            for predicted, count in enumerate(counts)
+        ]
+        columns = ["Actual", "Predicted", "nPredictions"]
+        mistakes = wandb.Table(columns=["image", "label", "predicted", "confidence", "index"])
+        for found in details["mistakes"]:
+            picture = wandb.Image(Image.open(io.BytesIO(base64.b64decode(found["png"]))))
+            label, predicted = names[found["label"]], names[found["predicted"]]
+            mistakes.add_data(picture, label, predicted, found["confidence"], found["index"])
+        confusion = wandb.plot_table(
+            "wandb/confusion_matrix/v1",
+            wandb.Table(columns=columns, data=cells),
+            {name: name for name in columns},
+            {"title": "Test set"},
+        )
+        return {"test/confusion_matrix": confusion, "test/surest_mistakes": mistakes}
+
+
+def in_a_line(error: Exception) -> str:
+    """Say what went wrong."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def row_number(record: Record) -> int:
+    """Number a record: rows of one step follow each other in the order of ``SPLITS``."""
+    return len(SPLITS) * int(record["step"]) + SPLITS.index(record["split"])
+
+
+def row(record: Record) -> Record:
+    """Write a record as W&B's row: ``train/loss`` and so on, without what is null."""
+    axis = {key: record[key] for key in ("step", "epoch")}
+    rest = {k: v for k, v in record.items() if k not in ("split", "step", "epoch") and v is not None}
+    return {**axis, **{f"{record['split']}/{key}": value for key, value in rest.items()}}
+
+
+def environment(facts: Record) -> Record:
+    """Say where a run computes and with what: hosts, device, versions, git commit, SLURM's job id. No secrets."""
+    found: Record = {key: facts[key] for key in ("world_size", "backend", "device", "precision") if key in facts}
+    found["hosts"] = sorted(set(facts.get("hosts", [])))
+    for package in ("distlenet", "torch", "torchvision", "wandb"):
+        with suppress(PackageNotFoundError):
+            found[f"{package}_version"] = version(package)
+    with suppress(OSError, subprocess.SubprocessError):
+        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True)
+        found["git_commit"] = answer.stdout.strip()
+    if job := os.environ.get("SLURM_JOB_ID"):
+        found["slurm_job_id"] = job
+    return found

@@ -1,0 +1,138 @@
+"""W&B's real client, offline and against a stand-in for its server on loopback."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_command
+from wandb_server import WandbServer
+
+from distlenet.tracking import OF_THE_MACHINE
+from distlenet.tracking.wandb import row, row_number
+
+pytestmark = pytest.mark.ranks
+
+WORDS = ("data.name=digits", "train.epochs=4", "train.log_every=5", "checkpoint.every_steps=4", "run.name=run")
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from distlenet import train, trainer
+from distlenet.entry import run_entry
+whole = trainer.Trainer.train_step
+def step(self, *batch):
+    whole(self, *batch)
+    mark = self.folder / "died"
+    if self.at.step == 32 and not mark.exists() and self.world.rank == 0:
+        self.checkpointer.files.wait()
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer.Trainer.train_step = step
+run_entry(train.main)
+"""
+
+
+@pytest.fixture
+def server():
+    server = WandbServer()
+    yield server
+    server.close()
+
+
+def torchrun(ranks: int, *words: object, env: dict[str, str]):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    return run_command(*launcher, *words, env=env)
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def offline_rows(run: Path) -> tuple[str, list[dict]]:
+    """Read an offline run with W&B's own reader: its id, and the rows of its history."""
+    (folder,) = (run / "wandb").glob("offline-run-*")
+    inspect = (sys.executable, "-m", "wandb", "leet", "inspect", folder, "--json")
+    found = [json.loads(line) for line in run_command(*inspect).succeeded().stdout.splitlines()]
+    summary = json.loads(run_command(*inspect, "--summary").succeeded().stdout)
+    return summary["run_id"], [record["history"]["item"] for record in found if record["type"] == "history"]
+
+
+def same(rows: list[dict], records: list[dict], leave_out=frozenset()) -> None:
+    """Check that ``rows`` are ``records``, each once and in order, and perhaps one with pictures behind them."""
+    rows = [r for r in rows if not any(key.startswith("test/surest_mistakes") for key in r)]
+    assert [r["_step"] for r in rows] == [row_number(record) for record in records]
+    for mine, record in zip(rows, records, strict=True):
+        kept = {k: v for k, v in row(record).items() if k.partition("/")[2] not in leave_out}
+        assert {key: mine.get(key) for key in kept} == kept
+
+
+def test_an_offline_run_that_was_killed_has_each_step_once(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(DIES)
+    environ = {"WANDB_MODE": "offline"}
+    command = (program, *WORDS, f"run.dir={tmp_path}")
+    assert torchrun(2, *command, env=environ).status != 0
+    first = json.loads((tmp_path / "run/starts.jsonl").read_text())["run_id"]
+    assert lines(tmp_path / "run")[-1]["step"] == 29
+    ended = torchrun(2, *command, env=environ).succeeded()
+    assert "resumed at step 28" in ended.stdout
+    run_id, rows = offline_rows(tmp_path / "run")
+    assert run_id == first
+    same(rows, lines(tmp_path / "run"))
+
+
+def test_an_online_run_of_four_ranks_that_was_killed_is_one_run_with_each_step_once(tmp_path, server):
+    program = tmp_path / "program.py"
+    program.write_text(DIES)
+    command = (program, *WORDS, f"run.dir={tmp_path}", "checkpoint.every_steps=7")
+    assert torchrun(4, *command, env=server.environ).status != 0
+    ended = torchrun(4, *command, env=server.environ).succeeded()
+    assert "resumed at step 28" in ended.stdout
+    (run_id,) = server.rows
+    assert run_id == json.loads((tmp_path / "run/starts.jsonl").read_text().splitlines()[0])["run_id"]
+    # Step 29 was recorded by both starts. What was learned is the same to the bit, what a clock measured is not.
+    same(server.history(run_id), lines(tmp_path / "run"), OF_THE_MACHINE)
+    assert server.sent_rows == len(server.history(run_id))
+    assert server.configs[run_id]["train"]["value"]["log_every"] == 5
+    assert "k" * 40 not in json.dumps(server.configs)
+
+
+def closed_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("manner", ["error", "hang", "drop", "nobody there"])
+def test_a_bad_server_costs_a_warning(tmp_path, server, manner):
+    server.manner = manner
+    environ = {**server.environ, **({"WANDB_BASE_URL": closed_port()} if manner == "nobody there" else {})}
+    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_s=0.5")
+    ended = run_command(*command, env=environ).succeeded()
+    assert ended.stderr.count("distlenet:") == 1
+    assert "W&B did not take everything within 0 s" in ended.stderr or "W&B" in ended.stderr
+    assert [r["step"] for r in lines(tmp_path / "run") if r["split"] == "test"] == [12, 24, 36, 48]
+    assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 48
+
+
+def test_training_begins_before_wandb_answers(tmp_path, server):
+    """The run is at its end while the server has not answered the first question yet."""
+    server.manner = "hang"
+    command = [sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_s=600"]
+    environ = {**os.environ, **server.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert any(line.startswith("Files of this run") for line in process.stdout)
+        assert not server.rows  # nothing was answered
+        server.released.set()
+        server.manner = "well"
+        process.wait(60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    (run_id,) = server.rows
+    same(server.history(run_id), lines(tmp_path / "run"))

@@ -1,0 +1,185 @@
+"""W&B's settings, its rows, TensorBoard, and the process that sends to both."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from distlenet import mirror
+from distlenet.config import load_config
+from distlenet.errors import UserError
+from distlenet.mirror import Sinks, Tail, send
+from distlenet.tracking.mirror import Mirror
+from distlenet.tracking.tensorboard import TensorBoard
+from distlenet.tracking.wandb import has_key, row, row_number, wandb_mode
+
+pytestmark = pytest.mark.unit
+
+RECORD = {"split": "train", "step": 50, "epoch": 2, "batch": 3, "loss": 0.25, "accuracy": None, "slowest_host": "n1"}
+
+
+def test_auto_follows_the_environment_then_the_key(tmp_path):
+    home = {"HOME": str(tmp_path)}
+    assert wandb_mode("auto", home) == "offline"
+    assert wandb_mode("auto", {**home, "WANDB_API_KEY": "x"}) == "online"
+    assert wandb_mode("auto", {**home, "WANDB_API_KEY": "x", "WANDB_MODE": "disabled"}) == "disabled"
+    assert wandb_mode("online", {**home, "WANDB_MODE": "disabled"}) == "online"
+
+
+def test_a_key_in_a_netrc_is_one_for_its_host_alone(tmp_path):
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert has_key({"HOME": str(tmp_path)})
+    assert not has_key({"HOME": str(tmp_path), "WANDB_BASE_URL": "https://wandb.example.org"})
+    (tmp_path / ".netrc").write_text("machine\n")  # torn
+    assert not has_key({"HOME": str(tmp_path)})
+
+
+def test_rows_are_numbered_by_step_and_kind():
+    splits = ("train", "train_epoch", "test")
+    numbers = [row_number({"step": step, "split": split}) for step in (0, 1, 2) for split in splits]
+    assert numbers == list(range(9))
+
+
+def test_a_row_names_the_split_and_leaves_out_what_is_null():
+    expected = {"step": 50, "epoch": 2, "train/batch": 3, "train/loss": 0.25, "train/slowest_host": "n1"}
+    assert row(RECORD) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["wandb.mode=online"], r"package wandb is not installed: pip install wandb; or give wandb\.mode=disabled"),
+        (["wandb.mode=disabled", "tracking.tensorboard=true"], r"package tensorboard .*tracking\.tensorboard=false"),
+    ],
+)
+def test_a_missing_package_is_told_before_training(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=message):
+        Mirror(tmp_path, load_config([], settings).to_dict(), lambda: 1.0)
+
+
+def test_nothing_is_started_where_nothing_is_wanted(tmp_path):
+    mirror = Mirror(tmp_path, load_config([], ["wandb.mode=disabled"]).to_dict(), lambda: 1.0)
+    mirror.start({"complete": False})
+    assert mirror.process is None
+    mirror.log(RECORD)
+    mirror.close()
+
+
+def test_the_tail_gives_whole_lines_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}\n{"a":')
+    tail = Tail(path)
+    assert list(tail.more()) == [{"a": 1}]
+    with path.open("a") as file:
+        file.write(' 2}\n{"a": 3}\n')
+    assert list(tail.more()) == [{"a": 2}, {"a": 3}]
+    assert list(tail.more()) == []
+
+
+class Kept:
+    def __init__(self, fails_at=None):
+        self.records, self.ended, self.fails_at = [], None, fails_at
+
+    def put(self, record):
+        if record["step"] == self.fails_at:
+            raise ConnectionError("gone\nfor good")
+        self.records.append(record["step"])
+
+    def caught_up(self):
+        self.records.append("caught up")
+
+    def finish(self, outcome, summary, details):
+        self.ended = (outcome, summary, details)
+
+
+def test_what_fails_is_left_out_and_the_others_have_everything(tmp_path, monkeypatch, capsys):
+    good, bad = Kept(), Kept(fails_at=2)
+    monkeypatch.setattr(mirror, "make_sinks", lambda *_: Sinks({"bad": lambda: bad, "good": lambda: good}))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+
+    def told():
+        with path.open("a") as file:
+            file.write('{"step": 2}\n{"step": 3}\n')
+        yield "more"
+        with path.open("a") as file:
+            file.write('{"step": 4}\n')
+        (tmp_path / "summary.json").write_text('{"steps": 4}')
+        yield "finished"
+
+    send(tmp_path, {}, told())
+    assert good.records == [1, "caught up", 2, 3, 4]
+    assert good.ended == ("finished", {"steps": 4}, None)
+    assert (bad.records, bad.ended) == ([1, "caught up"], None)
+    assert capsys.readouterr().err.count("bad: ConnectionError: gone for good; training goes on without") == 1
+
+
+def test_a_training_that_is_gone_has_failed(tmp_path, monkeypatch):
+    kept = Kept()
+    monkeypatch.setattr(mirror, "make_sinks", lambda *_: Sinks({"kept": lambda: kept}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "summary.json").write_text("{}")  # of an earlier, longer run
+    send(tmp_path, {}, iter(["more"]))
+    assert kept.ended == ("failed", {}, None)
+
+
+def test_tensorboard_has_the_last_starts_numbers_once(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for losses in ([0.5, 0.4, 0.3], [0.5, 0.45]):
+        board = TensorBoard(tmp_path)
+        for step, loss in enumerate(losses):
+            board.put({"split": "train", "step": step, "time": 100.0 + step, "loss": loss, "slowest_host": "n1"})
+        board.caught_up()
+        board.finish("finished", {}, None)
+    seen = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    seen.Reload()
+    assert seen.Tags()["tensors"] == ["train/loss"]
+    events = seen.Tensors("train/loss")
+    assert [(event.step, event.wall_time) for event in events] == [(0, 100.0), (1, 101.0)]
+    assert [event.tensor_proto.float_val[0] for event in events] == pytest.approx([0.5, 0.45])
+
+
+def test_one_that_does_not_end_is_ended(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.jsonl").write_text("")
+    config = load_config([], ["wandb.mode=offline", "wandb.finish_s=30"]).to_dict()
+    mirror = Mirror(tmp_path, config, lambda: 2.25)  # the job was asked to stop: 2 s are kept for leaving
+    real = __import__("subprocess").Popen
+    sleeper = ["sleep", "600"]
+    monkeypatch.setattr("distlenet.tracking.mirror.subprocess.Popen", lambda _, **more: real(sleeper, **more))
+    mirror.start({"complete": False})
+    process = mirror.process
+    for _ in range(3):
+        mirror.log(RECORD)
+    started = time.monotonic()
+    mirror.close()
+    assert time.monotonic() - started < 20  # of 600
+    assert process.returncode == -9
+    assert "--replay-wandb" in capsys.readouterr().err
+
+
+def test_a_full_pipe_does_not_stop_the_training(tmp_path, monkeypatch):
+    config = load_config([], ["wandb.mode=offline", "wandb.finish_s=0"]).to_dict()
+    mirror = Mirror(tmp_path, config, lambda: 25.0)
+    real = __import__("subprocess").Popen
+    monkeypatch.setattr("distlenet.tracking.mirror.subprocess.Popen", lambda _, **more: real(["sleep", "600"], **more))
+    mirror.start({"complete": False})
+    for _ in range(100_000):  # 500 kB: more than a pipe holds
+        mirror.log(RECORD)
+    mirror.close()
+
+
+def test_the_start_says_all_that_is_needed(tmp_path, monkeypatch):
+    said = []
+    process = SimpleNamespace(stdin=SimpleNamespace(fileno=lambda: 0, close=lambda: None), pid=0, wait=lambda _: 0)
+    monkeypatch.setattr("distlenet.tracking.mirror.subprocess.Popen", lambda *_, **more: said.append(more) or process)
+    monkeypatch.setattr("distlenet.tracking.mirror.os.set_blocking", lambda *_: None)
+    monkeypatch.setattr("distlenet.tracking.mirror.os.write", lambda _, line: said.append(line))
+    mirror = Mirror(tmp_path, load_config([], ["wandb.mode=offline"]).to_dict(), lambda: 25.0)
+    mirror.start({"complete": False, "run_id": "abc"})
+    start = json.loads(said[1])
+    assert (start["facts"]["run_id"], start["wanted"], start["wandb_mode"]) == ("abc", ["wandb"], "offline")
+    mirror.finish({})
+    mirror.close()
+    assert said[-1] == b"finished\n"
