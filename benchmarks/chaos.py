@@ -53,7 +53,9 @@ def launch(ranks: int, *words: object, log: Path) -> subprocess.Popen[bytes]:
     agent = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=1000000")
     command = [sys.executable, *agent, *(str(word) for word in words)]
     with log.open("ab") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+        )
 
 
 def children(pid: int) -> list[int]:

@@ -76,7 +76,7 @@ def main() -> None:
     print("| ---: | ---: | ---: | ---: |", flush=True)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}")
     for batch in arguments.batches:
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
         subprocess.run([*launcher, __file__, "--batches", str(batch)], env=environ, check=True)
 
 

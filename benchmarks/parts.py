@@ -117,7 +117,7 @@ def main() -> None:
     for ranks in arguments.ranks:
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
         for batch in arguments.batches:
-            environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+            environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
             subprocess.run([*launcher, __file__, "--batches", str(batch)], env=environ, check=True)
 
 

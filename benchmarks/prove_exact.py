@@ -46,7 +46,7 @@ def start(ranks: int, folder: Path, settings: list[str]) -> list[subprocess.Pope
         processes.append(
             subprocess.Popen(
                 words,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **environ},
                 process_group=processes[0].pid if processes else 0,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

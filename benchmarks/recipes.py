@@ -23,7 +23,7 @@ def train(recipe: str, seed: int, ranks: int, settings: list[str]) -> tuple[floa
     with tempfile.TemporaryDirectory(prefix="recipe-") as runs:
         words = ["-m", "distlenet.train", "--config", REPO / f"configs/{recipe}.yaml", f"seed={seed}", *settings]
         command = [*launcher, *words, f"run.dir={runs}", "run.name=run"]
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
         subprocess.run(command, env=environ, check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((Path(runs) / "run/summary.json").read_text())
     return summary["test_accuracy"], summary["train_s"]

@@ -59,7 +59,7 @@ def training(ranks: int, *settings: str) -> str:
         script.write_text(TRAINING)
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
         words = ("device=cpu", f"run.dir={folder}", "run.name=run", "train.global_batch_size=256", *settings)
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
         subprocess.run([*launcher, script, *words], env=environ, check=True, stdout=subprocess.DEVNULL)
         memory = [json.loads(path.read_text()) for path in (Path(folder) / "run").glob("memory-*")]
         speed = json.loads((Path(folder) / "run/summary.json").read_text())["train_images_per_s"]

@@ -58,7 +58,7 @@ class Setting:
 def torchrun(ranks: int, *words: object) -> str:
     """Run a program on ``ranks`` ranks with one thread each, and return what it prints."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     command = [*launcher, *map(str, words)]
     ended = subprocess.run(command, env=environ, capture_output=True, text=True)
     if ended.returncode:

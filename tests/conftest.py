@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from distlenet.data.download import locate
 
+os.environ["WANDB_MODE"] = "disabled"  # but in the tests that are about it
+
 LIMIT_S = 90.0  # of one wait for a command under way; several times what it needs on two cores
 REPO = Path(__file__).resolve().parent.parent
 
