@@ -4,6 +4,7 @@
 # make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; nothing is lost
 # make bench [ARGS="--only exact"]                    measure; writes benchmarks/RESULTS.md
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
+# make test-browser                                   as root on Debian: install Chromium, look at a report in it
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,21 +12,21 @@ ARGS   ?=
 # Processes on this machine: one for every GPU, or else 2 on the CPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-.PHONY: help train data test test-cluster chaos bench prove-exact lint format clean
+.PHONY: help train data test test-cluster test-browser chaos bench prove-exact lint format clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -8
 
 train: data
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m distlenet.train $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m distlenet.train run.report=always $(ARGS)
 
 data: $(VENV)/.installed
 	@$(BIN)/python -m distlenet.data $(ARGS)
 
 test: $(VENV)/.installed-dev lint
 	@$(BIN)/python -m distlenet.data
-	$(BIN)/pytest --ignore=tests/cluster
+	$(BIN)/pytest --ignore=tests/cluster --ignore=tests/browser
 
 chaos: $(VENV)/.installed
 	@$(BIN)/python benchmarks/chaos.py $(ARGS)
@@ -35,6 +36,11 @@ test-cluster: $(VENV)/.installed-dev
 	@command -v slurmctld > /dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM) > /dev/null; }
 	DISTLENET_SLURM=required $(BIN)/pytest tests/cluster
+
+test-browser: $(VENV)/.installed-dev
+	@command -v chromium > /dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; }
+	DISTLENET_BROWSER=required $(BIN)/pytest tests/browser
 
 prove-exact: $(VENV)/.installed
 	@$(BIN)/python benchmarks/prove_exact.py $(ARGS)

@@ -36,8 +36,11 @@ def _tell_agent_to_stop() -> None:
         os.kill(os.getppid(), signal.SIGTERM)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and exit."""
+
     def error(self, message: str) -> NoReturn:
+        """Say what is wrong."""
         raise UserError(f"{self.prog}: {message}")
 
 
@@ -46,7 +49,7 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = No
 
     Raises UserError for anything else; ``--help`` prints all settings and exits.
     """
-    parser = _Parser(
+    parser = Parser(
         f"python -m {prog}",
         description=description,
         epilog="settings:\n"
@@ -86,6 +89,8 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
             if _speaks_for_others(node_alone=False):
                 warn(str(stopped))
             return PREEMPTED
+        except BrokenPipeError:  # nobody reads on (``| head``)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except KeyboardInterrupt:
             if _speaks_for_others(node_alone=False):
                 warn("interrupted; a run goes on from its newest checkpoint when the same command is typed again")

@@ -10,7 +10,7 @@ from pathlib import Path
 from distlenet.checkpoint.file import State, load_checkpoint, load_model
 from distlenet.checkpoint.folder import find_checkpoint
 from distlenet.config import load_config
-from distlenet.data.augment import Prepare
+from distlenet.data.augment import Prepare, measure
 from distlenet.data.loader import Loader
 from distlenet.data.sampler import ShardSampler
 from distlenet.data.sources import load_on_node
@@ -47,7 +47,7 @@ def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
         data = load_on_node(config.data, world)
         shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
         loader = Loader(data.test, shard, 0, device)
-        prepare = Prepare(data.train.images, "none", config.seed)
+        prepare = Prepare(*measure(data.train.images))
 
         def going_on(batch: int) -> bool:
             session.watchdog.beat(batch)

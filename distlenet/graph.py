@@ -22,13 +22,16 @@ WARM_UP = 11
 """Steps before the recording: DistributedDataParallel times some of its first ten with events of its own."""
 
 
-class Body(Protocol):
-    """The device's part of a step."""
+class Step(Protocol):
+    """What is recorded."""
 
-    def __call__(
+    def compute(
         self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int | Tensor, step: int, count: int
     ) -> None:
-        """Learn from a rank's share of global batch number ``step`` of a run, of ``count`` images over all ranks."""
+        """Do the device's part of step ``step``, on a rank's share of a global batch of ``count`` images."""
+
+    def seed(self, step: int) -> None:
+        """Seed the generator for a step of one micro-batch."""
 
 
 def record_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
@@ -55,7 +58,7 @@ def is_recorded(device: torch.device) -> bool:
 
 
 class GraphedStep:
-    """``body``, recorded at its first full global batch after ``WARM_UP`` others; shorter ones run as they are.
+    """A step, recorded at the first full global batch after ``WARM_UP`` others; shorter ones run as they are.
 
     NCCL wants a collective to be recorded by all ranks or by none: so which steps are replayed depends only on what
     all of them know, and when recording fails on one of them, all go on without.
@@ -63,15 +66,13 @@ class GraphedStep:
 
     def __init__(
         self,
-        body: Body,
         optimizer: Optimizer,
         full: int,
-        seed: Callable[[int], None],
         device: torch.device,
         record: Callable[[Callable[[], None]], Callable[[], None]] = record_cuda_graph,
     ) -> None:
-        """Wrap ``body``. ``full``: images of a full global batch; ``seed``: seeds the generator for a step."""
-        self.body, self.optimizer, self.full, self.seed, self.record = body, optimizer, full, seed, record
+        """Record steps of ``optimizer`` on global batches of ``full`` images."""
+        self.optimizer, self.full, self.record = optimizer, full, record
         self.warm_up = WARM_UP
         self.failed = False
         self.replay: Callable[[], None] | None = None
@@ -79,32 +80,32 @@ class GraphedStep:
         self.epoch = torch.zeros((), dtype=torch.int64, device=device)
         self.lr = torch.zeros((), device=device)  # float32: what fused optimizers read
 
-    def __call__(
-        self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int | Tensor, step: int, count: int
+    def take(
+        self, of: Step, images: Tensor, labels: Tensor, indices: Tensor, epoch: int, step: int, count: int
     ) -> None:
-        """Take one step, as ``body`` would."""
+        """Take one step, as ``of.compute`` would."""
         self.lr.fill_(self.optimizer.param_groups[0]["lr"])
         with self.settings_on_device():
             if count == self.full and not self.failed and self.warm_up == 0:
                 if self.replay is None:
-                    self.prepare((images, labels, indices), step)
+                    self.prepare(of, (images, labels, indices), step)
                 if self.replay is not None:
                     for place, part in zip(self.inputs, (images, labels, indices), strict=True):
                         place.copy_(part, non_blocking=True)
                     self.epoch.fill_(epoch)
-                    self.seed(step)
+                    of.seed(step)
                     self.replay()
                     return
             self.warm_up = max(0, self.warm_up - 1)
-            self.body(images, labels, indices, epoch, step, count)
+            of.compute(images, labels, indices, epoch, step, count)
 
-    def prepare(self, batch: tuple[Tensor, Tensor, Tensor], step: int) -> None:
+    def prepare(self, of: Step, batch: tuple[Tensor, Tensor, Tensor], step: int) -> None:
         """Record the step. A collective."""
         self.inputs = [torch.empty_like(part) for part in batch]
         images, labels, indices = self.inputs
         reason = ""
         try:
-            self.replay = self.record(lambda: self.body(images, labels, indices, self.epoch, step, self.full))
+            self.replay = self.record(lambda: of.compute(images, labels, indices, self.epoch, step, self.full))
         except RuntimeError as error:  # what cannot be recorded: a look at a value on the device, say
             reason = f": {error}".splitlines()[0]
         if any_rank(self.replay is None, self.lr.device):

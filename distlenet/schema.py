@@ -37,6 +37,9 @@ class RunConfig:
         "auto",
         "auto: a progress bar on a terminal, else plain lines; tutorial: the PyTorch tutorial's lines.",
     )
+    report: Literal["auto", "always", "never"] = setting(
+        "auto", "Write report.html at the end; auto: on a terminal, or where the run took a minute."
+    )
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,21 @@ T = TypeVar("T")
 class Speed:
     """Images of all ranks per second, while training, and this rank's times for loading, computing and waiting.
 
-    A rank's own time in a step ends when its last gradient is there (``ready``); then it waits for the others, until
-    the step is ``done``. So a rank that is slow shows by its own time, though all ranks take equally many steps.
+    From when its last gradient is there (``ready``) until those of all are added (``reduced``) a rank waits; the rest
+    of a step is its own time. So a rank that is slow shows by that, though all ranks take equally many steps.
     """
 
     def __init__(self, device: torch.device, hosts: Sequence[str]) -> None:
         """Start with nothing measured, for a rank on ``device``; ``hosts`` has the host name of each rank."""
         self.device, self.hosts = device, hosts
         self.images, self.seconds = 0, 0.0
-        self.started = self.window_started = self.step_started = self.ready_at = 0.0
+        self.started = self.window_started = self.step_started = self.ready_at = self.reduced_at = 0.0
         self.window_images = 0
         self.mine, self.load_s, self.own_s, self.wait_s = 0, 0.0, 0.0, 0.0  # of this rank, in the window
-        self.clocks: list[torch.cuda.Event] = []  # on a GPU, of the last step: begin, ready, done
-        self.seen = [False, False, False]
+        self.clocks: list[torch.cuda.Event] = []  # on a GPU, of the last step: begin, ready, reduced, done
+        self.seen = [False] * 4
         if device.type == "cuda":
-            self.clocks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+            self.clocks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
 
     def start(self) -> None:
         """Begin to measure."""
@@ -48,7 +48,7 @@ class Speed:
             except StopIteration:
                 return
             self.load_s += time.perf_counter() - self.step_started
-            self.seen = [False, False, False]
+            self.seen = [False] * 4
             self._tick(0)
             yield batch
 
@@ -57,12 +57,18 @@ class Speed:
         self.ready_at = time.perf_counter()
         self._tick(1)
 
+    def reduced(self) -> None:
+        """Note that the gradients of all ranks are added. No host sync."""
+        self.reduced_at = time.perf_counter()
+        self._tick(2)
+
     def done(self, images: int, mine: int) -> None:
         """Count one step: the images of all ranks, and this rank's own. No host sync."""
         now = time.perf_counter()
-        self._tick(2)
-        self.own_s += self.ready_at - self.step_started
-        self.wait_s += now - self.ready_at
+        self._tick(3)
+        wait = self.reduced_at - self.ready_at
+        self.own_s += now - self.step_started - wait
+        self.wait_s += wait
         self.images += images
         self.window_images += images
         self.mine += mine
@@ -111,10 +117,10 @@ class Speed:
             return self.own_s, self.wait_s
         if not all(self.seen):
             return float("nan"), float("nan")
-        self.clocks[2].synchronize()  # host sync
-        own, wait = self.clocks[0].elapsed_time(self.clocks[1]), self.clocks[1].elapsed_time(self.clocks[2])
+        self.clocks[3].synchronize()  # host sync
+        share = self.clocks[1].elapsed_time(self.clocks[2]) / self.clocks[0].elapsed_time(self.clocks[3])
         rest = seconds - self.load_s
-        return self.load_s + rest * own / (own + wait), rest * wait / (own + wait)
+        return self.load_s + rest * (1 - share), rest * share
 
 
 def summarise(rows: Tensor, hosts: Sequence[str]) -> Record:

@@ -9,7 +9,7 @@ from distlenet.checkpoint.file import State
 from distlenet.data.augment import Prepare
 from distlenet.errors import UserError, warn
 from distlenet.exact import seed_micro_batch
-from distlenet.graph import Body, GraphedStep, is_recorded
+from distlenet.graph import GraphedStep, is_recorded
 from distlenet.metrics import Meter
 from distlenet.net import make_net
 from distlenet.optim import load_optimizer, make_optimizer, make_schedule
@@ -40,7 +40,7 @@ class TrainStep:
         self.meter = Meter(self.device)
         self.measure = False  # whether the next step is one whose gradient's norm is wanted
         self.grad_norm = torch.zeros((), device=self.device)
-        self.run: Body = self.compute
+        self.graph: GraphedStep | None = None
 
     def settle(self, no_images: Tensor) -> None:
         """Get ready, with all that is restored in place; ``no_images`` is uint8 (0, H, W). A collective."""
@@ -50,9 +50,7 @@ class TrainStep:
                 if self.session.world.rank == 0:
                     warn(f"train.cuda_graph=auto: no graph, since {reason}")
             else:
-                self.run = GraphedStep(
-                    self.compute, self.optimizer, self.config.train.global_batch_size, self.seed, self.device
-                )
+                self.graph = GraphedStep(self.optimizer, self.config.train.global_batch_size, self.device)
 
     def __call__(
         self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int, step: int, count: int, asked: bool
@@ -65,7 +63,10 @@ class TrainStep:
         lr = float(self.schedule.get_last_lr()[0])
         scale = self.scaler.get_scale()  # host sync, with fp16 only
         self.reduction.begin(step, asked)
-        self.run(images, labels, indices, epoch, step, count)
+        if self.graph is not None:
+            self.graph.take(self, images, labels, indices, epoch, step, count)
+        else:
+            self.compute(images, labels, indices, epoch, step, count)
         self.reduction.hear()
         if self.scaler.get_scale() >= scale:  # a smaller scale: the gradient overflowed, the step was skipped
             self.schedule.step()
@@ -93,8 +94,8 @@ class TrainStep:
             losses.append(loss.detach())
             outputs.append(logits.detach())
             answers.append(y)
-        self.meter.update(torch.stack(losses), torch.cat(outputs), torch.cat(answers))
         self.reduction.finish()  # collective
+        self.meter.update(torch.stack(losses), torch.cat(outputs), torch.cat(answers))
         if self.config.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
         if self.measure or self.config.train.clip_norm is not None or is_recorded(self.device):

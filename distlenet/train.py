@@ -6,6 +6,8 @@ if __name__ == "__main__":
     die_with_agent()  # before the imports that take seconds
 
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -31,11 +33,31 @@ from distlenet.tracking.history import History
 from distlenet.tracking.mirror import Mirror
 from distlenet.trainer import Trainer
 
+REPORT_S = 120.0
+"""Seconds that a report may take."""
+
 
 def main() -> None:
     """Train as the arguments say."""
     files, overrides = parse_arguments("distlenet.train", "Train the network, on this process's share of the data.")
-    train(load_config(files, overrides))
+    config = load_config(files, overrides)
+    summary = train(config)
+    if summary["rank"] == 0 and wants_report(config.run.report, summary):
+        report(summary["folder"])
+
+
+def wants_report(wanted: str, summary: Record) -> bool:
+    """Resolve ``run.report``."""
+    return wanted == "always" or (wanted == "auto" and (sys.stdout.isatty() or summary["wall_s"] >= 60))
+
+
+def report(folder: str) -> None:
+    """Write a run's report, as ``python -m distlenet.report`` does. The training is done: what fails is but told."""
+    command = [sys.executable, "-m", "distlenet.report", folder]
+    try:
+        subprocess.run(command, check=True, timeout=REPORT_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        warn(f"no report: {error}; python -m distlenet.report {folder} writes it")
 
 
 def train(config: Config) -> Record:
@@ -72,7 +94,7 @@ def train(config: Config) -> Record:
         finally:
             tracker.close()
             lock.release()
-    return summary
+    return {**summary, "rank": session.world.rank}
 
 
 def make_trackers(config: Config, folder: Path, preemption: Preemption) -> Trackers:

@@ -10,7 +10,7 @@ from torch import Tensor
 from distlenet import __version__
 from distlenet.checkpoint.file import State
 from distlenet.checkpointer import Checkpointer
-from distlenet.data.augment import Prepare
+from distlenet.data.augment import Prepare, measure
 from distlenet.data.loader import Loader, settle_data
 from distlenet.data.sampler import GlobalBatchSampler, ShardSampler
 from distlenet.data.sources import ImageData
@@ -49,7 +49,7 @@ class Trainer:
         self.world, self.device = world, device = session.world, session.device
         train = config.train
 
-        self.prepare = Prepare(data.train.images, config.data.augment, config.seed, config.data.shift)
+        self.prepare = Prepare(*measure(data.train.images), config.data.augment, config.seed, config.data.shift)
         self.sampler = GlobalBatchSampler(
             data.train,
             train.global_batch_size,
@@ -73,7 +73,7 @@ class Trainer:
         self.net, self.reduction, self.meter = self.take_step.net, self.take_step.reduction, self.take_step.meter
         self.hosts = hosts_of_ranks()
         self.speed = Speed(device, self.hosts)
-        self.reduction.ready = self.speed.ready
+        self.reduction.marks.ready, self.reduction.marks.reduced = self.speed.ready, self.speed.reduced
         self.checkpoint_every = config.checkpoint.every_steps or self.total_steps
         self.check_replicas_every = train.check_replicas_every or self.total_steps
 
@@ -202,6 +202,8 @@ class Trainer:
             **self.at.state_dict(),
             **self.take_step.state_dict(),
             "config": self.config.to_dict(),
+            "input": {"mean": self.prepare.mean, "std": self.prepare.std, "size": self.test_images.shape[1]},
+            "classes": list(self.classes),
             "versions": {"distlenet": __version__, "torch": str(torch.__version__)},
         }
 

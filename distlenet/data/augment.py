@@ -19,19 +19,12 @@ PARTS, PART = 64, 1024  # what of a set is measured: parts, images of each
 class Prepare:
     """Pad to 32×32, augment where asked, and normalise with the training set's mean and deviation."""
 
-    def __init__(self, train_images: Tensor, augment: str, seed: int, shift: int = 2) -> None:
-        """Measure ``train_images``, uint8 (N, H, W); of a large set, 64 evenly spaced parts of 1,024 images.
+    def __init__(self, mean: float, std: float, augment: str = "none", seed: int = 0, shift: int = 2) -> None:
+        """Take a training set's mean and deviation, as ``measure`` returns them.
 
         ``augment`` is none, shift or flip_shift; ``shift`` the most, pixels.
         """
-        # A histogram of 256 values makes mean and deviation exact, however many pixels there are.
-        counts = torch.stack([torch.bincount(part.flatten(), minlength=256) for part in _parts(train_images)])
-        counts = counts.sum(0).double()
-        values = torch.arange(256, dtype=torch.float64)
-        mean = (counts * values).sum() / counts.sum()
-        variance = (counts * (values - mean) ** 2).sum() / counts.sum()
-        self.mean = float(mean)
-        self.std = max(float(variance.sqrt()), 1.0)  # a set of one colour still trains
+        self.mean, self.std = mean, std
         self.augment = augment
         self.seed = seed
         self.shift = shift
@@ -60,6 +53,18 @@ class Prepare:
 
     def _normalise(self, images: Tensor) -> Tensor:
         return images.float().sub_(self.mean).div_(self.std).unsqueeze(1)
+
+
+def measure(images: Tensor) -> tuple[float, float]:
+    """Return mean and deviation of uint8 images (N, H, W); of a large set, of 64 evenly spaced parts of 1,024 images.
+
+    A histogram of 256 values makes both exact, however many pixels there are.
+    """
+    counts = torch.stack([torch.bincount(part.flatten(), minlength=256) for part in _parts(images)]).sum(0).double()
+    values = torch.arange(256, dtype=torch.float64)
+    mean = (counts * values).sum() / counts.sum()
+    variance = (counts * (values - mean) ** 2).sum() / counts.sum()
+    return float(mean), max(float(variance.sqrt()), 1.0)  # a set of one colour still trains
 
 
 def _parts(images: Tensor) -> Iterator[Tensor]:

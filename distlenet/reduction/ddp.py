@@ -1,6 +1,6 @@
 """DistributedDataParallel's reduction, with one number more in it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distlenet.errors import UserError
 from distlenet.preemption import Heard
-from distlenet.reduction.share import MEND, MicroBatch
+from distlenet.reduction.share import MEND, Marks, MicroBatch
 from distlenet.world import World
 
 # DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import
@@ -52,8 +52,9 @@ class DdpReduction:
         if compress:
             self.model.register_comm_hook(None, bf16_compress_hook)
         self.weight = world.world_size  # DDP divides by it
-        self.ready: Callable[[], None] = lambda: None
-        next(net.parameters()).register_post_accumulate_grad_hook(lambda _: self.ready())  # the first is the last
+        self.marks = Marks()
+        marks = self.marks  # not self: a hook's references are hidden from the collector, and the group would never go
+        next(net.parameters()).register_post_accumulate_grad_hook(lambda _: marks.ready())  # the first is the last
         self.rank, self.micro_batch_size, self.micro_batches_per_rank = world.rank, micro_batch, accumulation_steps
 
     def settle(self, empty: Tensor) -> None:
@@ -96,6 +97,7 @@ class DdpReduction:
 
     def finish(self) -> None:
         """Keep what all ranks said: the last backward has reduced."""
+        self.marks.reduced()
         assert self.flag.grad is not None
         self.answer.copy_(self.flag.grad)
         self.flag.grad = None

@@ -1,7 +1,7 @@
 """Gradients added without rounding: the same bits for every number of ranks."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distlenet.errors import UserError
 from distlenet.preemption import Heard
-from distlenet.reduction.share import MEND, MicroBatch
+from distlenet.reduction.share import MEND, Marks, MicroBatch
 from distlenet.world import World
 
 
@@ -43,7 +43,7 @@ class ExactReduction:
             raise UserError(f"distributed.reduction=exact: needs float32 parameters without gaps, but {odd[0]} is not")
         self.model = net
         self.weight = 1
-        self.ready: Callable[[], None] = lambda: None
+        self.marks = Marks()
         self.world = world
         self.micro_batch_size = micro_batch
         self.micro_batches_per_rank = len(range(world.rank, virtual_shards, world.world_size))
@@ -104,8 +104,9 @@ class ExactReduction:
 
     def finish(self) -> None:
         """Sum over ranks, and hand out float32 gradients. A collective."""
-        self.ready()
+        self.marks.ready()
         dist.all_reduce(self.exchanged)
+        self.marks.reduced()
         flat = self.sum.mul_(2.0**-self.GRID_BITS).float()
         for parameter, gradient in zip(self.parameters, flat.split(self.sizes), strict=True):
             parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())  # the optimizer wants them alike

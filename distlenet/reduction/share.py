@@ -1,5 +1,7 @@
 """How a global batch is cut into micro-batches, and what all reductions say alike."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NoReturn
 
 from torch import Tensor
@@ -11,6 +13,18 @@ MEND = "give a smaller optim.lr, a longer optim.warmup_steps or train.clip_norm,
 
 MicroBatch = tuple[int, tuple[Tensor, ...]]
 """A micro-batch's number within the global batch, and its part of each tensor."""
+
+
+def _nobody() -> None:
+    """Nobody wants to know."""
+
+
+@dataclass
+class Marks:
+    """Who is told when, in each step: for a clock."""
+
+    ready: Callable[[], None] = _nobody  # this rank's gradient is there
+    reduced: Callable[[], None] = _nobody  # those of all ranks are added
 
 
 def micro_batch_size(config: Config, world_size: int) -> int:

@@ -12,8 +12,13 @@ from distlenet.errors import warn
 from distlenet.tracking import Record, Tracker
 
 SECONDS_BETWEEN_LINES = 5.0
+SLOW = 1.15
+"""How many times longer than the median a rank must compute, for PATIENCE records in a row, to be named."""
+PATIENCE = 3
 WIDE = 78
 """Columns from which a progress bar has room for the speed, too."""
+VERY_WIDE = 110
+"""And for the learning rate and the number of ranks."""
 
 
 def make_console(style: str) -> Tracker:
@@ -30,6 +35,8 @@ class Lines:
         """Print to standard output."""
         self.facts: Record = {}
         self.printed = float("-inf")
+        self.slow: list[int] = []  # the slowest rank of the last records, where it was slow
+        self.named: set[int] = set()
 
     def start(self, facts: Record) -> None:
         """Print what runs where."""
@@ -39,6 +46,7 @@ class Lines:
 
     def log(self, record: Record) -> None:
         """Print a record, unless a training line was printed a moment ago."""
+        self.watch(record)
         if record["split"] == "test":
             self.print(_test_line(record, self.facts))
         elif record["split"] == "train" and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
@@ -47,6 +55,19 @@ class Lines:
                 f"epoch {record['epoch']}/{self.facts['epochs']}  step {record['step']}/{self.facts['steps']}  "
                 f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.1%}  lr {record['lr']:.4g}  "
                 f"{record['images_per_s']:,.0f} images/s  {_time_left(record, self.facts)} left"
+            )
+
+    def watch(self, record: Record) -> None:
+        """Name a rank that is slow all the time, once."""
+        if record.get("slowest_rank") is None:
+            return
+        times = record["rank_images_per_s_median"] / record["rank_images_per_s_min"]
+        self.slow = [*self.slow, record["slowest_rank"]][-PATIENCE:] if times >= SLOW else []
+        if len(self.slow) == PATIENCE and len(set(self.slow)) == 1 and self.slow[0] not in self.named:
+            self.named.add(self.slow[0])
+            self.print(
+                f"rank {self.slow[0]} on {record['slowest_host']} computes {times - 1:.0%} longer than the median, "
+                "and all wait for it"
             )
 
     def sync(self) -> None:
@@ -94,6 +115,7 @@ class Bar(Lines):
     def log(self, record: Record) -> None:
         """Move the bar, or print a test's line above it."""
         if record["split"] == "train" and self.task is not None:
+            self.watch(record)
             self.progress.update(
                 self.task,
                 completed=record["step"],
@@ -108,6 +130,8 @@ class Bar(Lines):
         numbers = [f"loss {record['loss']:.3f}", f"acc {record['accuracy']:.1%}"]
         if self.progress.console.width >= WIDE:
             numbers.append(f"{record['images_per_s']:,.0f} images/s")
+        if self.progress.console.width >= VERY_WIDE:
+            numbers += [f"lr {record['lr']:.2g}", f"{self.facts['world_size']} ranks"]
         return [*numbers, f"{_time_left(record, self.facts)} left"]
 
     def finish(self, summary: Record) -> None:

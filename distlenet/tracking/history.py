@@ -33,7 +33,7 @@ class History:
         """
         self.complete = facts["complete"]
         with told(self.folder):
-            kept = [line for line, record in self._lines() if self._belongs(record, facts)]
+            kept = [line for line, record in read_records(self.path) if self._belongs(record, facts)]
             replace_text(self.folder / "config.yaml", self.settings)
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
             self.lines = LineFile(self.path)
@@ -70,20 +70,24 @@ class History:
         last = facts["step"] if record["split"] == "train" else facts["evaluated"]
         return bool(record["step"] <= last)
 
-    def _lines(self) -> Iterator[tuple[str, Record]]:
-        """Yield the whole lines on disk and what they say; a last one without its end was cut by a kill."""
-        if not self.path.exists():
-            return
-        content = self.path.read_text(encoding="utf-8", errors="replace")
-        for number, line in enumerate(content.splitlines(keepends=True), start=1):
-            if not line.endswith("\n"):
-                continue
-            try:
-                record = json.loads(line)
-                record["step"] + 0, record["split"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{self.path}: line {number} is no record: {line[:40]!r}; remove it") from error
-            yield line[:-1], record
+
+def read_records(path: Path) -> Iterator[tuple[str, Record]]:
+    """Yield the whole lines of ``metrics.jsonl`` and what they say; a last one without its end was cut by a kill.
+
+    Raises UserError for a line that is no record.
+    """
+    if not path.exists():
+        return
+    content = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            record = json.loads(line)
+            record["step"] + 0, record["split"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: line {number} is no record: {line[:40]!r}; remove it") from error
+        yield line[:-1], record
 
 
 def to_json(record: Record, indent: int | None = None) -> str:

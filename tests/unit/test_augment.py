@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distlenet.data.augment import Prepare, hash32
+from distlenet.data.augment import Prepare, hash32, measure
 
 pytestmark = pytest.mark.unit
 
@@ -12,7 +12,7 @@ def images(n: int, size: int = 28) -> torch.Tensor:
 
 def test_images_are_padded_with_black_and_normalised_by_the_training_set():
     train = images(50)
-    prepare = Prepare(train, "none", 0)
+    prepare = Prepare(*measure(train), "none", 0)
     mean, std = train.double().mean().item(), train.double().std(correction=0).item()
     assert prepare.mean == pytest.approx(mean, rel=1e-12)  # float64 sums of 39,200 pixels: about 1e-13
     assert prepare.std == pytest.approx(std, rel=1e-12)
@@ -26,7 +26,7 @@ def test_images_are_padded_with_black_and_normalised_by_the_training_set():
 
 def test_images_of_32_pixels_are_not_padded():
     train = images(4, 32)
-    assert torch.equal(Prepare(train, "none", 0)(train) * 0 + 1, torch.ones(4, 1, 32, 32))
+    assert torch.equal(Prepare(*measure(train), "none", 0)(train) * 0 + 1, torch.ones(4, 1, 32, 32))
 
 
 def one_by_one(prepare, batch, indices, epoch):
@@ -51,13 +51,13 @@ def one_by_one(prepare, batch, indices, epoch):
 @pytest.mark.parametrize("augment", ["shift", "flip_shift"])
 def test_augmentation_is_the_slow_reference(augment, shift):
     batch, indices = images(40), torch.arange(1000, 1040)
-    prepare = Prepare(batch, augment, seed=5, shift=shift)
+    prepare = Prepare(*measure(batch), augment, seed=5, shift=shift)
     assert torch.equal(prepare.augmented(batch, indices, epoch=3), one_by_one(prepare, batch, indices, 3))
 
 
 def test_augmentation_does_not_depend_on_the_neighbours_in_the_batch():
     batch, indices = images(30), torch.arange(30)
-    prepare = Prepare(batch, "flip_shift", seed=1)
+    prepare = Prepare(*measure(batch), "flip_shift", seed=1)
     whole = prepare.augmented(batch, indices, 2)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(3))
     parts = [prepare.augmented(batch[part], indices[part], 2) for part in order.split(7)]
@@ -84,9 +84,9 @@ def test_flips_and_shifts_are_equally_likely():
 
 def test_none_augments_nothing():
     batch = images(5)
-    prepare = Prepare(batch, "none", 0)
+    prepare = Prepare(*measure(batch), "none", 0)
     assert torch.equal(prepare.augmented(batch, torch.arange(5), 1), prepare(batch))
 
 
 def test_a_set_of_one_colour_does_not_divide_by_zero():
-    assert torch.isfinite(Prepare(torch.zeros(3, 28, 28, dtype=torch.uint8), "none", 0)(images(2))).all()
+    assert torch.isfinite(Prepare(*measure(torch.zeros(3, 28, 28, dtype=torch.uint8)), "none", 0)(images(2))).all()

@@ -31,19 +31,20 @@ def train(folder, settings, record=None):
         (folder / "checkpoints").mkdir(parents=True)
         step = trainer.take_step
         if record:
-            step.run = GraphedStep(step.compute, step.optimizer, 64, step.seed, session.device, replaying)
+            step.graph = GraphedStep(step.optimizer, 64, session.device, replaying)
         else:
-            step.run = lambda *batch: with_float32_lr(step, batch)
+            compute = step.compute
+            step.compute = lambda *batch: with_float32_lr(step, compute, batch)
         trainer.fit()
         trainer.checkpointer.close()
     return trainer, len(replays)
 
 
-def with_float32_lr(step, batch):
+def with_float32_lr(step, compute, batch):
     (group,) = step.optimizer.param_groups
     lr = group["lr"]
     group["lr"] = float(torch.tensor(lr))
-    step.compute(*batch)
+    compute(*batch)
     group["lr"] = lr
 
 

@@ -14,10 +14,10 @@ FLOORS = [
     {"errors", "schema", "net", "world", "distributed", "exact", "files", "orphan", "allocator"},
     {
         *("config", "data", "optim", "precision", "metrics", "checkpoint", "tracking", "reduction", "replicas"),
-        *("preemption", "progress", "speed", "details", "watchdog", "graph"),
+        *("preemption", "progress", "speed", "details", "images", "reporting", "watchdog", "graph"),
     },
     {"session", "checkpointer", "step", "trainer"},
-    {"entry", "mirror", "train", "evaluate", "ledger", "data.__main__"},
+    {"entry", "mirror", "predict", "report", "train", "evaluate", "ledger", "data.__main__"},
 ]
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from distlenet.metrics import Meter, Speed, evaluate
+from distlenet.metrics import Meter, evaluate
 
 pytestmark = pytest.mark.unit
 
@@ -90,19 +90,3 @@ def test_evaluation_counts_each_image_once_or_fails():
     assert net.training
     with pytest.raises(RuntimeError, match="counted 5 images of a set of 6"):
         evaluate(net, batches, lambda x: x.float(), off, CPU, expected=6)
-
-
-def test_speed_counts_while_training_alone(monkeypatch):
-    clock = iter([10.0, 12.0, 14.0, 100.0, 101.0])
-    monkeypatch.setattr("distlenet.metrics.time.perf_counter", lambda: next(clock))
-    speed = Speed()
-    assert speed.mean() is None
-    speed.start()  # 10
-    speed.add(60)
-    assert speed.window() == 30.0  # 60 images in 2 s
-    speed.add(60)
-    speed.stop()  # 14; evaluation until 100 does not count
-    speed.start()
-    speed.add(130)
-    speed.stop()  # 101
-    assert speed.mean() == 50.0  # 250 images in 5 s

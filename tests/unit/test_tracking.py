@@ -263,3 +263,18 @@ def test_trackers_pass_on_to_each_and_none_is_fine(tmp_path, capsys):
     assert "[1,     1] loss: 0.500" in capsys.readouterr().out
     assert len(lines(tmp_path)) == 1
     assert (tmp_path / "summary.json").exists()
+
+
+def slow_record(step, rank, times):
+    paces = {"rank_images_per_s_min": 100.0, "rank_images_per_s_median": 100.0 * times, "rank_images_per_s_max": 200.0}
+    return {**train_record(step), **paces, "slowest_rank": rank, "slowest_host": f"n{rank}"}
+
+
+def test_a_rank_that_is_slow_all_the_time_is_named_once(capsys):
+    console = Lines()
+    console.start(FACTS)
+    ranks = [(3, 1.3), (3, 1.3), (1, 1.3), (3, 1.3), (3, 1.1), (3, 1.3), (3, 1.3), (3, 1.31), (3, 1.3), (3, 1.3)]
+    for step, (rank, times) in enumerate(ranks):
+        console.log(slow_record(step, rank, times))
+    told = [line for line in capsys.readouterr().out.splitlines() if "longer" in line]
+    assert told == ["rank 3 on n3 computes 31% longer than the median, and all wait for it"]

@@ -1,0 +1,160 @@
+"""``python -m distlenet.predict checkpoint=RUN IMAGE...``: say what pictures show."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distlenet.checkpoint.file import load_checkpoint, load_model
+from distlenet.checkpoint.folder import find_checkpoint
+from distlenet.config import load_config
+from distlenet.data.augment import Prepare
+from distlenet.entry import Parser, run_entry
+from distlenet.errors import UserError
+from distlenet.images import Unreadable, find_pictures, read_picture
+from distlenet.metrics import EVAL_BATCH
+from distlenet.net import make_net
+from distlenet.session import set_threads
+
+
+def main() -> None:
+    """Predict as the arguments say. Raises UserError at the end where a picture could not be read."""
+    parser = Parser(
+        "python -m distlenet.predict",
+        description="Say what pictures show: of any size, grey or in colour, light or dark.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", metavar="checkpoint=RUN IMAGE", nargs="+", help="a run or file; pictures or folders")
+    parser.add_argument("--top", metavar="K", type=int, default=3, help="classes to name for each picture (3)")
+    parser.add_argument(
+        "--invert",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="turn light and dark round; auto: where the border is light, since the training set's is dark",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--save", metavar="FILE.png", type=Path, help="write one picture with all of them, annotated")
+    arguments = parser.parse_intermixed_args()
+    settings = [word for word in arguments.words if word.startswith("checkpoint=")]
+    names = [word for word in arguments.words if not word.startswith("checkpoint=")]
+    if len(settings) != 1 or not names:
+        raise UserError("distlenet.predict: expected checkpoint=RUN_OR_FILE and a picture, a folder or a pattern")
+    predictor = Predictor(Path(settings[0].partition("=")[2]))
+    if not 1 <= arguments.top <= len(predictor.classes):
+        raise UserError(f"--top {arguments.top}: expected a whole number, 1 to {len(predictor.classes)}")
+    images, paths, failures = read_all(names, arguments.invert, predictor.size)
+    answers = []
+    if images:
+        probabilities = predictor(torch.stack(images))
+        answers = [answer(p, predictor.classes, arguments.top) for p in probabilities]
+        tell(paths, answers, as_json=arguments.json)
+        if arguments.save:
+            save(arguments.save, images, paths, answers)
+    if failures:
+        raise UserError("; ".join(failures))
+
+
+class Predictor:
+    """A trained network and what its pictures must look like."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the checkpoint at ``path``, a file or a run folder. Raises UserError."""
+        set_threads(None)
+        found = find_checkpoint(path)
+        state = load_checkpoint(found)
+        config = load_config(base=state["config"])
+        try:
+            self.classes, self.size = tuple(state["classes"]), int(state["input"]["size"])
+            self.prepare = Prepare(state["input"]["mean"], state["input"]["std"])
+        except KeyError as error:
+            raise UserError(f"checkpoint {found}: has no {error} in it: it is older than this command") from error
+        self.net = make_net(config.model.name, config.model.channels_last, torch.device("cpu"))
+        load_model(self.net, state, found)
+        self.net.eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the probabilities (n, C) of uint8 images (n, H, W), computed in the batches of an evaluation."""
+        parts = images.split(EVAL_BATCH)
+        return torch.cat([self.net(self.prepare(part)).float().softmax(1) for part in parts])
+
+
+def read_all(names: list[str], invert: str, size: int) -> tuple[list[Tensor], list[Path], list[str]]:
+    """Read all pictures; return those that could be read, their paths, and why the others could not."""
+    images, paths, failures = [], [], []
+    for name in names:
+        try:
+            found = find_pictures([name])
+        except Unreadable as error:
+            failures.append(str(error))
+            continue
+        for path in found:
+            try:
+                images.append(read_picture(path, invert, size))
+                paths.append(path)
+            except Unreadable as error:
+                failures.append(str(error))
+    return images, paths, failures
+
+
+def answer(probabilities: Tensor, classes: tuple[str, ...], top: int) -> list[dict[str, Any]]:
+    """Return the ``top`` likeliest classes of one picture, the likeliest first."""
+    values, order = probabilities.topk(top)
+    return [
+        {"class": classes[index], "label": index, "probability": value}
+        for value, index in zip(values.tolist(), order.tolist(), strict=True)
+    ]
+
+
+def tell(paths: list[Path], answers: list[list[dict[str, Any]]], as_json: bool) -> None:
+    """Print the answers: JSON lines for programs, a table on a terminal, else plain lines."""
+    if as_json:
+        for path, top in zip(paths, answers, strict=True):
+            print(json.dumps({"image": str(path), "top": top}))
+        return
+    texts = [[f"{found['class']} {found['probability']:.1%}" for found in top] for top in answers]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("image", *(f"{place}." for place in range(1, len(texts[0]) + 1)))
+        for path, text in zip(paths, texts, strict=True):
+            table.add_row(Text(str(path)), *text)
+        Console().print(table)
+    else:
+        for path, text in zip(paths, texts, strict=True):
+            print(f"{path}: {', '.join(text)}")
+
+
+def save(target: Path, images: list[Tensor], paths: list[Path], answers: list[list[dict[str, Any]]]) -> None:
+    """Write one picture that shows what the network saw, and what it said. Raises UserError."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    across = min(6, len(images))
+    down = -(-len(images) // across)
+    with mpl.rc_context({"text.parse_math": False}):
+        figure, panels = pyplot.subplots(down, across, figsize=(1.9 * across, 2.3 * down), squeeze=False)
+        for panel in panels.flat:
+            panel.axis("off")
+        for panel, image, path, top in zip(panels.flat, images, paths, answers, strict=False):
+            panel.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255)
+            panel.set_title(f"{path.name[:24]}\n{top[0]['class']} {top[0]['probability']:.0%}", fontsize=8)
+        try:
+            figure.savefig(target, dpi=110, bbox_inches="tight")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--save {target}: cannot be written: {error}") from error
+        finally:
+            pyplot.close(figure)
+    print(f"Picture: {target}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,147 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_command
+from PIL import Image
+
+from distlenet.images import MOST_PIXELS, Unreadable, find_pictures, read_picture
+from distlenet.predict import Predictor
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short training on the bundled digits, and its 360 test images as PNG."""
+    from distlenet.config import load_config
+    from distlenet.data.sources import load_data
+
+    folder = tmp_path_factory.mktemp("predict")
+    words = ("data.name=digits", "train.epochs=12", "optim.lr=0.05", f"run.dir={folder}", "run.name=run")
+    run_command(sys.executable, "-m", "distlenet.train", *words).succeeded()
+    (folder / "pictures").mkdir()
+    for number, image in enumerate(load_data(load_config([], ["data.name=digits"]).data).test.images):
+        Image.fromarray(image.numpy()).save(folder / f"pictures/{number:03d}.png")
+    return folder
+
+
+def predict(folder, *words):
+    return run_command(sys.executable, "-m", "distlenet.predict", f"checkpoint={folder}/run", *words)
+
+
+def test_it_agrees_with_evaluation_exactly(run):
+    ended = predict(run, run / "pictures", "--json", "--top", "1").succeeded()
+    answers = [json.loads(line)["top"][0] for line in ended.stdout.splitlines()]
+    assert len(answers) == 360
+    details = json.loads((run / "run/test.json").read_text())
+    wrong = {m["index"]: m for m in details["mistakes"]}
+    correct = sum(details["confusion"][c][c] for c in range(10))
+    assert 300 < correct < 360
+    counted = [0] * 10
+    for found in answers:
+        counted[found["label"]] += 1
+    assert counted == [sum(row[c] for row in details["confusion"]) for c in range(10)]
+    for index, mistake in wrong.items():
+        assert answers[index]["label"] == mistake["predicted"]
+        # Confidences are softmax of the same logits, once in float64: a float32 softmax errs by less than 1e-6.
+        assert answers[index]["probability"] == pytest.approx(mistake["confidence"], abs=1e-6)
+
+
+def test_variants_of_a_picture_are_mostly_taken_for_the_same(run, tmp_path):
+    """Larger, inverted, coloured, transparent, inverted and larger: of each of 60 digits' variants 9 of 10 agree."""
+    predictor = Predictor(run / "run")
+    images = []
+    originals = [run / f"pictures/{number:03d}.png" for number in range(60)]
+    for path in originals:
+        images.append(read_picture(path, "auto", predictor.size))
+        for number, variant in enumerate(variants(Image.open(path))):
+            target = tmp_path / f"{path.stem}-{number}.png"
+            variant.save(target)
+            images.append(read_picture(target, "auto", predictor.size))
+    labels = predictor(torch.stack(images)).argmax(1).view(60, -1)
+    same = (labels[:, 1:] == labels[:, :1]).double().mean(0)
+    assert len(same) == 5
+    assert float(same.min()) >= 0.9, same
+
+
+def variants(image):
+    colour = Image.merge("RGB", [image.point(lambda v, f=f: int(v * f)) for f in (1.0, 0.9, 1.0)])
+    clear = Image.new("RGBA", image.size, (0, 0, 0, 0))
+    clear.putalpha(image)  # ink on nothing
+    inverted = image.point(lambda v: 255 - v)
+    return [image.resize((200, 200)), inverted, colour, clear, inverted.resize((57, 57))]
+
+
+def test_a_picture_of_the_training_sets_kind_comes_as_it_is(tmp_path):
+    pixels = np.arange(28 * 28, dtype=np.uint8).reshape(28, 28) // 2
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert torch.equal(read_picture(tmp_path / "x.png", "auto", 28), torch.from_numpy(pixels))
+    assert torch.equal(read_picture(tmp_path / "x.png", "yes", 28), 255 - torch.from_numpy(pixels))
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    Image.fromarray(np.full((28, 28), 25700, dtype=np.uint16)).save(tmp_path / "x.png")
+    assert read_picture(tmp_path / "x.png", "no", 28).unique().tolist() == [100]
+
+
+def test_what_is_no_picture_is_named_and_the_others_are_answered(run, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    whole = (run / "pictures/000.png").read_bytes()
+    (tmp_path / "torn.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty").mkdir()
+    good = run / "pictures/001.png"
+    ended = predict(run, tmp_path / "text.png", tmp_path / "torn.png", good, tmp_path / "empty", tmp_path / "gone.png")
+    assert ended.status == 2
+    assert ended.stdout.startswith(f"{good}: ")
+    (line,) = ended.stderr.splitlines()
+    for name, reason in (("text", "cannot be read"), ("torn", "cannot be read"), ("gone", "is not there")):
+        assert f"{name}.png: {reason}" in line
+    assert "empty: holds no picture" in line
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (MOST_PIXELS // 1000, 1001)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+    with pytest.raises(Unreadable, match="pixels; at most 50,000,000 are read"):
+        read_picture(tmp_path / "bomb.png", "auto", 28)
+
+
+def test_patterns_and_folders(tmp_path, monkeypatch):
+    for name in ("b.png", "a.PNG", "notes.txt", "c.jpg"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert [p.name for p in find_pictures(["."])] == ["a.PNG", "b.png", "c.jpg"]
+    assert [p.name for p in find_pictures(["*.png", str(tmp_path / "[ab].*")])] == ["b.png", "a.PNG", "b.png"]
+    (tmp_path / "x[1].png").touch()
+    assert [p.name for p in find_pictures(["x[1].png"])] == ["x[1].png"]  # a file's own name is no pattern
+    with pytest.raises(Unreadable, match=r"\*\.gif: holds no picture"):
+        find_pictures(["*.gif"])
+
+
+def test_an_annotated_picture(run, tmp_path):
+    ended = predict(run, *sorted((run / "pictures").glob("00*.png")), "--save", tmp_path / "all.png").succeeded()
+    assert f"Picture: {tmp_path}/all.png" in ended.stderr
+    with Image.open(tmp_path / "all.png") as picture:
+        assert picture.width > 500
+    ended = predict(run, run / "pictures/000.png", "--save", tmp_path / "none/all.png")
+    assert ended.status == 2
+    assert "--save" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--top", "0", "x.png"], "expected a whole number, 1 to 10"),
+        (["--top", "11", "x.png"], "expected a whole number, 1 to 10"),
+        ([], "expected checkpoint=RUN_OR_FILE and a picture"),
+        (["--invert", "perhaps", "x.png"], "invalid choice"),
+    ],
+)
+def test_mistakes_are_one_line(run, words, message):
+    ended = predict(run, *words)
+    assert ended.status == 2
+    assert message in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
