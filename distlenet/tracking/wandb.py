@@ -159,7 +159,7 @@ def row_number(record: Record) -> int:
 def row(record: Record) -> Record:
     """Write a record as W&B's row: ``train/loss`` and so on, without what is null."""
     axis = {key: record[key] for key in ("step", "epoch")}
-    rest = {k: v for k, v in record.items() if k not in ("split", "step", "epoch") and v is not None}
+    rest = {k: v for k, v in record.items() if k not in ("split", "step", "epoch", "time") and v is not None}
     return {**axis, **{f"{record['split']}/{key}": value for key, value in rest.items()}}
 
 

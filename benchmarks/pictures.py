@@ -1,0 +1,74 @@
+"""The README's pictures: a training's terminal, W&B's own viewer on the run, and the run's report.
+
+``python benchmarks/pictures.py FOLDER``: needs tmux and Chromium; writes console.svg, wandb.svg and report.png.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+sys.path.append(str(Path(__file__).parents[1] / "tests/browser"))
+from browser import Browser
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "distlenet.train"]
+
+
+def terminal(command: list[str], size: tuple[int, int], until: str, limit_s: float = 300) -> str:
+    """Run a command in tmux until its screen has a text, and return the screen with its colours."""
+    server = ["tmux", "-L", f"pictures-{os.getpid()}"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    columns, rows = map(str, size)
+    shell = f"{shlex.join(command)}; sleep 1000"
+    subprocess.run([*server, "new-session", "-d", "-x", columns, "-y", rows, shell], check=True, env=environ)
+    try:
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            screen = subprocess.run([*server, "capture-pane", "-e", "-p"], check=True, capture_output=True, text=True)
+            if until in screen.stdout:
+                return screen.stdout
+            time.sleep(0.2)
+        raise SystemExit(f"{until!r} never came:\n{screen.stdout}")
+    finally:
+        subprocess.run([*server, "kill-server"], check=True)
+
+
+def draw(screen: str, columns: int, title: str, file: Path) -> None:
+    """Write a terminal's screen as SVG."""
+    with Path(os.devnull).open("w") as nowhere:
+        console = Console(record=True, width=columns, file=nowhere, force_terminal=True, color_system="truecolor")
+        console.print(Text.from_ansi(screen.rstrip()), soft_wrap=True)
+        console.save_svg(str(file), title=title)
+
+
+def main() -> None:
+    """Train, and take the three pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the pictures go")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = Path(scratch)
+        words = ["train.epochs=4", f"run.dir={runs}", "run.name=run", "wandb.mode=offline", "run.report=always"]
+        screen = terminal([*LAUNCH, *words], (118, 12), "epoch 3/4")
+        draw(screen, 118, "torchrun --nproc_per_node=2 -m distlenet.train", folder / "console.svg")
+        ended = subprocess.run([*LAUNCH, *words], check=True, capture_output=True, text=True)  # to its end
+        print(ended.stdout)
+        (offline,) = (runs / "run/wandb").glob("offline-run-*")
+        screen = terminal([sys.executable, "-m", "wandb", "leet", "run", str(offline)], (170, 44), "test/accuracy")
+        draw(screen, 170, "wandb leet", folder / "wandb.svg")
+        browser = Browser(runs / "profile")
+        browser.open((runs / "run/report.html").as_uri(), 1400, 1400)
+        (folder / "report.png").write_bytes(browser.screenshot())
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

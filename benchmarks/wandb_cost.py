@@ -1,0 +1,76 @@
+"""What W&B costs the training, with a server that answers, and with bad ones: ``python benchmarks/wandb_cost.py``.
+
+In each round the same training runs once without W&B, then once in each other way; the time is that in the training
+loop, which the process that talks to W&B shares the processors with. Ratios are taken within a round.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from wandb_server import WandbServer
+
+WAYS = ("disabled", "offline", "well", "slow", "error", "hang", "drop", "nobody there")
+
+
+def environment(way: str, server: WandbServer) -> dict[str, str]:
+    """Set W&B up for a way."""
+    if way in ("disabled", "offline"):
+        return {"WANDB_MODE": way}
+    server.manner = way
+    found = dict(server.environ)
+    if way == "nobody there":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            found["WANDB_BASE_URL"] = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return found
+
+
+def train(way: str, ranks: int, settings: list[str]) -> float:
+    """Train once, and return the seconds in the training loop. Exits where the run failed or its history has gaps."""
+    server = WandbServer()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    with tempfile.TemporaryDirectory() as runs:
+        words = ["-m", "distlenet.train", f"run.dir={runs}", "run.name=run", "wandb.finish_s=2", *settings]
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", **environment(way, server)}
+        ended = subprocess.run([*launcher, *words], env=environ, capture_output=True, text=True)
+        server.close()
+        if ended.returncode:
+            sys.exit(f"{way}: {ended.stdout}\n{ended.stderr}")
+        summary = json.loads((Path(runs) / "run/summary.json").read_text())
+        lines = (Path(runs) / "run/metrics.jsonl").read_text().splitlines()
+    steps = [record["step"] for record in map(json.loads, lines) if record["split"] == "train"]
+    assert steps == sorted(set(steps)), f"{way}: {steps}"
+    assert len([line for line in lines if '"test"' in line]) == summary["epochs"], way
+    return float(summary["train_s"])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks (2)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the training")
+    arguments = parser.parse_intermixed_args()
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(arguments.rounds):
+        for place in range(len(WAYS)):
+            way = WAYS[(place + number) % len(WAYS)]
+            seconds[way].append(train(way, arguments.ranks, arguments.settings))
+        print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
+    print("| W&B | seconds of training | beside none |\n| --- | ---: | ---: |")
+    for way, times in seconds.items():
+        ratios = [mine / none for mine, none in zip(times, seconds["disabled"], strict=True)]
+        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        print(f"| {way} | {statistics.median(times):.2f} | {spread} |")
+
+
+if __name__ == "__main__":
+    main()
