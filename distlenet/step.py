@@ -96,13 +96,13 @@ class TrainStep:
             answers.append(y)
         self.reduction.finish()  # collective
         self.meter.update(torch.stack(losses), torch.cat(outputs), torch.cat(answers))
-        if self.config.train.clip_norm is not None:
+        clip_norm = self.config.train.clip_norm
+        if self.measure or clip_norm is not None or is_recorded(self.device):
             self.scaler.unscale_(self.optimizer)
-        if self.measure or self.config.train.clip_norm is not None or is_recorded(self.device):
             norm = get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
             self.grad_norm.copy_(norm)
-        if self.config.train.clip_norm is not None:
-            clip_grads_with_norm_(self.net.parameters(), self.config.train.clip_norm, norm)
+            if clip_norm is not None:
+                clip_grads_with_norm_(self.net.parameters(), clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -68,7 +68,7 @@ class Wandb:
             self.run.define_metric(f"{split}/*", step_metric="step")
         self.next_row = self.run.step  # W&B has the rows before; offline it has none
         self.stale = [path for path in before if not list(path.glob("*.synced"))]
-        self.last_step = 0
+        self.last: Record | None = None
 
     def _init(self, config: dict[str, Any], facts: Record, mode: Literal["online", "offline"]) -> Any:
         given = self.settings
@@ -92,7 +92,7 @@ class Wandb:
     def put(self, record: Record) -> None:
         """Send one record, unless W&B has it."""
         number = row_number(record)
-        self.last_step = record["step"]
+        self.last = record
         if number >= self.next_row:
             self.run.log(row(record), step=number)
             self.next_row = number + 1
@@ -106,10 +106,10 @@ class Wandb:
     def finish(self, outcome: str, summary: Record, details: Record | None) -> None:
         """End the run; ``outcome`` is finished, preempted or failed."""
         if outcome == "finished":
-            if details is not None:
+            if details is not None and self.last is not None and self.next_row == row_number(self.last) + 1:
                 try:
                     tables = self._tables(details)
-                    self.run.log({"step": self.last_step, **tables}, step=self.next_row)
+                    self.run.log({"step": self.last["step"], **tables}, step=self.next_row)
                 except Exception as error:  # the numbers are worth more than the pictures
                     warn(f"W&B: {in_a_line(error)}; this run has no tables there, report.html has them")
             self.run.summary.update({k: v for k, v in summary.items() if v is not None})

@@ -136,3 +136,15 @@ def test_training_begins_before_wandb_answers(tmp_path, server):
     assert process.returncode == 0
     (run_id,) = server.rows
     same(server.history(run_id), lines(tmp_path / "run"))
+
+
+def test_a_replay_sends_what_is_missing_and_no_more(tmp_path, server):
+    words = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "train.max_steps=20")
+    run_command(*words, env={"WANDB_MODE": "disabled"}).succeeded()
+    replay = (sys.executable, "-m", "distlenet.report", tmp_path / "run", "--replay-wandb")
+    for _ in range(2):
+        run_command(*replay, env=server.environ).succeeded()
+        (run_id,) = server.rows
+        same(server.history(run_id), lines(tmp_path / "run"))
+    pictures = 1  # the row with them
+    assert server.sent_rows == len(lines(tmp_path / "run")) + pictures
