@@ -152,8 +152,8 @@ def in_a_line(error: Exception) -> str:
 
 
 def row_number(record: Record) -> int:
-    """Number a record: rows of one step follow each other in the order of ``SPLITS``."""
-    return len(SPLITS) * int(record["step"]) + SPLITS.index(record["split"])
+    """Number a record: rows of one step follow each other in the order of ``SPLITS``, and one of pictures may follow."""
+    return (len(SPLITS) + 1) * int(record["step"]) + SPLITS.index(record["split"])
 
 
 def row(record: Record) -> Record:

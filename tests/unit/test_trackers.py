@@ -38,7 +38,7 @@ def test_a_key_in_a_netrc_is_one_for_its_host_alone(tmp_path):
 def test_rows_are_numbered_by_step_and_kind():
     splits = ("train", "train_epoch", "test")
     numbers = [row_number({"step": step, "split": split}) for step in (0, 1, 2) for split in splits]
-    assert numbers == list(range(9))
+    assert numbers == [0, 1, 2, 4, 5, 6, 8, 9, 10]
 
 
 def test_a_row_names_the_split_and_leaves_out_what_is_null():
