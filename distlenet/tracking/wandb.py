@@ -152,7 +152,7 @@ def in_a_line(error: Exception) -> str:
 
 
 def row_number(record: Record) -> int:
-    """Number a record: rows of one step follow each other in the order of ``SPLITS``, and one of pictures may follow."""
+    """Number a record: those of one step in the order of ``SPLITS``, then one of pictures."""
     return (len(SPLITS) + 1) * int(record["step"]) + SPLITS.index(record["split"])
 
 
