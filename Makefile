@@ -26,7 +26,8 @@ data: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint
 	@$(BIN)/python -m distlenet.data
-	$(BIN)/pytest --ignore=tests/cluster --ignore=tests/browser
+	$(BIN)/pytest --numprocesses=2 tests/unit
+	$(BIN)/pytest tests/ranks
 
 chaos: $(VENV)/.installed
 	@$(BIN)/python benchmarks/chaos.py $(ARGS)
