@@ -153,7 +153,8 @@ def test_every_setting_has_a_help_and_a_description():
 
 def test_the_readme_lists_every_setting_with_its_default():
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (.+?) \|", (REPO / "README.md").read_text(), re.M))
-    defaults = {key: field.default for key, field in FIELDS.items()} | {"checkpoint.allow_changed": [], "wandb.tags": []}
+    defaults = {key: field.default for key, field in FIELDS.items()}
+    defaults |= {"checkpoint.allow_changed": [], "wandb.tags": []}
     words = {None: "null", True: "true", False: "false"}
     shown = {k: f"`{words[v] if v is None or isinstance(v, bool) else v}`" for k, v in defaults.items()}
     assert rows == shown
