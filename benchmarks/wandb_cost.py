@@ -57,12 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks (2)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS[1:], default=WAYS[1:], help="how W&B is there (all)")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the training")
     arguments = parser.parse_intermixed_args()
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    ways = ["disabled", *arguments.ways]
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(arguments.rounds):
-        for place in range(len(WAYS)):
-            way = WAYS[(place + number) % len(WAYS)]
+        for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
             seconds[way].append(train(way, arguments.ranks, arguments.settings))
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
     print("| W&B | seconds of training | beside none |\n| --- | ---: | ---: |")
