@@ -83,7 +83,7 @@ def test_a_batch_script_is_one_process_however_many_tasks_were_asked_for():
     assert world_from_environ(batch) == World()
 
 
-@pytest.mark.parametrize("name", [*TORCHRUN.keys() - {"GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"}])
+@pytest.mark.parametrize("name", sorted(TORCHRUN.keys() - {"GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"}))
 def test_a_missing_variable_is_named(name):
     with pytest.raises(UserError, match=f"{name} is not"):
         world_from_environ({k: v for k, v in TORCHRUN.items() if k != name})
