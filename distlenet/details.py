@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distlenet.distributed import sum_over_ranks
-from distlenet.files import replace_text, told
+from distlenet.errors import warn
+from distlenet.files import replace_text
 from distlenet.tracking import TEST_FILE, Record
 
 MISTAKES = 24
@@ -61,7 +62,7 @@ def _surest(rows: Tensor) -> Tensor:
 def write_details(folder: Path, confusion: Tensor, mistakes: Tensor, images: Tensor, classes: Sequence[str]) -> None:
     """Write ``test.json``: classes, confusion matrix, and the mistakes with their ``images``, uint8 (N, H, W), as PNG.
 
-    Raises UserError where it cannot be written.
+    Where it cannot be written, a warning: no training fails for its pictures.
     """
     found = [
         {
@@ -74,8 +75,10 @@ def write_details(folder: Path, confusion: Tensor, mistakes: Tensor, images: Ten
         for confidence, index, label, predicted in mistakes.tolist()
     ]
     content: Record = {"classes": list(classes), "confusion": confusion.tolist(), "mistakes": found}
-    with told(folder):
+    try:
         replace_text(folder / TEST_FILE, json.dumps(content) + "\n")
+    except OSError as error:
+        warn(f"{folder / TEST_FILE}: cannot be written: {error.strerror or error}; the report has no confusion matrix")
 
 
 def to_png(image: Tensor) -> str:

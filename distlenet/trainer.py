@@ -173,9 +173,8 @@ class Trainer:
             self.checkpointer.stop(self, self.preemption)
         if details is not None:
             confusion, mistakes = details.reduce()  # collective, host sync
-            with all_or_none():
-                if self.world.rank == 0:
-                    write_details(self.folder, confusion, mistakes, self.test_images, self.classes)
+            if self.world.rank == 0:
+                write_details(self.folder, confusion, mistakes, self.test_images, self.classes)
         return metrics
 
     def measured(self) -> Record:

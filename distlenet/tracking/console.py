@@ -14,7 +14,7 @@ from distlenet.tracking import Record, Tracker
 SECONDS_BETWEEN_LINES = 5.0
 SLOW = 1.15
 """How many times longer than the median a rank must compute, for PATIENCE records in a row, to be named."""
-PATIENCE = 3
+PATIENCE = 5
 WIDE = 78
 """Columns from which a progress bar has room for the speed, too."""
 VERY_WIDE = 110

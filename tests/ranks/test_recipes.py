@@ -17,7 +17,7 @@ def summary(folder: Path) -> dict:
 
 @pytest.mark.usefixtures("fashion_mnist")
 def test_the_default_recipe_on_two_ranks(tmp_path):
-    words = ("-m", "distlenet.train", "device=cpu", f"run.dir={tmp_path}", "run.name=run")
+    words = ("-m", "distlenet.train", "device=cpu", f"run.dir={tmp_path}", "run.name=run", "run.report=never")
     ended = run_torchrun(2, *words, timeout=600).succeeded()
     result = summary(tmp_path / "run")
     assert result["test_accuracy"] >= 0.91
@@ -40,6 +40,7 @@ def test_the_default_recipe_on_two_ranks(tmp_path):
         "checkpoints",
         "starts.jsonl",
         "summary.json",
+        "test.json",
     }
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4  # three newest and the best
 

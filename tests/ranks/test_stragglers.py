@@ -28,7 +28,7 @@ def test_a_rank_slowed_by_30_percent_is_named(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4")
-    words = ("data.name=digits", "train.epochs=3", "train.log_every=6", f"run.dir={tmp_path}", "run.name=run")
+    words = ("data.name=digits", "train.epochs=3", "train.log_every=3", f"run.dir={tmp_path}", "run.name=run")
     ended = run_command(*launcher, program, *words).succeeded()
     told = [line for line in ended.stdout.splitlines() if "longer than the median" in line]
     assert len(told) == 1, str(ended)

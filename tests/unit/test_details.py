@@ -61,3 +61,10 @@ def test_the_file_has_the_pictures(tmp_path):
         assert list(picture.tobytes()) == images[2].flatten().tolist()
     assert found == {"index": 2, "label": 0, "predicted": 1, "confidence": 0.5}
     assert (content["classes"], content["confusion"]) == (["a", "b"], [[1, 0], [0, 1]])
+
+
+def test_a_full_disk_costs_the_pictures_not_the_run(tmp_path, capsys):
+    (tmp_path / ".test.json.writing").mkdir()  # nothing can be written there
+    mistakes = torch.zeros(0, 4, dtype=torch.float64)
+    write_details(tmp_path, torch.eye(2, dtype=torch.int64), mistakes, torch.zeros(0, 4, 4), ("a", "b"))
+    assert "test.json: cannot be written" in capsys.readouterr().err

@@ -273,7 +273,7 @@ def slow_record(step, rank, times):
 def test_a_rank_that_is_slow_all_the_time_is_named_once(capsys):
     console = Lines()
     console.start(FACTS)
-    ranks = [(3, 1.3), (3, 1.3), (1, 1.3), (3, 1.3), (3, 1.1), (3, 1.3), (3, 1.3), (3, 1.31), (3, 1.3), (3, 1.3)]
+    ranks = [(3, 1.3)] * 4 + [(1, 1.3), (3, 1.3), (3, 1.3), (3, 1.1)] + [(3, 1.3)] * 4 + [(3, 1.31)] + [(3, 1.3)] * 4
     for step, (rank, times) in enumerate(ranks):
         console.log(slow_record(step, rank, times))
     told = [line for line in capsys.readouterr().out.splitlines() if "longer" in line]
