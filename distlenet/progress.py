@@ -28,6 +28,7 @@ class Progress:
     evaluated: int = 0  # the step after which the last evaluation was made
     test: Record = field(default_factory=dict)  # its metrics
     best_accuracy: float = -1.0
+    skipped: int = 0  # steps that were not taken, since not finite
     restarts: int = 0  # how often the run went on from a checkpoint
     micro_batch: int = 0  # images of a rank's micro-batch when the run began
     started_from: str | None = None  # the checkpoint.resume=PATH it began with
@@ -93,7 +94,7 @@ def record_start(
     if in_vain >= limit:
         raise UserError(
             f"run {run}: restarted {in_vain} times from step {step} and never reached the next checkpoint "
-            f"(checkpoint.restarts_in_vain={limit}); look at {run / 'errors'} for what ends it, then start it by hand"
+            f"(checkpoint.restarts_in_vain={limit}); look at {run / 'logs'} for what ends it, then start it by hand"
         )
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     facts = {

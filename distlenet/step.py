@@ -10,6 +10,7 @@ from distlenet.data.augment import Prepare
 from distlenet.errors import UserError, warn
 from distlenet.exact import seed_micro_batch
 from distlenet.graph import GraphedStep, is_recorded
+from distlenet.guard import Guard
 from distlenet.metrics import Meter
 from distlenet.net import make_net
 from distlenet.optim import load_optimizer, make_optimizer, make_schedule
@@ -17,6 +18,8 @@ from distlenet.precision import make_scaler
 from distlenet.reduction import make_reduction
 from distlenet.schema import Config
 from distlenet.session import Session
+
+MEND = "give a smaller optim.lr, a longer optim.warmup_steps or train.clip_norm, and look at the data"
 
 
 class TrainStep:
@@ -37,6 +40,9 @@ class TrainStep:
         self.schedule = make_schedule(config.optim, self.optimizer, total_steps)
         self.autocast = session.autocast()
         self.reduction = make_reduction(config, self.net, session.world, watch=not self.scaler.is_enabled())
+        lag = self.device.type == "cuda" and config.train.on_nonfinite == "stop"
+        self.guard = Guard(self.optimizer, self.device, lag, self.scaler.is_enabled())
+        self.refused = False  # whether the last step was not taken, since not finite
         self.meter = Meter(self.device)
         self.measure = False  # whether the next step is one whose gradient's norm is wanted
         self.grad_norm = torch.zeros((), device=self.device)
@@ -58,17 +64,19 @@ class TrainStep:
         """Take optimizer step ``step`` on this rank's share of a global batch; return its learning rate.
 
         ``count`` is the number of images of the global batch, over all ranks; ``asked`` says that this rank was
-        asked to stop. No host sync, but with fp16.
+        asked to stop. No host sync on a GPU, but with fp16 or ``train.on_nonfinite=skip``.
         """
         lr = float(self.schedule.get_last_lr()[0])
         scale = self.scaler.get_scale()  # host sync, with fp16 only
-        self.reduction.begin(step, asked)
+        self.reduction.begin(asked)
+        self.guard.begin(step)
         if self.graph is not None:
             self.graph.take(self, images, labels, indices, epoch, step, count)
         else:
             self.compute(images, labels, indices, epoch, step, count)
         self.reduction.hear()
-        if self.scaler.get_scale() >= scale:  # a smaller scale: the gradient overflowed, the step was skipped
+        # A smaller scale: the gradient overflowed, the step was skipped.
+        if not self.refused and self.scaler.get_scale() >= scale:
             self.schedule.step()
         return lr
 
@@ -95,6 +103,10 @@ class TrainStep:
             outputs.append(logits.detach())
             answers.append(y)
         self.reduction.finish()  # collective
+        self.refused = self.guard.refuses(self.reduction.bad)
+        if self.refused:
+            self.optimizer.zero_grad(set_to_none=True)
+            return
         self.meter.update(torch.stack(losses), torch.cat(outputs), torch.cat(answers))
         clip_norm = self.config.train.clip_norm
         if self.measure or clip_norm is not None or is_recorded(self.device):
@@ -114,6 +126,13 @@ class TrainStep:
         shard = self.session.world.rank if shard is None else shard
         seed_micro_batch(self.device, self.config.seed, step, shard)
 
+    def check(self) -> None:
+        """Raise UserError, on every rank, where a parameter is not finite: no later step mends that. A host sync."""
+        named = dict(self.net.named_parameters())
+        finite = torch.stack([parameter.isfinite().all() for parameter in named.values()]).tolist()
+        if names := [name for name, is_finite in zip(named, finite, strict=True) if not is_finite]:
+            raise UserError(f"{', '.join(names)}: not finite any more; {MEND}")
+
     def why_no_graph(self) -> str | None:
         """Say why a step cannot be a CUDA graph; the same on all ranks."""
         if self.device.type != "cuda":
@@ -122,13 +141,14 @@ class TrainStep:
             return f"the collectives of distributed.backend={self.session.backend} run on the host"
         if self.scaler.is_enabled():
             return "with precision=fp16 the host must know whether a step was skipped"
+        if not self.guard.lag:
+            return "with train.on_nonfinite=skip the host must know whether a step was skipped"
         if self.reduction.micro_batches_per_rank > 1:
             return "a rank has several micro-batches per step, each with random numbers of its own"
         return None
 
     def state_dict(self) -> State:
-        """Return what a checkpoint holds of it. A collective. Raises UserError where it is not finite."""
-        self.reduction.check()  # host sync
+        """Return what a checkpoint holds of it. A collective."""
         return {
             "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),

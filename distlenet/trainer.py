@@ -11,11 +11,13 @@ from distlenet import __version__
 from distlenet.checkpoint.file import State
 from distlenet.checkpointer import Checkpointer
 from distlenet.data.augment import Prepare, measure
-from distlenet.data.loader import Loader, settle_data
+from distlenet.data.loader import Batch, Loader, settle_data
 from distlenet.data.sampler import GlobalBatchSampler, ShardSampler
 from distlenet.data.sources import ImageData
 from distlenet.details import Details, write_details
+from distlenet.diagnosis import diagnose
 from distlenet.distributed import all_or_none, any_rank, hosts_of_ranks
+from distlenet.errors import UserError, warn
 from distlenet.metrics import EVAL_BATCH, Metrics, evaluate
 from distlenet.preemption import Preemption
 from distlenet.progress import Progress, process_age_s, record_start, run_id
@@ -23,7 +25,7 @@ from distlenet.replicas import check_replicas
 from distlenet.schema import Config
 from distlenet.session import Session
 from distlenet.speed import Speed
-from distlenet.step import TrainStep
+from distlenet.step import MEND, TrainStep
 from distlenet.tracking import Record, Tracker
 from distlenet.tracking.ledger import NoLedger, join_start
 
@@ -60,6 +62,7 @@ class Trainer:
             config.distributed.virtual_shards if config.distributed.reduction == "exact" else None,
         )
         data = settle_data(data, config.data.device, config.data.workers, device)
+        self.train_split = data.train
         self.train_loader = Loader(data.train, self.sampler, config.data.workers, device)
         shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
         self.test_loader = Loader(data.test, shard, 0, device)
@@ -101,13 +104,13 @@ class Trainer:
                 if at.step % self.check_replicas_every == 0:
                     check_replicas(self.net)  # collective, host sync
                 if at.batch % self.config.train.log_every == 0:
-                    self.reduction.check()  # host sync
+                    self.check()  # host sync
                     self.log("train", self.meter.window(), **self.measured())  # collective, host sync
                 if self.reduction.heard.yes:
                     self.checkpointer.stop(self, self.preemption)  # collective
                 if at.step % self.checkpoint_every == 0 and at.batch < self.sampler.steps:
                     self.checkpointer.save(self, must=False)  # collective; an epoch's end is saved below
-            self.reduction.check()  # host sync
+            self.check()  # host sync
             trained = self.meter.total()  # collective, host sync
             self.speed.stop()
             tested = self.evaluate()  # collective, host sync
@@ -120,7 +123,7 @@ class Trainer:
                 at.epoch, at.batch = at.epoch + 1, 0
             self.checkpointer.save(self, best)  # collective
         self.checkpointer.finish()  # collective
-        progress = {"epochs": at.epoch, "steps": at.step, "restarts": at.restarts}
+        progress = {"epochs": at.epoch, "steps": at.step, "skipped_steps": at.skipped, "restarts": at.restarts}
         times = {"train_images_per_s": self.speed.mean(), "train_s": self.speed.seconds, "start_s": self.start_s}
         return {**at.test, **progress, **times, **self.session.describe()}
 
@@ -155,9 +158,35 @@ class Trainer:
         self.take_step.measure = (at.batch + 1) % self.config.train.log_every == 0
         at.lr = self.take_step(images, labels, indices, at.epoch, at.step, count, self.preemption.asked)
         self.speed.done(count, len(labels))
+        if self.take_step.refused:
+            self.refused((images, labels, indices), at.batch, at.step)  # collective
         at.step += 1
         at.batch += 1
         self.watchdog.beat(at.step)
+
+    def refused(self, batch: Batch, place: int, step: int) -> None:
+        """Tell what was wrong with a step on global batch ``place`` of this epoch. A collective.
+
+        Raises UserError, on every rank, but where ``train.on_nonfinite`` allows to skip it.
+        """
+        wrong = diagnose(self.take_step, batch, self.at.epoch, step, self.sampler.count(place), self.folder)
+        train = self.config.train
+        if train.on_nonfinite == "stop":
+            raise UserError(f"{wrong}; {MEND}, or give train.on_nonfinite=skip")
+        self.at.skipped += 1
+        if self.at.skipped > train.skip_at_most:
+            raise UserError(f"{wrong}; {train.skip_at_most} steps were skipped before (train.skip_at_most); {MEND}")
+        if self.world.rank == 0:
+            warn(f"{wrong}; skipped (train.on_nonfinite=skip), {self.at.skipped} of at most {train.skip_at_most}")
+
+    def check(self) -> None:
+        """Stop the run where the device has seen what is not finite. A host sync; where it has, a collective."""
+        if (bad := self.take_step.guard.found()) is not None:
+            place = self.at.batch - (self.at.step - bad)
+            self.sampler.set_position(self.at.epoch, place, most=1)
+            (batch,) = Loader(self.train_split, self.sampler, 0, self.device)
+            self.refused(batch, place, bad)
+        self.take_step.check()
 
     def evaluate(self) -> Metrics:
         """Measure the bare network on the test set. A collective."""
@@ -197,6 +226,7 @@ class Trainer:
 
         Raises UserError where it is not finite: that is never saved.
         """
+        self.check()  # host sync
         return {
             **self.at.state_dict(),
             **self.take_step.state_dict(),

@@ -4,7 +4,9 @@ Both take a rank's share of a global batch apart into micro-batches, and leave i
 the gradient of the mean loss over all ranks. The loss of a micro-batch is to be the sum over its images
 times ``weight`` / (images of the global batch).
 
-One number more travels in the same all-reduce: whether any rank was asked to stop. ``heard`` tells.
+One number more travels in the same all-reduce: whether any rank was asked to stop, which ``heard`` tells, and NaN
+where the loss of any rank is not finite. After ``finish``, ``bad`` says that, and for the exact reduction also that a
+gradient is not finite or too large to be added exactly.
 """
 
 from torch import nn

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from distlenet.errors import UserError
 from distlenet.preemption import Heard
-from distlenet.reduction.share import MEND, Marks, MicroBatch
+from distlenet.reduction.share import Marks, MicroBatch
 from distlenet.world import World
 
 # DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import
@@ -47,6 +46,7 @@ class DdpReduction:
         with_flag = _WithFlag(net, device)
         self.flag = with_flag.flag
         self.asked, self.answer = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.bad = torch.zeros((), dtype=torch.bool, device=device)
         self.heard = Heard(device)
         self.model = DistributedDataParallel(with_flag, gradient_as_bucket_view=True)
         if compress:
@@ -81,7 +81,7 @@ class DdpReduction:
         if images < self.micro_batch_size:
             self.micro_batch_size, self.micro_batches_per_rank = images, -(-share // images)
 
-    def begin(self, step: int, asked: bool) -> None:  # noqa: ARG002
+    def begin(self, asked: bool) -> None:
         """Begin a step; ``asked`` says that this rank was asked to stop."""
         self.asked.fill_(asked)
 
@@ -92,24 +92,17 @@ class DdpReduction:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``."""
-        (loss + self.flag * self.asked).backward()
+        """Add the gradient of ``loss``; one that is not finite turns the flag's into NaN, for all ranks."""
+        (loss + self.flag * (self.asked + loss.detach() * 0)).backward()
 
     def finish(self) -> None:
         """Keep what all ranks said: the last backward has reduced."""
         self.marks.reduced()
         assert self.flag.grad is not None
         self.answer.copy_(self.flag.grad)
+        torch.ne(self.answer, self.answer, out=self.bad)  # NaN is not itself
         self.flag.grad = None
 
     def hear(self) -> None:
         """Look, at the end of a step, whether any rank was asked to stop."""
         self.heard.put(self.answer)
-
-    def check(self) -> None:
-        """Raise UserError, on every rank, where a parameter is not finite: no later step mends that. A host sync."""
-        named = list(self.net.named_parameters())
-        finite = torch.stack([parameter.isfinite().all() for _, parameter in named]).tolist()
-        if not all(finite):
-            names = [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
-            raise UserError(f"{', '.join(names)}: not finite any more; {MEND}")

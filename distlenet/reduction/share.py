@@ -9,8 +9,6 @@ from torch import Tensor
 from distlenet.errors import UserError
 from distlenet.schema import Config
 
-MEND = "give a smaller optim.lr, a longer optim.warmup_steps or train.clip_norm, and look at the data"
-
 MicroBatch = tuple[int, tuple[Tensor, ...]]
 """A micro-batch's number within the global batch, and its part of each tensor."""
 
