@@ -11,14 +11,12 @@ Operations in MPICH", 2005), s what a step costs without images, c an image. Not
 """
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
+from distlenet.checks.allreduce import fit_line, median_s, time_all_reduces
 from distlenet.config import load_config
 from distlenet.net import make_net
 from distlenet.session import open_session
@@ -27,38 +25,6 @@ SIZES = [4**k for k in range(1, 12)]  # bytes, 4 B to 4 MiB
 BATCHES = [16, 32, 64, 128, 256, 512]
 WORLDS = [8, 64, 512, 4096]
 EFFICIENCY = 0.9
-
-
-def median_s(action: Callable[[], object], times: int = 15, sync: bool = True) -> float:
-    """Return the median time of ``action``, seconds; with ``sync`` all ranks begin together."""
-    seconds = []
-    for _ in range(times + 3):
-        if sync:
-            dist.barrier()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        action()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[3:])
-
-
-def line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """Fit y = intercept + slope x with equal relative errors; both at least 0."""
-    best = (math.inf, 0.0, 0.0)
-    x, y = torch.tensor(xs, dtype=torch.float64), torch.tensor(ys, dtype=torch.float64)
-    for columns in ([1, 0], [0], [1]):  # both, the intercept alone, the slope alone
-        design = torch.stack([torch.ones_like(x), x])[columns].T / y[:, None]
-        solution = torch.linalg.lstsq(design, torch.ones_like(y)).solution
-        found = [0.0, 0.0]
-        for column, value in zip(columns, solution.tolist(), strict=True):
-            found[column] = value
-        error = float(((found[0] + found[1] * x) / y - 1).square().sum())
-        if min(found) >= 0 and error < best[0]:
-            best = (error, found[0], found[1])
-    return best[1], best[2]
 
 
 def step(batch: int, device: torch.device) -> Callable[[], None]:
@@ -86,18 +52,15 @@ def main() -> None:
         world, device = session.world.world_size, session.device
         if world < 2:
             raise SystemExit("an all-reduce takes 2 ranks at least: start this with torchrun or srun")
-        times = {}
-        for size in SIZES:
-            values = torch.zeros(size // 4, device=device)
-            times[size] = median_s(lambda values=values: dist.all_reduce(values))  # type: ignore[misc]
+        timing = time_all_reduces(SIZES, device)
         steps = {batch: median_s(step(batch, device)) for batch in BATCHES}
         gradient = 4 * sum(p.numel() for p in make_net("lenet", True, device).parameters())
         rank_0, backend, name = session.world.rank == 0, session.backend, session.describe()["device"]
     if not rank_0:
         return
-    intercept, slope = line(list(times), list(times.values()))
+    times, intercept, slope = timing.seconds, timing.latency_s, timing.seconds_per_byte
     alpha, beta = intercept / (2 * (world - 1)), slope * world / (2 * (world - 1))
-    s, c = line(list(steps), list(steps.values()))
+    s, c = fit_line(list(steps), list(steps.values()))
     fit = f"α = {1e6 * alpha:.0f} µs, 1/β = {1e-9 / beta if beta else math.inf:.2f} GB/s"
     print(f"{world} ranks, {backend}, {name}. {fit}; s = {1e3 * s:.2f} ms, c = {1e6 * c:.1f} µs per image.\n")
     print("| all-reduce of | measured | model |\n| ---: | ---: | ---: |")

@@ -131,19 +131,43 @@ def ranks_in_words(ranks: Sequence[int], most: int = 16) -> str:
     return f"rank{'s' * (len(ranks) != 1)} {listed}"
 
 
-@contextmanager
-def process_group(
-    world: World, backend: str, device: torch.device, start_timeout_s: float, timeout_s: float
-) -> Iterator[Store]:
-    """Join the default process group for the length of a ``with`` block, and leave it on every path.
+def meet_all(world: World, start_timeout_s: float) -> Store:
+    """Wait until all ranks are here, ``start_timeout_s`` at most; return the part of their store that is this start's.
 
-    ``start_timeout_s`` is how long ranks wait for each other to come, ``timeout_s`` how long in a collective.
-    Gives this start's part of the job's store. Raises RankError where the group does not come together.
+    Raises RankError where they do not come together.
     """
     start = timedelta(seconds=start_timeout_s)
+    with _told(world):
+        return meet(open_store(world, start), world, start)
+
+
+@contextmanager
+def _told(world: World) -> Iterator[None]:
+    """Turn what torch raises where ranks do not come together into a RankError."""
     try:
-        store = open_store(world, start)
-        here = meet(store, world, start)
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        host, _, port = (world.init_method or "").removeprefix("tcp://").rpartition(":")
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise RankError(
+                f"port {port} on {socket.gethostname()} is in use, by another job or what is left of one; "
+                "set MASTER_PORT to a free one for all ranks, or end that process"
+            ) from error
+        raise RankError(
+            f"rank {world.rank} of {world.world_size} could not join the others at {host or 'torchrun'}"
+            f"{':' * bool(port)}{port}: {str(error).splitlines()[0]}; python -m distlenet.preflight, started in the "
+            "same way, says more"
+        ) from error
+
+
+@contextmanager
+def process_group(here: Store, world: World, backend: str, device: torch.device, timeout_s: float) -> Iterator[None]:
+    """Join the default process group for the length of a ``with`` block, and leave it on every path.
+
+    ``here`` is what ``meet_all`` returns, ``timeout_s`` how long ranks wait for each other in a collective.
+    Raises RankError where the group does not come together.
+    """
+    with _told(world):
         dist.init_process_group(
             backend,
             store=PrefixStore("group", here),
@@ -152,13 +176,8 @@ def process_group(
             timeout=timedelta(seconds=timeout_s),
             device_id=device if backend == "nccl" else None,
         )
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-        raise RankError(
-            f"rank {world.rank} of {world.world_size} could not join the group at {world.init_method}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
     try:
-        yield here
+        yield
     except (UserError, Preempted):  # raised on all ranks
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # what they were told may still be on its way

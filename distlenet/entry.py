@@ -1,18 +1,21 @@
 """What all commands share: one grammar of arguments, and one way to end."""
 
 import argparse
+import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
 from distlenet.config import FIELDS, describe
-from distlenet.errors import Preempted, RankError, UserError, warn
+from distlenet.errors import Preempted, RankError, UserError, print_error, warn
+from distlenet.failures import block
+from distlenet.ranklog import listen_for_stacks
+from distlenet.world import World, world_from_environ
 
 
 def _speaks_for_others(node_alone: bool) -> bool:
@@ -49,6 +52,12 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = No
 
     Raises UserError for anything else; ``--help`` prints all settings and exits.
     """
+    arguments = settings_parser(prog, description).parse_intermixed_args(argv)
+    return arguments.config, arguments.overrides
+
+
+def settings_parser(prog: str, description: str) -> Parser:
+    """Make the parser of a command that takes settings; it may have options of its own, too."""
     parser = Parser(
         f"python -m {prog}",
         description=description,
@@ -60,8 +69,14 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = No
         "--config", metavar="FILE", action="append", default=[], help="settings as YAML; later files win"
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="a setting, over all files")
-    arguments = parser.parse_intermixed_args(argv)
-    return arguments.config, arguments.overrides
+    return parser
+
+
+def whole_number(text: str) -> int:
+    """Read an option's value, at least 1, for argparse."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, at least 1")
+    return int(text)
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
@@ -73,7 +88,6 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
     one gone, and rank 0 may still be importing; a rank that nobody has ended by then speaks for itself.
     """
 
-    @record  # under torchrun, leaves the traceback where the agent's report of failures finds it
     def guarded() -> int:
         try:
             main()
@@ -100,4 +114,14 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an odd locale costs a character, not the run
-    sys.exit(guarded())
+    if sys.__stderr__ is not None:
+        listen_for_stacks(sys.__stderr__)
+    try:
+        sys.exit(guarded())
+    except Exception as error:  # what the user cannot mend
+        if not hasattr(error, "told"):
+            world = World()
+            with contextlib.suppress(UserError):
+                world = world_from_environ(os.environ)
+            print_error(block(error, world))
+        sys.exit(1)

@@ -1,7 +1,14 @@
 """The exceptions that an entry turns into one line, and the one way to warn."""
 
 import contextlib
+import logging
 import sys
+
+LOGGER = logging.getLogger("distlenet")
+"""Hears every warning: a rank's log listens."""
+LOGGER.setLevel(logging.INFO)
+LOGGER.propagate = False
+LOGGER.addHandler(logging.NullHandler())
 
 
 class UserError(Exception):
@@ -21,6 +28,14 @@ class Preempted(Exception):
 
 
 def warn(text: str) -> None:
-    """Print one line to standard error; where nobody hears it (a full disk, a closed terminal), work goes on."""
+    """Print one line to standard error, and tell ``LOGGER``."""
+    line = " ".join(text.split())
+    LOGGER.info(line)
+    print_error(f"distlenet: {line}")
+
+
+def print_error(text: str) -> None:
+    """Print to standard error, as a whole; where nobody hears it (a full disk, a closed terminal), work goes on."""
     with contextlib.suppress(OSError, ValueError):
-        print("distlenet:", " ".join(text.split()), file=sys.stderr, flush=True)
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

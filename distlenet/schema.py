@@ -98,6 +98,12 @@ class TrainConfig:
     )
     label_smoothing: float = setting(0.05, "Label smoothing of the training loss.", ge=0, lt=1, result=True)
     clip_norm: float | None = setting(None, "Largest norm of the gradient; null: no clipping.", gt=0, result=True)
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop",
+        "What follows a step whose loss is not finite, after RUN/diagnosis tells why: the run stops, or goes on "
+        "without the step, for which on a GPU the host waits for each step.",
+    )
+    skip_at_most: int = setting(10, "Steps in all that train.on_nonfinite=skip skips, before the run stops.", ge=1)
     cuda_graph: Literal["off", "auto"] = setting(
         "off", "auto: replay a step as a CUDA graph, where that can be, with the learning rate in float32.", result=True
     )

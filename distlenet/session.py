@@ -2,17 +2,20 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from distlenet.allocator import keep_freed_memory
-from distlenet.distributed import pick_backend, pick_device, process_group
+from distlenet.distributed import meet_all, pick_backend, pick_device, process_group
 from distlenet.errors import warn
+from distlenet.failures import telling
 from distlenet.graph import use_a_stream
 from distlenet.precision import autocast, exact_kernels, pick_precision
+from distlenet.ranklog import RankLog
 from distlenet.schema import Config
 from distlenet.watchdog import Watchdog, watching
 from distlenet.world import World, world_from_environ
@@ -30,6 +33,7 @@ class Session:
     backend: str
     precision: str
     watchdog: Watchdog
+    log: RankLog
 
     def autocast(self) -> torch.autocast:
         """Return autocast for the forward pass in this session's precision."""
@@ -48,9 +52,10 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, folder: Path | None = None) -> Iterator[Session]:
+def open_session(config: Config, folder: Path | None = None, here: Store | None = None) -> Iterator[Session]:
     """Join the job for the length of a ``with`` block; a hang is noted in ``folder``.
 
+    ``here`` is what ``meet_all`` has returned, where the ranks have met before.
     Raises UserError, before the ranks meet, for an environment, device, backend or precision that cannot be.
     """
     world = world_from_environ(os.environ)
@@ -74,11 +79,14 @@ def open_session(config: Config, folder: Path | None = None) -> Iterator[Session
     if trace is not None:  # before the group is made; see distlenet.watchdog
         for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # as of torch 2.9, and before
             os.environ.setdefault(name, "2000")
+    store = meet_all(world, start_s) if here is None else here
     with (
-        process_group(world, backend, device, start_s, max(start_s, step_s) + BACKSTOP_S) as store,
+        process_group(store, world, backend, device, max(start_s, step_s) + BACKSTOP_S),
+        closing(RankLog(world, device)) as log,
         watching(store, world, start_s, trace) as watchdog,
+        telling(store, world, log),
     ):
-        yield Session(world, device, backend, precision, watchdog)
+        yield Session(world, device, backend, precision, watchdog, log)
 
 
 def set_threads(threads: int | None) -> None:

@@ -5,13 +5,9 @@ from distlenet.orphan import die_with_agent
 if __name__ == "__main__":
     die_with_agent()  # before the imports that take seconds
 
-import socket
+import os
 import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,30 +16,55 @@ from distlenet.checkpoint.folder import find_checkpoint
 from distlenet.config import load_config, run_folder, to_yaml
 from distlenet.data.sources import load_on_node
 from distlenet.distributed import all_or_none
-from distlenet.entry import parse_arguments, run_entry
-from distlenet.errors import Preempted, UserError, warn
+from distlenet.entry import run_entry, settings_parser, whole_number
+from distlenet.errors import UserError, warn
+from distlenet.plan import plan
 from distlenet.preemption import Preemption, listening
 from distlenet.progress import is_restart, process_age_s
 from distlenet.reduction import micro_batch_size
 from distlenet.schema import Config
-from distlenet.session import Session, open_session
+from distlenet.session import open_session
 from distlenet.tracking import Record, Trackers
 from distlenet.tracking.console import make_console
 from distlenet.tracking.history import History
 from distlenet.tracking.mirror import Mirror
 from distlenet.trainer import Trainer
+from distlenet.world import world_from_environ
 
 REPORT_S = 120.0
 """Seconds that a report may take."""
 
+MOST_RANKS = 1_000_000
+"""For how many ranks a dry run plans."""
+
 
 def main() -> None:
-    """Train as the arguments say."""
-    files, overrides = parse_arguments("distlenet.train", "Train the network, on this process's share of the data.")
-    config = load_config(files, overrides)
+    """Train as the arguments say, or tell what training would do."""
+    parser = settings_parser("distlenet.train", "Train the network, on this process's share of the data.")
+    parser.add_argument("--dry-run", action="store_true", help="compose and check everything, print the plan, and end")
+    parser.add_argument(
+        "--world-size", metavar="N", type=whole_number, help="ranks of the job that --dry-run plans (1)"
+    )
+    arguments = parser.parse_intermixed_args()
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        dry_run(config, arguments.world_size or 1)
+        return
+    if arguments.world_size is not None:
+        raise UserError("--world-size: is for --dry-run; how many ranks train, torchrun or srun says")
     summary = train(config)
     if summary["rank"] == 0 and wants_report(config.run.report, summary):
         report(summary["folder"])
+
+
+def dry_run(config: Config, world_size: int) -> None:
+    """Print what a job of ``world_size`` ranks would do. Raises UserError as that job would."""
+    if world_size > MOST_RANKS:
+        raise UserError(f"--world-size {world_size}: expected at most {MOST_RANKS:,}")
+    if world_from_environ(os.environ).world_size > 1:
+        raise UserError("--dry-run composes the whole job in one process: start it alone, and give --world-size")
+    for name, text in plan(config, world_size):
+        print(f"{name:18} {text}")
 
 
 def wants_report(wanted: str, summary: Record) -> bool:
@@ -69,7 +90,7 @@ def train(config: Config) -> Record:
         raise UserError("checkpoint.path is read by distlenet.evaluate; to train on from a file give checkpoint.resume")
     folder = run_folder(config)
     grace_s = config.checkpoint.grace_s
-    with listening(grace_s) as preemption, open_session(config, folder) as session, keep_error(folder, session):
+    with listening(grace_s) as preemption, open_session(config, folder) as session:
         rank_0 = session.world.rank == 0
         micro_batch_size(config, session.world.world_size)  # before the data: it is what users get wrong most
         with all_or_none():
@@ -81,6 +102,7 @@ def train(config: Config) -> Record:
         with all_or_none():
             if rank_0:
                 claim_folder(folder, lock)
+        session.log.open(folder)
         with all_or_none():
             tracker = make_trackers(config, folder, preemption) if rank_0 else Trackers()
         try:
@@ -101,27 +123,6 @@ def make_trackers(config: Config, folder: Path, preemption: Preemption) -> Track
     """Make what rank 0 tells: the console, the run's history, and then what mirrors that."""
     mirror = Mirror(folder, config.to_dict(), preemption.seconds_left)
     return Trackers([make_console(config.run.console), History(folder, to_yaml(config)), mirror])
-
-
-@contextmanager
-def keep_error(folder: Path, session: Session) -> Iterator[None]:
-    """Keep the traceback of what ends this rank in ``errors/rank-00003.txt``; rank 0 says where they are."""
-    try:
-        yield
-    except (UserError, Preempted):
-        raise
-    except Exception:
-        errors, rank = folder / "errors", session.world.rank
-        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        try:
-            errors.mkdir(parents=True, exist_ok=True)
-            with (errors / f"rank-{rank:05d}.txt").open("a", encoding="utf-8") as file:
-                file.write(f"{now}, rank {rank} on {socket.gethostname()}\n{traceback.format_exc()}\n")
-        except OSError as error:
-            warn(f"{errors}: cannot be written: {error.strerror or error}")
-        if rank == 0:
-            warn(f"the job failed; what ended each rank is in {errors}, the earliest is the cause")
-        raise
 
 
 def claim_folder(folder: Path, lock: FileLock) -> None:

@@ -15,7 +15,7 @@ from distlenet.data import download, idx
 from distlenet.data.shared import Place, SharedFile, in_memory
 from distlenet.data.synthetic import open_synthetic
 from distlenet.distributed import all_or_none, from_local_rank_0
-from distlenet.errors import warn
+from distlenet.errors import UserError, warn
 from distlenet.schema import DataConfig
 from distlenet.world import World
 
@@ -89,6 +89,16 @@ def open_data(config: DataConfig, debian: bool = False) -> OpenData:
     paths = download.locate_or_download(config.name, root, debian)
     files = {name: idx.open_verified(path, idx.SHA256[config.name][name]) for name, path in paths.items()}
     return OpenData(files, str(next(iter(paths.values())).parent))
+
+
+def have_data(config: DataConfig) -> None:
+    """Raise UserError where the data set that ``config`` names is not on this machine; download nothing."""
+    root = Path(config.root)
+    if config.name in idx.SHA256 and download.locate(config.name, root) is None:
+        raise UserError(
+            f"data: {config.name} is not in data.root={root} here; "
+            f"python -m distlenet.data data.name={config.name} data.root={root} gets it"
+        )
 
 
 def map_data(name: str, places: Places) -> ImageData:

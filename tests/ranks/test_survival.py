@@ -204,7 +204,7 @@ def test_a_rank_that_dies_is_started_again_inside_the_job(tmp_path, whole):
     assert ended.status == 0, str(ended)
     assert_same(tmp_path / "run", whole)
     assert json.loads((tmp_path / "run/summary.json").read_text())["restarts"] == 1
-    assert "RuntimeError" in (tmp_path / "run/errors/rank-00000.txt").read_text()  # what the other rank saw
+    assert "RuntimeError" in (tmp_path / "run/logs/rank-00000.log").read_text()  # what the other rank saw
 
 
 def test_restarts_in_vain_come_to_an_end(tmp_path):
@@ -219,7 +219,7 @@ def test_restarts_in_vain_come_to_an_end(tmp_path):
     ended = run_command(*words, timeout=300)
     assert ended.status == 1
     assert "restarted 2 times from step 0 and never reached the next checkpoint" in ended.stderr, str(ended)
-    assert (tmp_path / "run/errors/rank-00001.txt").read_text().count("MemoryError: every time") == 3
+    assert (tmp_path / "run/logs/rank-00001.log").read_text().count("MemoryError: every time") == 3
 
 
 @pytest.fixture

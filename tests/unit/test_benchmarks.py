@@ -19,17 +19,6 @@ def test_help(program):
     assert "usage: " in run_command(sys.executable, program, "--help").succeeded().stdout
 
 
-def test_a_line_is_fitted():
-    intercept, slope = scaling.line([1, 10, 100], [5.2, 7, 25])
-    assert (intercept, slope) == (pytest.approx(5), pytest.approx(0.2))
-
-
-def test_a_line_has_no_negative_part():
-    intercept, slope = scaling.line([1, 10, 100], [1, 10.5, 110])
-    assert intercept == 0
-    assert 1 < slope < 1.1
-
-
 def test_the_batch_for_an_efficiency():
     """9 s of step beside 1 s of all-reduce: 1 s, and 8 images of a little more than 1 s."""
     assert scaling.batch_for(0.9, all_reduce=1.0, s=1.0, c=1.01) == 8

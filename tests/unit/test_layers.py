@@ -14,10 +14,23 @@ FLOORS = [
     {"errors", "schema", "net", "world", "distributed", "exact", "files", "orphan", "allocator"},
     {
         *("config", "data", "optim", "precision", "metrics", "checkpoint", "tracking", "reduction", "replicas"),
-        *("preemption", "progress", "speed", "details", "images", "reporting", "watchdog", "graph"),
+        *(
+            "preemption",
+            "progress",
+            "speed",
+            "details",
+            "images",
+            "reporting",
+            "watchdog",
+            "graph",
+            "guard",
+            "ranklog",
+            "failures",
+            "checks",
+        ),
     },
-    {"session", "checkpointer", "step", "trainer"},
-    {"entry", "mirror", "predict", "report", "train", "evaluate", "ledger", "data.__main__"},
+    {"session", "checkpointer", "step", "diagnosis", "trainer", "plan", "rehearsal"},
+    {"entry", "mirror", "predict", "preflight", "report", "train", "evaluate", "ledger", "data.__main__"},
 ]
 
 

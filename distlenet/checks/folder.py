@@ -1,0 +1,88 @@
+"""Is the run folder one for all nodes, writable on each, and large enough? Is the data on each node?"""
+
+import contextlib
+import shutil
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from distlenet.checkpoint.file import to_bytes
+from distlenet.data.sources import have_data, open_data
+from distlenet.errors import UserError
+from distlenet.net import make_net
+from distlenet.optim import make_optimizer
+from distlenet.schema import Config
+
+SEEN_S = 5.0
+"""Seconds after which a file written on one node is seen on another: NFS keeps listings that long or so."""
+
+
+def token(config: Config, word: str, node: int) -> Path:
+    """Name the file by which a node shows the others that it writes to the same folder."""
+    return Path(config.run.dir) / f".preflight-{word}-{node}"
+
+
+def write_token(config: Config, word: str, node: int) -> str:
+    """Write this node's file; return why that cannot be, or nothing."""
+    path = token(config, word, node)
+    try:
+        if node == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(word)
+    except OSError as error:
+        return f"{path.parent} cannot be written: {error.strerror or error}"
+    return ""
+
+
+def sees_token(config: Config, word: str, node: int) -> bool:
+    """Wait a while for the file of another node."""
+    deadline = time.monotonic() + SEEN_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            return token(config, word, node).read_text() == word
+        time.sleep(0.1)
+    return False
+
+
+def remove_token(config: Config, word: str, node: int) -> None:
+    """Take this node's file away; rank 0's node takes the folder, too, where nothing else is in it."""
+    with contextlib.suppress(OSError):
+        token(config, word, node).unlink()
+    if node == 0:
+        with contextlib.suppress(OSError):
+            Path(config.run.dir).rmdir()
+
+
+def room(config: Config) -> str:
+    """Say, on one node, why the checkpoints that are kept would not fit; nothing, where they do."""
+    size = checkpoint_bytes(config)
+    needed = (config.checkpoint.keep + 2) * size  # the newest K, the best, and the one being written
+    free = shutil.disk_usage(config.run.dir).free
+    if free < needed:
+        return (
+            f"{config.run.dir} has {free / 10**6:,.1f} MB free, {config.checkpoint.keep + 2} checkpoints take "
+            f"{needed / 10**6:,.1f} MB"
+        )
+    return ""
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Return the size of a checkpoint, but for some thousand bytes of settings and progress."""
+    net = make_net(config.model.name, config.model.channels_last, torch.device("cpu"))
+    optimizer = make_optimizer(config.optim, net)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes its state
+    return len(to_bytes({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "config": config.to_dict()}))
+
+
+def data_here(config: Config) -> tuple[str, str]:
+    """Open and verify the data set as training does; return (where it is, why it cannot be used)."""
+    try:
+        have_data(config.data)
+        with closing(open_data(config.data)) as opened:
+            return opened.source, ""
+    except UserError as error:
+        return "", str(error)

@@ -1,0 +1,119 @@
+"""What preflight has all ranks do together: add numbers, and take the first steps of the run."""
+
+import contextlib
+import secrets
+import socket
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+from distlenet.checks import Finding
+from distlenet.checks.allreduce import SIZES, Timing, slow_pairs, time_all_reduces, wrong_sums
+from distlenet.data.sources import load_on_node
+from distlenet.distributed import all_or_none, from_rank_0
+from distlenet.errors import UserError
+from distlenet.preemption import listening
+from distlenet.schema import Config
+from distlenet.session import Session, open_session
+from distlenet.tracking import Trackers
+from distlenet.trainer import Trainer
+
+GRADIENT = [1 << 18]
+"""Bytes of the one all-reduce that is timed unasked: about this network's gradient."""
+
+
+@dataclass
+class Checkup:
+    """What is known so far."""
+
+    findings: list[Finding]
+    timing: Timing | None = None
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing failed."""
+        return all(finding.status != "FAIL" for finding in self.findings)
+
+
+def together(checkup: Checkup, config: Config, here: Store, all_sizes: bool) -> None:
+    """Form the group that training would, add numbers, and take one real training step. A collective."""
+    with open_session(config, here=here) as session:
+        world, device = session.world, session.device
+        if world.world_size > 1:
+            wrong = wrong_sums(world.rank, world.world_size, device)
+            timing = checkup.timing = time_all_reduces(SIZES if all_sizes else GRADIENT, device)
+            checkup.findings += sums(wrong, timing, session.backend)
+            hosts = [""] * world.world_size
+            dist.all_gather_object(hosts, socket.gethostname() if world.local_rank == 0 else "")
+            leaders = [rank for rank, host in enumerate(hosts) if host]
+            if all_sizes and len(leaders) > 1:
+                slow = slow_pairs(leaders, world.rank, device)
+                text = ", ".join(f"{hosts[a]} – {hosts[b]} {times:.1f}×" for a, b, times in slow[:4])
+                checkup.findings.append(
+                    Finding(
+                        "pairs of nodes", "note", f"slower than the median: {text}", "look at their cables and switch"
+                    )
+                    if slow
+                    else Finding("pairs of nodes", "ok", "none takes twice the median")
+                )
+        checkup.findings.append(first_step(config, session))
+
+
+def sums(wrong: int, timing: Timing, backend: str) -> list[Finding]:
+    """Judge the all-reduces."""
+    if wrong:
+        return [Finding("all-reduce", "FAIL", f"{wrong} of 65,536 sums are wrong", "look at network cards and GPUs")]
+    largest = max(timing.seconds)
+    speed = largest / timing.seconds[largest] / 1e9
+    text = f"{backend}, sums right; {largest:,} bytes in {1e3 * timing.seconds[largest]:.2f} ms ({speed:.2f} GB/s)"
+    return [Finding("all-reduce", "ok", text)]
+
+
+def first_step(config: Config, session: Session) -> Finding:
+    """Take the first step of the run, in a folder of its own that is removed again. A collective."""
+    quiet = replace(
+        config,
+        checkpoint=replace(config.checkpoint, resume="never"),
+        data=replace(config.data, ledger=False),
+    )
+    data = load_on_node(config.data, session.world)
+    scratch = Path(from_rank_0(f"{config.run.dir}/.preflight-step-{secrets.token_hex(4)}"))
+    try:
+        with all_or_none():
+            if session.world.rank == 0:
+                try:
+                    (scratch / "checkpoints").mkdir(parents=True)
+                except OSError as error:
+                    raise UserError(f"{scratch}: cannot be written: {error.strerror or error}") from error
+        with listening(1.0) as preemption:
+            trainer = Trainer(quiet, session, data, scratch, Trackers(), preemption)
+            try:
+                trainer.start()
+                trainer.sampler.set_position(0, 0, most=2)
+                started = time.perf_counter()
+                for batch in trainer.train_loader:
+                    started = time.perf_counter()
+                    trainer.train_step(*batch)
+                trainer.check()  # host sync
+                seconds = time.perf_counter() - started
+            finally:
+                trainer.checkpointer.close()
+        loss = trainer.meter.window().loss  # collective, host sync
+    finally:
+        if session.world.rank == 0:
+            remove(scratch)
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU" if session.device.type == "cuda" else ""
+    return Finding("training step", "ok", f"{1e3 * seconds:.1f} ms, loss {loss:.3f}{memory}")
+
+
+def remove(scratch: Path) -> None:
+    """Remove what a step has left, and the folder above it, where that is empty."""
+    with contextlib.suppress(OSError):
+        for path in sorted(scratch.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        scratch.rmdir()
+        scratch.parent.rmdir()
