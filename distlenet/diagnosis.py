@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distlenet.data.loader import Batch
-from distlenet.distributed import from_rank_0, ranks_in_words
+from distlenet.distributed import from_rank_0
 from distlenet.errors import warn
 from distlenet.files import replace_text
+from distlenet.rendezvous import ranks_in_words
 from distlenet.step import TrainStep
 from distlenet.tracking import Record
 

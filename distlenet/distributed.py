@@ -1,24 +1,19 @@
-"""How ranks meet, on which device each computes, and how they add and agree."""
+"""On which device each rank computes, and how ranks join a group, add and agree."""
 
-import contextlib
 import gc
-import json
 import socket
-import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from distlenet.errors import Preempted, RankError, UserError
+from distlenet.rendezvous import told
 from distlenet.world import World
 
 T = TypeVar("T")
@@ -58,108 +53,6 @@ def pick_backend(wanted: str, device: torch.device) -> str:
     return ("nccl" if nccl else "gloo") if wanted == "auto" else wanted
 
 
-def open_store(world: World, timeout: timedelta) -> Store:
-    """Open the job's key-value store: in this process, in torchrun's agent, or in rank 0."""
-    if world.init_method is None:  # a group of one: no address, no port, no network
-        return cast(Store, HashStore())
-    if world.init_method == "env://":
-        store, _, _ = next(rendezvous(world.init_method, world.rank, world.world_size, timeout=timeout))
-        return cast(Store, store)
-    host, _, port = world.init_method.removeprefix("tcp://").rpartition(":")
-    # Does not wait for the others: ``meet`` does, which can say who is missing.
-    return cast(Store, TCPStore(host, int(port), None, world.rank == 0, timeout, wait_for_workers=False))
-
-
-def meet(store: Store, world: World, timeout: timedelta) -> Store:
-    """Wait until all ranks are here; return the part of the store that is theirs alone.
-
-    torchrun keeps one store over all restarts of the ranks (seen with torch 2.15), so what it holds may be of ranks
-    that are dead: their addresses, too, with which a process group would wait for ever. So rank 0 makes a name for
-    this start. Each other rank answers under it, with a word of its own that rank 0 must repeat: a name whose
-    repeated word is another's is an old one.
-    Raises RankError that names the ranks that are not here after ``timeout``.
-    """
-    deadline, word = time.monotonic() + timeout.total_seconds(), uuid.uuid4().hex
-    own = f"{word} {socket.gethostname()}"
-    if world.rank == 0:
-        here = PrefixStore(f"distlenet/{word}", store)
-        here.set(host_key(0), own)
-        store.set("distlenet/start", word)
-        _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world)
-        words = {rank: here.get(host_key(rank)).decode().split()[0] for rank in range(world.world_size)}
-        here.set("words", json.dumps(words))
-        return here
-    while True:
-        _wait(store, ["distlenet/start"], deadline, world)
-        here = PrefixStore(f"distlenet/{store.get('distlenet/start').decode()}", store)
-        here.set(host_key(world.rank), own)
-        with contextlib.suppress(dist.DistStoreError):  # not yet, or never: then look for a newer name
-            here.wait(["words"], timedelta(seconds=1))
-            if json.loads(here.get("words")).get(str(world.rank)) == word:
-                return here
-            time.sleep(0.02)
-        if time.monotonic() > deadline:
-            _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world)
-            raise RankError(f"rank {world.rank} of {world.world_size}: rank 0 did not answer")
-
-
-def _wait(store: Store, keys: list[str], deadline: float, world: World) -> None:
-    """Wait for ranks' ``keys``; raise RankError that says whose are missing after ``deadline``."""
-    try:
-        store.wait(keys, timedelta(seconds=max(0.01, deadline - time.monotonic())))
-    except dist.DistStoreError as error:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise RankError(
-            f"rank {world.rank} of {world.world_size} on {socket.gethostname()}: {ranks_in_words(missing)} did not "
-            "come in time (distributed.start_timeout_s); look whether their nodes run, and reach the node of rank 0"
-        ) from error
-
-
-def host_key(rank: int) -> str:
-    """Name the entry that a rank makes when it comes."""
-    return f"host/{rank}"
-
-
-def host_of(store: Store, rank: int) -> str:
-    """Return the name of a rank's host, as the rank itself said."""
-    return store.get(host_key(rank)).decode().partition(" ")[2]
-
-
-def ranks_in_words(ranks: Sequence[int], most: int = 16) -> str:
-    """Write ``rank 3`` or ``ranks 3, 5, 6``, and of very many the first."""
-    listed = ", ".join(str(rank) for rank in ranks[:most]) + (f" and {len(ranks) - most} more" * (len(ranks) > most))
-    return f"rank{'s' * (len(ranks) != 1)} {listed}"
-
-
-def meet_all(world: World, start_timeout_s: float) -> Store:
-    """Wait until all ranks are here, ``start_timeout_s`` at most; return the part of their store that is this start's.
-
-    Raises RankError where they do not come together.
-    """
-    start = timedelta(seconds=start_timeout_s)
-    with _told(world):
-        return meet(open_store(world, start), world, start)
-
-
-@contextmanager
-def _told(world: World) -> Iterator[None]:
-    """Turn what torch raises where ranks do not come together into a RankError."""
-    try:
-        yield
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-        host, _, port = (world.init_method or "").removeprefix("tcp://").rpartition(":")
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise RankError(
-                f"port {port} on {socket.gethostname()} is in use, by another job or what is left of one; "
-                "set MASTER_PORT to a free one for all ranks, or end that process"
-            ) from error
-        raise RankError(
-            f"rank {world.rank} of {world.world_size} could not join the others at {host or 'torchrun'}"
-            f"{':' * bool(port)}{port}: {str(error).splitlines()[0]}; python -m distlenet.preflight, started in the "
-            "same way, says more"
-        ) from error
-
-
 @contextmanager
 def process_group(here: Store, world: World, backend: str, device: torch.device, timeout_s: float) -> Iterator[None]:
     """Join the default process group for the length of a ``with`` block, and leave it on every path.
@@ -167,7 +60,7 @@ def process_group(here: Store, world: World, backend: str, device: torch.device,
     ``here`` is what ``meet_all`` returns, ``timeout_s`` how long ranks wait for each other in a collective.
     Raises RankError where the group does not come together.
     """
-    with _told(world):
+    with told(world):
         dist.init_process_group(
             backend,
             store=PrefixStore("group", here),

@@ -20,12 +20,12 @@ from distlenet.checkpoint.file import to_bytes
 from distlenet.config import run_folder
 from distlenet.data.augment import SIZE
 from distlenet.data.sources import have_data, load_data
-from distlenet.distributed import host_key
 from distlenet.net import make_net
 from distlenet.precision import pick_precision
 from distlenet.preemption import Preemption
 from distlenet.ranklog import RankLog
 from distlenet.reduction import micro_batch_size
+from distlenet.rendezvous import host_key
 from distlenet.schema import Config
 from distlenet.session import Session, set_threads
 from distlenet.tracking import Trackers

@@ -20,10 +20,10 @@ from distlenet.checks import Finding, facts
 from distlenet.checks.judge import count
 from distlenet.checks.nodes import look
 from distlenet.config import load_config
-from distlenet.distributed import meet_all
 from distlenet.entry import run_entry, settings_parser, whole_number
 from distlenet.errors import RankError, UserError
 from distlenet.rehearsal import Checkup, together
+from distlenet.rendezvous import meet_all
 from distlenet.world import World, world_from_environ
 
 

@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import Store
 
 from distlenet.checks import Finding
 from distlenet.checks.allreduce import SIZES, Timing, slow_pairs, time_all_reduces, wrong_sums
+from distlenet.checks.folder import remove_made
 from distlenet.data.sources import load_on_node
 from distlenet.distributed import all_or_none, from_rank_0
 from distlenet.errors import UserError
@@ -106,14 +107,14 @@ def first_step(config: Config, session: Session) -> Finding:
     finally:
         if session.world.rank == 0:
             remove(scratch)
+            remove_made(config)
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU" if session.device.type == "cuda" else ""
     return Finding("training step", "ok", f"{1e3 * seconds:.1f} ms, loss {loss:.3f}{memory}")
 
 
 def remove(scratch: Path) -> None:
-    """Remove what a step has left, and the folder above it, where that is empty."""
+    """Remove what a step has left."""
     with contextlib.suppress(OSError):
         for path in sorted(scratch.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         scratch.rmdir()
-        scratch.parent.rmdir()

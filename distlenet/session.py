@@ -10,12 +10,13 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from distlenet.allocator import keep_freed_memory
-from distlenet.distributed import meet_all, pick_backend, pick_device, process_group
+from distlenet.distributed import pick_backend, pick_device, process_group
 from distlenet.errors import warn
 from distlenet.failures import telling
 from distlenet.graph import use_a_stream
 from distlenet.precision import autocast, exact_kernels, pick_precision
 from distlenet.ranklog import RankLog
+from distlenet.rendezvous import meet_all
 from distlenet.schema import Config
 from distlenet.watchdog import Watchdog, watching
 from distlenet.world import World, world_from_environ

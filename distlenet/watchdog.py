@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from distlenet.distributed import host_of, ranks_in_words
 from distlenet.errors import warn
+from distlenet.rendezvous import host_of, ranks_in_words
 from distlenet.world import World
 
 ASK_SHARE = 0.1  # of the timeout is how long the others may take to notice it too,

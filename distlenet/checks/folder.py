@@ -15,6 +15,9 @@ from distlenet.net import make_net
 from distlenet.optim import make_optimizer
 from distlenet.schema import Config
 
+MADE: set[Path] = set()
+"""Folders that this process has made, and takes away again."""
+
 SEEN_S = 5.0
 """Seconds after which a file written on one node is seen on another: NFS keeps listings that long or so."""
 
@@ -28,8 +31,9 @@ def write_token(config: Config, word: str, node: int) -> str:
     """Write this node's file; return why that cannot be, or nothing."""
     path = token(config, word, node)
     try:
-        if node == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if node == 0 and not path.parent.exists():
+            path.parent.mkdir(parents=True)
+            MADE.add(path.parent)
         path.write_text(word)
     except OSError as error:
         return f"{path.parent} cannot be written: {error.strerror or error}"
@@ -47,12 +51,17 @@ def sees_token(config: Config, word: str, node: int) -> bool:
 
 
 def remove_token(config: Config, word: str, node: int) -> None:
-    """Take this node's file away; rank 0's node takes the folder, too, where nothing else is in it."""
+    """Take this node's file away, and the folder, where it was made for it and nothing else is in it."""
     with contextlib.suppress(OSError):
         token(config, word, node).unlink()
-    if node == 0:
+    remove_made(config)
+
+
+def remove_made(config: Config) -> None:
+    """Remove the run folder's parent where it was made for a look, and is empty."""
+    if (folder := Path(config.run.dir)) in MADE:
         with contextlib.suppress(OSError):
-            Path(config.run.dir).rmdir()
+            folder.rmdir()
 
 
 def room(config: Config) -> str:

@@ -5,7 +5,7 @@ from functools import partial
 
 from distlenet.checks import Finding
 from distlenet.checks.facts import Facts
-from distlenet.distributed import ranks_in_words
+from distlenet.rendezvous import ranks_in_words
 from distlenet.schema import Config
 
 SKEW_S = 1.0

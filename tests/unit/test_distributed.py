@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 
 from distlenet import distributed
-from distlenet.distributed import meet, pick_backend, pick_device, ranks_in_words
+from distlenet.distributed import pick_backend, pick_device
 from distlenet.errors import UserError
+from distlenet.rendezvous import meet, ranks_in_words
 from distlenet.world import World
 
 pytestmark = pytest.mark.unit

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(distlenet.__file__).parent
 FLOORS = [
-    {"errors", "schema", "net", "world", "distributed", "exact", "files", "orphan", "allocator"},
+    {"errors", "schema", "net", "world", "rendezvous", "distributed", "exact", "files", "orphan", "allocator"},
     {
         *("config", "data", "optim", "precision", "metrics", "checkpoint", "tracking", "reduction", "replicas"),
         *(
@@ -64,5 +64,7 @@ def test_imports_go_down(module):
     for other in imported(modules()[module]):
         assert floor(other) <= floor(module), f"{module} imports {other}, which is above it"
         if floor(module) == 0:
-            # distributed.py takes a World: the one pair of siblings.
-            assert other in {"errors", "world"}, f"{module} is on the ground floor: it imports no sibling but the error"
+            # Ranks meet by their places in the World, and a group is joined where they have met.
+            assert other in {"errors", "world", "rendezvous"}, (
+                f"{module} is on the ground floor: it imports no sibling but the error"
+            )

@@ -4,7 +4,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from distlenet.distributed import host_key
+from distlenet.rendezvous import host_key
 from distlenet.watchdog import Watchdog
 from distlenet.world import World
 

@@ -1,0 +1,170 @@
+"""How ranks meet: in a key-value store, in which each says that it is there, before there is a process group."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import cast
+
+import torch.distributed as dist
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from distlenet.errors import RankError
+from distlenet.world import World
+
+
+def open_store(world: World, timeout: timedelta) -> Store:
+    """Open the job's key-value store: in this process, in torchrun's agent, or in rank 0."""
+    if world.init_method is None:  # a group of one: no address, no port, no network
+        return cast(Store, HashStore())
+    if world.init_method == "env://":
+        store, _, _ = next(rendezvous(world.init_method, world.rank, world.world_size, timeout=timeout))
+        return cast(Store, store)
+    host, port = address(world)
+    if world.rank != 0:
+        wait_for_port(host, port, time.monotonic() + timeout.total_seconds(), world)
+    # Does not wait for the others: ``meet`` does, which can say who is missing.
+    return in_time(lambda: TCPStore(host, port, None, world.rank == 0, timeout, wait_for_workers=False), timeout, world)
+
+
+def address(world: World) -> tuple[str, int]:
+    """Return host and port of rank 0's store, for ranks that no torchrun has started."""
+    host, _, port = str(world.init_method).removeprefix("tcp://").rpartition(":")
+    return host, int(port)
+
+
+def wait_for_port(host: str, port: int, deadline: float, world: World) -> None:
+    """Wait until somebody listens; torch would wait, too, but print stacks and say less. Raises RankError."""
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(0.1, min(5.0, deadline - time.monotonic()))):
+                return
+        except OSError as error:
+            if isinstance(error, socket.gaierror) or time.monotonic() > deadline:
+                raise RankError(
+                    f"rank {world.rank} of {world.world_size} on {socket.gethostname()} cannot reach rank 0 at "
+                    f"{host}:{port}: {error.strerror or error}; look whether {host} is rank 0's host (MASTER_ADDR), "
+                    "whether that rank has started, and whether the port is open"
+                ) from error
+            time.sleep(0.1)
+
+
+def in_time(make: Callable[[], Store], timeout: timedelta, world: World) -> Store:
+    """Make a store. Raises RankError where whoever listens there does not answer, for which torch waits for ever."""
+    made: list[Store] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            made.append(make())
+        except BaseException as error:  # for the thread that waits
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="store", daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + 5.0)
+    if failures:
+        raise failures[0]
+    if not made:
+        host, port = address(world)
+        raise RankError(
+            f"rank {world.rank} of {world.world_size}: what listens at {host}:{port} is not rank 0; "
+            "set MASTER_PORT to a free port for all ranks"
+        )
+    return made[0]
+
+
+def meet(store: Store, world: World, timeout: timedelta) -> Store:
+    """Wait until all ranks are here; return the part of the store that is theirs alone.
+
+    torchrun keeps one store over all restarts of the ranks (seen with torch 2.15), so what it holds may be of ranks
+    that are dead: their addresses, too, with which a process group would wait for ever. So rank 0 makes a name for
+    this start. Each other rank answers under it, with a word of its own that rank 0 must repeat: a name whose
+    repeated word is another's is an old one.
+    Raises RankError that names the ranks that are not here after ``timeout``.
+    """
+    deadline, word = time.monotonic() + timeout.total_seconds(), uuid.uuid4().hex
+    own = f"{word} {socket.gethostname()}"
+    if world.rank == 0:
+        here = PrefixStore(f"distlenet/{word}", store)
+        here.set(host_key(0), own)
+        store.set("distlenet/start", word)
+        _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world)
+        words = {rank: here.get(host_key(rank)).decode().split()[0] for rank in range(world.world_size)}
+        here.set("words", json.dumps(words))
+        return here
+    while True:
+        _wait(store, ["distlenet/start"], deadline, world)
+        here = PrefixStore(f"distlenet/{store.get('distlenet/start').decode()}", store)
+        here.set(host_key(world.rank), own)
+        with contextlib.suppress(dist.DistStoreError):  # not yet, or never: then look for a newer name
+            here.wait(["words"], timedelta(seconds=1))
+            if json.loads(here.get("words")).get(str(world.rank)) == word:
+                return here
+            time.sleep(0.02)
+        if time.monotonic() > deadline:
+            _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world)
+            raise RankError(f"rank {world.rank} of {world.world_size}: rank 0 did not answer")
+
+
+def _wait(store: Store, keys: list[str], deadline: float, world: World) -> None:
+    """Wait for ranks' ``keys``; raise RankError that says whose are missing after ``deadline``."""
+    try:
+        store.wait(keys, timedelta(seconds=max(0.01, deadline - time.monotonic())))
+    except dist.DistStoreError as error:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise RankError(
+            f"rank {world.rank} of {world.world_size} on {socket.gethostname()}: {ranks_in_words(missing)} did not "
+            "come in time (distributed.start_timeout_s); look whether their nodes run, and reach the node of rank 0"
+        ) from error
+
+
+def host_key(rank: int) -> str:
+    """Name the entry that a rank makes when it comes."""
+    return f"host/{rank}"
+
+
+def host_of(store: Store, rank: int) -> str:
+    """Return the name of a rank's host, as the rank itself said."""
+    return store.get(host_key(rank)).decode().partition(" ")[2]
+
+
+def ranks_in_words(ranks: Sequence[int], most: int = 16) -> str:
+    """Write ``rank 3`` or ``ranks 3, 5, 6``, and of very many the first."""
+    listed = ", ".join(str(rank) for rank in ranks[:most]) + (f" and {len(ranks) - most} more" * (len(ranks) > most))
+    return f"rank{'s' * (len(ranks) != 1)} {listed}"
+
+
+def meet_all(world: World, start_timeout_s: float) -> Store:
+    """Wait until all ranks are here, ``start_timeout_s`` at most; return the part of their store that is this start's.
+
+    Raises RankError where they do not come together.
+    """
+    start = timedelta(seconds=start_timeout_s)
+    with told(world):
+        return meet(open_store(world, start), world, start)
+
+
+@contextmanager
+def told(world: World) -> Iterator[None]:
+    """Turn what torch raises where ranks do not come together into a RankError."""
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        host, _, port = (world.init_method or "").removeprefix("tcp://").rpartition(":")
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise RankError(
+                f"port {port} on {socket.gethostname()} is in use, by another job or what is left of one; "
+                "set MASTER_PORT to a free one for all ranks, or end that process"
+            ) from error
+        raise RankError(
+            f"rank {world.rank} of {world.world_size} could not join the others at {host or 'torchrun'}"
+            f"{':' * bool(port)}{port}: {str(error).splitlines()[0]}"
+        ) from error

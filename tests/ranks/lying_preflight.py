@@ -1,0 +1,23 @@
+"""Preflight, in which the last rank tells lies: ``lying_preflight.py LIE ...``, a machine's fault that is not there."""
+
+import os
+import sys
+
+from distlenet import preflight
+from distlenet.checks import facts
+from distlenet.entry import run_entry
+
+lie = sys.argv.pop(1)
+rank, world_size = (int(os.environ.get(name) or os.environ[slurm]) for name, slurm in
+                    (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")))  # fmt: skip
+if lie == "gpu":  # every rank: the same card under different numbers
+    facts.gpu_id = lambda _: "GPU-8d2f"
+elif rank == world_size - 1:
+    versions, now = facts.versions, facts.now
+    if lie == "torch":
+        facts.versions = lambda: {**versions(), "torch": "2.0.1"}
+    elif lie == "clock":
+        facts.now = lambda: now() + 300
+    elif lie == "settings":
+        sys.argv.append("optim.lr=0.3")
+run_entry(preflight.main)

@@ -1,0 +1,115 @@
+"""What a failing rank leaves: one block for the user, a log for each rank, a diagnosis, stacks when asked."""
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Running, run_torchrun
+
+pytestmark = pytest.mark.ranks
+
+SETTINGS = ("data.name=digits", "device=cpu", "train.global_batch_size=66", "run.name=run")
+
+DIES = """
+from distlenet import train, trainer
+from distlenet.entry import run_entry
+class Dies(trainer.Trainer):
+    def train_step(self, *batch):
+        if self.at.step == 5 and self.world.rank == 1:
+            raise MemoryError("on purpose")
+        super().train_step(*batch)
+train.Trainer = Dies
+run_entry(train.main)
+"""
+
+
+def test_the_first_failure_is_one_block_and_the_others_a_line_each(tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    ended = run_torchrun(3, script, *SETTINGS, f"run.dir={tmp_path}")
+    assert ended.status == 1
+    told = ended.stderr.partition("torch/distributed/elastic")[0]
+    ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
+    assert re.match(r"distlenet: rank 1 of 3 on \S+ failed:$", ours[0]), str(ended)
+    assert told.index("MemoryError: on purpose") < told.index("distlenet: its log is"), str(ended)
+    assert ended.stderr.count("MemoryError: on purpose") == 1, str(ended)
+    for rank in range(3):
+        log = (tmp_path / f"run/logs/rank-{rank:05d}.log").read_text()
+        assert f"rank {rank} of 3 on " in log
+        assert log.count("Traceback") == 1
+    assert "MemoryError: on purpose" in (tmp_path / "run/logs/rank-00001.log").read_text()
+
+
+def test_a_rank_says_where_it_is_when_asked(tmp_path):
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "distlenet.train")
+    words = (sys.executable, *words, *SETTINGS, "train.epochs=1000", "train.log_every=5", f"run.dir={tmp_path}")
+    log = tmp_path / "run/logs/rank-00001.log"
+    with Running(tmp_path, *words) as job:
+        job.trains(2)
+        os.kill(job.ranks()[1], signal.SIGSTOP)  # so that the other one hangs in a collective
+        try:
+            os.kill(job.ranks()[0], signal.SIGURG)
+            other = log.with_name("rank-00000.log")
+            job.until(lambda: "most recent call first" in other.read_text(), "stacks")
+        finally:
+            os.kill(job.ranks()[1], signal.SIGCONT)
+        job.trains(1)  # and goes on
+        assert "Thread 0x" in other.read_text()
+        assert "trainer.py" in other.read_text()
+        assert "most recent call first" not in log.read_text()
+
+
+POISON = """
+import sys, torch
+from distlenet import train
+from distlenet.data.augment import Prepare
+from distlenet.entry import run_entry
+whole = Prepare.augmented
+def augmented(self, images, indices, epoch):
+    inputs = whole(self, images, indices, epoch)
+    inputs[indices == 77] = float("nan")
+    return inputs
+Prepare.augmented = augmented
+run_entry(train.main)
+"""
+
+
+@pytest.mark.parametrize("reduction", ["ddp", "exact"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_it(tmp_path, reduction):
+    script = tmp_path / "poison.py"
+    script.write_text(POISON)
+    words = (f"distributed.reduction={reduction}", "train.global_batch_size=64", f"run.dir={tmp_path}")
+    ended = run_torchrun(2, script, *SETTINGS, *words)
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
+    step, rank = map(int, re.match(r"distlenet: step (\d+): the loss of rank (\d) is not finite", line).groups())
+    report = json.loads((tmp_path / f"run/diagnosis/step-{step:08d}.json").read_text())
+    (bad,) = report["ranks"]
+    assert bad["rank"] == rank
+    assert bad["worst"][0]["index"] == 77
+    assert 77 in bad["indices"]
+    assert not list((tmp_path / "run/checkpoints").glob("*.pt"))
+
+
+def test_a_skipped_step_is_the_same_on_any_number_of_ranks(tmp_path):
+    script = tmp_path / "poison.py"
+    script.write_text(POISON)
+    words = ("distributed.reduction=exact", "train.on_nonfinite=skip", "train.global_batch_size=64", "train.epochs=2")
+    kept = []
+    for ranks in (1, 2):
+        run_torchrun(ranks, script, *SETTINGS, *words, f"run.dir={tmp_path / str(ranks)}").succeeded()
+        run = tmp_path / str(ranks) / "run"
+        assert json.loads((run / "summary.json").read_text())["skipped_steps"] == 2
+        kept.append(newest_weights(run))
+    assert all((a == b).all() for a, b in zip(*kept, strict=True))
+
+
+def newest_weights(run: Path):
+    from distlenet.checkpoint.file import load_checkpoint
+    from distlenet.checkpoint.folder import CheckpointFolder
+
+    newest = CheckpointFolder(run / "checkpoints", keep=1).newest()
+    return list(load_checkpoint(newest)["model"].values())
