@@ -62,7 +62,7 @@ class Checkpointer:
         load_model(trainer.net, state, path)
         try:
             trainer.load_state_dict(state)
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise UserError(
                 f"checkpoint {path}: holds a network, but no state that training can go on from "
                 f"({type(error).__name__}: {error})"

@@ -32,9 +32,8 @@ LINGER_S = 10.0  # seconds that rank 0 has to print what all ranks know
 
 def _tell_agent_to_stop() -> None:
     """End torchrun's agent, this process's parent, where it would start again what no restart mends."""
-    restarts_left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > int(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    )
+    most, count = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    restarts_left = most.isdecimal() and count.isdecimal() and int(most) > int(count)
     if "TORCHELASTIC_RUN_ID" in os.environ and restarts_left:
         os.kill(os.getppid(), signal.SIGTERM)
 

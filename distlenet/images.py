@@ -13,6 +13,9 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 MOST_PIXELS = 50_000_000
 """A picture of more is refused before it is decoded: a small file can hold a very large one."""
 
+LONGEST = 16_384
+"""Pixels of a side: what is not square is made so."""
+
 
 class Unreadable(Exception):
     """A file that is no picture; the text says why."""
@@ -47,6 +50,8 @@ def read_picture(path: Path, invert: str, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as file:
+            if max(file.size) > LONGEST:
+                raise Unreadable(f"{path}: has {file.width} × {file.height} pixels; a side may have {LONGEST:,}")
             if file.width * file.height > MOST_PIXELS:
                 raise Unreadable(f"{path}: has {file.width} × {file.height} pixels; at most {MOST_PIXELS:,} are read")
             grey = _grey(ImageOps.exif_transpose(file) or file)

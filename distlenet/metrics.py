@@ -29,6 +29,10 @@ class Metrics:
         """Return the three as a dict."""
         return asdict(self)
 
+    def named(self, split: str) -> dict[str, float]:
+        """Return the three as ``test_loss`` and so on."""
+        return {f"{split}_{name}": value for name, value in self.to_dict().items()}
+
 
 class Meter:
     """Sums of loss, correct answers and images, of a window of steps and of the whole epoch.

@@ -72,6 +72,8 @@ class Predictor:
             self.prepare = Prepare(state["input"]["mean"], state["input"]["std"])
         except KeyError as error:
             raise UserError(f"checkpoint {found}: has no {error} in it: it is older than this command") from error
+        except (TypeError, ValueError) as error:
+            raise UserError(f"checkpoint {found}: does not say what its images are like ({error})") from error
         self.net = make_net(config.model.name, config.model.channels_last, torch.device("cpu"))
         load_model(self.net, state, found)
         self.net.eval()

@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from distlenet.checkpoint.alike import check_alike
 from distlenet.errors import UserError
 from distlenet.files import LineFile, told
 from distlenet.metrics import Metrics
 from distlenet.tracking import Record
+from distlenet.world import number
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Progress:
     def take_test(self, metrics: Metrics) -> bool:
         """Note an evaluation after the present step; return whether it is the best yet."""
         self.evaluated = self.step
-        self.test = {f"test_{name}": value for name, value in metrics.to_dict().items()}
+        self.test = metrics.named("test")
         best = metrics.accuracy > self.best_accuracy
         self.best_accuracy = max(metrics.accuracy, self.best_accuracy)
         return best
@@ -47,7 +49,9 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up saved values. Raises KeyError where one is missing."""
+        """Take up saved values. Raises KeyError where one is missing, ValueError where one cannot be."""
+        like = asdict(Progress()) | {"test": Metrics(0.0, 0.0, 0).named("test") if state["test"] else {}}
+        check_alike({name: state[name] for name in like}, like, "progress")
         for each in fields(self):
             setattr(self, each.name, state[each.name])
 
@@ -60,7 +64,8 @@ def process_age_s() -> float:
 
 def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     """Say whether torchrun or SLURM has by itself started this process again."""
-    return any(int(environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    counts = [name for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT") if environ.get(name)]
+    return any(number(environ, name) > 0 for name in counts)
 
 
 def run_id(run: Path, saved: str) -> str:
@@ -68,8 +73,8 @@ def run_id(run: Path, saved: str) -> str:
     path = run / "starts.jsonl"
     if not saved and path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                saved = json.loads(line).get("run_id", "") or saved
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                saved = str(json.loads(line)["run_id"]) or saved
     return saved or secrets.token_hex(4)
 
 
@@ -86,7 +91,7 @@ def record_start(
     in_vain = 0
     if automatic and path.exists():
         for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
-            with contextlib.suppress(ValueError):  # a line that a power cut tore
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a line that a power cut tore
                 start = json.loads(line)
                 if start["step"] != step or not start["automatic"]:
                     break

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -157,13 +158,21 @@ def told(world: World) -> Iterator[None]:
     """Turn what torch raises where ranks do not come together into a RankError."""
     try:
         yield
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError, RuntimeError) as error:
         host, _, port = (world.init_method or "").removeprefix("tcp://").rpartition(":")
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise RankError(
                 f"port {port} on {socket.gethostname()} is in use, by another job or what is left of one; "
                 "set MASTER_PORT to a free one for all ranks, or end that process"
             ) from error
+        if "find address for" in str(error):  # Gloo
+            pinned, has = os.environ.get("GLOO_SOCKET_IFNAME", ""), ", ".join(n for _, n in socket.if_nameindex())
+            raise RankError(
+                f"GLOO_SOCKET_IFNAME={pinned}: {socket.gethostname()} has no such network interface with an address; "
+                f"it has {has}"
+            ) from error
+        if isinstance(error, RuntimeError) and not isinstance(error, dist.DistError):
+            raise  # no matter of meeting
         raise RankError(
             f"rank {world.rank} of {world.world_size} could not join the others at {host or 'torchrun'}"
             f"{':' * bool(port)}{port}: {str(error).splitlines()[0]}"

@@ -89,7 +89,7 @@ class TrainConfig:
         lt=2**31,
         result=True,
     )
-    accumulation_steps: int = setting(1, "Micro-batches per optimizer step on each rank.", ge=1)
+    accumulation_steps: int = setting(1, "Micro-batches per optimizer step on each rank.", ge=1, lt=2**20)
     log_every: int = setting(
         50, "Steps between two records of the training loss; lines in a file come every 5 s at most.", ge=1
     )
@@ -146,13 +146,14 @@ class DistributedConfig:
         8,
         "Micro-batches of a global batch with reduction=exact; the number of ranks must divide it.",
         ge=1,
+        lt=2**20,
         result=True,
     )
     uneven: bool = setting(False, "Let ranks take unequal shares where their number does not divide the batch.")
     start_timeout_s: float = setting(
-        300.0, "Seconds until the first step in which all ranks must come, or the job ends.", gt=0, lt=1e6
+        300.0, "Seconds until the first step in which all ranks must come, or the job ends.", ge=1, lt=1e6
     )
-    timeout_s: float = setting(120.0, "Seconds after which a step that does not end ends the job.", gt=0, lt=1e6)
+    timeout_s: float = setting(120.0, "Seconds after which a step that does not end ends the job.", ge=1, lt=1e6)
     threads: int | None = setting(
         None, "CPU threads per rank; null: OMP_NUM_THREADS where it is set, else 1.", ge=1, lt=1000
     )

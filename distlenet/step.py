@@ -1,10 +1,13 @@
 """One optimizer step, and everything it changes."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from distlenet.checkpoint.alike import check_alike
 from distlenet.checkpoint.file import State
 from distlenet.data.augment import Prepare
 from distlenet.errors import UserError, warn
@@ -133,6 +136,26 @@ class TrainStep:
         if names := [name for name, is_finite in zip(named, finite, strict=True) if not is_finite]:
             raise UserError(f"{', '.join(names)}: not finite any more; {MEND}")
 
+    def check_state(self, state: State) -> None:
+        """Raise KeyError or ValueError where a state is not one that this step can go on from. A collective."""
+        net = copy.deepcopy(self.net)
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        stepped = make_optimizer(self.config.optim, net, loss_scaling=self.scaler.is_enabled())
+        stepped.step()  # makes the state that an optimizer has
+        optimizer, like = state["optimizer"], stepped.state_dict()
+        if optimizer["state"]:  # none, where every step was skipped
+            check_alike(optimizer["state"], like["state"], "optimizer.state")
+        # Its settings may have other names in another version of torch; all but these are the present run's.
+        groups = [group["params"] for group in optimizer["param_groups"]]
+        if groups != [group["params"] for group in like["param_groups"]]:
+            raise ValueError(f"optimizer.param_groups are of the parameters {str(groups)[:60]}")
+        counts = {"last_epoch": 0, "_step_count": 0}
+        check_alike({name: state["schedule"][name] for name in counts}, counts, "schedule")
+        check_alike(state["meter"], self.meter.state_dict(), "meter")
+        if state["scaler"] and self.scaler.is_enabled():
+            check_alike(state["scaler"], self.scaler.state_dict(), "scaler")
+
     def why_no_graph(self) -> str | None:
         """Say why a step cannot be a CUDA graph; the same on all ranks."""
         if self.device.type != "cuda":
@@ -158,7 +181,11 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take up a saved state, of any number of ranks; the network's weights are loaded before."""
+        """Take up a saved state, of any number of ranks; the network's weights are loaded before. A collective.
+
+        Raises ValueError where it is not built like this one's.
+        """
+        self.check_state(state)
         load_optimizer(self.optimizer, self.schedule, state)
         if state["scaler"]:  # empty where the run was not fp16 so far: then the loss scale starts anew
             self.scaler.load_state_dict(state["scaler"])

@@ -242,6 +242,8 @@ class Trainer:
         started_from = self.at.started_from
         self.at.load_state_dict(state)
         self.at.started_from = started_from or self.at.started_from
+        if self.at.batch > self.sampler.steps or self.at.micro_batch < 1:
+            raise ValueError(f"batch {self.at.batch} of {self.sampler.steps}, micro-batches of {self.at.micro_batch}")
         self.reduction.limit_micro_batch(self.at.micro_batch)
 
     def facts(self) -> Record:

@@ -42,15 +42,15 @@ def world_from_environ(environ: Mapping[str, str]) -> World:
                 f"environment: {given} is set but {', '.join(missing)} is not; start ranks with torchrun, "
                 f"or unset {given} for one process"
             )
-        rank, local_rank, world_size, local_world_size = (_number(environ, name) for name in names)
+        rank, local_rank, world_size, local_world_size = (number(environ, name) for name in names)
         port = _port(environ)
         agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         init_method = "env://" if agent else f"tcp://{environ['MASTER_ADDR']}:{port}"
-        node_rank = _number(environ, "GROUP_RANK") if "GROUP_RANK" in environ else rank // max(1, local_world_size)
+        node_rank = number(environ, "GROUP_RANK") if "GROUP_RANK" in environ else rank // max(1, local_world_size)
         return _checked(World(rank, local_rank, world_size, local_world_size, node_rank, init_method))
     if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
         world_size, rank, local_rank, node_rank = (
-            _number(environ, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+            number(environ, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
         )
         tasks = slurm_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
         if node_rank >= len(tasks):
@@ -67,7 +67,8 @@ def world_from_environ(environ: Mapping[str, str]) -> World:
     return World()
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
+def number(environ: Mapping[str, str], name: str) -> int:
+    """Read a whole number from the environment. Raises RankError where it is none."""
     value = environ.get(name, "")
     if not re.fullmatch(r"[0-9]{1,9}", value):
         raise RankError(f"environment: {name}={value!r}: expected a whole number, at least 0")
@@ -75,7 +76,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _port(environ: Mapping[str, str]) -> int:
-    port = _number(environ, "MASTER_PORT")
+    port = number(environ, "MASTER_PORT")
     if not 1 <= port <= 65535:
         raise RankError(f"environment: MASTER_PORT={port}: expected a port, 1 to 65535")
     return port
@@ -115,4 +116,4 @@ def slurm_port(environ: Mapping[str, str]) -> int:
 
     20,000 to 29,999: below Linux's ephemeral range, where any client may sit on a port.
     """
-    return 20_000 + (_number(environ, "SLURM_JOB_ID") * 37 + _number(environ, "SLURM_STEP_ID")) % 10_000
+    return 20_000 + (number(environ, "SLURM_JOB_ID") * 37 + number(environ, "SLURM_STEP_ID")) % 10_000

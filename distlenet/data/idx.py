@@ -123,4 +123,7 @@ def parse(content: Tensor) -> Tensor:
     shape = struct.unpack(f">{dimensions}I", bytes(content[4:start].tolist()))
     if len(content) != start + math.prod(shape):
         raise ValueError(f"IDX data of {len(content) - start} bytes do not fill the shape {shape}")
-    return content[start:].view(shape)
+    try:
+        return content[start:].view(shape)
+    except RuntimeError as error:  # some sizes are 0, and the others too large together
+        raise ValueError(f"no tensor can have the shape {shape}") from error

@@ -44,7 +44,7 @@ class GlobalBatchSampler(DistributedSampler[Tensor]):
         self.global_batch = global_batch
         self.steps = self.samples // global_batch if drop_last else -(-self.samples // global_batch)
         self.start, self.stop = 0, self.steps
-        place = torch.arange(global_batch)
+        place = torch.arange(min(global_batch, self.samples))
         self.mine = ((place % (shards or global_batch)) % world_size == rank).nonzero().squeeze(1)  # int64 (B/W,)
         self.steps_at_once = max(1, AT_ONCE // max(1, len(self.mine)))
         if self.steps == 0:

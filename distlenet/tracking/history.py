@@ -85,7 +85,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
         try:
             record = json.loads(line)
             record["step"] + 0, record["split"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is no record: {line[:40]!r}; remove it") from error
         yield line[:-1], record
 

@@ -41,6 +41,7 @@ def test_the_default_recipe_on_two_ranks(tmp_path):
         "starts.jsonl",
         "summary.json",
         "test.json",
+        "logs",
     }
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4  # three newest and the best
 
