@@ -42,14 +42,14 @@ def choose_resumable(config: Config, own: CheckpointFolder, net: torch.nn.Module
 def check_same_settings(state: State, config: Config, path: Path) -> None:
     """Raise UserError, naming the keys, where a checkpoint was made with settings that learn otherwise."""
     old, new = result_settings(state["config"]), result_settings(config.to_dict())
-    differing = [key for key in new if type(old.get(key)) is not type(new[key]) or old[key] != new[key]]
+    differing = [key for key in new if type(old.get(key)) is not type(new[key]) or old.get(key) != new[key]]
     pairs = {key: f"{key} (was {in_yaml(old.get(key))}, now {in_yaml(new[key])})" for key in differing}
     if changed := [key for key in differing if key not in config.checkpoint.allow_changed]:
         raise UserError(
             f"checkpoint {path}: made with other settings: {', '.join(pairs[key] for key in changed)}; give another "
             f"run.name, or checkpoint.allow_changed=[{','.join(changed)}] to go on all the same"
         )
-    if state.get("batch") != 0 and (moved := [key for key in differing if key in POSITION]):
+    if state.get("batch", 0) != 0 and (moved := [key for key in differing if key in POSITION]):
         raise UserError(
             f"checkpoint {path}: is {state['batch']} batches into an epoch, where {', '.join(pairs[k] for k in moved)} "
             "would repeat some images and skip others; go on from the end of an epoch"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -34,7 +34,9 @@ TIMES = int(os.environ.get("FUZZ", "1"))
 
 def examples(number: int) -> settings:
     quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=number * TIMES, deadline=None, suppress_health_check=quiet)
+    # What fails is not made smaller: that takes minutes, where each try is a training.
+    phases = [Phase.explicit, Phase.generate]
+    return settings(max_examples=number * TIMES, deadline=None, suppress_health_check=quiet, phases=phases)
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def test_what_is_no_picture_is_named_and_the_others_are_answered(run, tmp_path):
 
 
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
-    Image.new("1", (MOST_PIXELS // 1000, 1001)).save(tmp_path / "bomb.png")
+    Image.new("1", (MOST_PIXELS // 5000, 5001)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
     with pytest.raises(Unreadable, match="pixels; at most 50,000,000 are read"):
         read_picture(tmp_path / "bomb.png", "auto", 28)
@@ -145,3 +145,9 @@ def test_mistakes_are_one_line(run, words, message):
     assert ended.status == 2
     assert message in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_picture_too_long_to_be_made_square_is_refused(tmp_path):
+    Image.new("1", (16_385, 1)).save(tmp_path / "line.png")
+    with pytest.raises(Unreadable, match="16385 × 1 pixels; a side may have 16,384"):
+        read_picture(tmp_path / "line.png", "auto", 28)
