@@ -2,6 +2,7 @@
 # make test                                           environment, data, linters, all tests but those on a cluster
 # make prove-exact                                    the same bits on 1, 2, 4, 8 ranks, and after kills
 # make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; nothing is lost
+# make fuzz [TIMES=30]                                odd settings, files and environments, that many times a minute
 # make bench [ARGS="--only exact"]                    measure; writes benchmarks/RESULTS.md
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
 # make test-browser                                   as root on Debian: install Chromium, look at a report in it
@@ -12,11 +13,11 @@ ARGS   ?=
 # Processes on this machine: one for every GPU, or else 2 on the CPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-.PHONY: help train data test test-cluster test-browser chaos bench prove-exact lint format clean
+.PHONY: help train data test test-cluster test-browser chaos fuzz bench prove-exact lint format clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile | head -8
+	@sed -n 's/^# //p' Makefile | head -9
 
 train: data
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m distlenet.train run.report=always $(ARGS)
@@ -27,10 +28,14 @@ data: $(VENV)/.installed
 test: $(VENV)/.installed-dev lint
 	@$(BIN)/python -m distlenet.data
 	$(BIN)/pytest --numprocesses=2 tests/unit
-	$(BIN)/pytest tests/ranks
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile tests/ranks
 
 chaos: $(VENV)/.installed
 	@$(BIN)/python benchmarks/chaos.py $(ARGS)
+
+TIMES ?= 30
+fuzz: $(VENV)/.installed-dev
+	FUZZ=$(TIMES) $(BIN)/pytest --timeout=7200 --numprocesses=2 tests/unit/test_fuzz.py
 
 SLURM := slurmctld slurmd slurm-client munge iproute2
 test-cluster: $(VENV)/.installed-dev

@@ -53,6 +53,7 @@ def load_optimizer(optimizer: Optimizer, schedule: LambdaLR, state: dict[str, An
     ):
         group.update(own)
         group["lr"] = base_lr * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def lr_factor(schedule: str, warmup: int, total_steps: int, step: int) -> float:
