@@ -84,5 +84,6 @@ class RankLog:
         if self.handler is not None:
             faulthandler.unregister(STACKS)
             LOGGER.removeHandler(self.handler)
-            self.handler.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take
+                self.handler.close()
             self.handler = None

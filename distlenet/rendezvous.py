@@ -20,6 +20,9 @@ from torch.distributed.rendezvous import rendezvous
 from distlenet.errors import RankError
 from distlenet.world import World
 
+GRACE_S = 5.0
+"""Seconds beyond its own timeout that a store may take to open."""
+
 
 def open_store(world: World, timeout: timedelta) -> Store:
     """Open the job's key-value store: in this process, in torchrun's agent, or in rank 0."""
@@ -70,7 +73,7 @@ def in_time(make: Callable[[], Store], timeout: timedelta, world: World) -> Stor
 
     thread = threading.Thread(target=run, name="store", daemon=True)
     thread.start()
-    thread.join(timeout.total_seconds() + 5.0)
+    thread.join(timeout.total_seconds() + GRACE_S)
     if failures:
         raise failures[0]
     if not made:

@@ -1,0 +1,76 @@
+"""A rank's log: what is in it, what is not, and that it ends no training."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from distlenet.errors import warn
+from distlenet.ranklog import RankLog, shown
+from distlenet.world import World
+
+pytestmark = pytest.mark.unit
+
+CPU = torch.device("cpu")
+
+
+def test_the_environment_is_shown_without_its_secrets():
+    environ = {
+        "RANK": "3",
+        "NCCL_DEBUG": "INFO",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JWT": "abc",
+        "TORCH_API_KEY": "def",
+        "MASTER_PASSWORD": "ghi",
+        "WANDB_API_KEY": "jkl",
+        "AWS_SECRET_ACCESS_KEY": "mno",
+        "HOME": "/home/me",
+    }
+    text = shown(environ)
+    assert text == (
+        "MASTER_PASSWORD=(hidden) NCCL_DEBUG=INFO RANK=3 SLURM_JOB_ID=7 SLURM_JWT=(hidden) TORCH_API_KEY=(hidden)"
+    )
+
+
+def test_warnings_and_stacks_reach_the_log_while_it_is_open(tmp_path, capfd):
+    log = RankLog(World(rank=2, world_size=4), CPU)
+    log.write("before")
+    warn("not yet")
+    log.open(tmp_path)
+    path = tmp_path / "logs/rank-00002.log"
+    warn("look\nhere")
+    os.kill(os.getpid(), signal.SIGURG)
+    log.write("the end")
+    log.close()
+    warn("no more")
+    os.kill(os.getpid(), signal.SIGURG)  # is ignored
+    text = path.read_text()
+    assert "rank 2 of 4 on " in text
+    assert " UTC look here\n" in text
+    assert "test_ranklog.py" in text
+    assert " UTC the end\n" in text
+    assert not any(word in text for word in ("before", "not yet", "no more"))
+    assert capfd.readouterr().err == "distlenet: not yet\ndistlenet: look here\ndistlenet: no more\n"
+    log.open(tmp_path)
+    log.close()
+    assert path.read_text().startswith(text)  # a later start adds to it
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
+    (tmp_path / "logs").write_text("in the way")
+    log = RankLog(World(), CPU)
+    log.open(tmp_path)
+    log.write("lost")
+    log.close()
+    assert "logs/rank-00000.log: cannot be written" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_ends_nothing(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank-00000.log").symlink_to("/dev/full")
+    log = RankLog(World(), CPU)
+    log.open(tmp_path)
+    log.write("lost")
+    log.close()
+    assert capsys.readouterr().err == ""
