@@ -210,7 +210,7 @@ def test_checkpoint_states(tmp_path_factory, checkpoint, data):
         if data.draw(st.booleans()) and isinstance(inside, dict):
             del inside[last]
         else:
-            inside[last] = data.draw(odd)
+            inside[last] = copy.deepcopy(data.draw(odd))  # else it may come to hold itself
     folder = tmp_path_factory.mktemp("state")
     path = folder / "odd.pt"
     path.write_bytes(to_bytes(state))
