@@ -33,6 +33,13 @@ test: $(VENV)/.installed-dev lint
 chaos: $(VENV)/.installed
 	@$(BIN)/python benchmarks/chaos.py $(ARGS)
 
+# Lines that no test runs; those for a GPU are among them where there is none.
+coverage: $(VENV)/.installed-dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest --numprocesses=2 --dist=loadfile tests/unit tests/ranks
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 TIMES ?= 30
 fuzz: $(VENV)/.installed-dev
 	FUZZ=$(TIMES) $(BIN)/pytest --timeout=7200 --numprocesses=2 tests/unit/test_fuzz.py

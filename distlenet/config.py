@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin
@@ -206,6 +207,8 @@ def _read_override(text: str) -> dict[str, Any]:
     if not (equals and key):
         hint = f"; settings in a file: --config {text}; a run: checkpoint={text}" if os.path.exists(text) else ""
         raise UserError(f"{text!r}: expected key=value{hint}")
+    if not re.fullmatch(r"\w+(\.\w+)*", key):  # brackets, which OmegaConf would read as more keys
+        raise UserError(f"{text[:200]!r}: {_unknown_key(key[:100])}")
     try:
         return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text])))
     except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:

@@ -13,7 +13,7 @@ from distlenet.config import load_config
 from distlenet.data.augment import Prepare, measure
 from distlenet.data.loader import Loader
 from distlenet.data.sampler import ShardSampler
-from distlenet.data.sources import load_on_node
+from distlenet.data.sources import have_data, load_on_node
 from distlenet.distributed import from_rank_0
 from distlenet.entry import parse_arguments, run_entry
 from distlenet.errors import UserError
@@ -34,7 +34,12 @@ def main() -> None:
         raise UserError("distlenet.evaluate: which checkpoint? give checkpoint=RUN_FOLDER or checkpoint=FILE.pt")
     path = find_checkpoint(Path(given.checkpoint.path))
     state = load_checkpoint(path)
-    evaluate_checkpoint(load_config(files, overrides, base=state["config"]), state, path)
+    config = load_config(files, overrides, base=state["config"])
+    if given.data.root == Config().data.root:  # the checkpoint's place is read from, but nothing is written there
+        if config.data.name == "synthetic":
+            config = load_config(files, [*overrides, f"data.root={given.data.root}"], base=state["config"])
+        have_data(config.data)
+    evaluate_checkpoint(config, state, path)
 
 
 def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:

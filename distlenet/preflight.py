@@ -41,7 +41,7 @@ def main() -> None:
         resolve(world)
         here = meet_all(world, arguments.wait)
     except RankError as error:
-        finding = Finding("ranks", "FAIL", f"on {socket.gethostname()}: {error}", "")
+        finding = Finding("ranks", "FAIL", f"on {socket.gethostname()}: {error}")
         if world.local_rank == 0:
             show(Checkup([finding]), world, arguments.json, started)
         raise RankError("preflight: the ranks cannot meet") from error
@@ -51,7 +51,7 @@ def main() -> None:
             together(checkup, config, here, arguments.allreduce)
         except (UserError, RuntimeError, dist.DistError, OSError) as error:
             text = " ".join(str(error).split())[:300]
-            checkup.findings.append(Finding("training", "FAIL", text, "see above, and RUN/logs"))
+            checkup.findings.append(Finding("training", "FAIL", text))
     if world.rank == 0:
         show(checkup, world, arguments.json, started)
     if not from_store(here, world, "good", checkup.good, arguments.wait):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -17,6 +18,9 @@ from distlenet.files import LineFile, told
 from distlenet.metrics import Metrics
 from distlenet.tracking import Record
 from distlenet.world import number
+
+RUN_ID = re.compile(r"[0-9a-z]{8}")
+"""What names a run among trackers."""
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Progress:
         """Take up saved values. Raises KeyError where one is missing, ValueError where one cannot be."""
         like = asdict(Progress()) | {"test": Metrics(0.0, 0.0, 0).named("test") if state["test"] else {}}
         check_alike({name: state[name] for name in like}, like, "progress")
+        if state["run_id"] and not RUN_ID.fullmatch(state["run_id"]):  # it names a folder
+            raise ValueError(f"run_id {state['run_id']!r}: expected 8 letters and digits")
         for each in fields(self):
             setattr(self, each.name, state[each.name])
 
@@ -74,7 +80,8 @@ def run_id(run: Path, saved: str) -> str:
     if not saved and path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                saved = str(json.loads(line)["run_id"]) or saved
+                found = str(json.loads(line)["run_id"])
+                saved = found if RUN_ID.fullmatch(found) else saved
     return saved or secrets.token_hex(4)
 
 

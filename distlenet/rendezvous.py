@@ -172,7 +172,7 @@ def told(world: World) -> Iterator[None]:
             pinned, has = os.environ.get("GLOO_SOCKET_IFNAME", ""), ", ".join(n for _, n in socket.if_nameindex())
             raise RankError(
                 f"GLOO_SOCKET_IFNAME={pinned}: {socket.gethostname()} has no such network interface with an address; "
-                f"it has {has}"
+                f"it has {has}; set one of them, or unset it"
             ) from error
         if isinstance(error, RuntimeError) and not isinstance(error, dist.DistError):
             raise  # no matter of meeting

@@ -71,7 +71,7 @@ def number(environ: Mapping[str, str], name: str) -> int:
     """Read a whole number from the environment. Raises RankError where it is none."""
     value = environ.get(name, "")
     if not re.fullmatch(r"[0-9]{1,9}", value):
-        raise RankError(f"environment: {name}={value!r}: expected a whole number, at least 0")
+        raise RankError(f"environment: {name}={value!r}: expected a whole number, at least 0; torchrun and srun set it")
     return int(value)
 
 
@@ -84,11 +84,14 @@ def _port(environ: Mapping[str, str]) -> int:
 
 def _checked(world: World) -> World:
     if world.rank >= world.world_size:
-        raise RankError(f"environment: rank {world.rank} in a world of {world.world_size}: ranks count from 0")
+        raise RankError(
+            f"environment: rank {world.rank} in a world of {world.world_size}: ranks count from 0; torchrun "
+            "and srun number them"
+        )
     if world.local_rank >= world.local_world_size:
         raise RankError(
             f"environment: local rank {world.local_rank} among {world.local_world_size} ranks of its node: "
-            "local ranks count from 0"
+            "local ranks count from 0; torchrun and srun number them"
         )
     return world
 

@@ -102,10 +102,11 @@ def test_among_ranks_it_is_refused(monkeypatch, fails):
 
 def test_4096_ranks_take_seconds_and_less_than_a_gigabyte(fashion_mnist):
     """Ten seconds and 10**9 bytes are promised. The time is the run's own processor time."""
-    script = (
+    script = (  # ru_maxrss would be the parent's where that is larger
         "import resource, sys\nfrom distlenet import train\ntrain.main()\n"
         "own = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print(own.ru_utime + own.ru_stime, 1024 * own.ru_maxrss, file=sys.stderr)"
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(own.ru_utime + own.ru_stime, 1024 * int(peak.split()[1]), file=sys.stderr)"
     )
     words = ("--dry-run", "--world-size", "4096", "train.global_batch_size=8192")
     ended = run_command(sys.executable, "-c", script, *words).succeeded()
