@@ -43,9 +43,12 @@ def mounted(slurm: SlurmCluster, host: str, *mount: object) -> Iterator[None]:
         slurm.run(host, "umount", "--lazy", mount[-1]).succeeded()
 
 
-def look(slurm: SlurmCluster, *words: object, nodes: int = 2, env: dict[str, str] | None = None) -> Ended:
-    """Run preflight on two ranks of each node."""
-    return slurm.srun(f"-N{nodes}", f"-n{2 * nodes}", "--ntasks-per-node=2", *words, timeout=LIMIT_S, env=env)
+def look(
+    slurm: SlurmCluster, *words: object, nodes: int = 2, each: int = 1, env: dict[str, str] | None = None
+) -> Ended:
+    """Run preflight on ``each`` ranks of some nodes."""
+    tasks = (f"-N{nodes}", f"-n{each * nodes}", f"--ntasks-per-node={each}")
+    return slurm.srun(*tasks, *words, timeout=LIMIT_S, env=env)
 
 
 def failed(ended: Ended) -> list[str]:
@@ -67,7 +70,7 @@ def test_three_hosts_are_well(slurm: SlurmCluster, shared: Path) -> None:
     assert found["names"].startswith("n1 eth0 10.77.0.2, n2 eth0")
     assert "writable on 3 nodes" in found["run folder"]
     assert found["pairs of nodes"]
-    assert report["all_reduce"]["ranks"] == 6
+    assert report["all_reduce"]["ranks"] == 3
     assert list(shared.parent.iterdir()) == [shared]
     assert not list(shared.iterdir())
 
@@ -95,7 +98,7 @@ def test_a_node_that_differs(slurm: SlurmCluster, shared: Path, lie: str, line: 
 
 
 def test_two_ranks_on_one_device(slurm: SlurmCluster, shared: Path) -> None:
-    (told,) = failed(look(slurm, sys.executable, LYING, "gpu", *SETTINGS, f"run.dir={shared}"))
+    (told,) = failed(look(slurm, sys.executable, LYING, "gpu", *SETTINGS, f"run.dir={shared}", each=2))
     assert told.startswith("FAIL  devices         ranks 0, 1 share one GPU, n1 GPU-8d2f; let each rank see all GPUs")
 
 
@@ -118,7 +121,7 @@ def test_a_port_where_nobody_is(slurm: SlurmCluster, shared: Path) -> None:
     ended = look(slurm, "--nodelist=n1,n2", *PREFLIGHT, f"run.dir={shared}", "--wait", "5", env=env)
     assert ended.status == 2, str(ended)
     assert "FAIL  ranks" in ended.stdout
-    assert "rank 2 of 4 on n2 cannot reach rank 0 at n3:20001: Connection refused" in ended.stdout, str(ended)
+    assert "rank 1 of 2 on n2 cannot reach rank 0 at n3:20001: Connection refused" in ended.stdout, str(ended)
 
 
 def test_a_port_that_is_taken(slurm: SlurmCluster, shared: Path) -> None:
