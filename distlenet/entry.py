@@ -110,6 +110,9 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
             return 130
         return 0
 
+    for name in ("stdout", "stderr"):  # closed by who started this: nobody hears it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an odd locale costs a character, not the run

@@ -48,6 +48,8 @@ def read_picture(path: Path, invert: str, size: int) -> Tensor:
     round where the border is lighter than the middle of its range. A picture that is already grey and of that size,
     with a dark border, comes as it is, to the bit. Raises Unreadable.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
+        raise Unreadable(f"{path}: is no file")
     try:
         with Image.open(path) as file:
             if max(file.size) > LONGEST:

@@ -89,8 +89,13 @@ def make_sinks(folder: Path, start: Record) -> Sinks:
     return Sinks({name: make for name, make in makers.items() if name in start["wanted"]})
 
 
-def send(folder: Path, start: Record, told: Iterator[str], at_end: Callable[[], None] = lambda: None) -> None:
-    """Send what is there, then more whenever ``told``, until it says how the run ended; then call ``at_end`` first."""
+def send(
+    folder: Path, start: Record, told: Iterator[str], at_end: Callable[[], None] = lambda: None
+) -> dict[str, Sink]:
+    """Send what is there, then more whenever ``told``, until it says how the run ended; then call ``at_end`` first.
+
+    Returns the sinks that took it, by their names.
+    """
     tail = Tail(folder / "metrics.jsonl")
     sinks = make_sinks(folder, start)
 
@@ -110,6 +115,7 @@ def send(folder: Path, start: Record, told: Iterator[str], at_end: Callable[[], 
     catch_up()
     summary = read_json(folder / "summary.json") if outcome == "finished" else None
     sinks.each(lambda sink: sink.finish(outcome, summary or {}, read_json(folder / TEST_FILE)))
+    return sinks.sinks
 
 
 def read_json(path: Path) -> Record | None:

@@ -118,6 +118,9 @@ def record_start(
         "automatic": automatic,
     }
     with told(run):
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         file = LineFile(path)
+    if torn:  # by a power cut: what is left of that line stays alone
+        file.add("")
     file.add(json.dumps(facts))
     file.close()

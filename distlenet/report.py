@@ -2,8 +2,11 @@
 
 import argparse
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from distlenet.config import load_config
 from distlenet.entry import Parser, run_entry
@@ -40,10 +43,13 @@ def main() -> None:
 
 
 def replay(folder: Path) -> None:
-    """Send a run's records to its run on W&B, where they are not there yet."""
+    """Send a run's records to its run on W&B, where they are not there yet.
+
+    Raises UserError where they did not get there, or a job is writing in the folder.
+    """
     from distlenet.mirror import read_json, send
     from distlenet.reporting.runs import read_run
-    from distlenet.tracking.wandb import wandb_mode
+    from distlenet.tracking.wandb import Wandb, wandb_mode
 
     run = read_run(folder)
     ids = [start["run_id"] for start in run.starts if start.get("run_id")]
@@ -55,8 +61,18 @@ def replay(folder: Path) -> None:
         raise UserError("WANDB_MODE=disabled: nothing can be sent; unset it")
     facts = {"run_id": ids[-1], "complete": True}
     start = {"facts": facts, "config": config, "wanted": ["wandb"], "wandb_mode": mode}
-    send(folder, start, iter(["finished" if read_json(folder / "summary.json") else "failed"]))
-    print(f"{folder}: {len(run.records)} records; those that W&B did not have are sent ({mode})")
+    with ExitStack() as locks:
+        for name in (".lock", ".mirror.lock"):
+            try:
+                locks.enter_context(FileLock(folder / name, timeout=0))
+            except Timeout as error:
+                raise UserError(f"{folder}: a job is writing there, and sends it itself; wait for its end") from error
+        took = send(folder, start, iter(["finished" if read_json(folder / "summary.json") else "failed"]))
+    sink = took.get("wandb")
+    if not isinstance(sink, Wandb) or (mode == "online" and not sink.online):
+        raise UserError(f"{folder}: not sent, see above; mend that and run the same command again")
+    where = "those that W&B did not have are sent" if sink.online else "kept for wandb sync, which sends them"
+    print(f"{folder}: {len(run.records)} records; {where}")
 
 
 if __name__ == "__main__":

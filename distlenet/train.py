@@ -5,6 +5,7 @@ from distlenet.orphan import die_with_agent
 if __name__ == "__main__":
     die_with_agent()  # before the imports that take seconds
 
+import math
 import os
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def train(config: Config) -> Record:
 
 def make_trackers(config: Config, folder: Path, preemption: Preemption) -> Trackers:
     """Make what rank 0 tells: the console, the run's history, and then what mirrors that."""
-    mirror = Mirror(folder, config.to_dict(), preemption.seconds_left)
+    mirror = Mirror(folder, config.to_dict(), lambda: preemption.seconds_left() if preemption.asked else math.inf)
     return Trackers([make_console(config.run.console), History(folder, to_yaml(config)), mirror])
 
 

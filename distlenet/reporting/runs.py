@@ -1,6 +1,8 @@
 """What a run's folder says, for people: read only, whatever is missing."""
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: no run folder: no {metrics.name} and {settings.name} in it; give RUN_DIR/RUN_NAME")
     try:
         config = yaml.safe_load(settings.read_text(encoding="utf-8"))
-        starts = [json.loads(line) for line in _text(folder / "starts.jsonl").splitlines() if line.endswith("}")]
+        starts = list(_objects(_text(folder / "starts.jsonl")))
         summary = json.loads(_text(folder / "summary.json") or "{}")
         details = json.loads(_text(folder / TEST_FILE) or "{}")
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -50,6 +52,14 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{settings}: holds no settings")
     flat = {str(key): in_yaml(value) for key, value in flatten(config)}
     return Run(folder, flat, [record for _, record in read_records(metrics)], summary, starts, details)
+
+
+def _objects(text: str) -> Iterator[Record]:
+    """Read the lines that are whole; a power cut may have torn one."""
+    for line in text.splitlines():
+        with suppress(ValueError, RecursionError):
+            if isinstance(start := json.loads(line), dict):
+                yield start
 
 
 def _text(path: Path) -> str:

@@ -28,7 +28,8 @@ class Mirror:
     """Starts the process, tells it when there is more, and at the end waits for it, but not for long."""
 
     def __init__(self, folder: Path, config: dict[str, Any], seconds_left: Callable[[], float]) -> None:
-        """Mirror the run in ``folder``; ``seconds_left`` says how long this job may still take.
+        """Mirror the run in ``folder``; ``seconds_left`` says how long this job may still take, infinity where
+        nobody has asked it to stop.
 
         Raises UserError where a package is missing that the settings ask for.
         """
@@ -89,14 +90,19 @@ class Mirror:
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
-        limit = max(0.0, min(self.config["wandb"]["finish_s"], self.seconds_left() - SPARE_S))
+        left = self.seconds_left()
+        if self.outcome == "preempted":  # perhaps by a signal to another rank
+            left = min(left, self.config["checkpoint"]["grace_s"])
+        limit = max(0.0, min(self.config["wandb"]["finish_s"], left - SPARE_S))
         try:
-            self.process.wait(limit)
+            ended = f"ended with status {status}" if (status := self.process.wait(limit)) else ""
         except subprocess.TimeoutExpired:
             end_group(self.process.pid)
             self.process.wait()
+            ended = f"was not done within {limit:.0f} s (wandb.finish_s)"
+        if ended:
             warn(
-                f"W&B did not take everything within {limit:.0f} s (wandb.finish_s); nothing is lost: "
+                f"W&B: what sends the records {ended}; nothing is lost: "
                 f"python -m distlenet.report {self.folder} --replay-wandb"
             )
         self.process = None

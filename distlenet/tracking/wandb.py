@@ -17,19 +17,28 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from distlenet.errors import warn
+from distlenet.errors import UserError, warn
 from distlenet.tracking import SPLITS, Record
 
 INIT_S = 30.0
 """Seconds that W&B has to answer at the start, before the run is kept offline."""
 
 
+MODES = {name: name for name in ("online", "offline", "disabled")} | {"dryrun": "offline", "run": "online"}
+"""What WANDB_MODE says; the last two are W&B's older words."""
+
+
 def wandb_mode(mode: str, environ: Mapping[str, str]) -> str:
-    """Resolve ``wandb.mode``: auto follows WANDB_MODE, else is online where a key is configured, else offline."""
+    """Resolve ``wandb.mode``: auto follows WANDB_MODE, else is online where a key is configured, else offline.
+
+    Raises UserError for a WANDB_MODE that says nothing.
+    """
     if mode != "auto":
         return mode
-    if (given := environ.get("WANDB_MODE", "")) in ("online", "offline", "disabled"):
-        return given
+    if given := environ.get("WANDB_MODE", "").lower():
+        if given not in MODES:
+            raise UserError(f"WANDB_MODE={given}: expected online, offline or disabled; or give wandb.mode")
+        return MODES[given]
     return "online" if has_key(environ) else "offline"
 
 
@@ -37,10 +46,13 @@ def has_key(environ: Mapping[str, str]) -> bool:
     """Say whether W&B's client will find a key without asking: in the environment or in a netrc file."""
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    home = Path(environ.get("HOME", "~")).expanduser()
-    for path in (environ.get("NETRC"), home / ".netrc", home / "_netrc"):
-        with suppress(OSError, netrc.NetrcParseError):
+    places: list[str | Path | None] = [environ.get("NETRC")]
+    with suppress(RuntimeError):  # a user without a home
+        home = Path(environ.get("HOME", "~")).expanduser()
+        places += [home / ".netrc", home / "_netrc"]
+    for path in places:
+        with suppress(OSError, ValueError, netrc.NetrcParseError):  # a file or an address that is none
+            host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
             if path and netrc.netrc(path).authenticators(host):
                 return True
     return False
@@ -56,11 +68,14 @@ class Wandb:
         self.wandb, self.folder, self.settings = wandb, folder, config["wandb"]
         before = set((folder / "wandb").glob(f"offline-run-*-{facts['run_id']}"))
         self.run: Any = None
+        self.online = False
         if mode == "online":
             try:
                 self.run = self._init(config, facts, "online")
+                self.online = True
             except Exception as error:  # whatever it is: a wrong key, no network, a server's mistake
                 warn(f"W&B: {in_a_line(error)}; this run is kept offline, wandb sync sends it later")
+                wandb.teardown()  # else what is left of the failed start holds the run's id
         if self.run is None:
             self.run = self._init(config, facts, "offline")
         self.run.define_metric("step", hidden=True)

@@ -151,3 +151,11 @@ def test_a_picture_too_long_to_be_made_square_is_refused(tmp_path):
     Image.new("1", (16_385, 1)).save(tmp_path / "line.png")
     with pytest.raises(Unreadable, match="16385 × 1 pixels; a side may have 16,384"):
         read_picture(tmp_path / "line.png", "auto", 28)
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(Unreadable, match=r"pipe\.png: is no file"):
+        read_picture(tmp_path / "pipe.png", "auto", 28)

@@ -92,7 +92,6 @@ def test_a_run_under_way_has_a_report_too(tmp_path, gone):
         ("config.yaml", "a: [", "cannot be read"),
         ("metrics.jsonl", "nonsense\n", "line 1 is no record"),
         ("test.json", "{", "cannot be read"),
-        ("starts.jsonl", "{]}\n", "cannot be read"),
     ],
 )
 def test_what_is_no_run_is_told(tmp_path, file, content, message):
@@ -133,3 +132,10 @@ def test_the_settings_of_a_run_are_those_that_yaml_says(tmp_path):
     assert run.settings["train.max_steps"] == "null"
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]["drop_last"] is True
     assert (REPO / "distlenet/reporting/page.html").exists()
+
+
+def test_a_torn_line_of_starts_is_passed_over(tmp_path):
+    folder = make_run(tmp_path / "run")
+    whole = (folder / "starts.jsonl").read_text()
+    (folder / "starts.jsonl").write_text('{"time": "20\nnull\n' + whole)
+    assert len(read_run(folder).starts) == 2

@@ -1,7 +1,9 @@
 """W&B's settings, its rows, TensorBoard, and the process that sends to both."""
 
 import json
+import math
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -183,3 +185,37 @@ def test_the_start_says_all_that_is_needed(tmp_path, monkeypatch):
     mirror.finish({})
     mirror.close()
     assert said[-1] == b"finished\n"
+
+
+def test_one_that_is_killed_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.jsonl").write_text("")
+    config = load_config([], ["wandb.mode=offline"]).to_dict()
+    mirror = Mirror(tmp_path, config, lambda: math.inf)
+    real = __import__("subprocess").Popen
+    monkeypatch.setattr("distlenet.tracking.mirror.subprocess.Popen", lambda _, **more: real(["false"], **more))
+    mirror.start({"complete": False})
+    mirror.close()
+    assert "what sends the records ended with status 1; nothing is lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "mode"),
+    [("dryrun", "offline"), ("Disabled", "disabled"), ("ONLINE", "online"), ("run", "online"), ("", "online")],
+)
+def test_what_wandb_mode_means(said, mode):
+    assert wandb_mode("auto", {"WANDB_MODE": said, "WANDB_API_KEY": "x" * 40}) == mode
+
+
+def test_a_wandb_mode_that_means_nothing_is_refused():
+    with pytest.raises(UserError, match="WANDB_MODE=shared: expected online, offline or disabled"):
+        wandb_mode("auto", {"WANDB_MODE": "shared"})
+
+
+def test_odd_places_of_keys_are_no_key(tmp_path, monkeypatch):
+    (tmp_path / ".netrc").write_bytes(b"machine \xff login x password y\n")
+    assert not has_key({"HOME": str(tmp_path)})
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password " + "k" * 40 + "\n")
+    assert has_key({"HOME": str(tmp_path)})
+    assert not has_key({"HOME": str(tmp_path), "WANDB_BASE_URL": "http://[::1"})
+    monkeypatch.setattr(Path, "expanduser", lambda _: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert not has_key({})
