@@ -34,7 +34,17 @@ class Step(Protocol):
         """Seed the generator for a step of one micro-batch."""
 
 
-def record_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
+class Recorded(Protocol):
+    """What was recorded."""
+
+    def replay(self) -> None:
+        """Do it."""
+
+    def reset(self) -> None:
+        """Forget it."""
+
+
+def record_cuda_graph(work: Callable[[], None]) -> Recorded:
     """Record ``work`` on the present stream, without doing it; return what does it.
 
     The stream must not be the default one, and must be the one on which the network and what wraps it were made
@@ -43,8 +53,8 @@ def record_cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         work()
-    replay: Callable[[], None] = graph.replay
-    return replay
+    recorded: Recorded = graph
+    return recorded
 
 
 def use_a_stream(device: torch.device) -> None:
@@ -69,13 +79,13 @@ class GraphedStep:
         optimizer: Optimizer,
         full: int,
         device: torch.device,
-        record: Callable[[Callable[[], None]], Callable[[], None]] = record_cuda_graph,
+        record: Callable[[Callable[[], None]], Recorded] = record_cuda_graph,
     ) -> None:
         """Record steps of ``optimizer`` on global batches of ``full`` images."""
         self.optimizer, self.full, self.record = optimizer, full, record
         self.warm_up = WARM_UP
         self.failed = False
-        self.replay: Callable[[], None] | None = None
+        self.recorded: Recorded | None = None
         self.inputs: list[Tensor] = []
         self.epoch = torch.zeros((), dtype=torch.int64, device=device)
         self.lr = torch.zeros((), device=device)  # float32: what fused optimizers read
@@ -87,14 +97,14 @@ class GraphedStep:
         self.lr.fill_(self.optimizer.param_groups[0]["lr"])
         with self.settings_on_device():
             if count == self.full and not self.failed and self.warm_up == 0:
-                if self.replay is None:
+                if self.recorded is None:
                     self.prepare(of, (images, labels, indices), step)
-                if self.replay is not None:
+                if self.recorded is not None:
                     for place, part in zip(self.inputs, (images, labels, indices), strict=True):
                         place.copy_(part, non_blocking=True)
                     self.epoch.fill_(epoch)
                     of.seed(step)
-                    self.replay()
+                    self.recorded.replay()
                     return
             self.warm_up = max(0, self.warm_up - 1)
             of.compute(images, labels, indices, epoch, step, count)
@@ -105,13 +115,22 @@ class GraphedStep:
         images, labels, indices = self.inputs
         reason = ""
         try:
-            self.replay = self.record(lambda: of.compute(images, labels, indices, self.epoch, step, self.full))
+            self.recorded = self.record(lambda: of.compute(images, labels, indices, self.epoch, step, self.full))
         except RuntimeError as error:  # what cannot be recorded: a look at a value on the device, say
             reason = f": {error}".splitlines()[0]
-        if any_rank(self.replay is None, self.lr.device):
+        if any_rank(self.recorded is None, self.lr.device):
             warn(f"train.cuda_graph=auto: the step cannot be recorded on every rank, so it runs as it is{reason}")
-            self.replay, self.failed = None, True
+            self.close()
+            self.failed = True
             self.optimizer.zero_grad(set_to_none=True)
+
+    def close(self) -> None:
+        """Forget what was recorded: NCCL's communicators wait for the graphs that they are in before they end."""
+        if self.recorded is not None:
+            if self.lr.is_cuda:
+                torch.cuda.synchronize(self.lr.device)
+            self.recorded.reset()
+            self.recorded = None
 
     @contextmanager
     def settings_on_device(self) -> Iterator[None]:

@@ -28,17 +28,25 @@ def find_pictures(names: list[str]) -> list[Path]:
     """
     found: list[Path] = []
     for name in names:
-        path = Path(name)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        elif not path.exists() and any(sign in name for sign in "*?["):
-            inside = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
-        else:
-            inside = [path]
-        if not inside:
-            raise Unreadable(f"{name}: holds no picture ({', '.join(sorted(SUFFIXES))})")
-        found += inside
+        try:
+            found += _find(name)
+        except (OSError, ValueError) as error:  # a name too long, a folder that is not to be looked into
+            raise Unreadable(f"{name[:200]}: {getattr(error, 'strerror', None) or error}") from error
     return found
+
+
+def _find(name: str) -> list[Path]:
+    path = Path(name)
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    elif not path.exists() and any(sign in name for sign in "*?["):
+        matching = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path))
+        inside = sorted(p for p in matching if p.is_file())
+    else:
+        inside = [path]
+    if not inside:
+        raise Unreadable(f"{name}: holds no picture ({', '.join(sorted(SUFFIXES))})")
+    return inside
 
 
 def read_picture(path: Path, invert: str, size: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from distlenet.checkpoint.alike import check_alike
 from distlenet.checkpoint.file import State
 from distlenet.data.augment import Prepare
+from distlenet.distributed import any_rank
 from distlenet.errors import UserError, warn
 from distlenet.exact import seed_micro_batch
 from distlenet.graph import GraphedStep, is_recorded
@@ -55,9 +56,10 @@ class TrainStep:
         """Get ready, with all that is restored in place; ``no_images`` is uint8 (0, H, W). A collective."""
         self.reduction.settle(self.prepare(no_images))
         if self.config.train.cuda_graph == "auto":
-            if reason := self.why_no_graph():
+            reason = self.why_no_graph()
+            if any_rank(reason is not None, self.device):  # with unequal shares, ranks may differ; a collective
                 if self.session.world.rank == 0:
-                    warn(f"train.cuda_graph=auto: no graph, since {reason}")
+                    warn(f"train.cuda_graph=auto: no graph, since {reason or 'another rank cannot have one'}")
             else:
                 self.graph = GraphedStep(self.optimizer, self.config.train.global_batch_size, self.device)
 
@@ -129,6 +131,11 @@ class TrainStep:
         shard = self.session.world.rank if shard is None else shard
         seed_micro_batch(self.device, self.config.seed, step, shard)
 
+    def close(self) -> None:
+        """Let go of what the process group must not outlive."""
+        if self.graph is not None:
+            self.graph.close()
+
     def check(self) -> None:
         """Raise UserError, on every rank, where a parameter is not finite: no later step mends that. A host sync."""
         named = dict(self.net.named_parameters())
@@ -157,7 +164,7 @@ class TrainStep:
             check_alike(state["scaler"], self.scaler.state_dict(), "scaler")
 
     def why_no_graph(self) -> str | None:
-        """Say why a step cannot be a CUDA graph; the same on all ranks."""
+        """Say why a step on this rank cannot be a CUDA graph."""
         if self.device.type != "cuda":
             return "there is no GPU"
         if self.session.backend != "nccl":

@@ -112,6 +112,7 @@ def train(config: Config) -> Record:
                 summary = trainer.fit()
             finally:
                 trainer.checkpointer.close()
+                trainer.take_step.close()
             summary |= {"wall_s": process_age_s(), "folder": str(folder)}
             tracker.finish(summary)
         finally:

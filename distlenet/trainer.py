@@ -61,7 +61,8 @@ class Trainer:
             config.data.drop_last,
             config.distributed.virtual_shards if config.distributed.reduction == "exact" else None,
         )
-        data = settle_data(data, config.data.device, config.data.workers, device)
+        with all_or_none():  # a GPU may be fuller than the others
+            data = settle_data(data, config.data.device, config.data.workers, device)
         self.train_split = data.train
         self.train_loader = Loader(data.train, self.sampler, config.data.workers, device)
         shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)

@@ -1,6 +1,8 @@
 """A step that is recorded and replayed. Recording itself needs a GPU (tests/ranks/test_cuda.py): here one stands in
 that keeps what a CUDA graph keeps, which Python values and which memory the step was recorded with."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -20,11 +22,11 @@ SETTINGS = ("data.name=digits", "train.global_batch_size=64", "data.augment=flip
 def train(folder, settings, record=None):
     """Train two epochs of 23 steps, the last of 29 images, and return the trainer and how often ``record`` replayed."""
     config = load_config([], [*SETTINGS, *settings, f"run.dir={folder}", "checkpoint.resume=never"])
-    replays = []
+    replays, resets = [], []
 
     def replaying(work):
         replay = record(work)
-        return lambda: (replays.append(1), replay())
+        return SimpleNamespace(replay=lambda: (replays.append(1), replay()), reset=lambda: resets.append(1))
 
     with open_session(config) as session:
         trainer = Trainer(config, session, load_data(config.data), folder, Trackers([]), Preemption(1.0))
@@ -37,6 +39,9 @@ def train(folder, settings, record=None):
             step.compute = lambda *batch: with_float32_lr(step, compute, batch)
         trainer.fit()
         trainer.checkpointer.close()
+        for _ in range(2):
+            trainer.take_step.close()
+        assert len(resets) == min(1, len(replays))  # before the process group ends
     return trainer, len(replays)
 
 
@@ -89,3 +94,20 @@ def test_asked_for_without_a_gpu_says_so(tmp_path, capsys):
         trainer.fit()
         trainer.checkpointer.close()
     assert "train.cuda_graph=auto: no graph, since there is no GPU" in capsys.readouterr().err
+
+
+def test_ranks_that_differ_have_no_graph_all_alike(monkeypatch, tmp_path, capsys):
+    """Three shards on two ranks: one has two micro-batches, the other one alone could have a graph."""
+    words = ("distributed.reduction=exact", "distributed.virtual_shards=1", "train.cuda_graph=auto")
+    config = load_config([], [*SETTINGS, *words, f"run.dir={tmp_path}"])
+    with open_session(config) as session:
+        trainer = Trainer(config, session, load_data(config.data), tmp_path, Trackers([]), Preemption(1.0))
+        step = trainer.take_step
+        monkeypatch.setattr(step, "why_no_graph", lambda: None)
+        step.settle(trainer.no_images)
+        assert step.graph is not None
+        step.graph = None
+        monkeypatch.setattr("distlenet.step.any_rank", lambda *_: True)  # so says another rank
+        step.settle(trainer.no_images)
+        assert step.graph is None
+    assert "no graph, since another rank cannot have one" in capsys.readouterr().err

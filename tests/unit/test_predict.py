@@ -159,3 +159,8 @@ def test_a_pipe_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(Unreadable, match=r"pipe\.png: is no file"):
         read_picture(tmp_path / "pipe.png", "auto", 28)
+
+
+def test_a_name_that_no_file_can_have_is_unreadable():
+    with pytest.raises(Unreadable, match="File name too long"):
+        find_pictures(["x" * 300])
