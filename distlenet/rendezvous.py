@@ -20,8 +20,8 @@ from torch.distributed.rendezvous import rendezvous
 from distlenet.errors import RankError
 from distlenet.world import World
 
-GRACE_S = 5.0
-"""Seconds beyond its own timeout that a store may take to open."""
+GRACE_S = 10.0
+"""Seconds beyond twice its timeout that a store may take to open: torch tries twice, and waits in between."""
 
 
 def open_store(world: World, timeout: timedelta) -> Store:
@@ -73,7 +73,7 @@ def in_time(make: Callable[[], Store], timeout: timedelta, world: World) -> Stor
 
     thread = threading.Thread(target=run, name="store", daemon=True)
     thread.start()
-    thread.join(timeout.total_seconds() + GRACE_S)
+    thread.join(2 * timeout.total_seconds() + GRACE_S)  # sooner, and it could end while the process does, and abort it
     if failures:
         raise failures[0]
     if not made:
