@@ -1,10 +1,10 @@
 """The same training as a user would write it without this package: one program a peer, started by torchrun.
 
-``torchrun --nproc-per-node=2 benchmarks/peers.py plain --data torchvision --batch 256 --steps 200``: rank 0 prints
-the images/s of all ranks after a warm-up, as JSON. All train distlenet's Net, with the same optimizer and loss, on
-Fashion-MNIST: either through torchvision's data set and transforms, image by image, or from a tensor set prepared
-beforehand. ``limit`` has nothing around the step: each rank alone steps on one batch that is already there; with
-``--device cuda`` it replays that step as a CUDA graph.
+``torchrun --nproc-per-node=2 benchmarks/peers.py plain --data torchvision --batch 256 --steps 200``: rank 0 prints the
+images/s of all ranks after a warm-up, and the seconds until its first step was done, as JSON. All train distlenet's
+Net, with the same optimizer and loss, on Fashion-MNIST: either through torchvision's data set and transforms, image by
+image, or from a tensor set prepared beforehand. ``limit`` has nothing around the step: each rank alone steps on one
+batch that is already there; with ``--device cuda`` it replays that step as a CUDA graph.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from distlenet.net import Net
+from distlenet.progress import process_age_s
 
 WARM_UP = 30  # steps before the clock starts
 MEAN, STD = 0.2860, 0.3530
@@ -48,11 +49,13 @@ class Clock:
 
     def __init__(self, batch: int, steps: int) -> None:
         """Measure ``steps`` steps of ``batch`` images over all ranks."""
-        self.batch, self.steps, self.done, self.started = batch, steps, 0, 0.0
+        self.batch, self.steps, self.done, self.started, self.start_s = batch, steps, 0, 0.0, 0.0
 
     def tick(self) -> bool:
         """Count one step; say whether it was the last."""
         self.done += 1
+        if self.done == 1:
+            self.start_s = process_age_s()
         if self.done in (WARM_UP, WARM_UP + self.steps) and torch.cuda.is_available():
             torch.cuda.synchronize()
         if self.done == WARM_UP:
@@ -63,7 +66,7 @@ class Clock:
         """Print the speed, on rank 0."""
         speed = self.batch * self.steps / (time.perf_counter() - self.started)
         if os.environ["RANK"] == "0":
-            print(json.dumps({"images_per_s": speed}), flush=True)
+            print(json.dumps({"images_per_s": speed, "start_s": self.start_s}), flush=True)
 
 
 def optimizer(net: nn.Module) -> torch.optim.Optimizer:

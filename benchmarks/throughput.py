@@ -2,7 +2,8 @@
 
 ``make bench-throughput [ARGS="--batches 64 256 --rounds 5"]``. The machine is taken as noisy: in each round every
 contestant runs once, one after the other, in an order that rotates; a ratio is taken within a round, and reported as
-the median over the rounds. Prints Markdown, and writes all figures as JSON where ``--json FILE`` says.
+the median over the rounds. The start is the time from a rank's launch to its first step. Prints Markdown, and writes
+all figures as JSON where ``--json FILE`` says.
 """
 
 import argparse
@@ -55,6 +56,18 @@ class Setting:
         return f"{self.ranks} rank{'s' * (self.ranks > 1)}, global batch {self.batch}{more}"
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What one run of a contestant says."""
+
+    images_per_s: float
+    start_s: float
+
+
+Rounds = dict[str, list[Figures]]
+"""The figures of each contestant, a round's after the other's."""
+
+
 def torchrun(ranks: int, *words: object) -> str:
     """Run a program on ``ranks`` ranks with one thread each, and return what it prints."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
@@ -66,19 +79,20 @@ def torchrun(ranks: int, *words: object) -> str:
     return ended.stdout
 
 
-def speed_of_peer(peer: str, form: str, setting: Setting, folder: Path) -> float:
-    """Return a peer's images/s after its warm-up."""
+def run_peer(peer: str, form: str, setting: Setting, folder: Path) -> Figures:
+    """Measure a peer: images/s after its warm-up."""
     steps = max(100, int(SECONDS * ROUGH[form] / setting.batch))
     if setting.device == "cuda" and peer == "limit":
         steps *= FASTER_ON_GPU
     program = Path(__file__).with_name("peers.py")
     words = (program, peer, "--data", form, "--batch", setting.batch, "--steps", steps, "--folder", folder)
     more = ("--device", setting.device, "--precision", setting.precision)
-    return float(json.loads(torchrun(setting.ranks, *words, *more).splitlines()[-1])["images_per_s"])
+    told = json.loads(torchrun(setting.ranks, *words, *more).splitlines()[-1])
+    return Figures(told["images_per_s"], told["start_s"])
 
 
-def speed_of_ours(settings: tuple[str, ...], setting: Setting, folder: Path) -> float:
-    """Return distlenet's own figure, which has no warm-up taken off: metering, logging and checks are in it."""
+def run_ours(settings: tuple[str, ...], setting: Setting, folder: Path) -> Figures:
+    """Return distlenet's own figures, of which no warm-up is taken off: metering, logging and checks are in them."""
     batch, device = setting.batch, setting.device
     steps = max(100, int(SECONDS * 2 * ROUGH["tensors"] / batch)) * (FASTER_ON_GPU if device == "cuda" else 1)
     with tempfile.TemporaryDirectory() as runs:
@@ -86,7 +100,8 @@ def speed_of_ours(settings: tuple[str, ...], setting: Setting, folder: Path) -> 
         more = ("train.epochs=1000", "optim.lr=0.05", f"device={device}", f"run.dir={runs}", "run.name=run")
         more += (f"precision={setting.precision}",)
         torchrun(setting.ranks, "-m", "distlenet.train", *words, *more)
-        return float(json.loads((Path(runs) / "run/summary.json").read_text())["train_images_per_s"])
+        summary = json.loads((Path(runs) / "run/summary.json").read_text())
+        return Figures(summary["train_images_per_s"], summary["start_s"])
 
 
 def unpack(folder: Path) -> None:
@@ -97,33 +112,38 @@ def unpack(folder: Path) -> None:
         (raw / name).write_bytes(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
 
 
-def measure(setting: Setting, rounds: int, peers: tuple[tuple[str, str], ...], folder: Path) -> dict[str, list[float]]:
-    """Return the images/s of each contestant, by name, one figure a round."""
+def measure(setting: Setting, rounds: int, peers: tuple[tuple[str, str], ...], folder: Path) -> Rounds:
+    """Return the figures of each contestant, by name, a round's after the other's."""
     ours = ON_GPU if setting.device == "cuda" else OURS
     contestants = {
-        **{name: (lambda s=settings: speed_of_ours(s, setting, folder)) for name, settings in ours.items()},
-        **{f"{p}, {form}": (lambda p=p, f=form: speed_of_peer(p, f, setting, folder)) for p, form in peers},
+        **{name: (lambda s=settings: run_ours(s, setting, folder)) for name, settings in ours.items()},
+        **{f"{p}, {form}": (lambda p=p, f=form: run_peer(p, f, setting, folder)) for p, form in peers},
     }
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    figures: Rounds = {name: [] for name in contestants}
     names = list(contestants)
     for number in range(rounds):
         start = number * 3 % len(names)
         for name in names[start:] + names[:start]:
-            speeds[name].append(contestants[name]())
+            figures[name].append(contestants[name]())
         print(f"{setting}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-    return speeds
+    return figures
 
 
-def table(speeds: dict[str, list[float]]) -> list[str]:
+def table(figures: Rounds) -> list[str]:
     """Write one setting's figures as a Markdown table: median, range, and distlenet's ratio to each."""
-    lines = ["| | images/s | lowest to highest | distlenet is faster by |", "| --- | ---: | ---: | ---: |"]
-    for name, values in speeds.items():
-        ratios = [ours / value for ours, value in zip(speeds["distlenet"], values, strict=True)]
+    lines = [
+        "| | images/s | lowest to highest | distlenet is faster by | start |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, mine in figures.items():
+        values = [one.images_per_s for one in mine]
+        ratios = [ours.images_per_s / value for ours, value in zip(figures["distlenet"], values, strict=True)]
         ratio = (
             "" if name == "distlenet" else f"{statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
         )
         median = statistics.median(values)
-        lines.append(f"| {name} | {median:,.0f} | {min(values):,.0f} to {max(values):,.0f} | {ratio} |")
+        start = statistics.median(one.start_s for one in mine)
+        lines.append(f"| {name} | {median:,.0f} | {min(values):,.0f} to {max(values):,.0f} | {ratio} | {start:.1f} s |")
     return lines
 
 
@@ -145,8 +165,9 @@ def main() -> None:
         unpack(folder)
         for ranks, batch, precision in product(arguments.ranks, arguments.batches, arguments.precisions):
             setting = Setting(ranks, batch, arguments.device, precision)
-            speeds = measure(setting, arguments.rounds, peers, folder)
-            print("\n".join(["", f"### {setting}", "", *table(speeds)]), flush=True)
+            measured = measure(setting, arguments.rounds, peers, folder)
+            print("\n".join(["", f"### {setting}", "", *table(measured)]), flush=True)
+            speeds = {name: [one.images_per_s for one in mine] for name, mine in measured.items()}
             figures.append({**asdict(setting), "title": str(setting), "images_per_s": speeds})
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))

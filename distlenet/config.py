@@ -72,6 +72,8 @@ def load_config(
         raise UserError("optim.nesterov=true needs optim.momentum above 0; give optim.nesterov=false")
     if (name := config.run.name) is not None and (name in ("", "..") or Path(name).name != name):
         raise UserError(f"run.name={name}: expected one folder's name; the path to it is run.dir")
+    if not 0 < len(config.wandb.project) <= 128 or set("/\\#?%:") & set(config.wandb.project):
+        raise UserError(f"wandb.project={config.wandb.project[:200]}: expected 1 to 128 letters, without / \\ # ? % :")
     if unknown := [key for key in config.checkpoint.allow_changed if key not in FIELDS]:
         raise UserError(f"checkpoint.allow_changed: {_unknown_key(unknown[0])}")
     if fixed := {"model.name", "optim.name"} & set(config.checkpoint.allow_changed):
@@ -92,8 +94,13 @@ def run_folder(config: Config) -> Path:
     """
     if config.run.name is not None:
         return Path(config.run.dir) / config.run.name
-    identity = json.dumps(result_settings(config.to_dict()), sort_keys=True)
-    return Path(config.run.dir) / f"{config.data.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    return Path(config.run.dir) / f"{config.data.name}-{identity(config)}"
+
+
+def identity(config: Config) -> str:
+    """Return 8 hex digits that are the same where the result-changing settings are."""
+    settings = json.dumps(result_settings(config.to_dict()), sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:8]
 
 
 def result_settings(values: Mapping[str, Any]) -> dict[str, Any]:

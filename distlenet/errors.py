@@ -29,9 +29,14 @@ class Preempted(Exception):
 
 def warn(text: str) -> None:
     """Print one line to standard error, and tell ``LOGGER``."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     LOGGER.info(line)
     print_error(f"distlenet: {line}")
+
+
+def printable(text: str) -> str:
+    """Write what a terminal would obey, or no file can hold, as an escape: names of files and classes may have any."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def print_error(text: str) -> None:

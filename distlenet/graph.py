@@ -33,6 +33,9 @@ class Step(Protocol):
     def seed(self, step: int) -> None:
         """Seed the generator for a step of one micro-batch."""
 
+    def begin_again(self) -> None:
+        """Forget a step that broke off anywhere. A collective."""
+
 
 class Recorded(Protocol):
     """What was recorded."""
@@ -111,7 +114,7 @@ class GraphedStep:
 
     def prepare(self, of: Step, batch: tuple[Tensor, Tensor, Tensor], step: int) -> None:
         """Record the step. A collective."""
-        self.inputs = [torch.empty_like(part) for part in batch]
+        self.inputs = [torch.zeros_like(part) for part in batch]
         images, labels, indices = self.inputs
         reason = ""
         try:
@@ -122,7 +125,7 @@ class GraphedStep:
             warn(f"train.cuda_graph=auto: the step cannot be recorded on every rank, so it runs as it is{reason}")
             self.close()
             self.failed = True
-            self.optimizer.zero_grad(set_to_none=True)
+            of.begin_again()
 
     def close(self) -> None:
         """Forget what was recorded: NCCL's communicators wait for the graphs that they are in before they end."""

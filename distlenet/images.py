@@ -83,14 +83,16 @@ def read_picture(path: Path, invert: str, size: int) -> Tensor:
 
 
 def _grey(picture: Image.Image) -> Image.Image:
-    """Make a picture grey, 8 bits a pixel; what is transparent becomes the colour that its border has, or white."""
+    """Make a picture grey, 8 bits a pixel. Behind what is transparent comes white, or black behind what is light."""
     if picture.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
         values = np.asarray(picture, dtype=np.float64)
         top = 255.0 if values.max(initial=0) <= 255 else 65535.0
         return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
     if "A" in picture.getbands() or "transparency" in picture.info:
         layer = picture.convert("RGBA")
-        ground = Image.new("RGBA", layer.size, "white")
+        opacity, values = np.asarray(layer.getchannel("A"), dtype=np.float64), np.asarray(layer.convert("L"))
+        is_light = opacity.sum() > 0 and np.average(values, weights=opacity) > 127
+        ground = Image.new("RGBA", layer.size, "black" if is_light else "white")
         return Image.alpha_composite(ground, layer).convert("L")
     return picture.convert("L")
 

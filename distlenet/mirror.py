@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
@@ -89,10 +90,8 @@ def make_sinks(folder: Path, start: Record) -> Sinks:
     return Sinks({name: make for name, make in makers.items() if name in start["wanted"]})
 
 
-def send(
-    folder: Path, start: Record, told: Iterator[str], at_end: Callable[[], None] = lambda: None
-) -> dict[str, Sink]:
-    """Send what is there, then more whenever ``told``, until it says how the run ended; then call ``at_end`` first.
+def send(folder: Path, start: Record, told: Iterator[str]) -> dict[str, Sink]:
+    """Send what is there, then more whenever ``told``, until it says how the run ended.
 
     Returns the sinks that took it, by their names.
     """
@@ -111,7 +110,6 @@ def send(
             outcome = line
             break
         catch_up()
-    at_end()
     catch_up()
     summary = read_json(folder / "summary.json") if outcome == "finished" else None
     sinks.each(lambda sink: sink.finish(outcome, summary or {}, read_json(folder / TEST_FILE)))
@@ -126,25 +124,45 @@ def read_json(path: Path) -> Record | None:
     return content
 
 
+def listen(lines: Iterator[str], at_end: Callable[[], None]) -> Iterator[str]:
+    """Yield ``lines``, which a thread takes at once, whatever is under way; when the run has ended, call ``at_end``.
+
+    So the training never finds its pipe full, and its end is known also while W&B does not answer.
+    """
+    heard: SimpleQueue[str | None] = SimpleQueue()
+
+    def take() -> None:
+        for line in lines:
+            heard.put(line)
+            if line != "more":
+                break
+        at_end()
+        heard.put(None)
+
+    threading.Thread(target=take, daemon=True).start()
+    return iter(heard.get, None)
+
+
 def main() -> None:
     """Send, with the least claim to the processor, and never for longer than allowed after the training's end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the training takes them; its end says all
     os.nice(19)
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # a rank that wakes up has the processor at once
-    told = (line.strip() for line in sys.stdin)
-    start = json.loads(next(told))
+    lines = (line.strip() for line in sys.stdin)
+    start = json.loads(next(lines))
 
     def limit() -> None:
         timer = threading.Timer(start["config"]["wandb"]["finish_s"], os.killpg, (0, signal.SIGKILL))
         timer.daemon = True
         timer.start()
 
+    told = listen(lines, limit)
     folder = Path(sys.argv[1])
     lock = FileLock(folder / ".mirror.lock")
     with suppress(Timeout):  # that of an earlier start ends by itself soon; on another node it may hold the lock
         lock.acquire(start["config"]["wandb"]["finish_s"] + 5)
-    send(folder, start, told, limit)
+    send(folder, start, told)
 
 
 if __name__ == "__main__":

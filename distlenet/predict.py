@@ -14,7 +14,7 @@ from distlenet.checkpoint.folder import find_checkpoint
 from distlenet.config import load_config
 from distlenet.data.augment import Prepare
 from distlenet.entry import Parser, run_entry
-from distlenet.errors import UserError
+from distlenet.errors import UserError, printable
 from distlenet.images import Unreadable, find_pictures, read_picture
 from distlenet.metrics import EVAL_BATCH
 from distlenet.net import make_net
@@ -43,6 +43,8 @@ def main() -> None:
     names = [word for word in arguments.words if not word.startswith("checkpoint=")]
     if len(settings) != 1 or not names:
         raise UserError("distlenet.predict: expected checkpoint=RUN_OR_FILE and a picture, a folder or a pattern")
+    if arguments.save and arguments.save.suffix.lower() != ".png":
+        raise UserError(f"--save {arguments.save}: expected a name that ends in .png")
     predictor = Predictor(Path(settings[0].partition("=")[2]))
     if not 1 <= arguments.top <= len(predictor.classes):
         raise UserError(f"--top {arguments.top}: expected a whole number, 1 to {len(predictor.classes)}")
@@ -126,11 +128,11 @@ def tell(paths: list[Path], answers: list[list[dict[str, Any]]], as_json: bool) 
 
         table = Table("image", *(f"{place}." for place in range(1, len(texts[0]) + 1)))
         for path, text in zip(paths, texts, strict=True):
-            table.add_row(Text(str(path)), *text)
+            table.add_row(Text(printable(str(path))), *text)
         Console().print(table)
     else:
         for path, text in zip(paths, texts, strict=True):
-            print(f"{path}: {', '.join(text)}")
+            print(f"{printable(str(path))}: {', '.join(text)}")
 
 
 def save(target: Path, images: list[Tensor], paths: list[Path], answers: list[list[dict[str, Any]]]) -> None:
@@ -148,7 +150,7 @@ def save(target: Path, images: list[Tensor], paths: list[Path], answers: list[li
             panel.axis("off")
         for panel, image, path, top in zip(panels.flat, images, paths, answers, strict=False):
             panel.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255)
-            panel.set_title(f"{path.name[:24]}\n{top[0]['class']} {top[0]['probability']:.0%}", fontsize=8)
+            panel.set_title(f"{printable(path.name)[:24]}\n{top[0]['class']} {top[0]['probability']:.0%}", fontsize=8)
         try:
             figure.savefig(target, dpi=110, bbox_inches="tight")
         except (OSError, ValueError) as error:

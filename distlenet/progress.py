@@ -74,24 +74,36 @@ def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     return any(number(environ, name) > 0 for name in counts)
 
 
-def run_id(run: Path, saved: str) -> str:
-    """Return the id of a run: the ``saved`` one, or that of a start that left no checkpoint, or a new one."""
+def run_id(run: Path, saved: str, settings: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Return the id of a run: the ``saved`` one, or that of a start that left no checkpoint, or a new one.
+
+    Only torchrun or SLURM goes on with a start that left none, and only with the same ``settings`` (see
+    ``config.identity``): a person may have changed anything since, and trackers would show both as one.
+    """
     path = run / "starts.jsonl"
-    if not saved and path.exists():
+    if not saved and is_restart(environ) and path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                found = str(json.loads(line)["run_id"])
-                saved = found if RUN_ID.fullmatch(found) else saved
+                start = json.loads(line)
+                found = str(start["run_id"])
+                saved = found if start["settings"] == settings and RUN_ID.fullmatch(found) else ""
     return saved or secrets.token_hex(4)
 
 
 def record_start(
-    run: Path, step: int, world_size: int, limit: int, run_id: str = "", environ: Mapping[str, str] = os.environ
+    run: Path,
+    step: int,
+    world_size: int,
+    limit: int,
+    run_id: str = "",
+    settings: str = "",
+    environ: Mapping[str, str] = os.environ,
 ) -> None:
     """Note in ``starts.jsonl`` that a run starts on ``world_size`` ranks, after ``step`` steps. For rank 0 alone.
 
-    Raises UserError where torchrun or SLURM has by itself started it ``limit`` times in a row at the same step, and it
-    would be the next: what ends it there would end it again.
+    ``settings`` are the result-changing ones (see ``config.identity``). Raises UserError where torchrun or SLURM has by
+    itself started it ``limit`` times in a row at the same step, and it would be the next: what ends it there would end
+    it again.
     """
     path = run / "starts.jsonl"
     automatic = is_restart(environ)
@@ -112,6 +124,7 @@ def record_start(
     facts = {
         "time": now,
         "run_id": run_id,
+        "settings": settings,
         "step": step,
         "world_size": world_size,
         "host": socket.gethostname(),

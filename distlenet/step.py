@@ -51,10 +51,12 @@ class TrainStep:
         self.measure = False  # whether the next step is one whose gradient's norm is wanted
         self.grad_norm = torch.zeros((), device=self.device)
         self.graph: GraphedStep | None = None
+        self.no_inputs = torch.empty(0)  # until it has settled
 
     def settle(self, no_images: Tensor) -> None:
         """Get ready, with all that is restored in place; ``no_images`` is uint8 (0, H, W). A collective."""
-        self.reduction.settle(self.prepare(no_images))
+        self.no_inputs = self.prepare(no_images)
+        self.reduction.settle(self.no_inputs)
         if self.config.train.cuda_graph == "auto":
             reason = self.why_no_graph()
             if any_rank(reason is not None, self.device):  # with unequal shares, ranks may differ; a collective
@@ -130,6 +132,11 @@ class TrainStep:
             return  # seeded before each replay
         shard = self.session.world.rank if shard is None else shard
         seed_micro_batch(self.device, self.config.seed, step, shard)
+
+    def begin_again(self) -> None:
+        """Forget a step that broke off anywhere. A collective."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.reduction.begin_again(self.no_inputs)
 
     def close(self) -> None:
         """Let go of what the process group must not outlive."""

@@ -1,5 +1,6 @@
 """The training loop, and the state that one checkpoint holds."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from distlenet import __version__
 from distlenet.checkpoint.file import State
 from distlenet.checkpointer import Checkpointer
+from distlenet.config import identity
 from distlenet.data.augment import Prepare, measure
 from distlenet.data.loader import Batch, Loader, settle_data
 from distlenet.data.sampler import GlobalBatchSampler, ShardSampler
@@ -28,6 +30,7 @@ from distlenet.speed import Speed
 from distlenet.step import MEND, TrainStep
 from distlenet.tracking import Record, Tracker
 from distlenet.tracking.ledger import NoLedger, join_start
+from distlenet.tracking.wandb import wandb_mode
 
 ASK_EVERY = 16
 """Batches of an evaluation between two looks whether any rank was asked to stop."""
@@ -132,7 +135,8 @@ class Trainer:
         """Go on from a checkpoint, or begin; tell everybody. A collective."""
         self.resumed_from = self.checkpointer.restore(self)
         own = self.resumed_from is None or self.folder.resolve() in self.resumed_from.resolve().parents
-        self.at.run_id = run_id(self.folder, self.at.run_id if own else "")
+        settings = identity(self.config)
+        self.at.run_id = run_id(self.folder, self.at.run_id if own else "", settings)
         self.take_step.settle(self.no_images)
         check_replicas(self.net)  # all start alike, whatever their seeds or disks say
         if self.config.data.ledger:
@@ -142,7 +146,7 @@ class Trainer:
         with all_or_none():
             if self.world.rank == 0:
                 limit = self.config.checkpoint.restarts_in_vain
-                record_start(self.folder, self.at.step, self.world.world_size, limit, self.at.run_id)
+                record_start(self.folder, self.at.step, self.world.world_size, limit, self.at.run_id, settings)
             self.tracker.start(self.facts())
         self.watchdog.expect(self.config.distributed.timeout_s, "distributed.timeout_s")
         self.start_s = process_age_s()
@@ -268,5 +272,6 @@ class Trainer:
             "micro_batch_size": self.reduction.micro_batch_size,
             "reduction": self.config.distributed.reduction,
             "resumed_from": self.resumed_from and str(self.resumed_from),
+            "wandb": wandb_mode(self.config.wandb.mode, os.environ),
             **self.session.describe(),
         }

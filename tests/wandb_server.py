@@ -1,7 +1,7 @@
 """A stand-in for W&B's server, on loopback: it answers what the real client asks, and keeps what arrives.
 
-``manner`` says how it behaves: well, slow (answers after a second), error (500), drop (closes the connection),
-hang (takes requests and never answers). Made by watching what the client of wandb 0.31 sends.
+``manner`` says how it behaves: well, slow (answers after a second), error (500), wrong key (401), drop (closes the
+connection), hang (takes requests and never answers). Made by watching what the client of wandb 0.31 sends.
 """
 
 import json
@@ -22,6 +22,7 @@ class WandbServer(ThreadingHTTPServer):
         self.rows: dict[str, dict[int, dict[str, Any]]] = {}  # of each run, by their place in its history
         self.sent_rows = 0  # with repetitions
         self.configs: dict[str, Any] = {}
+        self.endings: dict[str, dict[str, Any]] = {}  # of each run: how its last process ended, as W&B is told
         self.asked: list[str] = []
         self.released = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -87,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         if manner == "slow":
             time.sleep(1.0)
         body = json.dumps(content).encode()
-        self.send_response(500 if manner == "error" else 200)
+        self.send_response({"error": 500, "wrong key": 401}.get(manner, 200))
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -97,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.manner not in ("well", "slow"):
             return
         with self.server.lock:
+            if content.get("complete") is not None:
+                self.server.endings[run] = {key: content.get(key) for key in ("exitcode", "preempting")}
             for name, part in (content.get("files") or {}).items():
                 if name == "wandb-history.jsonl":
                     rows = self.server.rows.setdefault(run, {})

@@ -48,14 +48,20 @@ class DdpReduction:
         self.asked, self.answer = torch.zeros((), device=device), torch.zeros((), device=device)
         self.bad = torch.zeros((), dtype=torch.bool, device=device)
         self.heard = Heard(device)
-        self.model = DistributedDataParallel(with_flag, gradient_as_bucket_view=True)
-        if compress:
-            self.model.register_comm_hook(None, bf16_compress_hook)
+        self.compress = compress
+        self.model = self.wrap(with_flag)
         self.weight = world.world_size  # DDP divides by it
         self.marks = Marks()
         marks = self.marks  # not self: a hook's references are hidden from the collector, and the group would never go
         next(net.parameters()).register_post_accumulate_grad_hook(lambda _: marks.ready())  # the first is the last
         self.rank, self.micro_batch_size, self.micro_batches_per_rank = world.rank, micro_batch, accumulation_steps
+
+    def wrap(self, with_flag: nn.Module) -> DistributedDataParallel:
+        """Have the gradients of ``with_flag`` averaged. A collective."""
+        model = DistributedDataParallel(with_flag, gradient_as_bucket_view=True)
+        if self.compress:
+            model.register_comm_hook(None, bf16_compress_hook)
+        return model
 
     def settle(self, empty: Tensor) -> None:
         """Step once on no images, an ``empty`` batch (0, ...), and throw the gradients away. A collective.
@@ -84,6 +90,16 @@ class DdpReduction:
     def begin(self, asked: bool) -> None:
         """Begin a step; ``asked`` says that this rank was asked to stop."""
         self.asked.fill_(asked)
+
+    def begin_again(self, empty: Tensor) -> None:
+        """Forget a step that broke off anywhere; ``empty`` is as for ``settle``. A collective.
+
+        DistributedDataParallel would wait for the rest of that step's gradients: so it is made anew.
+        """
+        with_flag = self.model.module
+        del self.model  # takes its hooks from the parameters
+        self.model = self.wrap(with_flag)
+        self.settle(empty)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:

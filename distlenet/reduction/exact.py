@@ -82,6 +82,10 @@ class ExactReduction:
         self.flag.fill_(asked)
         self.begun = False
 
+    def begin_again(self, empty: Tensor) -> None:  # noqa: ARG002
+        """Forget a step that broke off anywhere; what ``begin`` was told of it holds."""
+        self.begun = False
+
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:  # noqa: ARG002
         """Surround forward and backward of one micro-batch, then move its gradient into the exact sum."""

@@ -4,7 +4,6 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,9 @@ from distlenet.reporting.runs import Run, class_accuracies, column
 
 POINTS = 400
 """Points of a line: a longer one is averaged over neighbours, which the page is too narrow to show."""
+
+FULL = 8
+"""Runs side by side whose lines have all their points; so a page of a hundred runs stays below 2 MB."""
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text: small, and sharp on a phone
@@ -79,9 +81,9 @@ def _svg(figure: Figure, title: str) -> str:
     return text
 
 
-def _thin(xs: list[Any], ys: list[Any]) -> tuple[list[float], list[float]]:
-    """Average neighbours until at most POINTS are left."""
-    size = -(-len(xs) // POINTS)
+def _thin(xs: list[Any], ys: list[Any], lines: int = 1) -> tuple[list[float], list[float]]:
+    """Average neighbours until at most POINTS are left; where a chart has many ``lines``, fewer of each."""
+    size = -(-len(xs) // (POINTS * FULL // max(FULL, lines)))
     if size <= 1:
         return xs, ys
     parts = range(0, len(xs), size)
@@ -104,7 +106,7 @@ def _over_steps(runs: list[Run], axes: Any, key: str, unit: str, percent: bool =
             faint = {"alpha": 0.45, "linewidth": 1} if split == "train" else {"markersize": 3}
             if split == "test" and len(runs) == 1:
                 color = "C1"
-            axes.plot(*_thin(steps, values), line, color=color, label=f"{name}{label}", **faint)
+            axes.plot(*_thin(steps, values, len(runs)), line, color=color, label=f"{name}{label}", **faint)
     if drawn:
         axes.set(xlabel="optimizer step", ylabel=unit)
         if percent:
@@ -120,7 +122,7 @@ def _line(runs: list[Run], axes: Any, key: str) -> bool:
         steps, values = column(run.of("train"), "step", key)
         if steps:
             drawn = True
-            axes.plot(*_thin(steps, values), label=run.name)
+            axes.plot(*_thin(steps, values, len(runs)), label=run.name)
     axes.set(xlabel="optimizer step")
     if drawn and len(runs) > 1:
         axes.legend(fontsize=7, frameon=False)
@@ -141,10 +143,10 @@ def _over_time(runs: list[Run], axes: Any) -> bool:
         if not times:
             continue
         drawn = True
-        axes.plot(*_thin([(time - times[0]) / 60 for time in times], steps), color=f"C{number}", label=run.name)
+        minutes = [(time - times[0]) / 60 for time in times]
+        axes.plot(*_thin(minutes, steps, len(runs)), color=f"C{number}", label=run.name)
         for start in run.starts[1:]:
-            at = datetime.strptime(start["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
-            axes.axvline((at - times[0]) / 60, color=f"C{number}", linestyle=":", linewidth=1)
+            axes.axvline((start["at"] - times[0]) / 60, color=f"C{number}", linestyle=":", linewidth=1)
     axes.set(xlabel="minutes since the first record (dotted: the run was started again)", ylabel="optimizer step")
     if drawn and len(runs) > 1:
         axes.legend(fontsize=7, frameon=False)
@@ -169,7 +171,8 @@ def _confusion(runs: list[Run], axes: Any) -> bool:
     if not details:
         return False
     counts, names = details["confusion"], details["classes"]
-    most = max(max(count for i, count in enumerate(row) if i != label) for label, row in enumerate(counts)) or 1
+    wrong = [count for label, row in enumerate(counts) for i, count in enumerate(row) if i != label]
+    most = max(wrong, default=0) or 1
     axes.grid(visible=False)
     axes.imshow([[min(count, most) for count in row] for row in counts], cmap="Blues", vmin=0, vmax=1.6 * most)
     for y, row in enumerate(counts):

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from distlenet.files import replace_text, told
 from distlenet.reporting.charts import draw_charts
-from distlenet.reporting.runs import Run, differences
+from distlenet.reporting.runs import Run, differences, number
 
 
 def write_report(runs: list[Run], page: Path) -> None:
@@ -32,16 +32,16 @@ def write_report(runs: list[Run], page: Path) -> None:
             ],
             differing=differences(runs),
         )
-        replace_text(page, content)
+        replace_text(page, content.encode(errors="replace").decode())  # JSON may name half of a surrogate pair
 
 
 def results(run: Run) -> list[tuple[str, str | None]]:
     """Return a run's chief numbers, each with its name; None where there is none."""
     tests, train = run.of("test"), run.of("train")
     last: dict[str, Any] = tests[-1] if tests else {}
-    best = max((record["accuracy"] for record in tests if record["accuracy"] is not None), default=None)
+    best = max((accuracy for record in tests if (accuracy := number(record.get("accuracy"))) is not None), default=None)
     summary = run.summary
-    speed = summary.get("train_images_per_s") or (train[-1].get("images_per_s") if train else None)
+    speed = number(summary.get("train_images_per_s")) or (train[-1].get("images_per_s") if train else None)
     rows: list[tuple[str, Any, str]] = [
         ("test accuracy, last", last.get("accuracy"), "{:.2%}"),
         ("test accuracy, best", best, "{:.2%}"),
@@ -52,6 +52,6 @@ def results(run: Run) -> list[tuple[str, str | None]]:
         ("seconds of training", summary.get("train_s"), "{:,.1f}"),
         ("ranks", run.starts[-1].get("world_size") if run.starts else None, "{}"),
         ("restarts", len(run.starts) - 1 if run.starts else None, "{}"),
-        ("state", "complete" if summary else "not complete", "{}"),
     ]
-    return [(name, None if value is None else form.format(value)) for name, value, form in rows]
+    numbers = [(name, None if (known := number(value)) is None else form.format(known)) for name, value, form in rows]
+    return [*numbers, ("state", "complete" if summary else "not complete")]

@@ -1,18 +1,22 @@
 """What a run's folder says, for people: read only, whatever is missing."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from distlenet.checkpoint.alike import MOST, check_alike
 from distlenet.config import flatten, in_yaml
-from distlenet.errors import UserError
+from distlenet.errors import UserError, printable, warn
 from distlenet.tracking import TEST_FILE, Record
 from distlenet.tracking.history import read_records
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,41 +33,79 @@ class Run:
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.folder.resolve().name
+        return printable(self.folder.resolve().name)
 
     def of(self, split: str) -> list[Record]:
         """Return the records of one split."""
         return [record for record in self.records if record["split"] == split]
 
 
+START: Record = {"time": "", "run_id": "", "step": 0, "world_size": 0, "host": "", "automatic": False}
+MISTAKE: Record = {"index": 0, "label": 0, "predicted": 0, "confidence": 0.0, "png": ""}
+LONGEST_NAME = 40
+"""Letters of a class's name for which charts have room."""
+
+
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises UserError where it is none, or where a file in it cannot be read."""
+    """Read a run folder. Raises UserError where it is none, or where its settings or records cannot be read.
+
+    Of the other files, what is not as a run writes it is left out, with a warning.
+    """
     metrics, settings = folder / "metrics.jsonl", folder / "config.yaml"
     if not metrics.exists() or not settings.exists():
         raise UserError(f"{folder}: no run folder: no {metrics.name} and {settings.name} in it; give RUN_DIR/RUN_NAME")
     try:
         config = yaml.safe_load(settings.read_text(encoding="utf-8"))
-        starts = list(_objects(_text(folder / "starts.jsonl")))
-        summary = json.loads(_text(folder / "summary.json") or "{}")
-        details = json.loads(_text(folder / TEST_FILE) or "{}")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        records = [record for _, record in read_records(metrics)]
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(config, dict):
         raise UserError(f"{settings}: holds no settings")
     flat = {str(key): in_yaml(value) for key, value in flatten(config)}
-    return Run(folder, flat, [record for _, record in read_records(metrics)], summary, starts, details)
+    starts = list(_starts(_part(folder / "starts.jsonl", str, "")))
+    summary = _part(folder / "summary.json", lambda text: dict(json.loads(text).items()), {})
+    details = _part(folder / TEST_FILE, lambda text: _details(json.loads(text)), {})
+    return Run(folder, flat, records, summary, starts, details)
 
 
-def _objects(text: str) -> Iterator[Record]:
+def _part(path: Path, read: Callable[[str], T], empty: T) -> T:
+    """Read a part of a run; where it is not there, or damaged, it is ``empty``."""
+    if not path.exists():
+        return empty
+    try:
+        return read(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not as a run writes it: {str(error)[:200]}"
+        warn(f"{path}: {reason}; the report leaves it out")
+        return empty
+
+
+def _starts(text: str) -> Iterator[Record]:
     """Read the lines that are whole; a power cut may have torn one."""
     for line in text.splitlines():
-        with suppress(ValueError, RecursionError):
-            if isinstance(start := json.loads(line), dict):
-                yield start
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            found = json.loads(line)
+            start = {key: found[key] for key in START}
+            check_alike(start, START, "start")
+            at = datetime.strptime(start["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+            yield {**start, "at": at.timestamp()}
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+def _details(content: Record) -> Record:
+    """Check what a test's details are. Raises ValueError, KeyError or TypeError where they are not."""
+    classes, mistakes = len(content["classes"]), len(content["mistakes"])
+    like = {"classes": [""] * classes, "confusion": [[0] * classes] * classes, "mistakes": [MISTAKE] * mistakes}
+    check_alike(content, like, "it")
+    for mistake in content["mistakes"]:
+        if max(mistake["label"], mistake["predicted"]) >= classes:
+            raise ValueError(f"a mistake is of none of the {classes} classes")
+    return {**content, "classes": [printable(name)[:LONGEST_NAME] for name in content["classes"]]}
+
+
+def number(value: Any) -> float | None:
+    """Return a value that can be drawn; None where it is none."""
+    drawn = isinstance(value, int | float) and not isinstance(value, bool) and -MOST < value < MOST
+    return value if drawn else None
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
@@ -82,7 +124,7 @@ def class_accuracies(details: Record) -> list[tuple[str, float | None]]:
 
 
 def column(records: list[Record], *keys: str) -> list[list[Any]]:
-    """Return the values of ``keys``, of those records that have them all."""
-    rows = [[record.get(key) for key in keys] for record in records]
+    """Return the numbers of ``keys``, of those records that have them all."""
+    rows = [[number(record.get(key)) for key in keys] for record in records]
     whole = [row for row in rows if None not in row]
     return [list(values) for values in zip(*whole, strict=True)] if whole else [[] for _ in keys]

@@ -5,6 +5,7 @@ has its optimizer step in it, the axis of all charts. Source: https://docs.wandb
 """
 
 import base64
+import configparser
 import io
 import netrc
 import os
@@ -52,10 +53,20 @@ def has_key(environ: Mapping[str, str]) -> bool:
         places += [home / ".netrc", home / "_netrc"]
     for path in places:
         with suppress(OSError, ValueError, netrc.NetrcParseError):  # a file or an address that is none
-            host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-            if path and netrc.netrc(path).authenticators(host):
+            if path and netrc.netrc(path).authenticators(urlsplit(base_url(environ)).hostname or ""):
                 return True
     return False
+
+
+def base_url(environ: Mapping[str, str]) -> str:
+    """Return the address of W&B's server: from the environment, or where ``wandb login --host`` wrote it."""
+    if given := environ.get("WANDB_BASE_URL"):
+        return given
+    written = configparser.ConfigParser(interpolation=None)
+    with suppress(OSError, RuntimeError, UnicodeDecodeError, configparser.Error):
+        home = Path(environ.get("HOME", "~")).expanduser()
+        written.read(Path(environ.get("WANDB_CONFIG_DIR") or home / ".config/wandb") / "settings", encoding="utf-8")
+    return written.get("default", "base_url", fallback="https://api.wandb.ai")
 
 
 class Wandb:

@@ -1,6 +1,7 @@
 """A step that is recorded and replayed. Recording itself needs a GPU (tests/ranks/test_cuda.py): here one stands in
 that keeps what a CUDA graph keeps, which Python values and which memory the step was recorded with."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,31 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(tmp_path, capsys):
     refused, _ = train(tmp_path / "refused", (), record=refuse)
     warning = "the step cannot be recorded on every rank, so it runs as it is: operation not permitted when stream is"
     assert capsys.readouterr().err.count(warning) == 1
+    for name, value in plain.net.state_dict().items():
+        assert torch.equal(value, refused.net.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("reduction", ["ddp", "exact"])
+@pytest.mark.parametrize("place", ["conv2.weight", "fc1.bias"])
+def test_a_recording_that_breaks_off_in_backward_leaves_nothing_behind(tmp_path, capsys, reduction, place):
+    """DistributedDataParallel would wait for the rest of that backward, and refuse the next forward."""
+
+    def break_off(work):
+        def fail(_):
+            raise RuntimeError("cannot be recorded")
+
+        parameter = dict(inspect.getclosurevars(work).nonlocals["of"].net.named_parameters())[place]
+        hook = parameter.register_hook(fail)
+        try:
+            work()
+        finally:
+            hook.remove()
+
+    settings = (f"distributed.reduction={reduction}", "distributed.virtual_shards=1")
+    plain, _ = train(tmp_path / "plain", settings)
+    refused, replays = train(tmp_path / "refused", settings, record=break_off)
+    assert "so it runs as it is: cannot be recorded" in capsys.readouterr().err
+    assert replays == 0
     for name, value in plain.net.state_dict().items():
         assert torch.equal(value, refused.net.state_dict()[name]), name
 

@@ -1,5 +1,7 @@
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,3 +166,32 @@ def test_a_pipe_is_no_picture(tmp_path):
 def test_a_name_that_no_file_can_have_is_unreadable():
     with pytest.raises(Unreadable, match="File name too long"):
         find_pictures(["x" * 300])
+
+
+def test_what_is_transparent_is_dark_behind_light_and_light_behind_dark(tmp_path):
+    """A cut-out of a light thing, and one of a dark thing: each can be seen, as light on dark."""
+    for name, value in (("light", 230), ("dark", 20)):
+        picture = Image.new("RGBA", (28, 28), (value, value, value, 0))
+        picture.paste((value, value, value, 255), (10, 10, 18, 18))
+        picture.save(tmp_path / f"{name}.png")
+        seen = read_picture(tmp_path / f"{name}.png", "auto", 28)
+        assert seen[0, 0] == 0
+        assert seen[14, 14] > 200
+
+
+def test_names_are_shown_without_what_a_terminal_would_obey(run, tmp_path):
+    picture = tmp_path / "a\x1b[31m\nb.png"
+    picture.write_bytes((run / "pictures/000.png").read_bytes())
+    (tmp_path / "c\x1b.png").write_text("no picture")
+    odd = os.fsencode(tmp_path) + b"/\xff.png"
+    Path(os.fsdecode(odd)).write_bytes(picture.read_bytes())
+    ended = predict(run, tmp_path, "--save", tmp_path / "page.png")
+    assert ended.status == 2
+    assert "\x1b" not in ended.stdout + ended.stderr
+    assert "a\\x1b[31m\\nb.png: " in ended.stdout
+    assert "\\udcff.png: " in ended.stdout
+    assert len(ended.stdout.splitlines()) == 2
+    assert (tmp_path / "page.png").stat().st_size > 1000
+    told = predict(run, picture, "--save", tmp_path / "page.gif")
+    assert told.status == 2
+    assert "page.gif: expected a name that ends in .png" in told.stderr

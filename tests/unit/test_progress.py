@@ -7,7 +7,7 @@ from conftest import run_command
 
 from distlenet.errors import UserError
 from distlenet.metrics import Metrics
-from distlenet.progress import Progress, record_start
+from distlenet.progress import Progress, record_start, run_id
 
 pytestmark = pytest.mark.unit
 
@@ -54,6 +54,17 @@ def test_a_line_that_a_power_cut_tore_stops_nobody(tmp_path):
     record_start(tmp_path, 7, 2, 1, environ=BY_TORCHRUN)
     with pytest.raises(UserError, match="restarted 1 times"):
         record_start(tmp_path, 7, 2, 1, environ=BY_TORCHRUN)
+
+
+def test_a_start_that_left_no_checkpoint_is_gone_on_with_only_by_the_same_job(tmp_path):
+    first = run_id(tmp_path, "", "a", environ=BY_HAND)
+    record_start(tmp_path, 0, 2, 3, first, "a", environ=BY_HAND)
+    assert run_id(tmp_path, "", "a", environ=BY_TORCHRUN) == first
+    assert run_id(tmp_path, "", "b", environ=BY_TORCHRUN) != first  # the first attempt of a job that asks for more
+    assert run_id(tmp_path, "", "a", environ=BY_HAND) != first  # after an edit of the network, perhaps
+    assert run_id(tmp_path, "12345678", "a", environ=BY_HAND) == "12345678"
+    record_start(tmp_path, 0, 2, 3, "23456789", "b", environ=BY_HAND)
+    assert run_id(tmp_path, "", "a", environ=BY_TORCHRUN) != first  # another run began in between
 
 
 def test_the_age_of_a_process_counts_from_its_start():

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -91,14 +92,68 @@ def test_a_run_under_way_has_a_report_too(tmp_path, gone):
         ("config.yaml", "- 1\n", "holds no settings"),
         ("config.yaml", "a: [", "cannot be read"),
         ("metrics.jsonl", "nonsense\n", "line 1 is no record"),
-        ("test.json", "{", "cannot be read"),
+        ("metrics.jsonl", 0, "cannot be read: .*Is a directory"),
     ],
 )
 def test_what_is_no_run_is_told(tmp_path, file, content, message):
     folder = make_run(tmp_path / "run")
-    (folder / file).unlink() if content is None else (folder / file).write_text(content)
+    if isinstance(content, str):
+        (folder / file).write_text(content)
+    else:
+        (folder / file).unlink()
+        if content == 0:
+            (folder / file).mkdir()
     with pytest.raises(UserError, match=message):
         read_run(folder)
+
+
+DAMAGED_STARTS = ['{"time": "x"}', '{"time": "2027-01-15T08:00:00Z", "run_id": 3}', "[]"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("test.json", "{", True),
+        ("test.json", "[1]", True),
+        ("test.json", '{"classes": ["a"], "confusion": [[1, 2]], "mistakes": []}', True),
+        ("test.json", '{"classes": ["a"], "confusion": [[-1]], "mistakes": []}', True),
+        ("test.json", '{"classes": [1], "confusion": [[1]], "mistakes": []}', True),
+        ("test.json", json.dumps({"classes": [], "confusion": [], "mistakes": []}), False),
+        ("test.json", json.dumps({"classes": ["a"], "confusion": [[1]], "mistakes": []}), False),
+        (
+            "test.json",
+            json.dumps({"classes": ["\ud800\x1b" * 5000] * 2, "confusion": [[1] * 2] * 2, "mistakes": []}),
+            False,
+        ),
+        ("test.json", '{"classes": ["a"], "confusion": [[1]], "mistakes": [{"index": 1}]}', True),
+        ("summary.json", "[1]", True),
+        ("summary.json", '{"train_s": "long", "train_images_per_s": [1], "more": "\\ud800"}', False),
+        *(("starts.jsonl", f"{line}\n", False) for line in DAMAGED_STARTS),
+        ("starts.jsonl", 0, True),
+        ("metrics.jsonl", '{"step": 1, "split": "test", "accuracy": "high", "loss": [2], "time": 1e308}\n', False),
+        ("metrics.jsonl", '{"step": 1, "split": "train", "lr": 1' + "0" * 400 + ', "images_per_s": true}\n', False),
+    ],
+)
+def test_a_damaged_part_is_left_out(tmp_path, capsys, file, content, told):
+    folder = make_run(tmp_path / "run")
+    if content == 0:
+        (folder / file).unlink()
+        (folder / file).mkdir()
+    else:
+        (folder / file).write_text(content)
+    write_report([read_run(folder)], tmp_path / "report.html")
+    assert "<svg" in (tmp_path / "report.html").read_text() or file == "metrics.jsonl"
+    said = capsys.readouterr().err
+    assert said.count("the report leaves it out") == told
+    assert (f"{folder / file}: " in said) == told
+
+
+def test_a_page_of_many_runs_stays_small(tmp_path):
+    """60 runs of 500 records."""
+    first = make_run(tmp_path / "0", steps=500)
+    runs = [replace(read_run(first), folder=tmp_path / str(number)) for number in range(60)]
+    write_report(runs, tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 2_000_000
 
 
 def test_long_lines_keep_their_mean():
@@ -107,6 +162,7 @@ def test_long_lines_keep_their_mean():
     assert len(thin_xs) <= POINTS
     assert thin_ys == [2 * x for x in thin_xs]
     assert _thin([1, 2], [3, 4]) == ([1, 2], [3, 4])
+    assert len(_thin(xs, xs, lines=40)[0]) <= POINTS // 5
 
 
 def test_a_class_without_images_has_no_accuracy():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,10 @@ import pytest
 from distlenet import mirror
 from distlenet.config import load_config
 from distlenet.errors import UserError
-from distlenet.mirror import Sinks, Tail, send
+from distlenet.mirror import Sinks, Tail, listen, send
 from distlenet.tracking.mirror import Mirror
 from distlenet.tracking.tensorboard import TensorBoard
-from distlenet.tracking.wandb import has_key, row, row_number, wandb_mode
+from distlenet.tracking.wandb import base_url, has_key, row, row_number, wandb_mode
 
 pytestmark = pytest.mark.unit
 
@@ -161,7 +162,7 @@ def test_one_that_does_not_end_is_ended(tmp_path, monkeypatch, capsys):
     assert "--replay-wandb" in capsys.readouterr().err
 
 
-def test_a_full_pipe_does_not_stop_the_training(tmp_path, monkeypatch):
+def test_a_full_pipe_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
     config = load_config([], ["wandb.mode=offline", "wandb.finish_s=0"]).to_dict()
     mirror = Mirror(tmp_path, config, lambda: 25.0)
     real = __import__("subprocess").Popen
@@ -170,6 +171,21 @@ def test_a_full_pipe_does_not_stop_the_training(tmp_path, monkeypatch):
     for _ in range(100_000):  # 500 kB: more than a pipe holds
         mirror.log(RECORD)
     mirror.close()
+    assert "was not done within 0 s (wandb.finish_s)" in capsys.readouterr().err
+
+
+def test_what_is_told_is_taken_at_once_and_the_end_is_heard_while_nobody_asks():
+    """A thread that says 100,000 lines to nobody, and the last word; W&B does not answer meanwhile."""
+    ended = threading.Event()
+    heard = listen(iter(["more"] * 100_000 + ["finished", "beyond"]), ended.set)
+    assert ended.wait(30)
+    assert list(heard)[-2:] == ["more", "finished"]
+
+
+def test_a_training_that_is_gone_is_an_end_too():
+    ended = threading.Event()
+    assert list(listen(iter(["more"]), ended.set)) == ["more"]
+    assert ended.is_set()
 
 
 def test_the_start_says_all_that_is_needed(tmp_path, monkeypatch):
@@ -217,5 +233,13 @@ def test_odd_places_of_keys_are_no_key(tmp_path, monkeypatch):
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password " + "k" * 40 + "\n")
     assert has_key({"HOME": str(tmp_path)})
     assert not has_key({"HOME": str(tmp_path), "WANDB_BASE_URL": "http://[::1"})
+    (tmp_path / ".config/wandb").mkdir(parents=True)
+    (tmp_path / ".config/wandb/settings").write_text("[default]\nbase_url = https://wandb.example\n")
+    assert not has_key({"HOME": str(tmp_path)})  # wandb login --host: the key of api.wandb.ai is not for it
+    assert base_url({"HOME": str(tmp_path), "WANDB_BASE_URL": "http://here"}) == "http://here"
+    (tmp_path / ".netrc").write_text("machine wandb.example login user password " + "k" * 40 + "\n")
+    assert has_key({"HOME": str(tmp_path)})
+    (tmp_path / ".config/wandb/settings").write_bytes(b"no ini file \xff")
+    assert base_url({"HOME": str(tmp_path)}) == "https://api.wandb.ai"
     monkeypatch.setattr(Path, "expanduser", lambda _: (_ for _ in ()).throw(RuntimeError("no home")))
     assert not has_key({})

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pty
@@ -7,6 +8,7 @@ import threading
 
 import pytest
 from conftest import run_command
+from rich.console import Console
 
 from distlenet.errors import UserError
 from distlenet.tracking import Trackers
@@ -26,6 +28,7 @@ FACTS = {
     "device": "cpu",
     "precision": "fp32",
     "threads": 1,
+    "wandb": "disabled",
     "epochs": 2,
     "steps_per_epoch": 20,
     "global_batch_size": 64,
@@ -244,6 +247,76 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         "Accuracy of the network on the 360 test images: 98.8 %\n" + TIMES + "\nFiles of this run: runs/x"
     )
     assert plain.count("Accuracy of the network") == 1
+
+
+class Screen(io.StringIO):
+    """A terminal of any width, in a file."""
+
+    def lines(self) -> list[str]:
+        """Return what was ever shown on it, without escape codes."""
+        return re.split("[\n\r]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.getvalue()))
+
+
+def shown(width: int) -> Screen:
+    """Show 20 steps and an evaluation, twice."""
+    screen = Screen()
+    bar = Bar(Console(file=screen, width=width, force_terminal=True, color_system="256", highlight=False))
+    bar.start(FACTS)
+    for last in (20, 40):
+        bar.log(train_record(last))
+        bar.progress.refresh()
+        bar.log({**train_record(last), "split": "train_epoch", "loss": 0.375})
+        bar.log(test_record(last))
+    bar.finish(SUMMARY)
+    return screen
+
+
+@pytest.mark.parametrize(
+    ("width", "beside"),
+    [
+        (40, r"1/2 \S+ loss 0\.500  0:00:01 left"),
+        (60, r"1/2 \S+ 20/40  loss 0\.500  acc 75\.0%  0:00:01 left"),
+        (80, r"epoch 1/2 \S+ 20/40  loss 0\.500  acc 75\.0%  1,000 images/s  0:00:01 left"),
+        (120, r"epoch 1/2 \S+ 20/40  loss .*  1,000 images/s  lr 0\.1  2 ranks  0:00:01 left"),
+    ],
+)
+def test_the_bar_fits_its_terminal(width, beside):
+    """20 steps of 1437 images in 20 steps are left, at 1,000 images/s."""
+    lines = shown(width).lines()
+    assert any(re.fullmatch(beside, line.rstrip()) for line in lines), lines
+    bars = [line for line in lines if "left" in line]
+    assert max(len(line) for line in bars) <= width
+    assert not any("…" in line for line in bars)
+
+
+@pytest.mark.parametrize(
+    ("width", "table"),
+    [
+        (40, [["epoch", "test loss", "test acc"], ["1/2", "0.2500", "90.00%"]]),
+        (
+            78,
+            [
+                ["epoch", "step", "train loss", "train acc", "test loss", "test acc", "test images"],
+                ["1/2", "20", "0.3750", "75.00%", "0.2500", "90.00%", "360"],
+            ],
+        ),
+    ],
+)
+def test_evaluations_are_a_table_that_grows(width, table):
+    lines = shown(width).lines()
+    cells = [re.split("  +", line.strip()) for line in lines]
+    (heading,) = (number for number, line in enumerate(cells) if line == table[0])
+    assert table[1] in cells
+    rows = [line.rstrip() for line in lines if "90.00%" in line]
+    assert len(rows) == 2
+    assert {len(row) for row in rows} == {len(lines[heading].rstrip())}  # right-aligned, all columns in line
+    assert len(rows[0]) <= width
+
+
+def test_no_color_is_respected(monkeypatch):
+    assert "\x1b[38;5;" in shown(80).getvalue()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(r"\x1b\[(3|4|9)[0-9]", shown(80).getvalue())
 
 
 def read(descriptor: int) -> bytes:
