@@ -3,7 +3,7 @@
 # make prove-exact                                    the same bits on 1, 2, 4, 8 ranks, and after kills
 # make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; nothing is lost
 # make fuzz [TIMES=30]                                odd settings, files and environments, that many times a minute
-# make bench [ARGS="--only exact"]                    measure; writes benchmarks/RESULTS.md
+# make bench [ARGS="--only reduction"]                    measure; writes benchmarks/RESULTS.md
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
 # make test-browser                                   as root on Debian: install Chromium, look at a report in it
 PYTHON ?= python3

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
     "throughput": ("Training speed beside peers", [["throughput.py", "--json", str(HERE / "results/throughput.json")]]),
     "parts": ("Where a step's time goes", [["parts.py"]]),
-    "exact": ("What exact sums cost", [["exact_cost.py"]]),
+    "reduction": ("Ways of adding gradients", [["reduction_cost.py"]]),
     "recipes": (
         "Recipes",
         [["recipes.py", "sprint", "--seeds", "5", "--against", "tutorial"], ["recipes.py", "best", "--seeds", "3"]],

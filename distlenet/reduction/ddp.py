@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch._dynamo  # see below
@@ -16,6 +17,10 @@ from distlenet.world import World
 # DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import
 # (seen with torch 2.15) keeps every frame under way alive, with the trainer and the process group in them.
 # Imported up here, it finds no such frames: the group can end when its ``with`` block does.
+
+
+OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True}
+"""Chosen by measurement: ``benchmarks/reduction_cost.py`` also tries smaller buckets and ``static_graph``."""
 
 
 class _WithFlag(nn.Module):
@@ -58,7 +63,7 @@ class DdpReduction:
 
     def wrap(self, with_flag: nn.Module) -> DistributedDataParallel:
         """Have the gradients of ``with_flag`` averaged. A collective."""
-        model = DistributedDataParallel(with_flag, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(with_flag, **OPTIONS)
         if self.compress:
             model.register_comm_hook(None, bf16_compress_hook)
         return model

@@ -63,8 +63,8 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{settings}: holds no settings")
     flat = {str(key): in_yaml(value) for key, value in flatten(config)}
     starts = list(_starts(_part(folder / "starts.jsonl", str, "")))
-    summary = _part(folder / "summary.json", lambda text: dict(json.loads(text).items()), {})
-    details = _part(folder / TEST_FILE, lambda text: _details(json.loads(text)), {})
+    summary: Record = _part(folder / "summary.json", lambda text: dict(json.loads(text).items()), {})
+    details: Record = _part(folder / TEST_FILE, lambda text: _details(json.loads(text)), {})
     return Run(folder, flat, records, summary, starts, details)
 
 

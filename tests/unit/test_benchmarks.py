@@ -26,8 +26,7 @@ def test_the_batch_for_an_efficiency():
 
 def test_ratios_are_taken_within_rounds():
     speeds = {"distlenet": [10.0, 20.0, 30.0], "peer": [5.0, 20.0, 10.0]}
-    starts = (2.0, 9.0, 3.0)
-    figures = {name: [throughput.Figures(*one) for one in zip(mine, starts)] for name, mine in speeds.items()}
+    figures = {name: list(map(throughput.Figures, mine, (2.0, 9.0, 3.0))) for name, mine in speeds.items()}
     lines = throughput.table(figures)
     assert lines[2] == "| distlenet | 20 | 10 to 30 |  | 3.0 s |"
     assert lines[3] == "| peer | 10 | 5 to 20 | 2.00 × (1.00 to 3.00) | 3.0 s |"

@@ -1,7 +1,8 @@
-"""What ``distributed.reduction=exact`` costs beside ``ddp``: training steps, in turn, in the same processes.
+"""What other ways of adding gradients cost beside the default: training steps, in turn, in the same processes.
 
-``python benchmarks/exact_cost.py [--ranks 2] [--batches 128 256 1024]``: for each global batch and number of virtual
-shards, ROUNDS times: some steps with ddp, some with exact; the ratio is taken within a round.
+``python benchmarks/reduction_cost.py [--ranks 2] [--batches 64 256 1024]``: for each global batch, ROUNDS times: some
+steps in each way, which are other options of DistributedDataParallel, and the exact reduction with several numbers of
+virtual shards; the ratio is taken within a round.
 """
 
 import argparse
@@ -13,16 +14,25 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from distlenet.config import load_config
 from distlenet.data.loader import Batch
 from distlenet.data.sources import load_on_node
 from distlenet.preemption import listening
+from distlenet.reduction import ddp
 from distlenet.session import open_session
 from distlenet.tracking import Trackers
 from distlenet.trainer import Trainer
 
 ROUNDS, STEPS = 20, 15
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ddp": ddp.OPTIONS,
+    "ddp, buckets of 64 KiB": {**ddp.OPTIONS, "bucket_cap_mb": 1 / 16},
+    "ddp, static graph": {**ddp.OPTIONS, "static_graph": True},
+    "ddp, gradients copied": {"gradient_as_bucket_view": False},
+}
+BF16 = "ddp, bf16 between ranks"
 SHARDS = (2, 4, 8)
 
 
@@ -39,12 +49,16 @@ def batches(trainer: Trainer) -> Iterator[Batch]:
 def measure(batch: int) -> None:
     """Be one rank; rank 0 prints the table's rows for ``batch`` images a step."""
     exact = "distributed.reduction=exact"
-    variants = [["distributed.reduction=ddp"], *([exact, f"distributed.virtual_shards={count}"] for count in SHARDS)]
+    ways: dict[str, list[str]] = {name: [] for name in OPTIONS} | {BF16: ["distributed.compress=bf16"]}
+    ways |= {f"exact, {count} shards": [exact, f"distributed.virtual_shards={count}"] for count in SHARDS}
     common = ["train.epochs=1000", "optim.lr=0.02", f"train.global_batch_size={batch}"]
-    configs = [load_config([], [*common, *variant]) for variant in variants]
+    configs = [load_config([], [*common, *settings]) for settings in ways.values()]
+    trainers = []
     with tempfile.TemporaryDirectory() as scratch, listening(25) as preemption, open_session(configs[0]) as session:
         data = load_on_node(configs[0].data, session.world)
-        trainers = [Trainer(c, session, data, Path(scratch), Trackers([]), preemption) for c in configs]
+        for name, config in zip(ways, configs, strict=True):
+            ddp.OPTIONS = OPTIONS.get(name, OPTIONS["ddp"])
+            trainers.append(Trainer(config, session, data, Path(scratch), Trackers([]), preemption))
         feeds = [batches(trainer) for trainer in trainers]
         seconds: list[list[float]] = [[] for _ in trainers]
         for _ in range(ROUNDS):
@@ -57,23 +71,23 @@ def measure(batch: int) -> None:
         for trainer in trainers:
             trainer.checkpointer.close()
         if session.world.rank == 0:
-            for shards, times in zip(("ddp", *SHARDS), seconds, strict=True):
+            for name, times in zip(ways, seconds, strict=True):
                 ratios = [a / b for a, b in zip(times, seconds[0], strict=True)][2:]  # two rounds to warm up
                 speed = batch / statistics.median(times[2:])
-                print(f"| {batch} | {shards} | {speed:,.0f} | {statistics.median(ratios):.2f} |", flush=True)
+                print(f"| {batch} | {name} | {speed:,.0f} | {statistics.median(ratios):.2f} |", flush=True)
 
 
 def main() -> None:
     """Measure as one rank, or start the ranks for each batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks (2)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[128, 256, 1024], help="global batches")
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024], help="global batches")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         measure(arguments.batches[0])
         return
-    print(f"{arguments.ranks} ranks\n\n| global batch | virtual shards | images/s | time beside ddp's |")
-    print("| ---: | ---: | ---: | ---: |", flush=True)
+    print(f"{arguments.ranks} ranks\n\n| global batch | reduction | images/s | time beside ddp's |")
+    print("| ---: | --- | ---: | ---: |", flush=True)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}")
     for batch in arguments.batches:
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
