@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from exact_cost import batches
+from reduction_cost import batches
 
 from distlenet.config import load_config
 from distlenet.data.sources import load_on_node

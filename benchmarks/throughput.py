@@ -1,6 +1,6 @@
 """Training speed beside peers, on the same machine, data, network and optimizer.
 
-``make bench-throughput [ARGS="--batches 64 256 --rounds 5"]``. The machine is taken as noisy: in each round every
+``python benchmarks/throughput.py [--batches 64 256] [--rounds 5]``. The machine is taken as noisy: in each round every
 contestant runs once, one after the other, in an order that rotates; a ratio is taken within a round, and reported as
 the median over the rounds. The start is the time from a rank's launch to its first step. Prints Markdown, and writes
 all figures as JSON where ``--json FILE`` says.
