@@ -23,6 +23,7 @@ class WandbServer(ThreadingHTTPServer):
         self.sent_rows = 0  # with repetitions
         self.configs: dict[str, Any] = {}
         self.endings: dict[str, dict[str, Any]] = {}  # of each run: how its last process ended, as W&B is told
+        self.preempting: set[str] = set()
         self.asked: list[str] = []
         self.released = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -98,8 +99,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.manner not in ("well", "slow"):
             return
         with self.server.lock:
-            if content.get("complete") is not None:
-                self.server.endings[run] = {key: content.get(key) for key in ("exitcode", "preempting")}
+            if content.get("preempting"):
+                self.server.preempting.add(run)
+            if content.get("complete"):
+                self.server.endings[run] = {
+                    "exitcode": content["exitcode"],
+                    "preempting": run in self.server.preempting,
+                }
+                self.server.preempting.discard(run)
             for name, part in (content.get("files") or {}).items():
                 if name == "wandb-history.jsonl":
                     rows = self.server.rows.setdefault(run, {})

@@ -96,6 +96,8 @@ def _details(content: Record) -> Record:
     classes, mistakes = len(content["classes"]), len(content["mistakes"])
     like = {"classes": [""] * classes, "confusion": [[0] * classes] * classes, "mistakes": [MISTAKE] * mistakes}
     check_alike(content, like, "it")
+    if not classes:
+        raise ValueError("it names no class")
     for mistake in content["mistakes"]:
         if max(mistake["label"], mistake["predicted"]) >= classes:
             raise ValueError(f"a mistake is of none of the {classes} classes")

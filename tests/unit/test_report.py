@@ -118,7 +118,7 @@ DAMAGED_STARTS = ['{"time": "x"}', '{"time": "2027-01-15T08:00:00Z", "run_id": 3
         ("test.json", '{"classes": ["a"], "confusion": [[1, 2]], "mistakes": []}', True),
         ("test.json", '{"classes": ["a"], "confusion": [[-1]], "mistakes": []}', True),
         ("test.json", '{"classes": [1], "confusion": [[1]], "mistakes": []}', True),
-        ("test.json", json.dumps({"classes": [], "confusion": [], "mistakes": []}), False),
+        ("test.json", json.dumps({"classes": [], "confusion": [], "mistakes": []}), True),
         ("test.json", json.dumps({"classes": ["a"], "confusion": [[1]], "mistakes": []}), False),
         (
             "test.json",

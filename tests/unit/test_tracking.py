@@ -51,7 +51,7 @@ def train_record(step: int) -> dict:
     return {**place, "lr": 0.1, "images_per_s": 1000.0}
 
 
-def tested_record(step: int) -> dict:
+def record_of_test(step: int) -> dict:
     return {"split": "test", "step": step, "epoch": 1, "batch": step, "loss": 0.25, "accuracy": 0.9, "count": 360}
 
 
@@ -83,7 +83,7 @@ def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path):
 
 def test_an_evaluation_that_no_checkpoint_has_is_made_and_recorded_again(tmp_path):
     history = write(tmp_path, [19, 20])
-    history.log(tested_record(20))
+    history.log(record_of_test(20))
     history.close()
     again = History(tmp_path, "")
     again.start({**FACTS, "step": 20, "evaluated": 0})
@@ -163,8 +163,8 @@ def test_plain_lines_come_at_most_every_few_seconds(capsys, monkeypatch):
 def test_tests_and_results_are_always_shown(capsys):
     console = Lines()
     console.start(FACTS)
-    console.log(tested_record(20))
-    console.log(tested_record(40))
+    console.log(record_of_test(20))
+    console.log(record_of_test(40))
     console.finish(SUMMARY)
     out = capsys.readouterr().out
     assert out.count("test accuracy 90.00% of 360 images") == 2
@@ -232,7 +232,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         assert isinstance(console, Bar)
         console.start(FACTS)
         console.log(train_record(10))
-        console.log(tested_record(20))
+        console.log(record_of_test(20))
         console.finish(SUMMARY)
     reader.join(timeout=30)
     os.close(master)
@@ -263,7 +263,7 @@ def shown(width: int) -> Screen:
         bar.log(train_record(last))
         bar.progress.refresh()
         bar.log({**train_record(last), "split": "train_epoch", "loss": 0.375})
-        bar.log(tested_record(last))
+        bar.log(record_of_test(last))
     bar.finish(SUMMARY)
     return screen
 
