@@ -28,7 +28,7 @@ def _no_job_left(slurm: SlurmCluster) -> Iterator[None]:
 
 def settings(folder: Path, name: str) -> list[str]:
     run = [f"run.dir={folder}", f"run.name={name}"]
-    return ["data.name=digits", "device=cpu", "train.epochs=2", "train.global_batch_size=64", *run]
+    return ["data.name=digits", "device=cpu", "train.epochs=2", "train.global_batch_size=64", "train.log_every=1", *run]
 
 
 def check_trained(printed: str, folder: Path, world_size: int) -> None:
@@ -38,6 +38,10 @@ def check_trained(printed: str, folder: Path, world_size: int) -> None:
     assert summary["world_size"] == world_size, printed
     assert summary["backend"] == "gloo", printed
     assert summary["test_count"] == 360, printed
+    assert not set("\x1b\r") & set(printed), printed  # no colours, no bar
+    records = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert records >= 46
+    assert printed.count("  step ") <= records / 2, printed  # one in 5 s, not one for each
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,22 @@ def test_fp16_resumes_with_its_loss_scale(tmp_path):
     assert "this run is complete" in ended.stdout
 
 
-@pytest.mark.parametrize("reduction", ["ddp", "exact"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("distributed.reduction=ddp",),
+        ("distributed.reduction=exact",),
+        ("distributed.compress=bf16",),
+        ("data.device=cpu",),
+    ],
+)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_replayed_step_is_the_step(tmp_path, reduction, optimizer, precision):
+def test_a_replayed_step_is_the_step(tmp_path, more, optimizer, precision):
     """The same kernels on the same numbers, but for the learning rate, which a replay reads in float32: 6e-8 relative
     a step, of at most 0.01, over 46 steps of parameters near 0.1."""
     words = ("data.name=digits", "train.epochs=2", "train.global_batch_size=64", "optim.lr=0.01", f"run.dir={tmp_path}")
-    words += (f"optim.name={optimizer}", f"distributed.reduction={reduction}", "distributed.virtual_shards=1")
+    words += (f"optim.name={optimizer}", *more, "distributed.virtual_shards=1")
     nets = {}
     for graph in ("off", "auto"):
         settings = (f"train.cuda_graph={graph}", f"run.name={graph}", f"precision={precision}", "data.augment=shift")
