@@ -21,6 +21,7 @@ from pathlib import Path
 from distlenet.data.download import locate_or_download
 
 SECONDS = 4.0  # what a measurement should take at ROUGH images/s
+LOG_EVERY = 50  # steps; the first of these windows is distlenet's warm-up, as the first 30 are the peers'
 ROUGH = {"torchvision": 4000, "tensors": 10000}
 PEERS = (
     ("plain", "torchvision"),
@@ -92,16 +93,18 @@ def run_peer(peer: str, form: str, setting: Setting, folder: Path) -> Figures:
 
 
 def run_ours(settings: tuple[str, ...], setting: Setting, folder: Path) -> Figures:
-    """Return distlenet's own figures, of which no warm-up is taken off: metering, logging and checks are in them."""
+    """Return distlenet's own figures, after as long a warm-up: metering, logging and checks are in them."""
     batch, device = setting.batch, setting.device
-    steps = max(100, int(SECONDS * 2 * ROUGH["tensors"] / batch)) * (FASTER_ON_GPU if device == "cuda" else 1)
+    steps = max(300, int(SECONDS * 2 * ROUGH["tensors"] / batch)) * (FASTER_ON_GPU if device == "cuda" else 1)
     with tempfile.TemporaryDirectory() as runs:
         words = (f"data.root={folder}", f"train.global_batch_size={batch}", f"train.max_steps={steps}", *settings)
         more = ("train.epochs=1000", "optim.lr=0.05", f"device={device}", f"run.dir={runs}", "run.name=run")
-        more += (f"precision={setting.precision}",)
+        more += (f"precision={setting.precision}", f"train.log_every={LOG_EVERY}")
         torchrun(setting.ranks, "-m", "distlenet.train", *words, *more)
         summary = json.loads((Path(runs) / "run/summary.json").read_text())
-        return Figures(summary["train_images_per_s"], summary["start_s"])
+        lines = map(json.loads, (Path(runs) / "run/metrics.jsonl").read_text().splitlines())
+        windows = [record["images_per_s"] for record in lines if record["split"] == "train"]  # equally many images each
+        return Figures(statistics.harmonic_mean(windows[1:]), summary["start_s"])
 
 
 def unpack(folder: Path) -> None:
