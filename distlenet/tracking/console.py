@@ -210,10 +210,10 @@ def _opening(facts: Record) -> list[str]:
     lines = [
         f"distlenet {f['version']}: {f['model']} on {f['data']} ({f['train_count']} images, {f['data_source']}); "
         f"world size {f['world_size']}, {f['backend']}, {f['device']}, {f['precision']}, "
-        f"CPU threads per rank {f['threads']}, W&B {f['wandb']}",
+        f"CPU threads per rank {f['threads']}",
         f"epochs {f['epochs']}, steps per epoch {f['steps_per_epoch']}, global batch {f['global_batch_size']} = "
         f"ranks {f['world_size']} × micro-batches {f['micro_batches']} × images {f['micro_batch_size']}, "
-        f"reduction {f['reduction']}",
+        f"reduction {f['reduction']}, W&B {f['wandb']}",
     ]
     if facts["complete"]:
         lines.append("this run is complete; raise train.epochs to train on, or give another run.name to train anew")
