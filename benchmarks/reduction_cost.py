@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 BF16 = "ddp, bf16 between ranks"
 SHARDS = (2, 4, 8)
+GLOO = "distributed.shared_memory=off"
 
 
 def batches(trainer: Trainer) -> Iterator[Batch]:
@@ -51,6 +52,7 @@ def measure(batch: int) -> None:
     exact = "distributed.reduction=exact"
     ways: dict[str, list[str]] = {name: [] for name in OPTIONS} | {BF16: ["distributed.compress=bf16"]}
     ways |= {f"exact, {count} shards": [exact, f"distributed.virtual_shards={count}"] for count in SHARDS}
+    ways |= {f"{name}, by Gloo": [*ways[name], GLOO] for name in ("ddp", f"exact, {SHARDS[0]} shards")}
     common = ["train.epochs=1000", "optim.lr=0.02", f"train.global_batch_size={batch}"]
     configs = [load_config([], [*common, *settings]) for settings in ways.values()]
     trainers = []

@@ -54,7 +54,8 @@ def load_config(
     merged, given = OmegaConf.structured(Config), {}
     for where, values in sources:
         nested: dict[str, Any] = {}
-        for key, value in flatten(values):
+        for key, read in flatten(values):
+            value = _as_written(key, read)
             _check(key, value, where)
             group, _, leaf = key.rpartition(".")
             (nested.setdefault(group, {}) if group else nested)[leaf] = value
@@ -142,6 +143,12 @@ def describe(key: str) -> str:
     words += [f"{word} {field.metadata[name]}" for name, word in bounds.items() if field.metadata[name] is not None]
     words += ["or null"] if type(None) in kinds else []
     return ", ".join(words)
+
+
+def _as_written(key: str, value: Any) -> Any:
+    """Return ``off`` where that is one of a setting's words: YAML reads it as false."""
+    words = get_args(FIELDS[key].type) if key in FIELDS else ()
+    return "off" if value is False and "off" in words else value
 
 
 def _check(key: str, value: Any, where: str) -> None:

@@ -142,6 +142,9 @@ class DistributedConfig:
     compress: Literal["none", "bf16"] = setting(
         "none", "bf16: ddp sends gradients rounded to bf16, half the bytes; for many nodes.", result=True
     )
+    shared_memory: Literal["auto", "off"] = setting(
+        "auto", "auto: ranks that are all on one machine's CPUs add gradients in memory that they share; off: by Gloo."
+    )
     virtual_shards: int = setting(
         8,
         "Micro-batches of a global batch with reduction=exact; the number of ranks must divide it.",

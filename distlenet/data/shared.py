@@ -26,15 +26,15 @@ class Place:
     device: int
     inode: int
 
-    def map(self) -> Tensor:
-        """Return the file's bytes, uint8 (n,), in memory that all who map it share; writing to them is private.
+    def map(self, shared: bool = False) -> Tensor:
+        """Return the file's bytes, uint8 (n,), in memory that all who map it share; writing is private, or ``shared``.
 
         Raises OSError where it is not there, or another file is: in a container that sees other processes.
         """
         found = os.stat(self.path)
         if (found.st_dev, found.st_ino) != (self.device, self.inode):
             raise FileNotFoundError(f"{self.path} is another file here")
-        return torch.from_file(self.path, shared=False, size=found.st_size, dtype=torch.uint8)
+        return torch.from_file(self.path, shared=shared, size=found.st_size, dtype=torch.uint8)
 
 
 class SharedFile:

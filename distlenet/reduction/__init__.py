@@ -14,6 +14,7 @@ from torch import nn
 from distlenet.errors import UserError
 from distlenet.reduction.ddp import DdpReduction
 from distlenet.reduction.exact import ExactReduction
+from distlenet.reduction.node import pick_all_reduce
 from distlenet.reduction.share import micro_batch_size
 from distlenet.schema import Config
 from distlenet.world import World
@@ -24,11 +25,13 @@ Reduction = DdpReduction | ExactReduction
 
 
 def make_reduction(config: Config, net: nn.Module, world: World, watch: bool) -> Reduction:
-    """Make the reduction that ``distributed.reduction`` names. Raises UserError where it cannot be."""
+    """Make the reduction that ``distributed.reduction`` names. A collective. Raises UserError where it cannot be."""
     size = micro_batch_size(config, world.world_size)
+    device = next(net.parameters()).device
+    all_reduce = pick_all_reduce(config.distributed.shared_memory, world, device)
     if config.distributed.reduction == "ddp":
         compress = config.distributed.compress == "bf16"
-        return DdpReduction(net, world, config.train.accumulation_steps, size, compress)
+        return DdpReduction(net, world, config.train.accumulation_steps, size, all_reduce, compress)
     if config.distributed.compress != "none":
         raise UserError("distributed.compress=bf16 rounds what distributed.reduction=exact does not; give ddp, or none")
-    return ExactReduction(net, world, config.distributed.virtual_shards, size, watch)
+    return ExactReduction(net, world, config.distributed.virtual_shards, size, watch, all_reduce)

@@ -1,16 +1,19 @@
 """DistributedDataParallel's reduction, with one number more in it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch._dynamo  # see below
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from distlenet.preemption import Heard
+from distlenet.reduction.node import AllReduce
 from distlenet.reduction.share import Marks, MicroBatch
 from distlenet.world import World
 
@@ -21,6 +24,22 @@ from distlenet.world import World
 
 OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True}
 """Chosen by measurement: ``benchmarks/reduction_cost.py`` also tries smaller buckets and ``static_graph``."""
+
+
+Hook = Callable[[Any, dist.GradBucket], Future[Tensor]]  # type: ignore[name-defined]
+
+
+def add_with(all_reduce: AllReduce) -> Hook:
+    """Have DistributedDataParallel add a bucket of gradients over ranks with ``all_reduce``, and not average it."""
+
+    def hook(_: Any, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        gradients = bucket.buffer()
+        all_reduce(gradients)
+        done: Future[Tensor] = Future()
+        done.set_result(gradients)
+        return done
+
+    return hook
 
 
 class _WithFlag(nn.Module):
@@ -37,14 +56,20 @@ class _WithFlag(nn.Module):
 
 
 class DdpReduction:
-    """DistributedDataParallel: floats, averaged over ranks in whatever order the backend adds them."""
+    """DistributedDataParallel: floats, added over ranks in whatever order ``all_reduce`` does."""
 
     def __init__(
-        self, net: nn.Module, world: World, accumulation_steps: int, micro_batch: int, compress: bool = False
+        self,
+        net: nn.Module,
+        world: World,
+        accumulation_steps: int,
+        micro_batch: int,
+        all_reduce: AllReduce = dist.all_reduce,
+        compress: bool = False,
     ) -> None:
         """Wrap ``net``; a rank's share is cut into ``accumulation_steps`` parts of up to ``micro_batch`` images.
 
-        With ``compress`` gradients travel as bf16.
+        With ``compress`` gradients travel as bf16, through the process group.
         """
         self.net = net
         device = next(net.parameters()).device
@@ -53,9 +78,13 @@ class DdpReduction:
         self.asked, self.answer = torch.zeros((), device=device), torch.zeros((), device=device)
         self.bad = torch.zeros((), dtype=torch.bool, device=device)
         self.heard = Heard(device)
-        self.compress = compress
+        self.hook: Hook | None = None
+        self.weight = world.world_size  # DistributedDataParallel divides by it, and so does its hook
+        if compress:
+            self.hook = bf16_compress_hook
+        elif all_reduce is not dist.all_reduce:
+            self.hook, self.weight = add_with(all_reduce), 1
         self.model = self.wrap(with_flag)
-        self.weight = world.world_size  # DDP divides by it
         self.marks = Marks()
         marks = self.marks  # not self: a hook's references are hidden from the collector, and the group would never go
         next(net.parameters()).register_post_accumulate_grad_hook(lambda _: marks.ready())  # the first is the last
@@ -64,8 +93,8 @@ class DdpReduction:
     def wrap(self, with_flag: nn.Module) -> DistributedDataParallel:
         """Have the gradients of ``with_flag`` averaged. A collective."""
         model = DistributedDataParallel(with_flag, **OPTIONS)
-        if self.compress:
-            model.register_comm_hook(None, bf16_compress_hook)
+        if self.hook is not None:
+            model.register_comm_hook(None, self.hook)
         return model
 
     def settle(self, empty: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distlenet.errors import UserError
 from distlenet.preemption import Heard
+from distlenet.reduction.node import AllReduce
 from distlenet.reduction.share import Marks, MicroBatch
 from distlenet.world import World
 
@@ -27,7 +28,15 @@ class ExactReduction:
     GRID_BITS = 40
     SUM_BITS = 12  # the sum over all shards stays below 2**12, half of what float64 holds exactly at this grid
 
-    def __init__(self, net: nn.Module, world: World, virtual_shards: int, micro_batch: int, watch: bool) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        world: World,
+        virtual_shards: int,
+        micro_batch: int,
+        watch: bool,
+        all_reduce: AllReduce = dist.all_reduce,
+    ) -> None:
         """Reduce the gradients of ``net``; ``watch`` for those that are not finite (fp16 expects some).
 
         Raises UserError for modules that mix the images of a micro-batch, and for parameters beyond float32.
@@ -44,7 +53,7 @@ class ExactReduction:
         self.model = net
         self.weight = 1
         self.marks = Marks()
-        self.world = world
+        self.world, self.all_reduce = world, all_reduce
         self.micro_batch_size = micro_batch
         self.micro_batches_per_rank = len(range(world.rank, virtual_shards, world.world_size))
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
@@ -108,7 +117,7 @@ class ExactReduction:
     def finish(self) -> None:
         """Sum over ranks, and hand out float32 gradients. A collective."""
         self.marks.ready()
-        dist.all_reduce(self.exchanged)
+        self.all_reduce(self.exchanged)
         self.marks.reduced()
         flat = self.sum.mul_(2.0**-self.GRID_BITS).float()
         for parameter, gradient in zip(self.parameters, flat.split(self.sizes), strict=True):

@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -160,3 +161,15 @@ def test_the_readme_lists_every_setting_with_its_default():
     words = {None: "null", True: "true", False: "false"}
     shown = {k: f"`{words[v] if v is None or isinstance(v, bool) else v}`" for k, v in defaults.items()}
     assert rows == shown
+
+
+CHOICES = {key: get_args(field.type) for key, field in FIELDS.items() if get_origin(field.type) is Literal}
+
+
+@pytest.mark.parametrize(("key", "word"), [(key, word) for key, words in CHOICES.items() for word in words])
+def test_each_word_that_a_setting_takes_can_be_typed(tmp_path, key, word):
+    """YAML has words of its own: a bare off is false there."""
+    group, _, leaf = key.rpartition(".")
+    (tmp_path / "a.yaml").write_text(f"{group}:\n  {leaf}: {word}\n" if group else f"{leaf}: {word}\n")
+    for config in (load_config([], [f"{key}={word}"]), load_config([str(tmp_path / "a.yaml")])):
+        assert getattr(getattr(config, group) if group else config, leaf) == word
