@@ -75,7 +75,7 @@ def measure(batch: int) -> None:
     with tempfile.TemporaryDirectory() as scratch, listening(25) as preemption, open_session(config) as session:
         data = load_on_node(config.data, session.world)
         trainer = Trainer(config, session, data, Path(scratch), Trackers([]), preemption)
-        trainer.take_step.settle(trainer.no_images)
+        trainer.take_step.settle(trainer.feed.no_images)
         clocks = Clocks(session.device)
         model: Any = trainer.reduction.model
         watch(trainer, clocks)

@@ -41,9 +41,9 @@ def batches(trainer: Trainer) -> Iterator[Batch]:
     """Load one epoch after the other."""
     epoch = 0
     while True:
-        trainer.sampler.set_position(epoch, 0)
+        trainer.feed.sampler.set_position(epoch, 0)
         trainer.at.batch = 0
-        yield from trainer.train_loader
+        yield from trainer.feed.train
         epoch += 1
 
 

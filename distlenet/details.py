@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from distlenet.distributed import sum_over_ranks
+from distlenet.distributed import gather, sum_over_ranks
 from distlenet.errors import warn
 from distlenet.files import replace_text
 from distlenet.tracking import TEST_FILE, Record
@@ -47,9 +46,7 @@ class Details:
         """Return confusion (C, C) and mistakes (k, 4) of all ranks. A collective, then a host sync."""
         mine = torch.full((MISTAKES, 4), -1.0, dtype=torch.float64, device=self.device)
         mine[: len(self.kept)] = self.kept
-        everyones = mine.new_zeros(dist.get_world_size() * mine.numel())
-        dist.all_gather_into_tensor(everyones, mine.flatten())
-        mistakes = _surest(everyones.view(-1, 4)).cpu()
+        mistakes = _surest(gather(mine.flatten()).view(-1, 4)).cpu()
         return sum_over_ranks(self.confusion).long().cpu(), mistakes[mistakes[:, 0] >= 0]
 
 

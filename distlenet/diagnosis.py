@@ -17,14 +17,31 @@ from torch import Tensor
 
 from distlenet.data.loader import Batch
 from distlenet.distributed import from_rank_0
-from distlenet.errors import warn
+from distlenet.errors import UserError, warn
 from distlenet.files import replace_text
+from distlenet.progress import Progress
 from distlenet.rendezvous import ranks_in_words
-from distlenet.step import TrainStep
+from distlenet.step import MEND, TrainStep
 from distlenet.tracking import Record
 
 WORST = 10
 """How many images of a rank are listed with their losses, the worst first."""
+
+
+def stop_or_skip(step: TrainStep, batch: Batch, at: Progress, number: int, count: int, folder: Path) -> None:
+    """Tell what was wrong with optimizer step ``number`` + 1 of the epoch ``at`` which a run is. A collective.
+
+    Raises UserError, on every rank, but where ``train.on_nonfinite`` allows to skip the step; see also ``diagnose``.
+    """
+    wrong = diagnose(step, batch, at.epoch, number, count, folder)
+    train = step.config.train
+    if train.on_nonfinite == "stop":
+        raise UserError(f"{wrong}; {MEND}, or give train.on_nonfinite=skip")
+    at.skipped += 1
+    if at.skipped > train.skip_at_most:
+        raise UserError(f"{wrong}; {train.skip_at_most} steps were skipped before (train.skip_at_most); {MEND}")
+    if step.session.world.rank == 0:
+        warn(f"{wrong}; skipped (train.on_nonfinite=skip), {at.skipped} of at most {train.skip_at_most}")
 
 
 def diagnose(step: TrainStep, batch: Batch, epoch: int, number: int, count: int, folder: Path) -> str:

@@ -96,6 +96,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def gather(values: Tensor) -> Tensor:
+    """Return the ``values`` (n,) of each rank, (W, n). A collective."""
+    rows = values.new_zeros(dist.get_world_size() * len(values))
+    # The second name is that of torch before 2.14, which the first replaces.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(rows, values)
+    return rows.view(-1, len(values))
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Say whether ``flag`` is true on any rank. A collective, then a host sync."""
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)

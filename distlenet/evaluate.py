@@ -21,7 +21,7 @@ from distlenet.metrics import EVAL_BATCH, Metrics, evaluate
 from distlenet.net import make_net
 from distlenet.schema import Config
 from distlenet.session import open_session
-from distlenet.tracking.console import accuracy_line
+from distlenet.tracking.lines import accuracy_line
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def pretend(config: Config, world_size: int) -> Iterator[Session]:
 
 def in_words(trainer: Trainer, checkpoint: int, started_with: int, data: int) -> list[tuple[str, str]]:
     """Write the plan of a trainer that was composed."""
-    config, sampler, reduction = trainer.config, trainer.sampler, trainer.reduction
+    config, sampler, reduction = trainer.config, trainer.feed.sampler, trainer.reduction
     share, ranks = len(sampler.mine), trainer.world.world_size
     last = sampler.count(sampler.steps - 1)
     left = sampler.samples - sampler.steps * sampler.global_batch
@@ -108,11 +108,11 @@ def in_words(trainer: Trainer, checkpoint: int, started_with: int, data: int) ->
     rows = [
         ("run", str(trainer.folder)),
         ("ranks", f"{ranks:,}: {config.distributed.reduction} reduction{shards}"),
-        ("data", f"{config.data.name}: {sampler.samples:,} images to train on, {trainer.test_count:,} to test"),
+        ("data", f"{config.data.name}: {sampler.samples:,} images to train on, {trainer.feed.test_count:,} to test"),
         ("global batch", f"{sampler.global_batch:,} images = {_shares(sampler.global_batch, share, ranks)}"),
         ("micro-batches", f"{reduction.micro_batches_per_rank} a step, of up to {reduction.micro_batch_size:,} images"),
         ("steps", f"{trainer.total_steps:,} ({epochs}); each epoch {ends}"),
-        ("test", f"{-(-trainer.test_count // ranks):,} images a rank or so, after each epoch"),
+        ("test", f"{-(-trainer.feed.test_count // ranks):,} images a rank or so, after each epoch"),
         ("checkpoint", f"{_size(checkpoint)}, {_size(checkpoint * kept)} for the {kept} that are kept"),
         ("memory of a rank", f"about {_size(sum(size for _, size in memory(trainer)))}, without PyTorch itself:"),
     ]
@@ -131,7 +131,7 @@ def memory(trainer: Trainer) -> list[tuple[str, int]]:
     exact = trainer.config.distributed.reduction == "exact"
     rows = [("weights", weights), ("gradients", weights), ("optimizer", of_optimizer)]
     rows += [("exact sums", 2 * 8 * elements)] * exact
-    share = len(trainer.sampler.mine)
+    share = len(trainer.feed.sampler.mine)
     rows.append(("batch", share * SIZE * SIZE * (1 + 4)))  # as bytes, and as float32
     return [*rows, ("activations", activations(trainer.config, trainer.reduction.micro_batch_size))]
 

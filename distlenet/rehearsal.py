@@ -94,9 +94,9 @@ def first_step(config: Config, session: Session) -> Finding:
             trainer = Trainer(quiet, session, data, scratch, Trackers(), preemption)
             try:
                 trainer.start()
-                trainer.sampler.set_position(0, 0, most=2)
+                trainer.feed.sampler.set_position(0, 0, most=2)
                 started = time.perf_counter()
-                for batch in trainer.train_loader:
+                for batch in trainer.feed.train:
                     started = time.perf_counter()
                     trainer.train_step(*batch)
                 trainer.check()  # host sync

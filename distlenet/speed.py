@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from distlenet.distributed import gather
 from distlenet.tracking import Record
 
 T = TypeVar("T")
@@ -84,12 +84,8 @@ class Speed:
         seconds = time.perf_counter() - self.window_started
         own_s, wait_s = self._own_and_wait(seconds)
         mine = torch.tensor([self.mine, self.load_s, own_s, wait_s, seconds], dtype=torch.float64, device=self.device)
-        rows = mine.new_zeros(len(self.hosts) * len(mine))
-        dist.all_gather_into_tensor(rows, mine)  # collective
-        record = {
-            "images_per_s": self.window_images / seconds,
-            **summarise(rows.view(-1, len(mine)).cpu(), self.hosts),
-        }  # host sync
+        rows = gather(mine).cpu()  # collective, then a host sync
+        record = {"images_per_s": self.window_images / seconds, **summarise(rows, self.hosts)}
         self._open_window()
         return record
 

@@ -12,22 +12,19 @@ from distlenet import __version__
 from distlenet.checkpoint.file import State
 from distlenet.checkpointer import Checkpointer
 from distlenet.config import identity
-from distlenet.data.augment import Prepare, measure
-from distlenet.data.loader import Batch, Loader, settle_data
-from distlenet.data.sampler import GlobalBatchSampler, ShardSampler
 from distlenet.data.sources import ImageData
 from distlenet.details import Details, write_details
-from distlenet.diagnosis import diagnose
+from distlenet.diagnosis import stop_or_skip
 from distlenet.distributed import all_or_none, any_rank, hosts_of_ranks
-from distlenet.errors import UserError, warn
-from distlenet.metrics import EVAL_BATCH, Metrics, evaluate
+from distlenet.feed import Feed
+from distlenet.metrics import Metrics, evaluate
 from distlenet.preemption import Preemption
 from distlenet.progress import Progress, process_age_s, record_start, run_id
 from distlenet.replicas import check_replicas
 from distlenet.schema import Config
 from distlenet.session import Session
 from distlenet.speed import Speed
-from distlenet.step import MEND, TrainStep
+from distlenet.step import TrainStep
 from distlenet.tracking import Record, Tracker
 from distlenet.tracking.ledger import NoLedger, join_start
 from distlenet.tracking.wandb import wandb_mode
@@ -51,35 +48,16 @@ class Trainer:
         """Build every part. Raises UserError for settings that do not fit each other, data or ranks."""
         self.config, self.session, self.folder, self.tracker = config, session, folder, tracker
         self.preemption, self.watchdog = preemption, session.watchdog
-        self.world, self.device = world, device = session.world, session.device
+        self.world, self.device = session.world, session.device
+        self.feed = feed = Feed(config, session, data)
+        self.sampler = feed.sampler
         train = config.train
-
-        self.prepare = Prepare(*measure(data.train.images), config.data.augment, config.seed, config.data.shift)
-        self.sampler = GlobalBatchSampler(
-            data.train,
-            train.global_batch_size,
-            world.rank,
-            world.world_size,
-            config.seed,
-            config.data.drop_last,
-            config.distributed.virtual_shards if config.distributed.reduction == "exact" else None,
-        )
-        with all_or_none():  # a GPU may be fuller than the others
-            data = settle_data(data, config.data.device, config.data.workers, device)
-        self.train_split = data.train
-        self.train_loader = Loader(data.train, self.sampler, config.data.workers, device)
-        shard = ShardSampler(len(data.test), EVAL_BATCH, world.rank, world.world_size)
-        self.test_loader = Loader(data.test, shard, 0, device)
-        self.test_count, self.test_images, self.classes = len(data.test), data.test.images, data.classes
-        self.data_source = data.source
-        self.no_images = data.train.images[:0].to(device)
-
-        epochs_steps = train.epochs * self.sampler.steps
+        epochs_steps = train.epochs * feed.sampler.steps
         self.total_steps = min(epochs_steps, train.max_steps or epochs_steps)
-        self.take_step = TrainStep(config, session, self.prepare, self.total_steps)
+        self.take_step = TrainStep(config, session, feed.prepare, self.total_steps)
         self.net, self.reduction, self.meter = self.take_step.net, self.take_step.reduction, self.take_step.meter
         self.hosts = hosts_of_ranks()
-        self.speed = Speed(device, self.hosts)
+        self.speed = Speed(self.device, self.hosts)
         self.reduction.marks.ready, self.reduction.marks.reduced = self.speed.ready, self.speed.reduced
         self.checkpoint_every = config.checkpoint.every_steps or self.total_steps
         self.check_replicas_every = train.check_replicas_every or self.total_steps
@@ -103,7 +81,7 @@ class Trainer:
         while at.evaluated < self.total_steps:
             self.sampler.set_position(at.epoch, at.batch, most=self.total_steps - at.step)
             self.speed.start()
-            for batch in self.speed.loading(self.train_loader):
+            for batch in self.speed.loading(self.feed.train):
                 self.train_step(*batch)
                 if at.step % self.check_replicas_every == 0:
                     check_replicas(self.net)  # collective, host sync
@@ -137,7 +115,7 @@ class Trainer:
         own = self.resumed_from is None or self.folder.resolve() in self.resumed_from.resolve().parents
         settings = identity(self.config)
         self.at.run_id = run_id(self.folder, self.at.run_id if own else "", settings)
-        self.take_step.settle(self.no_images)
+        self.take_step.settle(self.feed.no_images)
         check_replicas(self.net)  # all start alike, whatever their seeds or disks say
         if self.config.data.ledger:
             facts = {"samples": self.sampler.samples, "steps_per_epoch": self.sampler.steps}
@@ -164,33 +142,17 @@ class Trainer:
         at.lr = self.take_step(images, labels, indices, at.epoch, at.step, count, self.preemption.asked)
         self.speed.done(count, len(labels))
         if self.take_step.refused:
-            self.refused((images, labels, indices), at.batch, at.step)  # collective
+            stop_or_skip(self.take_step, (images, labels, indices), at, at.step, count, self.folder)  # collective
         at.step += 1
         at.batch += 1
         self.watchdog.beat(at.step)
-
-    def refused(self, batch: Batch, place: int, step: int) -> None:
-        """Tell what was wrong with a step on global batch ``place`` of this epoch. A collective.
-
-        Raises UserError, on every rank, but where ``train.on_nonfinite`` allows to skip it.
-        """
-        wrong = diagnose(self.take_step, batch, self.at.epoch, step, self.sampler.count(place), self.folder)
-        train = self.config.train
-        if train.on_nonfinite == "stop":
-            raise UserError(f"{wrong}; {MEND}, or give train.on_nonfinite=skip")
-        self.at.skipped += 1
-        if self.at.skipped > train.skip_at_most:
-            raise UserError(f"{wrong}; {train.skip_at_most} steps were skipped before (train.skip_at_most); {MEND}")
-        if self.world.rank == 0:
-            warn(f"{wrong}; skipped (train.on_nonfinite=skip), {self.at.skipped} of at most {train.skip_at_most}")
 
     def check(self) -> None:
         """Stop the run where the device has seen what is not finite. A host sync; where it has, a collective."""
         if (bad := self.take_step.guard.found()) is not None:
             place = self.at.batch - (self.at.step - bad)
-            self.sampler.set_position(self.at.epoch, place, most=1)
-            (batch,) = Loader(self.train_split, self.sampler, 0, self.device)
-            self.refused(batch, place, bad)
+            batch = self.feed.again(self.at.epoch, place)
+            stop_or_skip(self.take_step, batch, self.at, bad, self.sampler.count(place), self.folder)
         self.take_step.check()
 
     def evaluate(self) -> Metrics:
@@ -200,15 +162,15 @@ class Trainer:
             self.watchdog.beat(self.at.step)
             return batch % ASK_EVERY == ASK_EVERY - 1 and any_rank(self.preemption.asked, self.device)
 
-        autocast, prepare = self.session.autocast(), self.prepare
-        details = Details(len(self.classes), self.device) if self.at.step >= self.total_steps else None
-        metrics = evaluate(self.net, self.test_loader, prepare, autocast, self.device, self.test_count, asked, details)
+        feed, autocast = self.feed, self.session.autocast()
+        details = Details(len(feed.data.classes), self.device) if self.at.step >= self.total_steps else None
+        metrics = evaluate(self.net, feed.test, feed.prepare, autocast, self.device, feed.test_count, asked, details)
         if metrics is None:
             self.checkpointer.stop(self, self.preemption)
         if details is not None:
             confusion, mistakes = details.reduce()  # collective, host sync
             if self.world.rank == 0:
-                write_details(self.folder, confusion, mistakes, self.test_images, self.classes)
+                write_details(self.folder, confusion, mistakes, feed.data.test.images, feed.data.classes)
         return metrics
 
     def measured(self) -> Record:
@@ -232,12 +194,13 @@ class Trainer:
         Raises UserError where it is not finite: that is never saved.
         """
         self.check()  # host sync
+        prepare, data = self.feed.prepare, self.feed.data
         return {
             **self.at.state_dict(),
             **self.take_step.state_dict(),
             "config": self.config.to_dict(),
-            "input": {"mean": self.prepare.mean, "std": self.prepare.std, "size": self.test_images.shape[1]},
-            "classes": list(self.classes),
+            "input": {"mean": prepare.mean, "std": prepare.std, "size": data.test.images.shape[1]},
+            "classes": list(data.classes),
             "versions": {"distlenet": __version__, "torch": str(torch.__version__)},
         }
 
@@ -259,19 +222,17 @@ class Trainer:
             "hosts": self.hosts,
             "model": self.config.model.name,
             "data": self.config.data.name,
-            "train_count": self.sampler.samples,
-            "data_source": self.data_source,
             "step": self.at.step,
             "steps": self.total_steps,
             "evaluated": self.at.evaluated,
             "complete": self.at.evaluated >= self.total_steps,
             "epochs": self.config.train.epochs,
-            "steps_per_epoch": self.sampler.steps,
             "global_batch_size": self.config.train.global_batch_size,
             "micro_batches": self.reduction.micro_batches_per_rank,
             "micro_batch_size": self.reduction.micro_batch_size,
             "reduction": self.config.distributed.reduction,
             "resumed_from": self.resumed_from and str(self.resumed_from),
             "wandb": wandb_mode(self.config.wandb.mode, os.environ),
+            **self.feed.describe(),
             **self.session.describe(),
         }

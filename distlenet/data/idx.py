@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distlenet.data.shared import CHUNK, SharedFile, in_memory, on_disk
 from distlenet.errors import UserError
+from distlenet.shared import CHUNK, SharedFile, in_memory, on_disk
 
 UINT8 = 8  # the format's code for unsigned bytes
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distlenet.data import download, idx
-from distlenet.data.shared import Place, SharedFile, in_memory
 from distlenet.data.synthetic import open_synthetic
 from distlenet.distributed import all_or_none, from_local_rank_0
 from distlenet.errors import UserError, warn
 from distlenet.schema import DataConfig
+from distlenet.shared import Place, SharedFile, in_memory
 from distlenet.world import World
 
 Places = tuple[str, dict[str, Place]]

@@ -17,7 +17,7 @@ SETTINGS = ("data.name=digits", "device=cpu", "train.global_batch_size=64", "run
 HIDDEN = """
 import os
 from distlenet import train
-from distlenet.data.shared import Place
+from distlenet.shared import Place
 from distlenet.entry import run_entry
 seen = Place.map
 def hidden(self, shared=False):

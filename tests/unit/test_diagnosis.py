@@ -60,8 +60,8 @@ def make(folder, session, config, poisoned=True, lag=False):
 
 
 def poisoned_step(trainer) -> int:
-    trainer.sampler.set_position(0, 0)
-    return next(number for number, indices in enumerate(trainer.sampler) if POISONED in indices)
+    trainer.feed.sampler.set_position(0, 0)
+    return next(number for number, indices in enumerate(trainer.feed.sampler) if POISONED in indices)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

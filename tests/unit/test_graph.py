@@ -130,10 +130,10 @@ def test_ranks_that_differ_have_no_graph_all_alike(monkeypatch, tmp_path, capsys
         trainer = Trainer(config, session, load_data(config.data), tmp_path, Trackers([]), Preemption(1.0))
         step = trainer.take_step
         monkeypatch.setattr(step, "why_no_graph", lambda: None)
-        step.settle(trainer.no_images)
+        step.settle(trainer.feed.no_images)
         assert step.graph is not None
         step.graph = None
         monkeypatch.setattr("distlenet.step.any_rank", lambda *_: True)  # so says another rank
-        step.settle(trainer.no_images)
+        step.settle(trainer.feed.no_images)
         assert step.graph is None
     assert "no graph, since another rank cannot have one" in capsys.readouterr().err

@@ -11,25 +11,16 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(distlenet.__file__).parent
 FLOORS = [
-    {"errors", "schema", "net", "world", "rendezvous", "distributed", "exact", "files", "orphan", "allocator"},
+    {
+        *("errors", "schema", "net", "world", "rendezvous", "distributed", "exact", "files", "shared", "orphan"),
+        "allocator",
+    },
     {
         *("config", "data", "optim", "precision", "metrics", "checkpoint", "tracking", "reduction", "replicas"),
-        *(
-            "preemption",
-            "progress",
-            "speed",
-            "details",
-            "images",
-            "reporting",
-            "watchdog",
-            "graph",
-            "guard",
-            "ranklog",
-            "failures",
-            "checks",
-        ),
+        *("preemption", "progress", "speed", "details", "images", "reporting", "watchdog", "graph", "guard"),
+        *("ranklog", "failures", "checks"),
     },
-    {"session", "checkpointer", "step", "diagnosis", "trainer", "plan", "rehearsal"},
+    {"session", "checkpointer", "step", "diagnosis", "feed", "trainer", "plan", "rehearsal"},
     {"entry", "mirror", "predict", "preflight", "report", "train", "evaluate", "ledger", "data.__main__"},
 ]
 

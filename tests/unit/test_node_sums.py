@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from distlenet.reduction import node
-from distlenet.reduction.node import PIECE, Barrier, NodeAllReduce, Peer, pick_all_reduce
+from distlenet.reduction.barrier import Barrier, Peer
+from distlenet.reduction.node import PIECE, NodeAllReduce, pick_all_reduce
 from distlenet.world import World
 
 pytestmark = pytest.mark.unit

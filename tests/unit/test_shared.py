@@ -7,14 +7,14 @@ import torch
 
 from distlenet.config import load_config
 from distlenet.data import sources
-from distlenet.data.shared import Place, in_memory, on_disk
+from distlenet.shared import Place, in_memory, on_disk
 from distlenet.world import World
 
 pytestmark = pytest.mark.unit
 
 READER = """
 import sys
-from distlenet.data.shared import Place
+from distlenet.shared import Place
 bytes_of_it = Place(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])).map()
 bytes_of_it[0] += 1  # its own affair
 print(bytes_of_it.tolist())

@@ -1,0 +1,110 @@
+"""Where ranks of one machine wait for each other, by semaphores in memory that all of them map.
+
+A rank that waits looks again and again for a while, as NCCL does on a GPU, and only then sleeps: where all processors
+are busy, to be woken takes longer than most waits.
+"""
+
+import ctypes
+import errno
+import os
+import select
+import time
+from dataclasses import dataclass
+
+from torch import Tensor
+
+LINE = 64  # bytes of a processor's cache line: what two ranks write lies on different ones
+SPIN_S = 1e-3  # how long a rank looks before it sleeps; to be woken takes about a tenth of that
+LOOKS = 64  # between two looks at the clock
+SLEEP_S = 0.2  # between two looks whether the others are still alive
+
+C = ctypes.CDLL(None, use_errno=True)
+
+
+class Timespec(ctypes.Structure):
+    """A time of the wall clock, as sem_timedwait(3) takes it."""
+
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A rank of this node: its process, and the processors that it may use."""
+
+    pid: int
+    processors: frozenset[int]
+
+    def gone(self) -> bool:
+        """Say whether the process has ended."""
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return True
+        try:
+            return bool(select.select([descriptor], [], [], 0)[0])
+        finally:
+            os.close(descriptor)
+
+
+class Barrier:
+    """Where ranks of a node wait for each other: a semaphore a rank, of POSIX, in shared memory.
+
+    POSIX has a semaphore order memory, too: what a rank wrote before it came, the others read after they have passed.
+    A count of all who came is enough: none comes to the next barrier before one has passed this, and the first can
+    only pass when all have come.
+    """
+
+    def __init__(self, memory: Tensor, rank: int, peers: list[Peer]) -> None:
+        """Use the semaphores that ``lay_out`` has made in ``memory``."""
+        self.memory, self.peers = memory, peers
+        self.others = [self._semaphore(memory, peer) for peer in range(len(peers))]
+        self.own = self.others.pop(rank)  # each of the others posts to it
+        processors = frozenset[int]().union(*(peer.processors for peer in peers))
+        self.spin_s = SPIN_S if len(processors) >= len(peers) else 0.0  # else it would keep another from coming
+
+    @staticmethod
+    def size(ranks: int) -> int:
+        """Return the bytes that it needs."""
+        return ranks * LINE
+
+    @staticmethod
+    def _semaphore(memory: Tensor, number: int) -> ctypes.c_void_p:
+        return ctypes.c_void_p(memory.data_ptr() + number * LINE)
+
+    @classmethod
+    def lay_out(cls, memory: Tensor, ranks: int) -> None:
+        """Make its semaphores. Raises OSError where the C library has none between processes."""
+        for number in range(ranks):
+            if C.sem_init(cls._semaphore(memory, number), 1, 0):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def wait(self) -> None:
+        """Come, and pass when all have come. Raises RuntimeError where one of them has ended instead."""
+        for other in self.others:
+            C.sem_post(other)
+        for _ in self.others:
+            self._take()
+
+    def _take(self) -> None:
+        until = time.perf_counter() + self.spin_s
+        while True:
+            for _ in range(LOOKS):
+                if not C.sem_trywait(self.own):
+                    return
+            if time.perf_counter() >= until:
+                break
+        while not self._sleep():
+            if gone := [number for number, peer in enumerate(self.peers) if peer.gone()]:
+                if not C.sem_trywait(self.own):  # it came before it ended
+                    return
+                raise RuntimeError(f"local rank {gone[0]}: remote process exited")
+
+    def _sleep(self) -> bool:
+        """Wait for a post, but not for long; say whether it came."""
+        now = time.time() + SLEEP_S
+        wake = Timespec(int(now), int(now % 1 * 1e9))
+        if not C.sem_timedwait(self.own, ctypes.byref(wake)):
+            return True
+        if (number := ctypes.get_errno()) not in (errno.ETIMEDOUT, errno.EINTR):
+            raise OSError(number, os.strerror(number))
+        return False
