@@ -3,9 +3,11 @@
 # make prove-exact                                    the same bits on 1, 2, 4, 8 ranks, and after kills
 # make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; nothing is lost
 # make fuzz [TIMES=30]                                odd settings, files and environments, that many times a minute
-# make bench [ARGS="--only reduction"]                    measure; writes benchmarks/RESULTS.md
+# make bench [ARGS="--only reduction"]               measure; writes benchmarks/RESULTS.md
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
 # make test-browser                                   as root on Debian: install Chromium, look at a report in it
+# make lint, format, coverage                         linters and types; mend style; which lines no test runs
+# make data, clean                                    get Fashion-MNIST; remove the environment
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -17,7 +19,7 @@ NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count(
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# //p' Makefile | head -9
+	@sed -n '/^PYTHON/q; s/^# //p' Makefile
 
 train: data
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m distlenet.train run.report=always $(ARGS)

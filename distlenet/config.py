@@ -55,7 +55,7 @@ def load_config(
     for where, values in sources:
         nested: dict[str, Any] = {}
         for key, read in flatten(values):
-            value = _as_written(key, read)
+            value = _as_written(key, read, where)
             _check(key, value, where)
             group, _, leaf = key.rpartition(".")
             (nested.setdefault(group, {}) if group else nested)[leaf] = value
@@ -126,6 +126,12 @@ def in_yaml(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
+def default(key: str) -> str:
+    """Write a setting's default the way the user would."""
+    field = FIELDS[key]
+    return "[]" if field.default is dataclasses.MISSING else in_yaml(field.default)
+
+
 def describe(key: str) -> str:
     """Say in words which values a setting takes, such as ``a whole number, at least 1, or null``."""
     field = FIELDS[key]
@@ -145,10 +151,21 @@ def describe(key: str) -> str:
     return ", ".join(words)
 
 
-def _as_written(key: str, value: Any) -> Any:
-    """Return ``off`` where that is one of a setting's words: YAML reads it as false."""
-    words = get_args(FIELDS[key].type) if key in FIELDS else ()
-    return "off" if value is False and "off" in words else value
+def _as_written(key: str, value: Any, where: str) -> Any:
+    """Undo what YAML makes of a text: a bare ``off`` is false to it, ``007`` is 7 and ``12:30`` is 750.
+
+    What was typed is known of a ``key=value``, and of ``off`` where that is one of a setting's words.
+    """
+    kinds = _kinds(key)
+    if value is False and "off" in kinds:
+        return "off"
+    return where.partition("=")[2] if str in kinds and "=" in where and isinstance(value, int | float) else value
+
+
+def _kinds(key: str) -> tuple[Any, ...]:
+    """Return what a setting takes: types, or the words themselves."""
+    kind = FIELDS[key].type if key in FIELDS else None
+    return (kind,) if isinstance(kind, type) and get_origin(kind) is None else get_args(kind)
 
 
 def _check(key: str, value: Any, where: str) -> None:
@@ -161,6 +178,9 @@ def _check(key: str, value: Any, where: str) -> None:
         raise UserError(f"{where}: {_unknown_key(key)}")
     if value == "???":  # OmegaConf's word for a missing value, which it would pass over
         raise UserError(f"{given}: expected {describe(key)}")
+    items = value if isinstance(value, list) else [value]
+    if str in _kinds(key) and any(isinstance(item, int | float) for item in items):
+        raise UserError(f"{given}: expected {describe(key)}; write what looks like a number or a truth value in quotes")
     if isinstance(value, str) and "${" in value:  # an interpolation: looked at again when it is resolved
         return
     try:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from distlenet.config import FIELDS, describe
+from distlenet.config import FIELDS, default, describe
 from distlenet.errors import Preempted, RankError, UserError, print_error, warn
 from distlenet.failures import block
 from distlenet.ranklog import listen_for_stacks
@@ -43,7 +43,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong."""
-        raise UserError(f"{self.prog}: {message}")
+        found = re.search(r"unrecognized arguments: --([\w.]+)", message)
+        hint = f"; a setting is written {found[1]}=VALUE, without --" if found else ""
+        raise UserError(f"{self.prog}: {message}{hint}")
 
 
 def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
@@ -61,7 +63,7 @@ def settings_parser(prog: str, description: str) -> Parser:
         f"python -m {prog}",
         description=description,
         epilog="settings:\n"
-        + "\n".join(f"  {key:30}{describe(key)}. {f.metadata['help']}" for key, f in FIELDS.items()),
+        + "\n".join(f"  {key:30}[{default(key)}] {describe(key)}. {f.metadata['help']}" for key, f in FIELDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -106,7 +108,10 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except KeyboardInterrupt:
             if _speaks_for_others(node_alone=False):
-                warn("interrupted; a run goes on from its newest checkpoint when the same command is typed again")
+                warn(
+                    "interrupted, and nothing saved now: the same command goes on from the run's newest checkpoint, if "
+                    "it has one; kill -TERM saves before it ends"
+                )
             return 130
         return 0
 

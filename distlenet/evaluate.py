@@ -16,7 +16,7 @@ from distlenet.data.sampler import ShardSampler
 from distlenet.data.sources import have_data, load_on_node
 from distlenet.distributed import from_rank_0
 from distlenet.entry import parse_arguments, run_entry
-from distlenet.errors import UserError
+from distlenet.errors import UserError, warn
 from distlenet.metrics import EVAL_BATCH, Metrics, evaluate
 from distlenet.net import make_net
 from distlenet.schema import Config
@@ -31,10 +31,12 @@ def main() -> None:
     overrides = [f"checkpoint.path={o.partition('=')[2]}" if o.startswith("checkpoint=") else o for o in overrides]
     given = load_config(files, overrides)
     if given.checkpoint.path is None:
-        raise UserError("distlenet.evaluate: which checkpoint? give checkpoint=RUN_FOLDER or checkpoint=FILE.pt")
+        raise UserError("checkpoint: none is given; add checkpoint=RUN_FOLDER or checkpoint=FILE.pt")
     path = find_checkpoint(Path(given.checkpoint.path))
     state = load_checkpoint(path)
     config = load_config(files, overrides, base=state["config"])
+    if config.data.name != (trained_on := state["config"]["data"]["name"]):
+        warn(f"data.name={config.data.name}: the checkpoint was trained on {trained_on}, so its accuracy says little")
     if given.data.root == Config().data.root:  # the checkpoint's place is read from, but nothing is written there
         if config.data.name == "synthetic":
             config = load_config(files, [*overrides, f"data.root={given.data.root}"], base=state["config"])

@@ -114,11 +114,11 @@ def in_words(trainer: Trainer, checkpoint: int, started_with: int, data: int) ->
         ("steps", f"{trainer.total_steps:,} ({epochs}); each epoch {ends}"),
         ("test", f"{-(-trainer.feed.test_count // ranks):,} images a rank or so, after each epoch"),
         ("checkpoint", f"{_size(checkpoint)}, {_size(checkpoint * kept)} for the {kept} that are kept"),
-        ("memory of a rank", f"about {_size(sum(size for _, size in memory(trainer)))}, without PyTorch itself:"),
+        ("memory of a rank", f"about {_size(sum(size for _, size in memory(trainer)))} of its own:"),
     ]
     rows += [(f"  {name}", _size(size)) for name, size in memory(trainer)]
-    rows.append(("  images", f"{_size(data)}, once per node; on a GPU that keeps them, once per GPU"))
-    rows.append(("  PyTorch itself", f"{_size(started_with)} on this machine"))
+    rows.append(("beside that", f"images {_size(data)}, once per node; on a GPU that keeps them, once per GPU"))
+    rows.append(("", f"PyTorch itself {_size(started_with)} on this machine"))
     return rows
 
 

@@ -25,6 +25,7 @@ def main() -> None:
     """Predict as the arguments say. Raises UserError at the end where a picture could not be read."""
     parser = Parser(
         "python -m distlenet.predict",
+        usage="%(prog)s checkpoint=RUN_OR_FILE IMAGE_OR_FOLDER... [--top K] [--invert ...] [--json] [--save FILE.png]",
         description="Say what pictures show: of any size, grey or in colour, light or dark.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,8 +44,8 @@ def main() -> None:
     names = [word for word in arguments.words if not word.startswith("checkpoint=")]
     if len(settings) != 1 or not names:
         raise UserError("distlenet.predict: expected checkpoint=RUN_OR_FILE and a picture, a folder or a pattern")
-    if arguments.save and arguments.save.suffix.lower() != ".png":
-        raise UserError(f"--save {arguments.save}: expected a name that ends in .png")
+    if arguments.save and (arguments.save.suffix.lower() != ".png" or not arguments.save.parent.is_dir()):
+        raise UserError(f"--save {arguments.save}: expected a name that ends in .png, in a folder that is there")
     predictor = Predictor(Path(settings[0].partition("=")[2]))
     if not 1 <= arguments.top <= len(predictor.classes):
         raise UserError(f"--top {arguments.top}: expected a whole number, 1 to {len(predictor.classes)}")
@@ -131,8 +132,11 @@ def tell(paths: list[Path], answers: list[list[dict[str, Any]]], as_json: bool) 
             table.add_row(Text(printable(str(path))), *text)
         Console().print(table)
     else:
-        for path, text in zip(paths, texts, strict=True):
-            print(f"{printable(str(path))}: {', '.join(text)}")
+        names = [printable(str(path)) for path in paths]
+        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        for name, text in zip(names, texts, strict=True):
+            cells = [cell.ljust(width) for cell, width in zip(text, widths, strict=True)]
+            print(f"{name.ljust(max(map(len, names)))}  {'  '.join(cells)}".rstrip())
 
 
 def save(target: Path, images: list[Tensor], paths: list[Path], answers: list[list[dict[str, Any]]]) -> None:

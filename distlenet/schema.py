@@ -143,7 +143,9 @@ class DistributedConfig:
         "none", "bf16: ddp sends gradients rounded to bf16, half the bytes; for many nodes.", result=True
     )
     shared_memory: Literal["auto", "off"] = setting(
-        "auto", "auto: ranks that are all on one machine's CPUs add gradients in memory that they share; off: by Gloo."
+        "auto",
+        "auto: ranks that are all on one machine's CPUs add gradients in memory that they share; off: by Gloo, with "
+        "other last bits from 3 ranks on.",
     )
     virtual_shards: int = setting(
         8,

@@ -29,12 +29,16 @@ class Place:
     def map(self, shared: bool = False) -> Tensor:
         """Return the file's bytes, uint8 (n,), in memory that all who map it share; writing is private, or ``shared``.
 
-        Raises OSError where it is not there, or another file is: in a container that sees other processes.
+        Raises OSError where it is not there, or another file is: in a container that sees other processes; also where
+        there is no memory for it.
         """
         found = os.stat(self.path)
         if (found.st_dev, found.st_ino) != (self.device, self.inode):
             raise FileNotFoundError(f"{self.path} is another file here")
-        return torch.from_file(self.path, shared=shared, size=found.st_size, dtype=torch.uint8)
+        try:
+            return torch.from_file(self.path, shared=shared, size=found.st_size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError(" ".join(str(error).split())) from error
 
 
 class SharedFile:

@@ -218,6 +218,7 @@ class Trainer:
         """Return what a tracker tells about the run before its first step."""
         return {
             "version": __version__,
+            "run": self.folder.name,
             "run_id": self.at.run_id,
             "hosts": self.hosts,
             "model": self.config.model.name,

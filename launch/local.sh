@@ -25,5 +25,6 @@ while [ $# -gt 0 ]; do
         *) break ;;
     esac
 done
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as distlenet and torchrun do where nothing is said; torchrun with a warning
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="${nproc:-$(ranks_here)}" \
     --max-restarts="$restarts" -m distlenet.train "$@"

@@ -59,6 +59,7 @@ for address in $addresses; do
 done
 # An elastic job waits for more machines, and for a silent one, for seconds, not for half a minute.
 if [ "${#elastic[@]}" -gt 0 ]; then conf+=,last_call_timeout=5,keep_alive_interval=2; fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as distlenet and torchrun do where nothing is said; torchrun with a warning
 exec "$PYTHON" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="${nproc:-$(ranks_here)}" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$id" --rdzv-conf="$conf" \
     --max-restarts="${restarts:-0}" -m distlenet.train ${elastic[@]+"${elastic[@]}"} "$@"

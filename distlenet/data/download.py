@@ -45,10 +45,15 @@ def locate_or_download(name: str, root: Path, debian: bool = False) -> dict[str,
     """
     if files := locate(name, root):
         return files
+    made = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{name}.lock", timeout=LOCK_S):
             return locate(name, root) or _download(name, root, debian)
+    except UserError:
+        if made:  # a name that was mistyped, perhaps
+            shutil.rmtree(root, ignore_errors=True)
+        raise
     except Timeout as error:
         raise UserError(f"data: {error.lock_file} is held by another process; remove it if there is none") from error
     except OSError as error:
@@ -76,11 +81,12 @@ def _download(name: str, root: Path, debian: bool) -> dict[str, Path]:
     if name in DEBIAN_PACKAGE:
         ways.append(f"apt install {DEBIAN_PACKAGE[name]}")
     ways += [
-        "make data on a machine with a network",
+        f"python -m distlenet.data data.name={name} on a machine with a network",
         "train on the bundled set with data.name=digits, for which configs/ci.yaml has the settings",
     ]
     raise UserError(
-        f"data.name={name} is not here and cannot be downloaded ({'; '.join(failures)}). Either " + ", or ".join(ways)
+        f"data.name={name}: is not in data.root={root} and cannot be downloaded ({'; '.join(failures)}). Either "
+        + ", or ".join(ways)
     )
 
 

@@ -10,6 +10,7 @@ import os
 import select
 import time
 from dataclasses import dataclass
+from typing import BinaryIO, cast
 
 from torch import Tensor
 
@@ -29,21 +30,22 @@ class Timespec(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Peer:
-    """A rank of this node: its process, and the processors that it may use."""
+    """A rank of this machine: its process, in which process namespace that is, and the processors that it may use."""
 
     pid: int
+    namespace: int
     processors: frozenset[int]
 
-    def gone(self) -> bool:
-        """Say whether the process has ended."""
-        try:
-            descriptor = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return True
-        try:
-            return bool(select.select([descriptor], [], [], 0)[0])
-        finally:
-            os.close(descriptor)
+    @classmethod
+    def me(cls) -> "Peer":
+        """Describe this process. Raises OSError without /proc."""
+        return cls(os.getpid(), os.stat("/proc/self/ns/pid").st_ino, frozenset(os.sched_getaffinity(0)))
+
+    def watch(self) -> BinaryIO:
+        """Return what can be read from as soon as the process has ended. Raises OSError where it cannot be seen."""
+        if self.namespace != os.stat("/proc/self/ns/pid").st_ino:
+            raise OSError("ranks are in different process namespaces")
+        return cast(BinaryIO, os.fdopen(os.pidfd_open(self.pid), "rb", buffering=0))  # which closes itself
 
 
 class Barrier:
@@ -55,8 +57,8 @@ class Barrier:
     """
 
     def __init__(self, memory: Tensor, rank: int, peers: list[Peer]) -> None:
-        """Use the semaphores that ``lay_out`` has made in ``memory``."""
-        self.memory, self.peers = memory, peers
+        """Use the semaphores that ``lay_out`` has made in ``memory``. Raises OSError where a peer cannot be seen."""
+        self.memory, self.watched = memory, [peer.watch() for peer in peers]
         self.others = [self._semaphore(memory, peer) for peer in range(len(peers))]
         self.own = self.others.pop(rank)  # each of the others posts to it
         processors = frozenset[int]().union(*(peer.processors for peer in peers))
@@ -94,10 +96,10 @@ class Barrier:
             if time.perf_counter() >= until:
                 break
         while not self._sleep():
-            if gone := [number for number, peer in enumerate(self.peers) if peer.gone()]:
+            if gone := select.select(self.watched, [], [], 0)[0]:
                 if not C.sem_trywait(self.own):  # it came before it ended
                     return
-                raise RuntimeError(f"local rank {gone[0]}: remote process exited")
+                raise RuntimeError(f"rank {self.watched.index(gone[0])}: remote process exited")
 
     def _sleep(self) -> bool:
         """Wait for a post, but not for long; say whether it came."""

@@ -4,7 +4,6 @@ Gloo sends them through sockets instead, and wakes a thread of its own for each 
 busy, that takes milliseconds; to add a small network's gradients takes a hundredth of one (benchmarks/RESULTS.md).
 """
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 
@@ -66,28 +65,35 @@ def pick_all_reduce(wanted: str, world: World, device: torch.device) -> AllReduc
 
     ``wanted`` is auto or off. Where memory cannot be shared, all ranks take the process group's, and rank 0 says so.
     """
-    if wanted == "off" or device.type != "cpu" or world.local_world_size != world.world_size:
+    if wanted == "off" or device.type != "cpu":
         return dist.all_reduce
     if world.world_size == 1:
         return lambda values: values
-    place, made, why = None, None, "look at the other ranks"
+    if any_rank(world.local_world_size != world.world_size, device):  # where ranks were told different things, too
+        return dist.all_reduce
     with ExitStack() as stack:
+        place, made, reasons = None, None, [""] * world.world_size
         try:
             if world.rank == 0:
                 place = stack.enter_context(closing(_make_memory(world.world_size))).place
         except OSError as error:
-            why = str(error)
-        place = from_rank_0(place)
-        peers: list[Peer] = [Peer(0, frozenset())] * world.world_size
-        dist.all_gather_object(peers, Peer(os.getpid(), frozenset(os.sched_getaffinity(0))))
+            reasons[0] = str(error)
+        place, reason = from_rank_0((place, reasons[0]))
+        peers = [Peer.me()] * world.world_size
+        dist.all_gather_object(peers, peers[0])
         try:
             made = NodeAllReduce(place.map(shared=True), world.rank, peers) if place else None
         except OSError as error:
-            why = str(error)
-        nobody = any_rank(made is None, device)  # then all have mapped it, or none will: the file can be closed
-    if made is None or nobody:
+            reason = str(error)
+        dist.all_gather_object(reasons, reason)  # then all have mapped it, or none will: the file can be closed
+    if made is None or any(reasons):
         if world.rank == 0:
-            warn(f"distributed.shared_memory=auto: ranks cannot share memory here ({why}); Gloo adds gradients, slower")
+            rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
+            warn(
+                f"distributed.shared_memory=auto: rank {rank} cannot share memory ({reason}), so Gloo adds the "
+                "gradients, slower; run all ranks as one user in one process namespace, or give "
+                "distributed.shared_memory=off"
+            )
         return dist.all_reduce
     return made
 

@@ -145,7 +145,7 @@ def _over_time(runs: list[Run], axes: Any) -> bool:
         drawn = True
         minutes = [(time - times[0]) / 60 for time in times]
         axes.plot(*_thin(minutes, steps, len(runs)), color=f"C{number}", label=run.name)
-        for start in run.starts[1:]:
+        for start in run.restarts:
             axes.axvline((start["at"] - times[0]) / 60, color=f"C{number}", linestyle=":", linewidth=1)
     axes.set(xlabel="minutes since the first record (dotted: the run was started again)", ylabel="optimizer step")
     if drawn and len(runs) > 1:

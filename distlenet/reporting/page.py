@@ -51,7 +51,7 @@ def results(run: Run) -> list[tuple[str, str | None]]:
         ("images/s", speed, "{:,.0f}"),
         ("seconds of training", summary.get("train_s"), "{:,.1f}"),
         ("ranks", run.starts[-1].get("world_size") if run.starts else None, "{}"),
-        ("restarts", len(run.starts) - 1 if run.starts else None, "{}"),
+        ("restarts", len(run.restarts) if run.starts else None, "{}"),
     ]
     numbers = [(name, None if (known := number(value)) is None else form.format(known)) for name, value, form in rows]
     return [*numbers, ("state", "complete" if summary else "not complete")]

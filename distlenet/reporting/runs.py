@@ -35,6 +35,12 @@ class Run:
         """The folder's name."""
         return printable(self.folder.resolve().name)
 
+    @property
+    def restarts(self) -> list[Record]:
+        """The starts after the first that trained on; that of a run which is complete only looks."""
+        last = self.records[-1]["step"] if self.records else 0
+        return [start for start in self.starts[1:] if start["step"] < last]
+
     def of(self, split: str) -> list[Record]:
         """Return the records of one split."""
         return [record for record in self.records if record["split"] == split]

@@ -94,15 +94,17 @@ def opening(facts: Record) -> list[str]:
     """Write what runs where, how its batches are cut, and from which step it goes on."""
     f = facts
     lines = [
-        f"distlenet {f['version']}: {f['model']} on {f['data']} ({f['train_count']} images, {f['data_source']}); "
+        f"distlenet {f['version']}: {f['model']} on {f['data']} ({f['train_count']} images, {f['data_source']})",
         f"world size {f['world_size']}, {f['backend']}, {f['device']}, {f['precision']}, "
-        f"CPU threads per rank {f['threads']}",
-        f"epochs {f['epochs']}, steps per epoch {f['steps_per_epoch']}, global batch {f['global_batch_size']} = "
-        f"ranks {f['world_size']} × micro-batches {f['micro_batches']} × images {f['micro_batch_size']}, "
-        f"reduction {f['reduction']}, W&B {f['wandb']}",
+        f"threads per rank {f['threads']}, reduction {f['reduction']}, W&B {f['wandb']}",
+        f"epochs {f['epochs']}, steps {f['steps']}, global batch {f['global_batch_size']} = "
+        f"ranks {f['world_size']} × micro-batches {f['micro_batches']} × images {f['micro_batch_size']}",
     ]
     if facts["complete"]:
-        lines.append("this run is complete; raise train.epochs to train on, or give another run.name to train anew")
+        lines.append(
+            f"this run is complete; to train on: run.name={f['run']} checkpoint.allow_changed=[train.epochs] "
+            "and more train.epochs; to train anew: another run.name"
+        )
     elif facts["step"]:
         lines.append(f"resumed at step {f['step']} of {f['steps']} from {f['resumed_from']}")
     return lines

@@ -18,7 +18,7 @@ from typing import Any
 
 from distlenet.errors import Preempted, UserError, warn
 from distlenet.tracking import Record
-from distlenet.tracking.wandb import wandb_mode
+from distlenet.tracking.wandb import has_key, wandb_mode
 
 SPARE_S = 2.0
 """What a job that was asked to stop keeps of its time for leaving."""
@@ -44,6 +44,8 @@ class Mirror:
             if importlib.util.find_spec(package) is None:
                 setting = "wandb.mode=disabled" if package == "wandb" else "tracking.tensorboard=false"
                 raise UserError(f"package {package} is not installed: pip install {package}; or give {setting}")
+        if config["wandb"]["mode"] == "online" and not has_key(os.environ):
+            warn("wandb.mode=online: no API key is configured, so the run is kept offline; wandb login adds one")
         self.process: subprocess.Popen[bytes] | None = None
         self.outcome = "failed"
 

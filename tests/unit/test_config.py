@@ -173,3 +173,18 @@ def test_each_word_that_a_setting_takes_can_be_typed(tmp_path, key, word):
     (tmp_path / "a.yaml").write_text(f"{group}:\n  {leaf}: {word}\n" if group else f"{leaf}: {word}\n")
     for config in (load_config([], [f"{key}={word}"]), load_config([str(tmp_path / "a.yaml")])):
         assert getattr(getattr(config, group) if group else config, leaf) == word
+
+
+@pytest.mark.parametrize("text", ["on", "off", "yes", "007", "0x10", "1e3", "12:30", "1_000", "2024-01-01", "1.0"])
+def test_a_text_that_yaml_takes_for_something_else_is_taken_as_it_was_typed(tmp_path, text):
+    """``run.name=007`` and ``run.name=7`` are two runs."""
+    assert load_config([], [f"run.name={text}"]).run.name == text
+    (tmp_path / "a.yaml").write_text(f"run: {{name: '{text}'}}")
+    assert load_config([str(tmp_path / "a.yaml")]).run.name == text
+
+
+@pytest.mark.parametrize(("content", "given"), [("run: {name: 007}", "name=7"), ("wandb: {tags: [a, on]}", "tags=")])
+def test_in_a_file_it_wants_quotes(tmp_path, content, given):
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(UserError, match=rf"{given}.*in quotes"):
+        load_config([str(tmp_path / "a.yaml")])

@@ -105,7 +105,13 @@ def test_without_a_network_the_message_lists_the_ways(monkeypatch, tmp_path, no_
     with pytest.raises(UserError) as error:
         download.locate_or_download("fashion_mnist", tmp_path)
     message = str(error.value)
-    for way in ("refused", str(tmp_path), "apt install dataset-fashion-mnist", "make data", "data.name=digits"):
+    for way in (
+        "refused",
+        str(tmp_path),
+        "apt install dataset-fashion-mnist",
+        "python -m distlenet.data",
+        "data.name=digits",
+    ):
         assert way in message
     assert "\n" not in message
 
@@ -167,3 +173,10 @@ def test_data_root_that_is_a_file_or_cannot_be_made_is_named(tmp_path, no_debian
         download.locate_or_download("fashion_mnist", tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written"):
         download.locate_or_download("fashion_mnist", download.Path("/proc/no/such"))
+
+
+def test_a_folder_that_was_made_for_a_download_that_failed_is_gone_again(monkeypatch, tmp_path, no_debian):
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        download.locate_or_download("fashion_mnist", tmp_path / "mistyped")
+    assert not (tmp_path / "mistyped").exists()

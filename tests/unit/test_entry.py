@@ -132,7 +132,7 @@ def test_a_missing_gpu(given):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ([], "which checkpoint?"),
+        ([], "checkpoint: none is given"),
         (["checkpoint=nowhere"], "checkpoint nowhere: no such file or run folder"),
         (["checkpoint=."], "holds no checkpoints"),
         (["checkpoint=c.pt", "data.nam=digits"], "did you mean data.name?"),

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,10 +20,14 @@ pytestmark = pytest.mark.unit
 ENOUGH, FEW = frozenset(range(8)), frozenset({0})  # processors, with which a rank that waits looks or sleeps
 
 
+def peer(pid: int, processors: frozenset[int] = ENOUGH) -> Peer:
+    return replace(Peer.me(), pid=pid, processors=processors)
+
+
 def all_reduces(ranks: int, processors: frozenset[int] = ENOUGH) -> list[NodeAllReduce]:
     memory = torch.zeros(NodeAllReduce.size(ranks), dtype=torch.uint8)
     Barrier.lay_out(memory, ranks)
-    return [NodeAllReduce(memory, rank, [Peer(os.getpid(), processors)] * ranks) for rank in range(ranks)]
+    return [NodeAllReduce(memory, rank, [peer(os.getpid(), processors)] * ranks) for rank in range(ranks)]
 
 
 def together(ranks: int, each) -> list:
@@ -84,34 +89,36 @@ def test_nan_and_infinity_reach_all():
 
 
 @pytest.mark.parametrize("processors", [ENOUGH, FEW])
-def test_a_rank_that_has_ended_is_not_waited_for(processors):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
+def test_a_rank_that_ends_is_not_waited_for(processors):
+    ends = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     memory = torch.zeros(Barrier.size(2), dtype=torch.uint8)
     Barrier.lay_out(memory, 2)
-    barrier = Barrier(memory, 0, [Peer(os.getpid(), processors), Peer(ended.pid, processors)])
-    with pytest.raises(RuntimeError, match="local rank 1: remote process exited"):
+    barrier = Barrier(memory, 0, [peer(os.getpid(), processors), peer(ends.pid, processors)])
+    ends.communicate(b"\n", timeout=60)
+    with pytest.raises(RuntimeError, match="rank 1: remote process exited"):
         barrier.wait()
 
 
 def test_a_rank_that_came_and_then_ended_has_come(monkeypatch):
     """Also where it does both after the last look at the semaphore, and before that at the process."""
-    zombie = subprocess.Popen([sys.executable, "-c", ""])
-    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # ended, but still in the table of processes
+    ends = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     memory = torch.zeros(Barrier.size(2), dtype=torch.uint8)
     Barrier.lay_out(memory, 2)
-    peers = [Peer(os.getpid(), FEW), Peer(zombie.pid, FEW)]
-    assert peers[1].gone()
-    assert not peers[0].gone()
+    peers = [peer(os.getpid(), FEW), peer(ends.pid, FEW)]
     mine, its = Barrier(memory, 0, peers), Barrier(memory, 1, peers)
+    ends.communicate(b"\n", timeout=60)
     its._take = lambda: None  # the one that ends does not wait
     monkeypatch.setattr(mine, "_sleep", lambda: its.wait())
     mine.wait()
-    zombie.wait()
+
+
+def test_a_process_in_another_namespace_is_not_taken_for_the_one_that_has_its_number_here():
+    with pytest.raises(OSError, match="different process namespaces"):
+        replace(peer(os.getpid()), namespace=1).watch()
 
 
 @pytest.mark.usefixtures("group")
-def test_when_the_memory_is_not_shared():
+def test_when_the_memory_is_not_shared(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     two_nodes = World(rank=0, world_size=2, local_world_size=1)
     assert pick_all_reduce("off", World(), cpu) is dist.all_reduce
@@ -120,14 +127,19 @@ def test_when_the_memory_is_not_shared():
     alone = torch.ones(3)
     pick_all_reduce("auto", World(), cpu)(alone)
     assert alone.tolist() == [1, 1, 1]
+    monkeypatch.setattr(node, "any_rank", lambda flag, _: not flag)  # another rank was told of two nodes
+    assert pick_all_reduce("auto", World(0, 0, 2, 2), cpu) is dist.all_reduce
 
 
 @pytest.mark.usefixtures("group")
-def test_memory_that_cannot_be_had_is_told_and_gloo_adds(monkeypatch, capfd):
-    def no_memory(_: int):
-        raise OSError(12, "Cannot allocate memory")
+@pytest.mark.parametrize("lacks", ["memory", "pidfd_open"])
+def test_what_cannot_be_had_is_told_and_gloo_adds(monkeypatch, capfd, lacks):
+    def no(*_: object):
+        raise OSError(38, f"no {lacks} here")
 
-    monkeypatch.setattr(node, "_make_memory", no_memory)
-    monkeypatch.setattr(dist, "all_gather_object", lambda *_: None)
+    monkeypatch.setattr(*((node, "_make_memory") if lacks == "memory" else (os, "pidfd_open")), no)
+    monkeypatch.setattr(dist, "all_gather_object", lambda everyones, mine: everyones.__setitem__(0, mine))
     assert pick_all_reduce("auto", World(0, 0, 2, 2), torch.device("cpu")) is dist.all_reduce
-    assert "ranks cannot share memory here ([Errno 12] Cannot allocate memory)" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert f"rank 0 cannot share memory ([Errno 38] no {lacks} here), so Gloo adds the gradients" in told
+    assert "give distributed.shared_memory=off" in told

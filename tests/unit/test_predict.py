@@ -97,7 +97,7 @@ def test_what_is_no_picture_is_named_and_the_others_are_answered(run, tmp_path):
     good = run / "pictures/001.png"
     ended = predict(run, tmp_path / "text.png", tmp_path / "torn.png", good, tmp_path / "empty", tmp_path / "gone.png")
     assert ended.status == 2
-    assert ended.stdout.startswith(f"{good}: ")
+    assert ended.stdout.startswith(f"{good}  ")
     (line,) = ended.stderr.splitlines()
     for name, reason in (("text", "cannot be read"), ("torn", "cannot be read"), ("gone", "is not there")):
         assert f"{name}.png: {reason}" in line
@@ -188,7 +188,7 @@ def test_names_are_shown_without_what_a_terminal_would_obey(run, tmp_path):
     ended = predict(run, tmp_path, "--save", tmp_path / "page.png")
     assert ended.status == 2
     assert "\x1b" not in ended.stdout + ended.stderr
-    assert "a\\x1b[31m\\nb.png: " in ended.stdout
+    assert "a\\x1b[31m\\nb.png  " in ended.stdout
     assert "\\udcff.png: " in ended.stdout
     assert len(ended.stdout.splitlines()) == 2
     assert (tmp_path / "page.png").stat().st_size > 1000

@@ -43,6 +43,16 @@ def test_a_file_that_is_another_is_not_mapped():
             wrong.map()
 
 
+def test_no_memory_to_map_with_is_an_oserror(monkeypatch):
+    def no_memory(*_: object, **__: object):
+        raise RuntimeError("unable to mmap 3 bytes from file </proc/1/fd/2>:\\n Cannot allocate memory (12)")
+
+    with closing(in_memory([b"abc"])) as file:
+        monkeypatch.setattr(torch, "from_file", no_memory)
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            file.place.map()
+
+
 def test_a_rank_that_cannot_map_keeps_a_copy_of_its_own_and_says_so(monkeypatch, capfd):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     config, nowhere = load_config([], ["data.name=digits"]).data, Place("/proc/1/fd/999999", 0, 0)

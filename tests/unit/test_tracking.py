@@ -20,6 +20,7 @@ pytestmark = pytest.mark.unit
 
 FACTS = {
     "version": "1",
+    "run": "mine",
     "model": "lenet",
     "data": "digits",
     "train_count": 1437,
@@ -179,7 +180,7 @@ def test_tests_and_results_are_always_shown(capsys):
     [
         ({}, "global batch 64 = ranks 2 × micro-batches 1 × images 32"),
         ({"step": 8, "resumed_from": "runs/x/c.pt"}, "resumed at step 8 of 40 from runs/x/c.pt"),
-        ({"step": 40, "complete": True}, "this run is complete"),
+        ({"step": 40, "complete": True}, "this run is complete; to train on: run.name=mine checkpoint.allow"),
     ],
 )
 def test_the_opening_says_what_runs_where(capsys, change, part):
