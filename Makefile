@@ -15,7 +15,7 @@ ARGS   ?=
 # Processes on this machine: one for every GPU, or else 2 on the CPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-.PHONY: help train data test test-cluster test-browser chaos fuzz bench prove-exact lint format clean
+.PHONY: help train data test test-cluster test-browser chaos coverage fuzz bench prove-exact lint format clean
 .DELETE_ON_ERROR:
 
 help:

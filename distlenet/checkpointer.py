@@ -65,7 +65,7 @@ class Checkpointer:
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise UserError(
                 f"checkpoint {path}: holds a network, but no state that training can go on from "
-                f"({type(error).__name__}: {error})"
+                f"({type(error).__name__}: {error}); give another, or only evaluate it"
             ) from error
         trainer.at.restarts += 1
         return path

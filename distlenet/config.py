@@ -37,6 +37,9 @@ def _fields(schema: type, prefix: str = "") -> Iterator[tuple[str, "Field[Any]"]
 FIELDS: dict[str, "Field[Any]"] = dict(_fields(Config))
 """Every setting by its dotted key, in the schema's order."""
 
+LONGEST = 1000
+"""Letters of a text: it must fit into a path, and into a message of one line."""
+
 GROUPS = {key.rpartition(".")[0] for key in FIELDS} - {""}
 
 
@@ -49,12 +52,16 @@ def load_config(
     value out of range. No process group is needed.
     """
     sources = [("config", base)] if base else []
-    sources += [(f"--config {path}", _read_file(path)) for path in files]
+    sources += [(f"--config {path}", read_yaml(path, f"--config {path}")) for path in files]
     sources += [(text, _read_override(text)) for text in overrides]
     merged, given = OmegaConf.structured(Config), {}
     for where, values in sources:
         nested: dict[str, Any] = {}
         for key, read in flatten(values):
+            if where == "config" and "${" in str(
+                read
+            ):  # of a checkpoint, which may be anybody's: it asks the environment
+                raise UserError(f"config: {key} refers to something else (${{...}}), which no checkpoint's settings do")
             value = _as_written(key, read, where)
             _check(key, value, where)
             group, _, leaf = key.rpartition(".")
@@ -70,7 +77,7 @@ def load_config(
     for key, value in flatten(config.to_dict()):
         _check(key, value, "config")  # once more: an interpolation is only now a value
     if config.optim.nesterov and config.optim.name == "sgd" and config.optim.momentum == 0:
-        raise UserError("optim.nesterov=true needs optim.momentum above 0; give optim.nesterov=false")
+        raise UserError("optim.nesterov=true: needs optim.momentum above 0; give optim.nesterov=false")
     if (name := config.run.name) is not None and (name in ("", "..") or Path(name).name != name):
         raise UserError(f"run.name={name}: expected one folder's name; the path to it is run.dir")
     if not 0 < len(config.wandb.project) <= 128 or set("/\\#?%:") & set(config.wandb.project):
@@ -78,7 +85,10 @@ def load_config(
     if unknown := [key for key in config.checkpoint.allow_changed if key not in FIELDS]:
         raise UserError(f"checkpoint.allow_changed: {_unknown_key(unknown[0])}")
     if fixed := {"model.name", "optim.name"} & set(config.checkpoint.allow_changed):
-        raise UserError(f"checkpoint.allow_changed: {min(fixed)} cannot change, the checkpoint's state would not fit")
+        raise UserError(
+            f"checkpoint.allow_changed: {min(fixed)} cannot change, since the checkpoint's state would not fit; "
+            "leave it out"
+        )
     return config
 
 
@@ -123,7 +133,7 @@ def in_yaml(value: Any) -> str:
     """Write a value the way the user does: null, true."""
     if isinstance(value, bool):
         return str(value).lower()
-    return "null" if value is None else str(value)
+    return "null" if value is None else str(value)[:LONGEST]
 
 
 def default(key: str) -> str:
@@ -140,13 +150,14 @@ def describe(key: str) -> str:
     words = []
     for kind in kinds:
         if get_origin(kind) is Literal:
-            words.append(" or ".join(get_args(kind)))
+            *some, last = get_args(kind)
+            words.append(f"{', '.join(some)} or {last}")
         elif get_origin(kind) is list:
             words.append("a list of texts")
         elif kind is not type(None):
             words.append(names[kind])
     bounds = {"ge": "at least", "gt": "more than", "lt": "less than"}
-    words += [f"{word} {field.metadata[name]}" for name, word in bounds.items() if field.metadata[name] is not None]
+    words += [f"{word} {field.metadata[name]:,}" for name, word in bounds.items() if field.metadata[name] is not None]
     words += ["or null"] if type(None) in kinds else []
     return ", ".join(words)
 
@@ -173,7 +184,8 @@ def _check(key: str, value: Any, where: str) -> None:
     given = where if "=" in where else f"{where}: {key}={'null' if value is None else value}"
     given = given if len(given) <= 200 else given[:197] + "..."
     if key in GROUPS:
-        raise UserError(f"{given}: {key} is a group of settings; write {key}.KEY=VALUE")
+        file = ", or to go on from a file checkpoint.resume=FILE" * (key == "checkpoint")
+        raise UserError(f"{given}: {key} is a group of settings; write {key}.KEY=VALUE{file}")
     if key not in FIELDS:
         raise UserError(f"{where}: {_unknown_key(key)}")
     if value == "???":  # OmegaConf's word for a missing value, which it would pass over
@@ -190,7 +202,7 @@ def _check(key: str, value: Any, where: str) -> None:
         raise UserError(f"{given}: expected {describe(key)}") from error
     texts = typed if isinstance(typed, ListConfig) else [typed]
     if any(isinstance(text, ListConfig) or (isinstance(text, str) and not _is_plain(text)) for text in texts):
-        raise UserError(f"{given!r}: expected {describe(key)}, without control characters")
+        raise UserError(f"{given!r}: expected {describe(key)}, of at most {LONGEST:,} letters, all printable")
     if isinstance(typed, int | float):
         limits = FIELDS[key].metadata
         if (
@@ -212,7 +224,7 @@ def _alone(key: str) -> type:
 
 def _is_plain(text: str) -> bool:
     """Say whether a text can be a part of a path and of a message of one line."""
-    return text.isprintable() and len(text) <= 1000
+    return text.isprintable() and len(text) <= LONGEST
 
 
 def _unknown_key(key: str) -> str:
@@ -224,15 +236,17 @@ def _unknown_key(key: str) -> str:
     return f"unknown key {key!r}; " + (f"did you mean {close[0]}?" if close else "--help lists all keys")
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def read_yaml(path: str, named: str) -> dict[str, Any]:
+    """Read a file of settings; ``named`` is what messages call it. Raises UserError."""
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{named}: cannot be read: {error.strerror or error}; give a YAML file that can") from error
     except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
-        raise UserError(f"--config {path}: not valid YAML: {_one_line(error)}") from error
+        reason = "too many aliases; write the values out" if "max_yaml_expanded" in str(error) else _one_line(error)
+        raise UserError(f"{named}: not valid YAML: {reason}") from error
     if not isinstance(loaded, dict):
-        raise UserError(f"--config {path}: expected a mapping of settings, got a {type(loaded).__name__}")
+        raise UserError(f"{named}: expected a mapping of settings, got a {type(loaded).__name__}")
     return cast(dict[str, Any], loaded)
 
 
@@ -240,7 +254,7 @@ def _read_override(text: str) -> dict[str, Any]:
     key, equals, _ = text.partition("=")
     if not (equals and key):
         hint = f"; settings in a file: --config {text}; a run: checkpoint={text}" if os.path.exists(text) else ""
-        raise UserError(f"{text!r}: expected key=value{hint}")
+        raise UserError(f"{text[:200]}: expected key=value{hint}")
     if not re.fullmatch(r"\w+(\.\w+)*", key):  # brackets, which OmegaConf would read as more keys
         raise UserError(f"{text[:200]!r}: {_unknown_key(key[:100])}")
     try:

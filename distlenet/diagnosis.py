@@ -70,7 +70,7 @@ def diagnose(step: TrainStep, batch: Batch, epoch: int, number: int, count: int,
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, json.dumps(_plain(report), indent=1) + "\n")
         except OSError as error:
-            warn(f"{path}: cannot be written: {error.strerror or error}")
+            warn(f"{path}: cannot be written: {error.strerror or error}; what was found is lost, give another run.dir")
     return from_rank_0(words)
 
 

@@ -66,7 +66,9 @@ class LineFile:
 def replace_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never half. Raises OSError."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.unlink(missing_ok=True)  # what a kill has left, or a link to somewhere else
+    with open(temporary, "x", encoding="utf-8") as file:
+        file.write(text)
     os.replace(temporary, path)
 
 
@@ -76,4 +78,4 @@ def told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"run folder {folder}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"run folder {folder}: cannot be written: {error.strerror or error}; mend that") from error

@@ -10,11 +10,17 @@ from torch import Tensor
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 """What is taken for a picture in a folder."""
 
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""What is decoded, whatever a file's name: Pillow knows more, of which some start other programs."""
+
 MOST_PIXELS = 50_000_000
 """A picture of more is refused before it is decoded: a small file can hold a very large one."""
 
 LONGEST = 16_384
 """Pixels of a side: what is not square is made so."""
+
+
+TOO_LARGE = f"at most {MOST_PIXELS:,} are read, and {LONGEST:,} a side; make it smaller"
 
 
 class Unreadable(Exception):
@@ -57,19 +63,19 @@ def read_picture(path: Path, invert: str, size: int) -> Tensor:
     with a dark border, comes as it is, to the bit. Raises Unreadable.
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
-        raise Unreadable(f"{path}: is no file")
+        raise Unreadable(f"{path}: is not a regular file")
     try:
-        with Image.open(path) as file:
-            if max(file.size) > LONGEST:
-                raise Unreadable(f"{path}: has {file.width} × {file.height} pixels; a side may have {LONGEST:,}")
-            if file.width * file.height > MOST_PIXELS:
-                raise Unreadable(f"{path}: has {file.width} × {file.height} pixels; at most {MOST_PIXELS:,} are read")
+        with Image.open(path, formats=FORMATS) as file:
+            if max(file.size) > LONGEST or file.width * file.height > MOST_PIXELS:
+                raise Unreadable(f"{path}: has {file.width} × {file.height} pixels; {TOO_LARGE}")
             grey = _grey(ImageOps.exif_transpose(file) or file)
     except Unreadable:
         raise
     except FileNotFoundError as error:
-        raise Unreadable(f"{path}: is not there") from error
-    except (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise Unreadable(f"{path}: no such file") from error
+    except Image.DecompressionBombError as error:
+        raise Unreadable(f"{path}: has too many pixels; {TOO_LARGE}") from error
+    except (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError) as error:
         raise Unreadable(f"{path}: cannot be read as a picture: {' '.join(str(error).split())[:200]}") from error
     border = _border(np.asarray(grey))
     if invert == "yes" or (invert == "auto" and border > 127):

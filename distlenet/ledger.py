@@ -1,18 +1,17 @@
 """``python -m distlenet.ledger RUN``: did each epoch use each training image exactly once?"""
 
-import argparse
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from distlenet.entry import run_entry
+from distlenet.entry import Parser, run_entry
 from distlenet.errors import UserError
 from distlenet.tracking.ledger import starts
 
 
 def main() -> None:
     """Print one line per epoch, and leave with status 1 where one is wrong."""
-    parser = argparse.ArgumentParser("python -m distlenet.ledger", description=__doc__)
+    parser = Parser("python -m distlenet.ledger", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, trained with data.ledger=true")
     lines, right = report(parser.parse_args().run)
     print("\n".join(lines))
@@ -23,11 +22,11 @@ def main() -> None:
 def report(run: Path) -> tuple[list[str], bool]:
     """Check the ledger of a run folder: a line per epoch, and whether all are right.
 
-    Raises UserError where there is no ledger.
+    Raises UserError where there is no ledger, or what is in it is not as a run writes it.
     """
     history = starts(run)
     if not history:
-        raise UserError(f"{run}: holds no ledger; train with data.ledger=true")
+        raise UserError(f"{run}: has no ledger; give a run folder, trained with data.ledger=true")
     facts = history[-1].facts()
     samples, batch, steps = facts["samples"], facts["global_batch_size"], facts["steps_per_epoch"]
     used: dict[int, Counter[int]] = defaultdict(Counter)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distlenet.checkpoint.file import load_checkpoint, load_model
+from distlenet.checkpoint.file import State, load_checkpoint, load_model
 from distlenet.checkpoint.folder import find_checkpoint
 from distlenet.config import load_config
-from distlenet.data.augment import Prepare
-from distlenet.entry import Parser, run_entry
+from distlenet.data.augment import SIZE, Prepare
+from distlenet.entry import Parser, run_entry, whole_number
 from distlenet.errors import UserError, printable
 from distlenet.images import Unreadable, find_pictures, read_picture
 from distlenet.metrics import EVAL_BATCH
@@ -30,7 +31,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", metavar="checkpoint=RUN IMAGE", nargs="+", help="a run or file; pictures or folders")
-    parser.add_argument("--top", metavar="K", type=int, default=3, help="classes to name for each picture (3)")
+    parser.add_argument("--top", metavar="K", type=whole_number, default=3, help="classes to name for each picture (3)")
     parser.add_argument(
         "--invert",
         choices=("auto", "yes", "no"),
@@ -43,7 +44,7 @@ def main() -> None:
     settings = [word for word in arguments.words if word.startswith("checkpoint=")]
     names = [word for word in arguments.words if not word.startswith("checkpoint=")]
     if len(settings) != 1 or not names:
-        raise UserError("distlenet.predict: expected checkpoint=RUN_OR_FILE and a picture, a folder or a pattern")
+        raise UserError("expected checkpoint=RUN_OR_FILE once, and pictures, folders or patterns; --help shows more")
     if arguments.save and (arguments.save.suffix.lower() != ".png" or not arguments.save.parent.is_dir()):
         raise UserError(f"--save {arguments.save}: expected a name that ends in .png, in a folder that is there")
     predictor = Predictor(Path(settings[0].partition("=")[2]))
@@ -70,22 +71,45 @@ class Predictor:
         found = find_checkpoint(path)
         state = load_checkpoint(found)
         config = load_config(base=state["config"])
-        try:
-            self.classes, self.size = tuple(state["classes"]), int(state["input"]["size"])
-            self.prepare = Prepare(state["input"]["mean"], state["input"]["std"])
-        except KeyError as error:
-            raise UserError(f"checkpoint {found}: has no {error} in it: it is older than this command") from error
-        except (TypeError, ValueError) as error:
-            raise UserError(f"checkpoint {found}: does not say what its images are like ({error})") from error
+        self.classes, self.size, mean, std = inputs_of(state, found)
+        self.prepare = Prepare(mean, std)
         self.net = make_net(config.model.name, config.model.channels_last, torch.device("cpu"))
         load_model(self.net, state, found)
         self.net.eval()
+        with torch.no_grad():
+            logits = self.net(self.prepare(torch.zeros(1, self.size, self.size, dtype=torch.uint8)))
+        if logits.shape != (1, len(self.classes)) or not logits.isfinite().all():
+            raise UserError(
+                f"checkpoint {found}: names {len(self.classes)} classes, but its network gives "
+                f"{logits.shape[1]} numbers, "
+                f"{'finite' if logits.isfinite().all() else 'not all of them finite'}; give another"
+            )
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return the probabilities (n, C) of uint8 images (n, H, W), computed in the batches of an evaluation."""
         parts = images.split(EVAL_BATCH)
         return torch.cat([self.net(self.prepare(part)).float().softmax(1) for part in parts])
+
+
+def inputs_of(state: State, path: Path) -> tuple[tuple[str, ...], int, float, float]:
+    """Return a checkpoint's classes, and of its images the side in pixels, mean and standard deviation.
+
+    Raises UserError where they are not there, or cannot be.
+    """
+    try:
+        classes, size, mean, std = state["classes"], *(state["input"][name] for name in ("size", "mean", "std"))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"checkpoint {path}: does not say what its images are like (no {error}); give one of this version"
+        ) from error
+    numbers = all(isinstance(value, float) and math.isfinite(value) for value in (mean, std))
+    names = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
+    if not (numbers and std > 0 and names and type(size) is int and 1 <= size <= SIZE):
+        raise UserError(
+            f"checkpoint {path}: says of its images what cannot be (state['input'], ['classes']); give another"
+        )
+    return tuple(classes), size, mean, std
 
 
 def read_all(names: list[str], invert: str, size: int) -> tuple[list[Tensor], list[Path], list[str]]:
@@ -158,7 +182,9 @@ def save(target: Path, images: list[Tensor], paths: list[Path], answers: list[li
         try:
             figure.savefig(target, dpi=110, bbox_inches="tight")
         except (OSError, ValueError) as error:
-            raise UserError(f"--save {target}: cannot be written: {error}") from error
+            raise UserError(
+                f"--save {target}: cannot be written: {getattr(error, 'strerror', None) or error}"
+            ) from error
         finally:
             pyplot.close(figure)
     print(f"Picture: {target}", file=sys.stderr)

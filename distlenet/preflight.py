@@ -44,19 +44,19 @@ def main() -> None:
         finding = Finding("ranks", "FAIL", f"on {socket.gethostname()}: {error}")
         if world.local_rank == 0:
             show(Checkup([finding]), world, arguments.json, started)
-        raise RankError("preflight: the ranks cannot meet") from error
+        raise RankError("preflight: the ranks cannot meet; see the table") from error
     checkup = Checkup(look(config, world, here, arguments.wait))
     if from_store(here, world, "go on", checkup.good, arguments.wait):
         try:
             together(checkup, config, here, arguments.allreduce)
         except (UserError, RuntimeError, dist.DistError, OSError) as error:
             text = " ".join(str(error).split())[:300]
-            checkup.findings.append(Finding("training", "FAIL", text))
+            checkup.findings.append(Finding("training", "FAIL", text, "mend that: training would end so, too"))
     if world.rank == 0:
         show(checkup, world, arguments.json, started)
     if not from_store(here, world, "good", checkup.good, arguments.wait):
         failed = sum(finding.status == "FAIL" for finding in checkup.findings)
-        raise UserError(f"preflight: {failed} of {len(checkup.findings)} checks failed")
+        raise UserError(f"preflight: {failed} of {len(checkup.findings)} checks failed; see the table")
 
 
 def resolve(world: World) -> None:
@@ -66,9 +66,9 @@ def resolve(world: World) -> None:
         return
     try:
         socket.getaddrinfo(host, None)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise RankError(
-            f"the name {host}, where the ranks meet, cannot be resolved ({error.strerror}); "
+            f"the name {host}, where the ranks meet, cannot be resolved ({getattr(error, 'strerror', None) or error}); "
             "give a name that all nodes know, or its address, as MASTER_ADDR"
         ) from error
 

@@ -115,7 +115,11 @@ def meet(store: Store, world: World, timeout: timedelta) -> Store:
             time.sleep(0.02)
         if time.monotonic() > deadline:
             _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world)
-            raise RankError(f"rank {world.rank} of {world.world_size}: rank 0 did not answer")
+            raise RankError(
+                f"rank {world.rank} of {world.world_size} on {socket.gethostname()}: rank 0 did not answer; "
+                "look whether "
+                "its process runs"
+            )
 
 
 def _wait(store: Store, keys: list[str], deadline: float, world: World) -> None:
@@ -176,7 +180,9 @@ def told(world: World) -> Iterator[None]:
             ) from error
         if isinstance(error, RuntimeError) and not isinstance(error, dist.DistError):
             raise  # no matter of meeting
+        where = "torchrun's agent" if world.init_method == "env://" else f"{host}:{port}"
         raise RankError(
-            f"rank {world.rank} of {world.world_size} could not join the others at {host or 'torchrun'}"
-            f"{':' * bool(port)}{port}: {str(error).splitlines()[0]}"
+            f"rank {world.rank} of {world.world_size} could not join the others at {where}: "
+            f"{str(error).splitlines()[0]}; look whether MASTER_ADDR and MASTER_PORT "
+            "are rank 0's"
         ) from error

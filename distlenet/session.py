@@ -19,7 +19,7 @@ from distlenet.ranklog import RankLog
 from distlenet.rendezvous import meet_all
 from distlenet.schema import Config
 from distlenet.watchdog import Watchdog, watching
-from distlenet.world import World, world_from_environ
+from distlenet.world import World, threads_from_environ, world_from_environ
 
 BACKSTOP_S = 60.0
 """How much later than the watchdog, who can say more, the backend's own timeout ends a collective."""
@@ -95,6 +95,8 @@ def set_threads(threads: int | None) -> None:
 
     One where nothing is said: the batches of a rank are small, and results on CPU depend on how a sum is
     cut into threads, so a number taken from the machine would change them with the machine.
+    Raises RankError for an OMP_NUM_THREADS that is no number.
     """
-    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+    given = threads_from_environ(os.environ)
+    if threads is not None or given is None:
         torch.set_num_threads(threads or 1)

@@ -35,7 +35,7 @@ class TrainStep:
         self.prepare = prepare
         if (config.optim.warmup_steps or 0) >= total_steps:
             raise UserError(
-                f"optim.warmup_steps={config.optim.warmup_steps}: the run has {total_steps} steps; give fewer"
+                f"optim.warmup_steps={config.optim.warmup_steps}: the run has {total_steps} steps; give fewer than that"
             )
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.net = make_net(config.model.name, config.model.channels_last, self.device)

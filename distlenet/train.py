@@ -88,7 +88,10 @@ def train(config: Config) -> Record:
     Raises UserError for everything that the user can mend, where possible before the ranks meet.
     """
     if config.checkpoint.path is not None:
-        raise UserError("checkpoint.path is read by distlenet.evaluate; to train on from a file give checkpoint.resume")
+        raise UserError(
+            f"checkpoint.path={config.checkpoint.path}: is for distlenet.evaluate; to go on from a file give "
+            "checkpoint.resume"
+        )
     folder = run_folder(config)
     grace_s = config.checkpoint.grace_s
     with listening(grace_s) as preemption, open_session(config, folder) as session:
@@ -136,7 +139,7 @@ def claim_folder(folder: Path, lock: FileLock) -> None:
         raise UserError(f"run folder {folder}: another job is writing there; give another run.name, or wait") from error
     except OSError as error:
         raise UserError(
-            f"run folder {folder}: cannot be written: {error.strerror or error}; give another run.dir"
+            f"run folder {folder}: cannot be written: {error.strerror or error}; give another run.dir or run.name"
         ) from error
 
 

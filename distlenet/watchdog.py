@@ -81,7 +81,10 @@ class Watchdog:
         asking.join(4 * wait_s)
         if not findings:
             where = "torchrun's agent" if self.world.init_method == "env://" else f"rank 0 on {self.first_host}"
-            warn(f"{what} {where} does not answer (says rank {self.world.rank} on {socket.gethostname()})")
+            warn(
+                f"{what} {where} does not answer (says rank {self.world.rank} on {socket.gethostname()}); look "
+                "whether it runs"
+            )
         elif findings[0]:
             warn(f"{what} {findings[0]}")
 

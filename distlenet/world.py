@@ -36,10 +36,10 @@ def world_from_environ(environ: Mapping[str, str]) -> World:
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        if missing := [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in environ]:
+        if missing := [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]:
             given = "RANK" if "RANK" in environ else "WORLD_SIZE"
             raise RankError(
-                f"environment: {given} is set but {', '.join(missing)} is not; start ranks with torchrun, "
+                f"environment: {given} is set, but not {', '.join(missing)}; start ranks with torchrun, "
                 f"or unset {given} for one process"
             )
         rank, local_rank, world_size, local_world_size = (number(environ, name) for name in names)
@@ -52,9 +52,12 @@ def world_from_environ(environ: Mapping[str, str]) -> World:
         world_size, rank, local_rank, node_rank = (
             number(environ, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
         )
-        tasks = slurm_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        tasks = slurm_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""), most=world_size)
         if node_rank >= len(tasks):
-            raise RankError(f"environment: SLURM_NODEID={node_rank} is beyond SLURM_STEP_TASKS_PER_NODE")
+            raise RankError(
+                f"environment: SLURM_NODEID={node_rank}: SLURM_STEP_TASKS_PER_NODE has only {len(tasks)} nodes; "
+                "srun sets both"
+            )
         if environ.get("SLURM_DISTRIBUTION", "").startswith("arbitrary") and "MASTER_ADDR" not in environ:
             raise RankError(
                 "environment: SLURM_DISTRIBUTION=arbitrary: rank 0 may be on any node; set MASTER_ADDR to its host name"
@@ -75,33 +78,56 @@ def number(environ: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
+def threads_from_environ(environ: Mapping[str, str]) -> int | None:
+    """Read OMP_NUM_THREADS, a number or a list of which the first counts; None where it is not set.
+
+    Raises RankError where it is neither: OpenMP would take a number of its own.
+    """
+    value = environ.get("OMP_NUM_THREADS")
+    if value is None:
+        return None
+    if not re.fullmatch(r" *[1-9][0-9]{0,3} *(,.*)?", value):
+        raise RankError(f"environment: OMP_NUM_THREADS={value!r}: expected a whole number, 1 to 9999; or unset it")
+    return int(value.partition(",")[0])
+
+
 def _port(environ: Mapping[str, str]) -> int:
     port = number(environ, "MASTER_PORT")
     if not 1 <= port <= 65535:
-        raise RankError(f"environment: MASTER_PORT={port}: expected a port, 1 to 65535")
+        raise RankError(f"environment: MASTER_PORT={port}: expected a port, 1 to 65535; give a free one")
     return port
 
 
 def _checked(world: World) -> World:
     if world.rank >= world.world_size:
         raise RankError(
-            f"environment: rank {world.rank} in a world of {world.world_size}: ranks count from 0; torchrun "
+            f"environment: rank {world.rank} of {world.world_size} ranks (RANK, WORLD_SIZE): they count from 0; "
+            "torchrun "
             "and srun number them"
+        )
+    if world.local_world_size > world.world_size:
+        raise RankError(
+            f"environment: {world.local_world_size} ranks on this node (LOCAL_WORLD_SIZE), but "
+            f"{world.world_size} in all "
+            "(WORLD_SIZE); torchrun and srun set both"
         )
     if world.local_rank >= world.local_world_size:
         raise RankError(
-            f"environment: local rank {world.local_rank} among {world.local_world_size} ranks of its node: "
-            "local ranks count from 0; torchrun and srun number them"
+            f"environment: local rank {world.local_rank} of {world.local_world_size} ranks on its node (LOCAL_RANK, "
+            "LOCAL_WORLD_SIZE): they count from 0; torchrun and srun number them"
         )
     return world
 
 
-def slurm_tasks_per_node(text: str) -> list[int]:
-    """Expand SLURM's tasks per node: ``2(x3),1`` is [2, 2, 2, 1]."""
-    if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", text):
-        raise RankError(f"environment: SLURM_STEP_TASKS_PER_NODE={text!r}: expected counts such as 2(x3),1")
+def slurm_tasks_per_node(text: str, most: int) -> list[int]:
+    """Expand SLURM's tasks per node: ``2(x3),1`` is [2, 2, 2, 1]; each of up to ``most`` nodes has a task."""
+    given = f"environment: SLURM_STEP_TASKS_PER_NODE={text[:100]!r}"
+    if not re.fullmatch(r"\d{1,9}(\(x\d{1,9}\))?(,\d{1,9}(\(x\d{1,9}\))?)*", text):
+        raise RankError(f"{given}: expected counts such as 2(x3),1; srun sets it")
     counts: list[int] = []
     for tasks, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        if len(counts) + int(repeat or 1) > most:
+            raise RankError(f"{given}: more nodes than the {most} tasks of SLURM_STEP_NUM_TASKS; srun sets both")
         counts += [int(tasks)] * int(repeat or 1)
     return counts
 
@@ -110,7 +136,7 @@ def slurm_first_host(nodelist: str) -> str:
     """Name the first host of a SLURM node list: ``gpu[03-07,11],login1`` is gpu03. Rank 0 runs there."""
     first = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodelist)
     if first is None:
-        raise RankError(f"environment: SLURM_STEP_NODELIST={nodelist!r}: expected host names")
+        raise RankError(f"environment: SLURM_STEP_NODELIST={nodelist!r}: expected host names; srun sets it")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 

@@ -113,7 +113,9 @@ class CheckpointFolder:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise UserError(f"checkpoint {self.folder}: cannot be read: {error.strerror or error}") from error
+            raise UserError(
+                f"checkpoint {self.folder}: cannot be read: {error.strerror or error}; mend its rights"
+            ) from error
         return sorted(paths, key=lambda path: int(path.stem.partition("-")[2]))
 
 
@@ -127,7 +129,7 @@ def find_checkpoint(path: Path) -> Path:
             return path
         path.stat()
     except FileNotFoundError as error:
-        raise UserError(f"checkpoint {path}: no such file or run folder") from error
+        raise UserError(f"checkpoint {path}: no such file or run folder; give one that is there") from error
     except OSError as error:
         raise UserError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from error
     newest = CheckpointFolder(path / "checkpoints", keep=1).newest() or CheckpointFolder(path, keep=1).newest()

@@ -22,7 +22,7 @@ from distlenet.distributed import pick_backend, pick_device
 from distlenet.errors import UserError
 from distlenet.precision import pick_precision
 from distlenet.schema import Config
-from distlenet.world import World
+from distlenet.world import World, threads_from_environ
 
 SHM = Path("/dev/shm")
 
@@ -65,11 +65,12 @@ class Facts:
 
 def look(config: Config, world: World, environ: Mapping[str, str] = os.environ) -> Facts:
     """See what there is to see for a rank."""
-    refused, backend, precision, device = "", "gloo", "fp32", torch.device("cpu")
+    refused, backend, precision, device, threads = "", "gloo", "fp32", torch.device("cpu"), 1
     try:
         device = pick_device(config.device, world, torch.cuda.device_count())
         backend = pick_backend(config.distributed.backend, device)
         precision = pick_precision(config.precision, device)
+        threads = config.distributed.threads or threads_from_environ(environ) or 1
     except UserError as error:
         refused = str(error)
     name = f"{'NCCL' if backend == 'nccl' else 'GLOO'}_SOCKET_IFNAME"
@@ -89,7 +90,7 @@ def look(config: Config, world: World, environ: Mapping[str, str] = os.environ) 
         backend=backend,
         precision=precision,
         cores=len(os.sched_getaffinity(0)),
-        threads=config.distributed.threads or int(environ.get("OMP_NUM_THREADS") or 1),
+        threads=config.distributed.threads or threads,
         address=address,
         loopback=loopback,
         interface=interface_to(first_host(world)),

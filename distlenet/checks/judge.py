@@ -58,7 +58,9 @@ def devices(facts: Sequence[Facts]) -> Finding:
     """Has each rank a device of its own, and all the same kind of it?"""
     refused = _by_value([f for f in facts if f.refused], lambda f: f.refused)
     if refused:
-        return Finding("devices", "FAIL", _where(refused))
+        return Finding(
+            "devices", "FAIL", _where(refused), "give another device=, or start as many ranks as there are GPUs"
+        )
     used = _by_value([f for f in facts if f.gpu], lambda f: f"{f.host} {f.gpu}")
     if double := {gpu: ranks for gpu, ranks in used.items() if len(ranks) > 1}:
         gpu, ranks = next(iter(double.items()))

@@ -15,6 +15,7 @@ from distlenet.checks.facts import Facts
 from distlenet.checks.network import Listener, peers_of, try_peers
 from distlenet.data.augment import SIZE
 from distlenet.errors import RankError
+from distlenet.rendezvous import ranks_in_words
 from distlenet.schema import Config
 from distlenet.world import World
 
@@ -69,8 +70,11 @@ def wait_for(here: Store, keys: list[str], wait_s: float) -> None:
     try:
         here.wait(keys, timedelta(seconds=wait_s))
     except dist.DistStoreError as error:
-        missing = [key for key in keys if not here.check([key])]
-        raise RankError(f"preflight: no {', '.join(missing[:8])} after {wait_s:g} s") from error
+        late = [key for key in keys if not here.check([key])]
+        missing = sorted({int(key.rpartition("/")[2]) if "/" in key else 0 for key in late})  # rank 0 says the word
+        raise RankError(
+            f"preflight: {ranks_in_words(missing)} did not answer within {wait_s:g} s (--wait); look at what they print"
+        ) from error
 
 
 def listen(here: Store, world: World, mine: Facts) -> Listener | None:
@@ -133,7 +137,7 @@ def between(everyones: list[Facts], reports: list[dict[str, Any]], config: Confi
         findings.append(_room(config))
     lacking = [f"{host}: {report['no data']}" for host, report in nodes if report["no data"]]
     if lacking:
-        findings.append(Finding("data", "FAIL", "; ".join(lacking[:4]), "on those nodes, or give another data.root"))
+        findings.append(Finding("data", "FAIL", "; ".join(lacking[:4]), "do so there, or give another data.root"))
     else:
         findings.append(Finding("data", "ok", f"{config.data.name}, verified, in {nodes[0][1]['data']}"))
     return findings

@@ -55,7 +55,9 @@ def locate_or_download(name: str, root: Path, debian: bool = False) -> dict[str,
             shutil.rmtree(root, ignore_errors=True)
         raise
     except Timeout as error:
-        raise UserError(f"data: {error.lock_file} is held by another process; remove it if there is none") from error
+        raise UserError(
+            f"data: {error.lock_file} is held by another process; wait for it, or remove the file if there is none"
+        ) from error
     except OSError as error:
         raise UserError(f"data.root={root}: cannot be written: {error.strerror or error}") from error
 

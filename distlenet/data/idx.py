@@ -8,13 +8,15 @@ import math
 import stat
 import struct
 import zlib
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from distlenet.errors import UserError
 from distlenet.shared import CHUNK, SharedFile, in_memory, on_disk
+
+LARGEST = 16 + 60_000 * 28 * 28  # bytes, of the training images of both sets
 
 UINT8 = 8  # the format's code for unsigned bytes
 
@@ -99,9 +101,18 @@ def open_verified(path: Path, sha256: str) -> SharedFile:
 
 
 def unpacked(path: Path) -> SharedFile:
-    """Unpack a .gz file into memory."""
-    with gzip.open(path) as packed:
-        return in_memory(iter(partial(packed.read, CHUNK), b""))
+    """Unpack a .gz file into memory. Raises BadGzipFile for one of more bytes than any published file has."""
+
+    def chunks() -> Iterator[bytes]:
+        with gzip.open(path) as packed:
+            left = LARGEST
+            while chunk := packed.read(CHUNK):
+                left -= len(chunk)
+                if left < 0:
+                    raise gzip.BadGzipFile(f"more than {LARGEST:,} bytes in it")
+                yield chunk
+
+    return in_memory(chunks())
 
 
 def header(shape: tuple[int, ...]) -> bytes:

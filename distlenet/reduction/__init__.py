@@ -33,5 +33,9 @@ def make_reduction(config: Config, net: nn.Module, world: World, watch: bool) ->
         compress = config.distributed.compress == "bf16"
         return DdpReduction(net, world, config.train.accumulation_steps, size, all_reduce, compress)
     if config.distributed.compress != "none":
-        raise UserError("distributed.compress=bf16 rounds what distributed.reduction=exact does not; give ddp, or none")
+        raise UserError(
+            "distributed.compress=bf16: rounds what distributed.reduction=exact does not; give "
+            "distributed.reduction=ddp, or "
+            "distributed.compress=none"
+        )
     return ExactReduction(net, world, config.distributed.virtual_shards, size, watch, all_reduce)

@@ -38,10 +38,10 @@ def micro_batch_size(config: Config, world_size: int) -> int:
             _refuse(batch, parts, f"{world_size} ranks × {accumulation} accumulation steps")
         return -(-batch // parts)
     if world_size > shards or (shards % world_size and not uneven):
-        sizes = ", ".join(str(size) for size in range(1, shards + 1) if shards % size == 0)
+        sizes = " or ".join(str(size) for size in range(1, shards + 1) if shards % size == 0)
         raise UserError(
-            f"distributed.virtual_shards={shards} does not divide by {world_size} ranks; numbers of ranks that "
-            f"work: {sizes}; or give another distributed.virtual_shards, or distributed.reduction=ddp"
+            f"distributed.virtual_shards={shards}: does not divide by {world_size} ranks; start {sizes} ranks, or give "
+            "another distributed.virtual_shards, or distributed.reduction=ddp"
         )
     if accumulation != 1:
         raise UserError(
@@ -56,6 +56,4 @@ def micro_batch_size(config: Config, world_size: int) -> int:
 def _refuse(batch: int, divisor: int, divisor_in_words: str) -> NoReturn:
     below = batch // divisor * divisor
     sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
-    raise UserError(
-        f"train.global_batch_size={batch} does not divide by {divisor_in_words}; the nearest that do: {sizes}"
-    )
+    raise UserError(f"train.global_batch_size={batch}: does not divide by {divisor_in_words}; give {sizes}")

@@ -8,10 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from distlenet.checkpoint.alike import MOST, check_alike
-from distlenet.config import flatten, in_yaml
+from distlenet.config import flatten, in_yaml, read_yaml
 from distlenet.errors import UserError, printable, warn
 from distlenet.tracking import TEST_FILE, Record
 from distlenet.tracking.history import read_records
@@ -58,15 +56,16 @@ def read_run(folder: Path) -> Run:
     Of the other files, what is not as a run writes it is left out, with a warning.
     """
     metrics, settings = folder / "metrics.jsonl", folder / "config.yaml"
-    if not metrics.exists() or not settings.exists():
-        raise UserError(f"{folder}: no run folder: no {metrics.name} and {settings.name} in it; give RUN_DIR/RUN_NAME")
+    if not metrics.is_file() or not settings.is_file():
+        raise UserError(
+            f"{folder}: is not a run folder: has no {metrics.name} or no {settings.name}; give RUN_DIR/RUN_NAME"
+        )
+    config = read_yaml(str(settings), str(settings))
     try:
-        config = yaml.safe_load(settings.read_text(encoding="utf-8"))
         records = [record for _, record in read_records(metrics)]
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: cannot be read: {' '.join(str(error).split())[:300]}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{settings}: holds no settings")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{metrics}: cannot be read: {reason}; restore that file, or leave the run out") from error
     flat = {str(key): in_yaml(value) for key, value in flatten(config)}
     starts = list(_starts(_part(folder / "starts.jsonl", str, "")))
     summary: Record = _part(folder / "summary.json", lambda text: dict(json.loads(text).items()), {})

@@ -8,13 +8,16 @@ Lines are only ever added. A step that a later start trained again counts in tha
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from distlenet.checkpoint.alike import check_alike
 from distlenet.distributed import all_or_none, from_rank_0
+from distlenet.errors import UserError
 from distlenet.files import LineFile, told
 
 START = re.compile(r"(\d+)-from-(\d+)")
@@ -89,16 +92,38 @@ class Start:
     step: int
 
     def facts(self) -> dict[str, Any]:
-        """Return the facts that ``open_start`` was given."""
-        facts: dict[str, Any] = json.loads((self.folder / "start.json").read_text(encoding="utf-8"))
+        """Return the facts that ``open_start`` was given. Raises UserError where they are not there."""
+        path = self.folder / "start.json"
+        with _read(path):
+            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            check_alike({name: facts[name] for name in FACTS}, FACTS, "facts")
         return facts
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of all ranks; a last line that a kill cut short is none."""
+        """Yield the lines of all ranks; a last line that a kill cut short is none. Raises UserError."""
         for path in sorted(self.folder.glob("rank-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):
-                    yield json.loads(line)
+            with _read(path):
+                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+                for line in lines:
+                    like = {"epoch": 0, "step": 0, "indices": [0] * len(line["indices"])}
+                    check_alike(line, like, "line")
+            yield from lines
+
+
+FACTS = {"samples": 0, "steps_per_epoch": 0, "global_batch_size": 0, "world_size": 0}
+"""What a ledger's facts are like."""
+
+
+@contextmanager
+def _read(path: Path) -> Iterator[None]:
+    """Raise UserError that names ``path`` where it cannot be read, or holds something else."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}; restore that file") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: is not as a run writes it ({reason}); restore that file") from error
 
 
 def starts(run: Path) -> list[Start]:

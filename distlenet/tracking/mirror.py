@@ -43,7 +43,7 @@ class Mirror:
         for package in self.wanted:
             if importlib.util.find_spec(package) is None:
                 setting = "wandb.mode=disabled" if package == "wandb" else "tracking.tensorboard=false"
-                raise UserError(f"package {package} is not installed: pip install {package}; or give {setting}")
+                raise UserError(f"package {package}: is not installed; pip install {package}, or give {setting}")
         if config["wandb"]["mode"] == "online" and not has_key(os.environ):
             warn("wandb.mode=online: no API key is configured, so the run is kept offline; wandb login adds one")
         self.process: subprocess.Popen[bytes] | None = None

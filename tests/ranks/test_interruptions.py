@@ -66,8 +66,7 @@ def test_a_user_error_under_torchrun_is_one_line_from_one_rank(tmp_path):
     assert ended.status != 0
     ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
     assert ours == [
-        "distlenet: train.global_batch_size=64 does not divide by 3 ranks × 1 accumulation steps; "
-        "the nearest that do: 63 or 66"
+        "distlenet: train.global_batch_size=64: does not divide by 3 ranks × 1 accumulation steps; give 63 or 66"
     ], str(ended)
     assert "UserError" not in ended.stderr, str(ended)
 

@@ -51,7 +51,7 @@ DIGITS = ("data.name=digits", "device=cpu")
         (["data.root=broken.yaml"], "data.root=broken.yaml: is not a folder"),
         ([*DIGITS, "distributed.backend=nccl"], "distributed.backend=nccl"),
         ([*DIGITS, "precision=fp16"], "precision=fp16: needs a GPU"),
-        ([*DIGITS, "train.global_batch_size=7", "train.accumulation_steps=2"], "the nearest that do: 6 or 8"),
+        ([*DIGITS, "train.global_batch_size=7", "train.accumulation_steps=2"], "; give 6 or 8"),
         ([*DIGITS, "checkpoint.resume=nowhere"], "checkpoint nowhere: no such file"),
         ([*DIGITS, "checkpoint.resume=other.pt"], "another architecture"),
         ([*DIGITS, "checkpoint.resume=broken.yaml"], "is damaged or not a checkpoint"),
@@ -151,9 +151,9 @@ def test_evaluation(given, tmp_path, words, part):
 @pytest.mark.parametrize(
     ("environ", "part"),
     [
-        ({"RANK": "0"}, "RANK is set but LOCAL_RANK, WORLD_SIZE"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set but RANK"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "rank 2 in a world of 2"),
+        ({"RANK": "0"}, "RANK is set, but not LOCAL_RANK, WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but not RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "rank 2 of 2 ranks"),
     ],
 )
 def test_the_environment(given, monkeypatch, environ, part):

@@ -67,3 +67,13 @@ def test_lines_that_wait_are_tried_again_without_a_new_one(tmp_path):
         assert file.failure is not None
     file.close()
     assert (tmp_path / "lines").read_text() == "a line\n"
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    (tmp_path / ".page.html.writing").symlink_to(elsewhere)
+    replace_text(tmp_path / "page.html", "new")
+    assert elsewhere.read_text() == "mine"
+    assert (tmp_path / "page.html").read_text() == "new"
+    assert not (tmp_path / "page.html").is_symlink()

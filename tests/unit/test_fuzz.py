@@ -20,12 +20,15 @@ from PIL import Image
 
 from distlenet import train
 from distlenet.checkpoint.file import from_bytes, load_checkpoint, to_bytes
+from distlenet.checks.facts import look
 from distlenet.config import FIELDS, load_config
 from distlenet.data import idx
 from distlenet.errors import Preempted, UserError
 from distlenet.images import Unreadable, read_picture
+from distlenet.predict import Predictor
+from distlenet.reporting.runs import read_run
 from distlenet.tracking.history import read_records
-from distlenet.world import world_from_environ
+from distlenet.world import World, world_from_environ
 
 pytestmark = pytest.mark.unit
 
@@ -71,7 +74,7 @@ keys = (
 )
 
 
-@examples(700)
+@examples(1500)
 @given(st.lists(st.tuples(keys, texts | numbers), max_size=4))
 def test_overrides(pairs):
     with answers():
@@ -230,6 +233,26 @@ def test_checkpoint_states(tmp_path_factory, checkpoint, data):
     assert {found.name for found in folder.iterdir()} <= {"odd.pt", "run"}
 
 
+@examples(100)
+@given(st.data())
+def test_checkpoint_states_of_a_prediction(tmp_path, checkpoint, data):
+    state = copy.deepcopy(from_bytes(checkpoint.read_bytes()))
+    *way, last = data.draw(st.sampled_from([place for place in places(state) if place[0] in READ_BY_PREDICT]))
+    inside = state
+    for key in way:
+        inside = inside[key]
+    inside[last] = copy.deepcopy(data.draw(odd))
+    path = tmp_path / "odd.pt"
+    path.write_bytes(to_bytes(state))
+    with answers():
+        probabilities = Predictor(path)(torch.zeros(1, 28, 28, dtype=torch.uint8))
+        assert probabilities.isfinite().all()
+        assert probabilities.shape == (1, 10)
+
+
+READ_BY_PREDICT = ("input", "classes", "config", "model")
+
+
 @examples(300)
 @given(st.binary(max_size=64) | st.tuples(st.lists(st.integers(0, 2**32 - 1), max_size=5), st.binary(max_size=40)))
 def test_idx_bytes(content):
@@ -300,6 +323,19 @@ def test_a_run_folder_with_odd_files(tmp_path_factory, content, name):
         train.train(load_config([], words))
 
 
+@examples(60)
+@given(st.lists(lines, max_size=4), st.sampled_from(["starts.jsonl", "metrics.jsonl", "summary.json", "config.yaml"]))
+def test_a_report_of_odd_files(tmp_path_factory, checkpoint, content, name):
+    run = tmp_path_factory.mktemp("report") / "run"
+    run.mkdir()
+    for file in checkpoint.parents[1].iterdir():
+        if file.is_file():
+            (run / file.name).write_bytes(file.read_bytes())
+    (run / name).write_bytes(b"\n".join(content))
+    with answers():
+        assert read_run(run).folder == run
+
+
 # --- environment
 
 TORCHRUN = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_USE_AGENT_STORE"
@@ -307,7 +343,7 @@ SLURM = (
     "PROCID LOCALID NODEID STEP_NUM_TASKS STEP_TASKS_PER_NODE STEP_NODELIST JOB_ID STEP_ID GPUS_PER_TASK DISTRIBUTION"
 )
 NAMES = [*TORCHRUN.split(), *(f"SLURM_{name}" for name in SLURM.split())]
-PLACES = """0 1 2 -1 1e3 99999 2(x2) n[1-3] n[ (x9) True ²"""
+PLACES = """0 1 2 -1 1e3 99999 2(x2) 2(x999999999) n[1-3] n[ (x9) True ²"""
 values = st.text(max_size=8) | st.sampled_from(PLACES.split())
 
 
@@ -335,6 +371,7 @@ def test_environments(tmp_path_factory, environ):
     with pytest.MonkeyPatch.context() as patch, answers():
         for name, value in environ.items():
             patch.setenv(name, value)
+        assert look(load_config([], []), World()).threads >= 1
         words = [f"{key}={value}" for key, value in FIXED.items()] + [f"run.dir={folder}", "run.name=run"]
         train.train(load_config([], words))
 

@@ -87,3 +87,14 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     loop.symlink_to(loop)  # unreadable for root too
     with pytest.raises(UserError, match=re.escape(str(loop))):
         idx.find(loop)
+
+
+def test_a_packed_file_is_unpacked_no_further_than_published_files_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(idx, "LARGEST", 1000)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes(1001)))
+    with pytest.raises(UserError, match="more than 1,000 bytes"):
+        idx.open_verified(path, "0" * 64)
+    path.write_bytes(gzip.compress(bytes(1000)))
+    with pytest.raises(UserError, match="not the published file"):
+        idx.open_verified(path, "0" * 64)

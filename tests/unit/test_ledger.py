@@ -86,7 +86,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, fails):
     assert ended.value.code == 1
     assert "NOT every epoch is right" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["ledger", str(tmp_path / "none")])
-    assert "holds no ledger" in fails(command.main)
+    assert "has no ledger" in fails(command.main)
 
 
 def test_starts_have_their_facts_and_no_ledger_writes_nothing(tmp_path):
@@ -96,3 +96,20 @@ def test_starts_have_their_facts_and_no_ledger_writes_nothing(tmp_path):
         command.report(tmp_path / "other")
     NoLedger().record(0, 0, torch.tensor([1]))
     NoLedger().close()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rank-00000.jsonl", '{"epoch": 0, "step": "x", "indices": [1]}\n'),
+        ("rank-00000.jsonl", "nonsense\n"),
+        ("rank-00000.jsonl", '{"step": 1}\n'),
+        ("start.json", "{"),
+        ("start.json", '{"samples": 10}'),
+    ],
+)
+def test_a_ledger_that_holds_something_else_is_named(tmp_path, name, content):
+    folder = write(tmp_path, 0, [[0, 1, 2, 3]])
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}: is not as a run writes it"):
+        command.report(tmp_path)

@@ -9,6 +9,9 @@ import torch
 from conftest import run_command
 from PIL import Image
 
+from distlenet.checkpoint.file import load_checkpoint, to_bytes
+from distlenet.checkpoint.folder import find_checkpoint
+from distlenet.errors import UserError
 from distlenet.images import MOST_PIXELS, Unreadable, find_pictures, read_picture
 from distlenet.predict import Predictor
 
@@ -99,7 +102,7 @@ def test_what_is_no_picture_is_named_and_the_others_are_answered(run, tmp_path):
     assert ended.status == 2
     assert ended.stdout.startswith(f"{good}  ")
     (line,) = ended.stderr.splitlines()
-    for name, reason in (("text", "cannot be read"), ("torn", "cannot be read"), ("gone", "is not there")):
+    for name, reason in (("text", "cannot be read"), ("torn", "cannot be read"), ("gone", "no such file")):
         assert f"{name}.png: {reason}" in line
     assert "empty: holds no picture" in line
 
@@ -107,7 +110,7 @@ def test_what_is_no_picture_is_named_and_the_others_are_answered(run, tmp_path):
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
     Image.new("1", (MOST_PIXELS // 5000, 5001)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
-    with pytest.raises(Unreadable, match="pixels; at most 50,000,000 are read"):
+    with pytest.raises(Unreadable, match="pixels; at most 50,000,000 are read, and 16,384 a side"):
         read_picture(tmp_path / "bomb.png", "auto", 28)
 
 
@@ -136,9 +139,9 @@ def test_an_annotated_picture(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--top", "0", "x.png"], "expected a whole number, 1 to 10"),
+        (["--top", "0", "x.png"], "0: expected a whole number, at least 1"),
         (["--top", "11", "x.png"], "expected a whole number, 1 to 10"),
-        ([], "expected checkpoint=RUN_OR_FILE and a picture"),
+        ([], "expected checkpoint=RUN_OR_FILE once, and pictures"),
         (["--invert", "perhaps", "x.png"], "invalid choice"),
     ],
 )
@@ -151,7 +154,7 @@ def test_mistakes_are_one_line(run, words, message):
 
 def test_a_picture_too_long_to_be_made_square_is_refused(tmp_path):
     Image.new("1", (16_385, 1)).save(tmp_path / "line.png")
-    with pytest.raises(Unreadable, match="16385 × 1 pixels; a side may have 16,384"):
+    with pytest.raises(Unreadable, match="16385 × 1 pixels; at most 50,000,000 are read, and 16,384 a side"):
         read_picture(tmp_path / "line.png", "auto", 28)
 
 
@@ -159,7 +162,7 @@ def test_a_pipe_is_no_picture(tmp_path):
     import os
 
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(Unreadable, match=r"pipe\.png: is no file"):
+    with pytest.raises(Unreadable, match=r"pipe\.png: is not a regular file"):
         read_picture(tmp_path / "pipe.png", "auto", 28)
 
 
@@ -189,9 +192,54 @@ def test_names_are_shown_without_what_a_terminal_would_obey(run, tmp_path):
     assert ended.status == 2
     assert "\x1b" not in ended.stdout + ended.stderr
     assert "a\\x1b[31m\\nb.png  " in ended.stdout
-    assert "\\udcff.png: " in ended.stdout
+    assert "\\udcff.png  " in ended.stdout
     assert len(ended.stdout.splitlines()) == 2
     assert (tmp_path / "page.png").stat().st_size > 1000
     told = predict(run, picture, "--save", tmp_path / "page.gif")
     assert told.status == 2
     assert "page.gif: expected a name that ends in .png" in told.stderr
+
+
+def test_no_file_starts_another_program(tmp_path, monkeypatch):
+    """Pillow hands Encapsulated PostScript to Ghostscript, whatever the file is called."""
+    called = tmp_path / "called"
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {called}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    picture = tmp_path / "picture.png"
+    Image.new("L", (9, 9)).save(picture, "EPS")
+    with pytest.raises(Unreadable, match="cannot be read as a picture"):
+        read_picture(picture, "no", 28)
+    assert not called.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": {"mean": 0.1, "std": 0.2, "size": 10**6}}, "what cannot be"),
+        ({"input": {"mean": 0.1, "std": 0.2, "size": 0}}, "what cannot be"),
+        ({"input": {"mean": 0.1, "std": 0.0, "size": 28}}, "what cannot be"),
+        ({"input": {"mean": float("nan"), "std": 0.2, "size": 28}}, "what cannot be"),
+        ({"input": {"mean": 0.1, "std": 0.2}}, "does not say what its images are like"),
+        ({"input": None}, "does not say what its images are like"),
+        ({"classes": [1] * 10}, "what cannot be"),
+        ({"classes": ["a"] * 11}, "names 11 classes, but its network gives 10 numbers"),
+    ],
+)
+def test_a_checkpoint_that_says_what_cannot_be_is_refused(run, tmp_path, change, message):
+    state = load_checkpoint(find_checkpoint(run / "run"))
+    path = tmp_path / "odd.pt"
+    path.write_bytes(to_bytes({**state, **change}))
+    with pytest.raises(UserError, match=message):
+        Predictor(path)
+
+
+def test_weights_that_are_not_finite_predict_nothing(run, tmp_path):
+    state = load_checkpoint(find_checkpoint(run / "run"))
+    path = tmp_path / "odd.pt"
+    path.write_bytes(
+        to_bytes({**state, "model": {k: torch.full_like(v, torch.nan) for k, v in state["model"].items()}})
+    )
+    with pytest.raises(UserError, match="not all of them finite"):
+        Predictor(path)

@@ -88,11 +88,11 @@ def test_a_run_under_way_has_a_report_too(tmp_path, gone):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.yaml", None, "no run folder"),
-        ("config.yaml", "- 1\n", "holds no settings"),
-        ("config.yaml", "a: [", "cannot be read"),
+        ("config.yaml", None, "is not a run folder"),
+        ("config.yaml", "- 1\n", "expected a mapping of settings"),
+        ("config.yaml", "a: [", "config.yaml: not valid YAML"),
         ("metrics.jsonl", "nonsense\n", "line 1 is no record"),
-        ("metrics.jsonl", 0, "cannot be read: .*Is a directory"),
+        ("metrics.jsonl", 0, "is not a run folder"),
     ],
 )
 def test_what_is_no_run_is_told(tmp_path, file, content, message):

@@ -52,8 +52,8 @@ def test_a_row_names_the_split_and_leaves_out_what_is_null():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["wandb.mode=online"], r"package wandb is not installed: pip install wandb; or give wandb\.mode=disabled"),
-        (["wandb.mode=disabled", "tracking.tensorboard=true"], r"package tensorboard .*tracking\.tensorboard=false"),
+        (["wandb.mode=online"], r"package wandb: is not installed; pip install wandb, or give wandb\.mode=disabled"),
+        (["wandb.mode=disabled", "tracking.tensorboard=true"], r"package tensorboard: .*tracking\.tensorboard=false"),
     ],
 )
 def test_a_missing_package_is_told_before_training(tmp_path, monkeypatch, settings, message):

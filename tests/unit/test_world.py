@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from distlenet.distributed import pick_device
-from distlenet.errors import UserError
-from distlenet.world import World, slurm_first_host, slurm_port, slurm_tasks_per_node, world_from_environ
+from distlenet.errors import RankError, UserError
+from distlenet.world import (
+    World,
+    slurm_first_host,
+    slurm_port,
+    slurm_tasks_per_node,
+    threads_from_environ,
+    world_from_environ,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -85,18 +92,20 @@ def test_a_batch_script_is_one_process_however_many_tasks_were_asked_for():
 
 @pytest.mark.parametrize("name", sorted(TORCHRUN.keys() - {"GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"}))
 def test_a_missing_variable_is_named(name):
-    with pytest.raises(UserError, match=f"{name} is not"):
+    with pytest.raises(UserError, match=rf"is set, but not .*\b{name}\b"):
         world_from_environ({k: v for k, v in TORCHRUN.items() if k != name})
 
 
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"RANK": "8"}, "rank 8 in a world of 8"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "9 ranks on this node (LOCAL_WORLD_SIZE), but 8 in all"),
+        ({"MASTER_ADDR": ""}, "but not MASTER_ADDR"),
+        ({"RANK": "8"}, "rank 8 of 8 ranks"),
         ({"RANK": "x"}, "RANK='x'"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),
-        ({"LOCAL_RANK": "4"}, "local rank 4 among 4"),
-        ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE=''"),
+        ({"LOCAL_RANK": "4"}, "local rank 4 of 4 ranks"),
+        ({"LOCAL_WORLD_SIZE": ""}, "but not LOCAL_WORLD_SIZE"),
     ],
 )
 def test_contradictions_are_named(change, part):
@@ -109,13 +118,13 @@ def test_contradictions_are_named(change, part):
     [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,2(x2)", [1, 2, 2])],
 )
 def test_tasks_per_node(text, counts):
-    assert slurm_tasks_per_node(text) == counts
+    assert slurm_tasks_per_node(text, most=99) == counts
 
 
 @pytest.mark.parametrize("text", ["", "x", "2(x", "2,", "(x2)"])
 def test_tasks_per_node_that_are_none(text):
     with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE"):
-        slurm_tasks_per_node(text)
+        slurm_tasks_per_node(text, most=99)
 
 
 @pytest.mark.parametrize(
@@ -144,3 +153,21 @@ def test_ports_of_neighbouring_jobs_and_steps_differ_and_are_below_the_ephemeral
     assert len(set(ports)) == len(ports)
     assert min(ports) >= 20_000
     assert max(ports) < 30_000
+
+
+def test_no_list_of_tasks_is_longer_than_the_tasks():
+    """``2(x999999999)`` would be a list of 8 GB."""
+    with pytest.raises(RankError, match="more nodes than the 8 tasks"):
+        slurm_tasks_per_node("2(x999999999)", most=8)
+
+
+@pytest.mark.parametrize(("text", "threads"), [("4", 4), ("4,2", 4), (" 3 ", 3)])
+def test_threads(text, threads):
+    assert threads_from_environ({"OMP_NUM_THREADS": text}) == threads
+    assert threads_from_environ({}) is None
+
+
+@pytest.mark.parametrize("text", ["", "abc", "-3", "0", "99999", "2x"])
+def test_threads_that_are_none(text):
+    with pytest.raises(RankError, match="OMP_NUM_THREADS"):
+        threads_from_environ({"OMP_NUM_THREADS": text})
