@@ -1,7 +1,7 @@
 """Where ranks of one machine wait for each other, by semaphores in memory that all of them map.
 
-A rank that waits looks again and again for a while, as NCCL does on a GPU, and only then sleeps: where all processors
-are busy, to be woken takes longer than most waits.
+A rank that waits looks again and again, as NCCL does on a GPU, but only for as long as it takes to be woken; then it
+sleeps, since another process, or the very rank that it waits for, may want the processor.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 from torch import Tensor
 
 LINE = 64  # bytes of a processor's cache line: what two ranks write lies on different ones
-SPIN_S = 1e-3  # how long a rank looks before it sleeps; to be woken takes about a tenth of that
+SPIN_S = 1e-4  # how long a rank looks before it sleeps; ten times that is a fifth slower beside other busy processes
 LOOKS = 64  # between two looks at the clock
 SLEEP_S = 0.2  # between two looks whether the others are still alive
 
