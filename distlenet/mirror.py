@@ -1,9 +1,10 @@
-"""``python -m distlenet.mirror RUN``: send a run's records to its trackers; started by ``distlenet.tracking.mirror``.
+"""``python -m distlenet.mirror RUN NAME...``: send a run's records on; ``distlenet.tracking.mirror`` starts it.
 
 Standard input says, a line each: what to do (JSON), that there is more, and how the run ended. Its end without such a
 line says that the training is gone.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -147,10 +148,15 @@ def main() -> None:
     """Send, with the least claim to the processor, and never for longer than allowed after the training's end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the training takes them; its end says all
+    for package in sys.argv[2:]:  # now, while the ranks still meet
+        with suppress(ImportError):  # who needs it says so
+            importlib.import_module({"tensorboard": "tensorboard.summary"}.get(package, package))
+    lines = (line.strip() for line in sys.stdin)
+    if not (first := next(lines, "")):  # the training has ended before it began
+        return
+    start = json.loads(first)
     os.nice(19)
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # a rank that wakes up has the processor at once
-    lines = (line.strip() for line in sys.stdin)
-    start = json.loads(next(lines))
 
     def limit() -> None:
         timer = threading.Timer(start["config"]["wandb"]["finish_s"], os.killpg, (0, signal.SIGKILL))

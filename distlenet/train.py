@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -94,7 +95,11 @@ def train(config: Config) -> Record:
         )
     folder = run_folder(config)
     grace_s = config.checkpoint.grace_s
-    with listening(grace_s) as preemption, open_session(config, folder) as session:
+    with (
+        listening(grace_s) as preemption,
+        closing(make_mirror(config, folder, preemption)) as mirror,
+        open_session(config, folder) as session,
+    ):
         rank_0 = session.world.rank == 0
         micro_batch_size(config, session.world.world_size)  # before the data: it is what users get wrong most
         with all_or_none():
@@ -108,7 +113,7 @@ def train(config: Config) -> Record:
                 claim_folder(folder, lock)
         session.log.open(folder)
         with all_or_none():
-            tracker = make_trackers(config, folder, preemption) if rank_0 else Trackers()
+            tracker = make_trackers(config, folder, mirror) if rank_0 else Trackers()
         try:
             trainer = Trainer(config, session, data, folder, tracker, preemption)
             try:
@@ -124,9 +129,19 @@ def train(config: Config) -> Record:
     return {**summary, "rank": session.world.rank}
 
 
-def make_trackers(config: Config, folder: Path, preemption: Preemption) -> Trackers:
-    """Make what rank 0 tells: the console, the run's history, and then what mirrors that."""
+def make_mirror(config: Config, folder: Path, preemption: Preemption) -> Mirror:
+    """Make what sends a run's history on, to W&B say; on rank 0 it begins to get ready.
+
+    Raises UserError, on every rank, where a package is missing that the settings ask for.
+    """
     mirror = Mirror(folder, config.to_dict(), lambda: preemption.seconds_left() if preemption.asked else math.inf)
+    if world_from_environ(os.environ).rank == 0:
+        mirror.launch()
+    return mirror
+
+
+def make_trackers(config: Config, folder: Path, mirror: Mirror) -> Trackers:
+    """Make what rank 0 tells: the console, the run's history, and then what mirrors that."""
     return Trackers([make_console(config.run.console), History(folder, to_yaml(config)), mirror])
 
 

@@ -44,17 +44,17 @@ class Mirror:
             if importlib.util.find_spec(package) is None:
                 setting = "wandb.mode=disabled" if package == "wandb" else "tracking.tensorboard=false"
                 raise UserError(f"package {package}: is not installed; pip install {package}, or give {setting}")
-        if config["wandb"]["mode"] == "online" and not has_key(os.environ):
-            warn("wandb.mode=online: no API key is configured, so the run is kept offline; wandb login adds one")
+        self.told = False  # whether the process knows what to send
         self.process: subprocess.Popen[bytes] | None = None
         self.outcome = "failed"
 
-    def start(self, facts: Record) -> None:
-        """Start the process; for a run that is complete there is nothing to send."""
-        if facts["complete"] or not self.wanted:
+    def launch(self) -> None:
+        """Start the process: it imports what it needs while the ranks meet, so that training need not wait for it."""
+        if not self.wanted:
             return
-        start = {"facts": facts, "config": self.config, "wanted": self.wanted, "wandb_mode": self.wandb_mode}
-        command = [sys.executable, "-m", "distlenet.mirror", str(self.folder)]
+        if self.config["wandb"]["mode"] == "online" and not has_key(os.environ):
+            warn("wandb.mode=online: no API key is configured, so the run is kept offline; wandb login adds one")
+        command = [sys.executable, "-m", "distlenet.mirror", str(self.folder), *self.wanted]
         try:
             # A session of its own: Ctrl-C is for the training, whose end the process sees by its standard input.
             self.process = subprocess.Popen(
@@ -66,9 +66,15 @@ class Mirror:
             )
         except OSError as error:
             warn(f"{' and '.join(self.wanted)}: cannot be started: {error.strerror}; training goes on without")
+
+    def start(self, facts: Record) -> None:
+        """Tell the process what to send; of a run that is complete, nothing."""
+        if facts["complete"] or self.process is None:
             return
-        assert self.process.stdin is not None
+        start = {"facts": facts, "config": self.config, "wanted": self.wanted, "wandb_mode": self.wandb_mode}
+        self.told = True
         self._tell(json.dumps(start))
+        assert self.process.stdin is not None
         os.set_blocking(self.process.stdin.fileno(), False)
 
     def log(self, record: Record) -> None:  # noqa: ARG002
@@ -85,6 +91,11 @@ class Mirror:
     def close(self) -> None:
         """Say how the run ended, and wait until that is sent, ``wandb.finish_s`` at most."""
         if self.process is None:
+            return
+        if not self.told:
+            end_group(self.process.pid)
+            self.process.wait()
+            self.process = None
             return
         if isinstance(sys.exception(), Preempted):
             self.outcome = "preempted"

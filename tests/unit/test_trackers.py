@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import run_command
 
 from distlenet import mirror
 from distlenet.config import load_config
@@ -64,10 +66,42 @@ def test_a_missing_package_is_told_before_training(tmp_path, monkeypatch, settin
 
 def test_nothing_is_started_where_nothing_is_wanted(tmp_path):
     mirror = Mirror(tmp_path, load_config([], ["wandb.mode=disabled"]).to_dict(), lambda: 1.0)
+    mirror.launch()
     mirror.start({"complete": False})
     assert mirror.process is None
     mirror.log(RECORD)
     mirror.close()
+
+
+@pytest.mark.parametrize("complete", [True, None])
+def test_one_that_is_told_nothing_ends_at_once(tmp_path, complete):
+    """Of a run that is complete there is nothing to send; and a training may fail before it has begun."""
+    mirror = Mirror(tmp_path, load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
+    mirror.launch()
+    process = mirror.process
+    if complete:
+        mirror.start({"complete": True})
+    mirror.close()
+    assert process.returncode == -9
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_one_whose_training_is_gone_before_it_began_ends_by_itself(tmp_path):
+    ended = run_command(sys.executable, "-c", LEAVES, tmp_path).succeeded()
+    assert ended.stdout == "left 0\n"
+    assert ended.stderr == ""
+
+
+LEAVES = """
+import math, os, sys
+from pathlib import Path
+from distlenet.config import load_config
+from distlenet.tracking.mirror import Mirror
+mirror = Mirror(Path(sys.argv[1]), load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
+mirror.launch()
+mirror.process.stdin.close()
+print("left", mirror.process.wait(60))
+"""
 
 
 def test_the_tail_gives_whole_lines_once(tmp_path):
@@ -151,6 +185,7 @@ def test_one_that_does_not_end_is_ended(tmp_path, monkeypatch, capsys):
     real = __import__("subprocess").Popen
     sleeper = ["sleep", "600"]
     monkeypatch.setattr("distlenet.tracking.mirror.subprocess.Popen", lambda _, **more: real(sleeper, **more))
+    mirror.launch()
     mirror.start({"complete": False})
     process = mirror.process
     for _ in range(3):
@@ -167,6 +202,7 @@ def test_a_full_pipe_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
     mirror = Mirror(tmp_path, config, lambda: 25.0)
     real = __import__("subprocess").Popen
     monkeypatch.setattr("distlenet.tracking.mirror.subprocess.Popen", lambda _, **more: real(["sleep", "600"], **more))
+    mirror.launch()
     mirror.start({"complete": False})
     for _ in range(100_000):  # 500 kB: more than a pipe holds
         mirror.log(RECORD)
@@ -195,6 +231,7 @@ def test_the_start_says_all_that_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr("distlenet.tracking.mirror.os.set_blocking", lambda *_: None)
     monkeypatch.setattr("distlenet.tracking.mirror.os.write", lambda _, line: said.append(line))
     mirror = Mirror(tmp_path, load_config([], ["wandb.mode=offline"]).to_dict(), lambda: 25.0)
+    mirror.launch()
     mirror.start({"complete": False, "run_id": "abc"})
     start = json.loads(said[1])
     assert (start["facts"]["run_id"], start["wanted"], start["wandb_mode"]) == ("abc", ["wandb"], "offline")
@@ -209,6 +246,7 @@ def test_one_that_is_killed_is_told(tmp_path, monkeypatch, capsys):
     mirror = Mirror(tmp_path, config, lambda: math.inf)
     real = __import__("subprocess").Popen
     monkeypatch.setattr("distlenet.tracking.mirror.subprocess.Popen", lambda _, **more: real(["false"], **more))
+    mirror.launch()
     mirror.start({"complete": False})
     mirror.close()
     assert "what sends the records ended with status 1; nothing is lost" in capsys.readouterr().err
