@@ -1,6 +1,8 @@
 """How far training scales: a model of all-reduce and step, fitted on the ranks that run this, and what it predicts.
 
-``torchrun --nproc-per-node=2 benchmarks/scaling.py``, or under srun on a cluster; rank 0 prints Markdown. The model:
+``torchrun --nproc-per-node=2 benchmarks/scaling.py``, or under srun on a cluster; rank 0 prints Markdown. Or in one
+process, ``--from FILE``, with the all-reduces that ``python -m distlenet.preflight --allreduce --json`` has timed. The
+model:
 
     all-reduce of n bytes over W ranks, as a ring    2 (W-1) α + 2 (W-1)/W n β
                                         as a tree    2 log2(W) α + 2 n β
@@ -10,13 +12,16 @@
 Operations in MPICH", 2005), s what a step costs without images, c an image. Nothing is taken to overlap.
 """
 
+import argparse
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from distlenet.checks.allreduce import fit_line, median_s, time_all_reduces
+from distlenet.checks.allreduce import Timing, fit_line, median_s, time_all_reduces
 from distlenet.config import load_config
 from distlenet.net import make_net
 from distlenet.session import open_session
@@ -46,13 +51,27 @@ def batch_for(efficiency: float, all_reduce: float, s: float, c: float) -> int:
     return max(1, math.ceil((efficiency / (1 - efficiency) * all_reduce - s) / c))
 
 
+def timing_of(file: Path) -> Timing:
+    """Read what preflight has timed."""
+    timed = json.loads(file.read_text())["all_reduce"]
+    return Timing(**{**timed, "seconds": {int(size): seconds for size, seconds in timed["seconds"].items()}})
+
+
 def main() -> None:
     """Measure, fit, predict, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--from", dest="file", metavar="FILE", type=Path, help="what preflight --allreduce --json printed"
+    )
+    file = parser.parse_args().file
     with open_session(load_config()) as session:
-        world, device = session.world.world_size, session.device
-        if world < 2:
-            raise SystemExit("an all-reduce takes 2 ranks at least: start this with torchrun or srun")
-        timing = time_all_reduces(SIZES, device)
+        device = session.device
+        if file is None and session.world.world_size < 2:
+            raise SystemExit(
+                "an all-reduce takes 2 ranks at least: start this with torchrun or srun, or give --from FILE"
+            )
+        timing = time_all_reduces(SIZES, device) if file is None else timing_of(file)
+        world = timing.ranks
         steps = {batch: median_s(step(batch, device)) for batch in BATCHES}
         gradient = 4 * sum(p.numel() for p in make_net("lenet", True, device).parameters())
         rank_0, backend, name = session.world.rank == 0, session.backend, session.describe()["device"]
