@@ -47,7 +47,7 @@ def test_a_rank_that_differs_is_named(tmp_path, lie, line):
     assert len(failed) == 1, str(ended)
     assert failed[0].startswith(line), str(ended)
     assert [text for text in ended.stderr.splitlines() if text.startswith("distlenet:")] == [
-        "distlenet: preflight: 1 of 11 checks failed"
+        "distlenet: preflight: 1 of 11 checks failed; see the table"
     ], str(ended)
     assert "distlenet/preflight.py" not in ended.stderr, str(ended)  # no traceback of ours
 

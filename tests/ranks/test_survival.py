@@ -108,10 +108,10 @@ def test_one_rank_that_is_asked_stops_all(tmp_path, whole):
 
 IN_EVALUATION = """
 import os, signal, sys
-from distlenet import metrics, train, trainer
+from distlenet import feed, metrics, train, trainer
 from distlenet.entry import run_entry
 trainer.ASK_EVERY = 1
-metrics.EVAL_BATCH = trainer.EVAL_BATCH = 20
+metrics.EVAL_BATCH = feed.EVAL_BATCH = 20
 real, seen = trainer.evaluate, []
 def evaluate(net, loader, *more):
     def batches():
