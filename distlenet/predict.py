@@ -99,9 +99,9 @@ def inputs_of(state: State, path: Path) -> tuple[tuple[str, ...], int, float, fl
     """
     try:
         classes, size, mean, std = state["classes"], *(state["input"][name] for name in ("size", "mean", "std"))
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError) as error:  # "input" may be anything, a tensor too
         raise UserError(
-            f"checkpoint {path}: does not say what its images are like (no {error}); give one of this version"
+            f"checkpoint {path}: does not say what its images are like ({type(error).__name__}: {error}); give another"
         ) from error
     numbers = all(isinstance(value, float) and math.isfinite(value) for value in (mean, std))
     names = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)

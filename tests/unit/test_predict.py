@@ -223,6 +223,7 @@ def test_no_file_starts_another_program(tmp_path, monkeypatch):
         ({"input": {"mean": float("nan"), "std": 0.2, "size": 28}}, "what cannot be"),
         ({"input": {"mean": 0.1, "std": 0.2}}, "does not say what its images are like"),
         ({"input": None}, "does not say what its images are like"),
+        ({"input": torch.zeros(3)}, "does not say what its images are like"),
         ({"classes": [1] * 10}, "what cannot be"),
         ({"classes": ["a"] * 11}, "names 11 classes, but its network gives 10 numbers"),
     ],
