@@ -69,13 +69,21 @@ Rounds = dict[str, list[Figures]]
 """The figures of each contestant, a round's after the other's."""
 
 
-def torchrun(ranks: int, *words: object) -> str:
-    """Run a program on ``ranks`` ranks with one thread each, and return what it prints."""
+def torchrun(ranks: int, *words: object, last: str = "") -> str:
+    """Run a program on ``ranks`` ranks with one thread each, and return what it prints.
+
+    One that fails ends the benchmark, unless it had printed ``last`` before: some peers abort at their very end, when
+    Python leaves while threads of Gloo still run.
+    """
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     command = [*launcher, *map(str, words)]
     ended = subprocess.run(command, env=environ, capture_output=True, text=True)
-    if ended.returncode:
+    if ended.returncode and last and last in ended.stdout:
+        print(
+            f"ended with status {ended.returncode}, after its figures: {' '.join(command)}", file=sys.stderr, flush=True
+        )
+    elif ended.returncode:
         sys.exit(f"{' '.join(command)}\n{ended.stdout}\n{ended.stderr}")
     return ended.stdout
 
@@ -88,7 +96,8 @@ def run_peer(peer: str, form: str, setting: Setting, folder: Path) -> Figures:
     program = Path(__file__).with_name("peers.py")
     words = (program, peer, "--data", form, "--batch", setting.batch, "--steps", steps, "--folder", folder)
     more = ("--device", setting.device, "--precision", setting.precision)
-    told = json.loads(torchrun(setting.ranks, *words, *more).splitlines()[-1])
+    printed = torchrun(setting.ranks, *words, *more, last='"images_per_s"').splitlines()
+    told = json.loads(next(line for line in printed if '"images_per_s"' in line))
     return Figures(told["images_per_s"], told["start_s"])
 
 
