@@ -58,9 +58,7 @@ def load_config(
     for where, values in sources:
         nested: dict[str, Any] = {}
         for key, read in flatten(values):
-            if where == "config" and "${" in str(
-                read
-            ):  # of a checkpoint, which may be anybody's: it asks the environment
+            if where == "config" and "${" in str(read):  # a checkpoint may be anybody's, and this asks the environment
                 raise UserError(f"config: {key} refers to something else (${{...}}), which no checkpoint's settings do")
             value = _as_written(key, read, where)
             _check(key, value, where)

@@ -35,7 +35,6 @@ def make_reduction(config: Config, net: nn.Module, world: World, watch: bool) ->
     if config.distributed.compress != "none":
         raise UserError(
             "distributed.compress=bf16: rounds what distributed.reduction=exact does not; give "
-            "distributed.reduction=ddp, or "
-            "distributed.compress=none"
+            "distributed.reduction=ddp, or distributed.compress=none"
         )
     return ExactReduction(net, world, config.distributed.virtual_shards, size, watch, all_reduce)
