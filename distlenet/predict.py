@@ -80,9 +80,8 @@ class Predictor:
             logits = self.net(self.prepare(torch.zeros(1, self.size, self.size, dtype=torch.uint8)))
         if logits.shape != (1, len(self.classes)) or not logits.isfinite().all():
             raise UserError(
-                f"checkpoint {found}: names {len(self.classes)} classes, but its network gives "
-                f"{logits.shape[1]} numbers, "
-                f"{'finite' if logits.isfinite().all() else 'not all of them finite'}; give another"
+                f"checkpoint {found}: names {len(self.classes)} classes, but its network gives {logits.shape[1]} "
+                f"numbers, {'finite' if logits.isfinite().all() else 'not all of them finite'}; give another"
             )
 
     @torch.no_grad()

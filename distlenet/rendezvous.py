@@ -116,9 +116,8 @@ def meet(store: Store, world: World, timeout: timedelta) -> Store:
         if time.monotonic() > deadline:
             _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world)
             raise RankError(
-                f"rank {world.rank} of {world.world_size} on {socket.gethostname()}: rank 0 did not answer; "
-                "look whether "
-                "its process runs"
+                f"rank {world.rank} of {world.world_size} on {socket.gethostname()}: rank 0 did not answer; look "
+                "whether its process runs"
             )
 
 
@@ -183,6 +182,5 @@ def told(world: World) -> Iterator[None]:
         where = "torchrun's agent" if world.init_method == "env://" else f"{host}:{port}"
         raise RankError(
             f"rank {world.rank} of {world.world_size} could not join the others at {where}: "
-            f"{str(error).splitlines()[0]}; look whether MASTER_ADDR and MASTER_PORT "
-            "are rank 0's"
+            f"{str(error).splitlines()[0]}; look whether MASTER_ADDR and MASTER_PORT are rank 0's"
         ) from error

@@ -102,14 +102,12 @@ def _checked(world: World) -> World:
     if world.rank >= world.world_size:
         raise RankError(
             f"environment: rank {world.rank} of {world.world_size} ranks (RANK, WORLD_SIZE): they count from 0; "
-            "torchrun "
-            "and srun number them"
+            "torchrun and srun number them"
         )
     if world.local_world_size > world.world_size:
         raise RankError(
-            f"environment: {world.local_world_size} ranks on this node (LOCAL_WORLD_SIZE), but "
-            f"{world.world_size} in all "
-            "(WORLD_SIZE); torchrun and srun set both"
+            f"environment: {world.local_world_size} ranks on this node (LOCAL_WORLD_SIZE), but {world.world_size} in "
+            "all (WORLD_SIZE); torchrun and srun set both"
         )
     if world.local_rank >= world.local_world_size:
         raise RankError(

@@ -50,9 +50,8 @@ class ExactReduction:
         named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         if odd := [name for name, p in named if p.dtype != torch.float32 or torch.empty_like(p).stride() != p.stride()]:
             raise UserError(
-                f"distributed.reduction=exact: needs float32 parameters without gaps, but {odd[0]} is not; make "
-                "it so, or give "
-                "distributed.reduction=ddp"
+                f"distributed.reduction=exact: needs float32 parameters without gaps, but {odd[0]} is not; make it "
+                "so, or give distributed.reduction=ddp"
             )
         self.model = net
         self.weight = 1
