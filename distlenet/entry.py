@@ -18,9 +18,9 @@ from distlenet.ranklog import listen_for_stacks
 from distlenet.world import World, world_from_environ
 
 
-def _speaks_for_others(node_alone: bool) -> bool:
-    """Say whether this is the first rank: of its node, for what a node may see alone, else of the job."""
-    names = ("LOCAL_RANK", "SLURM_LOCALID") if node_alone else ("RANK", "SLURM_PROCID")
+def speaks_for_others(why: Exception | None = None) -> bool:
+    """Say whether this is the first rank: of its node, for what a node may see alone (RankError), else of the job."""
+    names = ("LOCAL_RANK", "SLURM_LOCALID") if isinstance(why, RankError) else ("RANK", "SLURM_PROCID")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
@@ -93,7 +93,7 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         try:
             main()
         except UserError as error:
-            if not _speaks_for_others(isinstance(error, RankError)):
+            if not speaks_for_others(error):
                 time.sleep(LINGER_S)
                 if "RANK" not in os.environ:  # srun ends nobody early: rank 0 has spoken
                     return 2
@@ -101,13 +101,13 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
             _tell_agent_to_stop()
             return 2
         except Preempted as stopped:
-            if _speaks_for_others(node_alone=False):
+            if speaks_for_others():
                 warn(str(stopped))
             return PREEMPTED
         except BrokenPipeError:  # nobody reads on (``| head``)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except KeyboardInterrupt:
-            if _speaks_for_others(node_alone=False):
+            if speaks_for_others():
                 warn(
                     "interrupted, and nothing saved now: the same command goes on from the run's newest checkpoint, if "
                     "it has one; kill -TERM saves before it ends"

@@ -16,11 +16,11 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from distlenet.checks import Finding, facts
+from distlenet.checks import Finding
 from distlenet.checks.judge import count
 from distlenet.checks.nodes import look
 from distlenet.config import load_config
-from distlenet.entry import run_entry, settings_parser, whole_number
+from distlenet.entry import run_entry, settings_parser, speaks_for_others, whole_number
 from distlenet.errors import RankError, UserError
 from distlenet.rehearsal import Checkup, together
 from distlenet.rendezvous import meet_all
@@ -34,18 +34,23 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--wait", metavar="S", type=whole_number, default=60, help="seconds to wait for ranks (60)")
     arguments = parser.parse_intermixed_args()
-    config = load_config(arguments.config, arguments.overrides)
-    world = world_from_environ(os.environ)
     started = time.monotonic()
+    world = World()
     try:
-        resolve(world)
+        config = load_config(arguments.config, arguments.overrides)
+        world = world_from_environ(os.environ)
+    except UserError as error:
+        if arguments.json and speaks_for_others(error):
+            show(Checkup([Finding("settings", "FAIL", str(error))]), world, True, started)
+        raise
+    try:
         here = meet_all(world, arguments.wait)
+        checkup = Checkup(look(config, world, here, arguments.wait))
     except RankError as error:
         finding = Finding("ranks", "FAIL", f"on {socket.gethostname()}: {error}")
         if world.local_rank == 0:
             show(Checkup([finding]), world, arguments.json, started)
         raise RankError("preflight: the ranks cannot meet; see the table") from error
-    checkup = Checkup(look(config, world, here, arguments.wait))
     if from_store(here, world, "go on", checkup.good, arguments.wait):
         try:
             together(checkup, config, here, arguments.allreduce)
@@ -57,20 +62,6 @@ def main() -> None:
     if not from_store(here, world, "good", checkup.good, arguments.wait):
         failed = sum(finding.status == "FAIL" for finding in checkup.findings)
         raise UserError(f"preflight: {failed} of {len(checkup.findings)} checks failed; see the table")
-
-
-def resolve(world: World) -> None:
-    """Raise RankError where the name of the host where all meet is not known here."""
-    host = facts.first_host(world)
-    if not host:
-        return
-    try:
-        socket.getaddrinfo(host, None)
-    except (OSError, UnicodeError) as error:
-        raise RankError(
-            f"the name {host}, where the ranks meet, cannot be resolved ({getattr(error, 'strerror', None) or error}); "
-            "give a name that all nodes know, or its address, as MASTER_ADDR"
-        ) from error
 
 
 def from_store(here: Store, world: World, key: str, value: bool, wait_s: float) -> bool:
@@ -94,6 +85,7 @@ def show(checkup: Checkup, world: World, as_json: bool, started: float) -> None:
         report: dict[str, Any] = {"good": checkup.good, "world_size": world.world_size, "seconds": round(seconds, 3)}
         report["checks"] = [finding.to_dict() for finding in checkup.findings]
         report["all_reduce"] = checkup.timing and checkup.timing.to_dict()
+        report["slow_pairs"] = checkup.slow_pairs
         print(json.dumps(report), flush=True)
         return
     from rich.console import Console

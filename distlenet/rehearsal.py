@@ -33,6 +33,7 @@ class Checkup:
 
     findings: list[Finding]
     timing: Timing | None = None
+    slow_pairs: list[tuple[str, str, float]] | None = None  # two hosts, and how many times the median; if looked for
 
     @property
     def good(self) -> bool:
@@ -52,8 +53,9 @@ def together(checkup: Checkup, config: Config, here: Store, all_sizes: bool) -> 
             dist.all_gather_object(hosts, socket.gethostname() if world.local_rank == 0 else "")
             leaders = [rank for rank, host in enumerate(hosts) if host]
             if all_sizes and len(leaders) > 1:
-                slow = slow_pairs(leaders, world.rank, device)
-                text = ", ".join(f"{hosts[a]} – {hosts[b]} {times:.1f}×" for a, b, times in slow[:4])
+                slow = [(hosts[a], hosts[b], times) for a, b, times in slow_pairs(leaders, world.rank, device)]
+                checkup.slow_pairs = slow
+                text = ", ".join(f"{one} – {other} {times:.1f}×" for one, other, times in slow[:4])
                 checkup.findings.append(
                     Finding(
                         "pairs of nodes", "note", f"slower than the median: {text}", "look at their cables and switch"
@@ -105,6 +107,7 @@ def first_step(config: Config, session: Session) -> Finding:
                 seconds = time.perf_counter() - started
             finally:
                 trainer.checkpointer.close()
+                trainer.take_step.close()
         loss = trainer.meter.window().loss  # collective, host sync
     finally:
         if session.world.rank == 0:

@@ -23,11 +23,15 @@ from distlenet.world import World
 GRACE_S = 10.0
 """Seconds beyond twice its timeout that a store may take to open: torch tries twice, and waits in between."""
 
+RESOLVE_S = 5.0
+"""Seconds in which a host's name must become known."""
+
 
 def open_store(world: World, timeout: timedelta) -> Store:
     """Open the job's key-value store: in this process, in torchrun's agent, or in rank 0."""
     if world.init_method is None:  # a group of one: no address, no port, no network
         return cast(Store, HashStore())
+    resolve(first_host(world))
     if world.init_method == "env://":
         store, _, _ = next(rendezvous(world.init_method, world.rank, world.world_size, timeout=timeout))
         return cast(Store, store)
@@ -38,10 +42,36 @@ def open_store(world: World, timeout: timedelta) -> Store:
     return in_time(lambda: TCPStore(host, port, None, world.rank == 0, timeout, wait_for_workers=False), timeout, world)
 
 
+def first_host(world: World) -> str:
+    """Return the name of the host where all meet; empty for a process alone."""
+    if world.init_method == "env://":
+        return os.environ["MASTER_ADDR"]
+    return (world.init_method or "").removeprefix("tcp://").rpartition(":")[0]
+
+
+def resolve(host: str) -> None:
+    """Raise RankError where a host's name stays unknown here: torch would try for as long as ranks may take to start.
+
+    Not at once: one name server's bad second must not end a job of many nodes.
+    """
+    deadline = time.monotonic() + RESOLVE_S
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline or isinstance(error, UnicodeError):
+                raise RankError(
+                    f"the name {host}, where the ranks meet, cannot be resolved on {socket.gethostname()} "
+                    f"({getattr(error, 'strerror', None) or error}); give a name that all nodes know, or its address, "
+                    "as MASTER_ADDR"
+                ) from error
+            time.sleep(0.5)
+
+
 def address(world: World) -> tuple[str, int]:
     """Return host and port of rank 0's store, for ranks that no torchrun has started."""
-    host, _, port = str(world.init_method).removeprefix("tcp://").rpartition(":")
-    return host, int(port)
+    return first_host(world), int(str(world.init_method).rpartition(":")[2])
 
 
 def wait_for_port(host: str, port: int, deadline: float, world: World) -> None:
@@ -51,7 +81,7 @@ def wait_for_port(host: str, port: int, deadline: float, world: World) -> None:
             with socket.create_connection((host, port), timeout=max(0.1, min(5.0, deadline - time.monotonic()))):
                 return
         except OSError as error:
-            if isinstance(error, socket.gaierror) or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise RankError(
                     f"rank {world.rank} of {world.world_size} on {socket.gethostname()} cannot reach rank 0 at "
                     f"{host}:{port}: {error.strerror or error}; look whether {host} is rank 0's host (MASTER_ADDR), "
@@ -165,7 +195,7 @@ def told(world: World) -> Iterator[None]:
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError, ValueError, RuntimeError) as error:
-        host, _, port = (world.init_method or "").removeprefix("tcp://").rpartition(":")
+        host, port = first_host(world), (world.init_method or "").rpartition(":")[2]
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise RankError(
                 f"port {port} on {socket.gethostname()} is in use, by another job or what is left of one; "

@@ -21,6 +21,7 @@ from distlenet.config import result_settings
 from distlenet.distributed import pick_backend, pick_device
 from distlenet.errors import UserError
 from distlenet.precision import pick_precision
+from distlenet.rendezvous import first_host
 from distlenet.schema import Config
 from distlenet.world import World, threads_from_environ
 
@@ -122,15 +123,6 @@ def gpu_id(device: torch.device) -> str:
 def now() -> float:
     """Return this machine's time, seconds since 1970."""
     return time.time()
-
-
-def first_host(world: World) -> str:
-    """Return the name of the host where all meet; empty for a process alone."""
-    if world.init_method is None:
-        return ""
-    if world.init_method == "env://":
-        return os.environ["MASTER_ADDR"]
-    return world.init_method.removeprefix("tcp://").rpartition(":")[0]
 
 
 def own_address(interface: str) -> tuple[str, bool]:

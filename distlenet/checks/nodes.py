@@ -15,7 +15,7 @@ from distlenet.checks.facts import Facts
 from distlenet.checks.network import Listener, peers_of, try_peers
 from distlenet.data.augment import SIZE
 from distlenet.errors import RankError
-from distlenet.rendezvous import ranks_in_words
+from distlenet.rendezvous import first_host, ranks_in_words
 from distlenet.schema import Config
 from distlenet.world import World
 
@@ -82,7 +82,7 @@ def listen(here: Store, world: World, mine: Facts) -> Listener | None:
     host = socket.gethostname()
     address = "" if mine.loopback else mine.address
     if not address:
-        address = facts.route_address(facts.first_host(world)) or "127.0.0.1"
+        address = facts.route_address(first_host(world)) or "127.0.0.1"
     try:
         listener = Listener(address, word := secrets.token_hex(8))
     except OSError as error:

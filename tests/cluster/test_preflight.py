@@ -97,6 +97,18 @@ def test_a_node_that_differs(slurm: SlurmCluster, shared: Path, lie: str, line: 
     assert told.startswith(line)
 
 
+def test_a_pair_of_nodes_that_is_slow(slurm: SlurmCluster, shared: Path) -> None:
+    words = ("train.global_batch_size=126", f"run.dir={shared}", "--allreduce", "--json")
+    ended = look(slurm, sys.executable, LYING, "pair", *SETTINGS, *words, nodes=3).succeeded()
+    report = json.loads("".join(line.partition(": ")[2] for line in ended.stdout.splitlines()))
+    ((one, other, times),) = report["slow_pairs"]
+    assert (one, other) == ("n1", "n2")
+    assert times > 2
+    (found,) = [check for check in report["checks"] if check["name"] == "pairs of nodes"]
+    assert found["status"] == "note"
+    assert found["found"] == f"slower than the median: n1 – n2 {times:.1f}×"
+
+
 def test_two_ranks_on_one_device(slurm: SlurmCluster, shared: Path) -> None:
     (told,) = failed(look(slurm, sys.executable, LYING, "gpu", *SETTINGS, f"run.dir={shared}", each=2))
     assert told.startswith("FAIL  devices         ranks 0, 1 share one GPU, n1 GPU-8d2f; let each rank see all GPUs")

@@ -1,10 +1,14 @@
-"""Preflight, in which the last rank tells lies: ``lying_preflight.py LIE ...``, a machine's fault that is not there."""
+"""Preflight, in which the last rank tells lies: ``lying_preflight.py LIE ...``, a machine's fault that is not there.
+
+In ``gpu`` all ranks lie, in ``pair`` the first two: a message between them takes 0.1 s.
+"""
 
 import os
 import sys
+import time
 
 from distlenet import preflight
-from distlenet.checks import facts
+from distlenet.checks import allreduce, facts
 from distlenet.entry import run_entry
 
 lie = sys.argv.pop(1)
@@ -12,6 +16,10 @@ rank, world_size = (int(os.environ.get(name) or os.environ[slurm]) for name, slu
                     (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")))  # fmt: skip
 if lie == "gpu":  # every rank: the same card under different numbers
     facts.gpu_id = lambda _: "GPU-8d2f"
+elif lie == "pair" and rank < 2:
+    to_and_fro = allreduce._to_and_fro
+    allreduce._to_and_fro = lambda buffer, there, first: (
+        time.sleep(0.1 if there < 2 else 0), to_and_fro(buffer, there, first))  # fmt: skip
 elif rank == world_size - 1:
     versions, now = facts.versions, facts.now
     if lie == "torch":

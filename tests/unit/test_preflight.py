@@ -203,6 +203,28 @@ def test_a_fault_alone(monkeypatch, tmp_path, capsys, words, line):
     assert told.err.startswith("distlenet: preflight: 1 of ")
 
 
+@pytest.mark.parametrize(
+    ("words", "environ", "found"),
+    [
+        (["optim.lr=fast"], {}, "optim.lr=fast: expected a number"),
+        ([], {"RANK": "0"}, "environment: RANK is set, but not LOCAL_RANK"),
+    ],
+)
+def test_who_reads_json_reads_of_bad_settings_too(monkeypatch, capsys, words, environ, found):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        run_entry(lambda: run(monkeypatch, "--json", *words))
+    assert ended.value.code == 2
+    told = capsys.readouterr()
+    report = json.loads(told.out)
+    assert not report["good"]
+    (check,) = report["checks"]
+    assert (check["name"], check["status"]) == ("settings", "FAIL")
+    assert check["found"].startswith(found)
+    assert found in told.err
+
+
 def test_limits_of_this_process_are_seen():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))

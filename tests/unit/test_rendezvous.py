@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from distlenet import rendezvous
 from distlenet.errors import RankError
 from distlenet.rendezvous import in_time, open_store, told, wait_for_port
 from distlenet.world import World
@@ -34,10 +35,26 @@ def test_nobody_listens(listener):
     wait_for_port("127.0.0.1", listener, time.monotonic() + 5, at(listener))
 
 
-def test_a_name_that_nobody_knows_is_not_waited_for():
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["no.such.host.invalid", "n" * 64])
+def test_a_name_that_nobody_knows_is_not_waited_for(monkeypatch, rank, name):
+    monkeypatch.setattr(rendezvous, "RESOLVE_S", 0.1)
     started = time.monotonic()
-    with pytest.raises(RankError, match=r"cannot reach rank 0 at no\.such\.host\.invalid:1"):
-        wait_for_port("no.such.host.invalid", 1, started + 600, World())
+    with pytest.raises(RankError, match=f"the name {name}, where the ranks meet, cannot be resolved .* as MASTER_ADDR"):
+        open_store(World(rank=rank, world_size=2, init_method=f"tcp://{name}:1"), timedelta(seconds=600))
+    assert time.monotonic() - started < 60  # not those 600 s
+
+
+def test_a_name_that_is_known_a_moment_later(monkeypatch):
+    answers = iter([socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), None])
+
+    def ask(*_):
+        if (error := next(answers)) is not None:
+            raise error
+
+    monkeypatch.setattr(rendezvous.socket, "getaddrinfo", ask)
+    rendezvous.resolve("n1")
+    assert next(answers, "none left") == "none left"
 
 
 def test_what_listens_is_mute(listener, monkeypatch):
