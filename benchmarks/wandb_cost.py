@@ -3,21 +3,28 @@
 In each round the same training runs once without W&B, then once in each other way; the time is that in the training
 loop, which the process that talks to W&B shares the processors with. Ratios are taken within a round.
 
-On a shared machine one run is 10 % slower than the next for other reasons. So each run is also held against itself:
-what its windows of WINDOW steps took beyond its median window is lost, and what is lost with W&B beyond what is lost
-without it, W&B has cost, but for what it costs evenly all along.
+On a shared machine one run is 10 % slower than the next for other reasons, so such ratios tell a server's hang from
+its answer, but not 1 %. ``--within`` measures that inside each run: all that talks to W&B is stopped (SIGSTOP), and
+let run in one of each two windows of WINDOW steps, drawn by lot. What those windows took beyond their neighbours, W&B
+has cost: all its work, also that which it otherwise does while the ranks meet, falls into them.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import random
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
+
+import psutil
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from wandb_server import WandbServer
@@ -42,18 +49,18 @@ def environment(way: str, server: WandbServer) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Times:
-    """Of one training, seconds: in its loop, and lost there beside its own median window."""
+class Run:
+    """One training: seconds in its loop, and what W&B has cost of them, where it was stopped now and then."""
 
-    train: float
-    lost: float
+    train_s: float
+    cost_s: float | None
 
 
-def train(way: str, ranks: int, settings: list[str]) -> Times:
+def train(way: str, ranks: int, settings: list[str], lots: random.Random | None) -> Run:
     """Train once. Exits where the run failed or its history has gaps."""
     server = WandbServer()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    with tempfile.TemporaryDirectory() as runs:
+    with tempfile.TemporaryDirectory() as runs, open(f"{runs}/output", "w+") as output:
         words = [
             "-m",
             "distlenet.train",
@@ -63,20 +70,73 @@ def train(way: str, ranks: int, settings: list[str]) -> Times:
             f"train.log_every={WINDOW}",
         ]
         environ = {**os.environ, "OMP_NUM_THREADS": "1", **environment(way, server)}
-        ended = subprocess.run([*launcher, *words, *settings], env=environ, capture_output=True, text=True)
+        with Popen([*launcher, *words, *settings], env=environ, stdout=output, stderr=output) as training:
+            ran = stop_by_lot(training, Path(runs) / "run/metrics.jsonl", lots) if lots else []
         server.close()
-        if ended.returncode:
-            sys.exit(f"{way}: {ended.stdout}\n{ended.stderr}")
+        if training.returncode:
+            output.seek(0)
+            sys.exit(f"{way}: {output.read()}")
         summary = json.loads((Path(runs) / "run/summary.json").read_text())
         lines = (Path(runs) / "run/metrics.jsonl").read_text().splitlines()
     windows = [record for record in map(json.loads, lines) if record["split"] == "train"]
     steps = [record["step"] for record in windows]
     assert steps == sorted(set(steps)), f"{way}: {steps}"
     assert len([line for line in lines if '"test"' in line]) == summary["epochs"], way
-    seconds = [WINDOW / record["images_per_s"] for record in windows]  # for an image of each step
+    image_s = [WINDOW / record["images_per_s"] for record in windows]  # for an image of each step
     images = summary["train_images_per_s"] * summary["train_s"] / summary["steps"]
-    lost = images * sum(one - statistics.median(seconds) for one in seconds)
-    return Times(float(summary["train_s"]), lost)
+    return Run(summary["train_s"], images * cost(image_s, ran) if lots else None)
+
+
+def stop_by_lot(training: "Popen[bytes]", history: Path, lots: random.Random) -> list[bool]:
+    """Stop all that talks to W&B, and let it run for one of each two windows; return in which it ran."""
+    ran = [False] + [answer for _ in range(10**4) for answer in lots.sample([True, False], 2)]
+    mirror = None
+    while mirror is None and training.poll() is None:  # it starts when torch is imported
+        time.sleep(0.02)
+        mirror = next((process for process in below(training.pid) if "distlenet.mirror" in command(process)), None)
+    assert mirror is not None, "no process talks to W&B"
+    # mirror.suspend()
+    for window in windows(training, history):
+        for process in [mirror, *below(mirror.pid)]:
+            with contextlib.suppress(psutil.Error):
+                process.resume() if ran[window] else process.suspend()
+    for process in [mirror, *below(mirror.pid)]:
+        with contextlib.suppress(psutil.Error):
+            process.resume()
+    return ran
+
+
+def below(parent: int) -> list[psutil.Process]:
+    """Return all processes that a process has started, and those that they have."""
+    try:
+        return psutil.Process(parent).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def command(process: psutil.Process) -> list[str]:
+    """Return the words of a process; none, where it has just ended."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def windows(training: "Popen[bytes]", history: Path) -> Iterator[int]:
+    """Yield the number of each window, from 0, when it begins."""
+    seen, file = 0, None
+    while training.poll() is None and not history.with_name("summary.json").exists():
+        time.sleep(0.003)
+        if file is None and history.exists():
+            file = history.open()
+        if file is not None and (more := file.read().count('"train"')):
+            seen += more
+            yield seen
+
+
+def cost(seconds: list[float], ran: list[bool]) -> float:
+    """Sum up what the windows with W&B took beyond those beside them without; the first and a last odd one are none."""
+    pairs = range(1, min(len(seconds), len(ran)) - 1, 2)
+    return sum((seconds[i] - seconds[i + 1]) * (1 if ran[i] else -1) for i in pairs)
 
 
 def main() -> None:
@@ -85,26 +145,41 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks (2)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
     parser.add_argument("--ways", nargs="+", choices=WAYS[1:], default=WAYS[1:], help="how W&B is there (all)")
+    parser.add_argument("--within", action="store_true", help="stop W&B in every other window; no bad servers")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the training")
     arguments = parser.parse_intermixed_args()
+    if arguments.within:
+        within(arguments.rounds, arguments.ranks, arguments.settings)
+        return
     ways = ["disabled", *arguments.ways]
-    seconds: dict[str, list[Times]] = {way: [] for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(arguments.rounds):
         for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
-            seconds[way].append(train(way, arguments.ranks, arguments.settings))
+            seconds[way].append(train(way, arguments.ranks, arguments.settings, None).train_s)
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-    print("| W&B | seconds of training | beside none | lost | lost beyond none, of the training |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print("| W&B | seconds of training | beside none |")
+    print("| --- | ---: | ---: |")
     for way, times in seconds.items():
-        pairs = list(zip(times, seconds["disabled"], strict=True))
-        ratios = [mine.train / none.train for mine, none in pairs]
-        costs = [(mine.lost - none.lost) / none.train for mine, none in pairs]
+        ratios = [mine / none for mine, none in zip(times, seconds["disabled"], strict=True)]
         spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        cost = f"{statistics.median(costs):.1%} ({min(costs):.1%} to {max(costs):.1%})"
-        train_s, lost_s = (
-            statistics.median(values) for values in zip(*((t.train, t.lost) for t in times), strict=True)
-        )
-        print(f"| {way} | {train_s:.2f} | {spread} | {lost_s:.2f} s | {cost} |")
+        print(f"| {way} | {statistics.median(times):.2f} | {spread} |")
+
+
+def within(rounds: int, ranks: int, settings: list[str]) -> None:
+    """Measure inside each run, and print."""
+    lots = random.Random(0)
+    ways = ("offline", "well")
+    shares: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(rounds):
+        for way in ways:
+            run = train(way, ranks, settings, lots)
+            assert run.cost_s is not None
+            shares[way].append(run.cost_s / run.train_s)
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+    print("| W&B | its share of the training's time |")
+    print("| --- | ---: |")
+    for way, found in shares.items():
+        print(f"| {way} | {statistics.median(found):.2%} ({min(found):.2%} to {max(found):.2%}) |")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from distlenet.config import FIELDS, default, describe
 from distlenet.errors import Preempted, RankError, UserError, print_error, warn
 from distlenet.failures import block
 from distlenet.ranklog import listen_for_stacks
+from distlenet.settings import FIELDS, default, describe
 from distlenet.world import World, world_from_environ
 
 
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         """Say what is wrong."""
         found = re.search(r"unrecognized arguments: --([\w.]+)", message)
         hint = f"; a setting is written {found[1]}=VALUE, without --" if found else ""
-        raise UserError(f"{self.prog}: {message}{hint}")
+        raise UserError(f"{self.prog}: {message.removeprefix('argument ')}{hint}")
 
 
 def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = None) -> tuple[list[str], list[str]]:

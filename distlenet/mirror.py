@@ -10,18 +10,23 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+import psutil
 from filelock import FileLock, Timeout
 
 from distlenet.errors import warn
 from distlenet.tracking import TEST_FILE, Record
 from distlenet.tracking.tensorboard import TensorBoard
 from distlenet.tracking.wandb import Wandb
+
+NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard"}
+"""What users call them."""
 
 
 class Sink(Protocol):
@@ -79,7 +84,7 @@ class Sinks:
         except Exception as error:  # whatever it is, training and the other sinks go on
             self.sinks.pop(name, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            warn(f"{name}: {reason}; training goes on without, metrics.jsonl has everything")
+            warn(f"{NAMES[name]}: {reason}; training goes on without, metrics.jsonl has everything")
 
 
 def make_sinks(folder: Path, start: Record) -> Sinks:
@@ -91,13 +96,12 @@ def make_sinks(folder: Path, start: Record) -> Sinks:
     return Sinks({name: make for name, make in makers.items() if name in start["wanted"]})
 
 
-def send(folder: Path, start: Record, told: Iterator[str]) -> dict[str, Sink]:
-    """Send what is there, then more whenever ``told``, until it says how the run ended.
+def send(folder: Path, sinks: Sinks, told: Iterator[str]) -> dict[str, Sink]:
+    """Send ``sinks`` what is there, then more whenever ``told``, until it says how the run ended.
 
     Returns the sinks that took it, by their names.
     """
     tail = Tail(folder / "metrics.jsonl")
-    sinks = make_sinks(folder, start)
 
     def catch_up() -> None:
         for record in tail.more():
@@ -125,50 +129,82 @@ def read_json(path: Path) -> Record | None:
     return content
 
 
-def listen(lines: Iterator[str], at_end: Callable[[], None]) -> Iterator[str]:
-    """Yield ``lines``, which a thread takes at once, whatever is under way; when the run has ended, call ``at_end``.
+def listen(lines: Iterator[str], at_start: Callable[[], None], at_end: Callable[[str], None]) -> Iterator[str]:
+    """Yield ``lines``, which a thread takes at once, whatever is under way.
 
-    So the training never finds its pipe full, and its end is known also while W&B does not answer.
+    So the training never finds its pipe full, and its start and its end are known also while W&B does not answer:
+    then ``at_start`` is called, and ``at_end`` with the first line.
     """
     heard: SimpleQueue[str | None] = SimpleQueue()
 
     def take() -> None:
-        for line in lines:
-            heard.put(line)
-            if line != "more":
-                break
-        at_end()
+        if first := next(lines, ""):
+            at_start()
+            heard.put(first)
+            for line in lines:
+                heard.put(line)
+                if line != "more":
+                    break
+            at_end(first)
         heard.put(None)
 
     threading.Thread(target=take, daemon=True).start()
     return iter(heard.get, None)
 
 
+def get_ready(packages: list[str]) -> None:
+    """Import what W&B's client will need, and start its process. What fails here will again, where it is told."""
+    later = {"wandb": ["wandb", "wandb.sdk.launch"], "tensorboard": ["tensorboard.summary"]}
+    for name in [name for package in packages for name in later[package]]:
+        with suppress(Exception):
+            importlib.import_module(name)
+    if "wandb" in packages:
+        with suppress(Exception):
+            importlib.import_module("wandb").setup()
+
+
+def stand_back() -> None:
+    """Leave the processors to the ranks: have all threads here, and in W&B's processes, run where those are idle.
+
+    Where Linux groups by sessions (sched_autogroup_enabled), each session has the same share whatever the priorities in
+    it, so the share of each is lowered, too. Source: https://man7.org/linux/man-pages/man7/sched.7.html
+    """
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        with suppress(OSError, psutil.Error):  # gone; or grouped otherwise
+            for thread in process.threads():
+                os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
+            for _ in range(3):
+                with suppress(BlockingIOError):  # 0.1 s must lie between two changes, of anybody's
+                    Path(f"/proc/{process.pid}/autogroup").write_text("19", encoding="ascii")
+                    break
+                time.sleep(0.15)
+
+
 def main() -> None:
-    """Send, with the least claim to the processor, and never for longer than allowed after the training's end."""
+    """Get ready while the ranks meet; then send, with the least claim to the processors.
+
+    Never for longer than allowed after the training's end.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the training takes them; its end says all
-    for package in sys.argv[2:]:  # now, while the ranks still meet
-        with suppress(ImportError):  # who needs it says so
-            importlib.import_module({"tensorboard": "tensorboard.summary"}.get(package, package))
-    lines = (line.strip() for line in sys.stdin)
-    if not (first := next(lines, "")):  # the training has ended before it began
-        return
-    start = json.loads(first)
-    os.nice(19)
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # a rank that wakes up has the processor at once
 
-    def limit() -> None:
-        timer = threading.Timer(start["config"]["wandb"]["finish_s"], os.killpg, (0, signal.SIGKILL))
+    def limit(first: str) -> None:
+        timer = threading.Timer(json.loads(first)["config"]["wandb"]["finish_s"], os.killpg, (0, signal.SIGKILL))
         timer.daemon = True
         timer.start()
 
-    told = listen(lines, limit)
-    folder = Path(sys.argv[1])
+    told = listen((line.strip() for line in sys.stdin), stand_back, limit)
+    get_ready(sys.argv[2:])
+    if not (first := next(told, "")):  # the training has ended before it began
+        return
+    start, folder = json.loads(first), Path(sys.argv[1])
     lock = FileLock(folder / ".mirror.lock")
     with suppress(Timeout):  # that of an earlier start ends by itself soon; on another node it may hold the lock
         lock.acquire(start["config"]["wandb"]["finish_s"] + 5)
-    send(folder, start, told)
+    sinks = make_sinks(folder, start)
+    stand_back()  # also what W&B has started since
+    send(folder, sinks, told)
 
 
 if __name__ == "__main__":

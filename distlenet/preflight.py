@@ -44,7 +44,7 @@ def main() -> None:
             show(Checkup([Finding("settings", "FAIL", str(error))]), world, True, started)
         raise
     try:
-        here = meet_all(world, arguments.wait)
+        here = meet_all(world, arguments.wait, "--wait")
         checkup = Checkup(look(config, world, here, arguments.wait))
     except RankError as error:
         finding = Finding("ranks", "FAIL", f"on {socket.gethostname()}: {error}")

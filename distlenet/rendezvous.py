@@ -115,14 +115,14 @@ def in_time(make: Callable[[], Store], timeout: timedelta, world: World) -> Stor
     return made[0]
 
 
-def meet(store: Store, world: World, timeout: timedelta) -> Store:
+def meet(store: Store, world: World, timeout: timedelta, setting: str) -> Store:
     """Wait until all ranks are here; return the part of the store that is theirs alone.
 
     torchrun keeps one store over all restarts of the ranks (seen with torch 2.15), so what it holds may be of ranks
     that are dead: their addresses, too, with which a process group would wait for ever. So rank 0 makes a name for
     this start. Each other rank answers under it, with a word of its own that rank 0 must repeat: a name whose
     repeated word is another's is an old one.
-    Raises RankError that names the ranks that are not here after ``timeout``.
+    Raises RankError that names the ranks that are not here after ``timeout``, and the ``setting`` that it comes from.
     """
     deadline, word = time.monotonic() + timeout.total_seconds(), uuid.uuid4().hex
     own = f"{word} {socket.gethostname()}"
@@ -130,12 +130,12 @@ def meet(store: Store, world: World, timeout: timedelta) -> Store:
         here = PrefixStore(f"distlenet/{word}", store)
         here.set(host_key(0), own)
         store.set("distlenet/start", word)
-        _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world)
+        _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world, setting)
         words = {rank: here.get(host_key(rank)).decode().split()[0] for rank in range(world.world_size)}
         here.set("words", json.dumps(words))
         return here
     while True:
-        _wait(store, ["distlenet/start"], deadline, world)
+        _wait(store, ["distlenet/start"], deadline, world, setting)
         here = PrefixStore(f"distlenet/{store.get('distlenet/start').decode()}", store)
         here.set(host_key(world.rank), own)
         with contextlib.suppress(dist.DistStoreError):  # not yet, or never: then look for a newer name
@@ -144,14 +144,14 @@ def meet(store: Store, world: World, timeout: timedelta) -> Store:
                 return here
             time.sleep(0.02)
         if time.monotonic() > deadline:
-            _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world)
+            _wait(here, [host_key(rank) for rank in range(world.world_size)], deadline, world, setting)
             raise RankError(
                 f"rank {world.rank} of {world.world_size} on {socket.gethostname()}: rank 0 did not answer; look "
                 "whether its process runs"
             )
 
 
-def _wait(store: Store, keys: list[str], deadline: float, world: World) -> None:
+def _wait(store: Store, keys: list[str], deadline: float, world: World, setting: str) -> None:
     """Wait for ranks' ``keys``; raise RankError that says whose are missing after ``deadline``."""
     try:
         store.wait(keys, timedelta(seconds=max(0.01, deadline - time.monotonic())))
@@ -159,7 +159,7 @@ def _wait(store: Store, keys: list[str], deadline: float, world: World) -> None:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         raise RankError(
             f"rank {world.rank} of {world.world_size} on {socket.gethostname()}: {ranks_in_words(missing)} did not "
-            "come in time (distributed.start_timeout_s); look whether their nodes run, and reach the node of rank 0"
+            f"come in time ({setting}); look whether their nodes run, and reach the node of rank 0"
         ) from error
 
 
@@ -179,14 +179,15 @@ def ranks_in_words(ranks: Sequence[int], most: int = 16) -> str:
     return f"rank{'s' * (len(ranks) != 1)} {listed}"
 
 
-def meet_all(world: World, start_timeout_s: float) -> Store:
-    """Wait until all ranks are here, ``start_timeout_s`` at most; return the part of their store that is this start's.
+def meet_all(world: World, timeout_s: float, setting: str = "distributed.start_timeout_s") -> Store:
+    """Wait until all ranks are here, ``timeout_s`` at most, as ``setting`` says; return the part of their store that is
+    this start's.
 
     Raises RankError where they do not come together.
     """
-    start = timedelta(seconds=start_timeout_s)
+    timeout = timedelta(seconds=timeout_s)
     with told(world):
-        return meet(open_store(world, start), world, start)
+        return meet(open_store(world, timeout), world, timeout, setting)
 
 
 @contextmanager

@@ -47,14 +47,16 @@ def replay(folder: Path) -> None:
 
     Raises UserError where they did not get there, or a job is writing in the folder.
     """
-    from distlenet.mirror import read_json, send
+    from distlenet.mirror import make_sinks, read_json, send
     from distlenet.reporting.runs import read_run
     from distlenet.tracking.wandb import Wandb, wandb_mode
 
     run = read_run(folder)
     ids = [start["run_id"] for start in run.starts if start.get("run_id")]
     if not ids:
-        raise UserError(f"{folder}: starts.jsonl names no run_id, by which W&B knows a run")
+        raise UserError(
+            f"{folder}: starts.jsonl names no run_id, by which W&B knows a run; give a run of distlenet.train"
+        )
     config: dict[str, Any] = load_config([str(folder / "config.yaml")]).to_dict()
     mode = wandb_mode("auto" if config["wandb"]["mode"] == "disabled" else config["wandb"]["mode"], os.environ)
     if mode == "disabled":
@@ -67,7 +69,8 @@ def replay(folder: Path) -> None:
                 locks.enter_context(FileLock(folder / name, timeout=0))
             except Timeout as error:
                 raise UserError(f"{folder}: a job is writing there, and sends it itself; wait for its end") from error
-        took = send(folder, start, iter(["finished" if read_json(folder / "summary.json") else "failed"]))
+        outcome = "finished" if read_json(folder / "summary.json") else "failed"
+        took = send(folder, make_sinks(folder, start), iter([outcome]))
     sink = took.get("wandb")
     if not isinstance(sink, Wandb) or (mode == "online" and not sink.online):
         raise UserError(f"{folder}: not sent, see above; mend that and run the same command again")

@@ -6,9 +6,10 @@ import torch
 
 from distlenet.checkpoint.file import State, load_checkpoint, load_model
 from distlenet.checkpoint.folder import CheckpointFolder, find_checkpoint
-from distlenet.config import in_yaml, result_settings
+from distlenet.config import result_settings
 from distlenet.errors import UserError
 from distlenet.schema import Config
+from distlenet.settings import in_yaml
 
 POSITION = {"seed", "data.name", "data.drop_last", "data.synthetic_train", "train.global_batch_size"}
 """The settings that say which images come in which global batch: inside an epoch they must stay."""

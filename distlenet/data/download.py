@@ -27,7 +27,7 @@ def locate(name: str, root: Path) -> dict[str, Path] | None:
     """Find the four IDX files: in ``root``, in torchvision's folder below it, in Debian's package."""
     folders = [root, downloaded_folder(name, root), DEBIAN_FOLDER.get(name)]
     if os.path.lexists(root) and not os.path.isdir(root):
-        raise UserError(f"data.root={root}: is not a folder that can be read")
+        raise UserError(f"data.root={root}: is not a folder that can be read; give another")
     return next((files for folder in folders if folder and (files := idx.find(folder))), None)
 
 
@@ -56,10 +56,10 @@ def locate_or_download(name: str, root: Path, debian: bool = False) -> dict[str,
         raise
     except Timeout as error:
         raise UserError(
-            f"data: {error.lock_file} is held by another process; wait for it, or remove the file if there is none"
+            f"data {error.lock_file}: is held by another process; wait for it, or remove the file if there is none"
         ) from error
     except OSError as error:
-        raise UserError(f"data.root={root}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"data.root={root}: cannot be written: {error.strerror or error}; give another") from error
 
 
 def _download(name: str, root: Path, debian: bool) -> dict[str, Path]:
@@ -87,7 +87,7 @@ def _download(name: str, root: Path, debian: bool) -> dict[str, Path]:
         "train on the bundled set with data.name=digits, for which configs/ci.yaml has the settings",
     ]
     raise UserError(
-        f"data.name={name}: is not in data.root={root} and cannot be downloaded ({'; '.join(failures)}). Either "
+        f"data.name={name}: is not in data.root={root} and cannot be downloaded ({', '.join(failures)}); "
         + ", or ".join(ways)
     )
 

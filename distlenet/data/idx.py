@@ -71,12 +71,12 @@ def find(folder: Path) -> dict[str, Path] | None:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
-                raise UserError(f"data: {path} cannot be read: {error.strerror}; give another data.root") from error
+                raise UserError(f"data {path}: cannot be read: {error.strerror}; give another data.root") from error
             if not regular:
-                raise UserError(f"data: {path} is not a regular file; give another data.root")
+                raise UserError(f"data {path}: is not a regular file; give another data.root")
             found.setdefault(name, path)
     if found and (missing := [name for name in FILES if name not in found]):
-        raise UserError(f"data: {folder} lacks {', '.join(missing)} (plain or .gz); complete it or remove it")
+        raise UserError(f"data {folder}: lacks {', '.join(missing)} (plain or .gz); complete it or remove it")
     return found or None
 
 
@@ -89,12 +89,12 @@ def open_verified(path: Path, sha256: str) -> SharedFile:
         shared = unpacked(path) if path.suffix == ".gz" else on_disk(path)
         digest = shared.sha256()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"data: {path} is damaged: {error}; remove it and run again") from error
+        raise UserError(f"data {path}: is damaged: {error}; remove it and run again") from error
     except OSError as error:
-        raise UserError(f"data: {path} cannot be read: {error.strerror}; give another data.root") from error
+        raise UserError(f"data {path}: cannot be read: {error.strerror}; give another data.root") from error
     if digest != sha256:
         raise UserError(
-            f"data: {path} is not the published file (SHA-256 {digest[:12]}..., expected {sha256[:12]}...); "
+            f"data {path}: is not the published file (SHA-256 {digest[:12]}..., expected {sha256[:12]}...); "
             "remove it and run again"
         )
     return shared

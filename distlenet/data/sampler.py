@@ -49,7 +49,7 @@ class GlobalBatchSampler(DistributedSampler[Tensor]):
         self.steps_at_once = max(1, AT_ONCE // max(1, len(self.mine)))
         if self.steps == 0:
             raise UserError(
-                f"data.drop_last=true drops all {self.samples} images of the training set, which do not fill "
+                f"data.drop_last=true: drops all {self.samples} images of the training set, which do not fill "
                 f"train.global_batch_size={global_batch}; give a smaller one, or data.drop_last=false"
             )
 

@@ -96,7 +96,7 @@ def have_data(config: DataConfig) -> None:
     root = Path(config.root)
     if config.name in idx.SHA256 and download.locate(config.name, root) is None:
         raise UserError(
-            f"data: {config.name} is not in data.root={root} here; "
+            f"data.name={config.name}: is not in data.root={root} here; "
             f"python -m distlenet.data data.name={config.name} data.root={root} gets it"
         )
 

@@ -44,7 +44,7 @@ def open_synthetic(root: Path, train: int, test: int) -> dict[str, SharedFile]:
                     (Path(scratch) / "set").rename(folder)
         return {name: on_disk(folder / name) for name in shapes}
     except OSError as error:
-        raise UserError(f"data: {folder}: {error.strerror or error}; give another data.root") from error
+        raise UserError(f"data {folder}: cannot be made: {error.strerror or error}; give another data.root") from error
 
 
 def _noise(shape: tuple[int, ...]) -> Iterator[Buffer]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distlenet.checkpoint.alike import MOST, check_alike
-from distlenet.config import flatten, in_yaml, read_yaml
+from distlenet.config import read_yaml
 from distlenet.errors import UserError, printable, warn
+from distlenet.settings import flatten, in_yaml
 from distlenet.tracking import TEST_FILE, Record
 from distlenet.tracking.history import read_records
 

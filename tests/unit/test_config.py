@@ -4,9 +4,10 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-from distlenet.config import FIELDS, describe, load_config, run_folder, to_yaml
+from distlenet.config import load_config, run_folder, to_yaml
 from distlenet.errors import UserError
 from distlenet.schema import Config
+from distlenet.settings import FIELDS, describe
 
 pytestmark = pytest.mark.unit
 

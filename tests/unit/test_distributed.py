@@ -55,7 +55,9 @@ def gather(store, world_size, timeout_s=20.0, ranks=None):
 
     def come(rank):
         try:
-            found[rank] = meet(store, World(rank, 0, world_size), timedelta(seconds=timeout_s))
+            found[rank] = meet(
+                store, World(rank, 0, world_size), timedelta(seconds=timeout_s), "distributed.start_timeout_s"
+            )
         except UserError as error:
             found[rank] = str(error)
 

@@ -46,7 +46,7 @@ DIGITS = ("data.name=digits", "device=cpu")
         (["--config", "none.yaml"], "--config none.yaml: cannot be read: No such file or directory"),
         (["--config", "broken.yaml"], "--config broken.yaml: not valid YAML"),
         (["--epochs", "3"], "unrecognized arguments: --epochs"),
-        (["data.root=truncated"], "truncated/train-images-idx3-ubyte.gz is damaged"),
+        (["data.root=truncated"], "truncated/train-images-idx3-ubyte.gz: is damaged"),
         (["data.root=foreign"], "is not the published file"),
         (["data.root=broken.yaml"], "data.root=broken.yaml: is not a folder"),
         ([*DIGITS, "distributed.backend=nccl"], "distributed.backend=nccl"),
@@ -58,7 +58,10 @@ DIGITS = ("data.name=digits", "device=cpu")
         ([*DIGITS, "checkpoint.resume=seed-1.pt"], "seed (was 1, now 0)"),
         ([*DIGITS, "checkpoint.path=seed-1.pt"], "checkpoint.resume"),
         ([*DIGITS, "run.dir=broken.yaml"], "run folder broken.yaml"),
-        ([*DIGITS, "data.drop_last=true", "train.global_batch_size=4000"], "drops all 1437 images"),
+        (
+            [*DIGITS, "data.drop_last=true", "train.global_batch_size=4000"],
+            "=true: drops all 1437 images",
+        ),
     ],
 )
 def test_training(given, tmp_path, words, part):

@@ -21,12 +21,13 @@ from PIL import Image
 from distlenet import train
 from distlenet.checkpoint.file import from_bytes, load_checkpoint, to_bytes
 from distlenet.checks.facts import look
-from distlenet.config import FIELDS, load_config
+from distlenet.config import load_config
 from distlenet.data import idx
 from distlenet.errors import Preempted, UserError
 from distlenet.images import Unreadable, read_picture
 from distlenet.predict import Predictor
 from distlenet.reporting.runs import read_run
+from distlenet.settings import FIELDS
 from distlenet.tracking.history import read_records
 from distlenet.world import World, world_from_environ
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 from conftest import run_command
 
-from distlenet import mirror
 from distlenet.config import load_config
 from distlenet.errors import UserError
 from distlenet.mirror import Sinks, Tail, listen, send
@@ -131,9 +130,9 @@ class Kept:
         self.ended = (outcome, summary, details)
 
 
-def test_what_fails_is_left_out_and_the_others_have_everything(tmp_path, monkeypatch, capsys):
+def test_what_fails_is_left_out_and_the_others_have_everything(tmp_path, capsys):
     good, bad = Kept(), Kept(fails_at=2)
-    monkeypatch.setattr(mirror, "make_sinks", lambda *_: Sinks({"bad": lambda: bad, "good": lambda: good}))
+    sinks = Sinks({"wandb": lambda: bad, "good": lambda: good})
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')
 
@@ -146,19 +145,18 @@ def test_what_fails_is_left_out_and_the_others_have_everything(tmp_path, monkeyp
         (tmp_path / "summary.json").write_text('{"steps": 4}')
         yield "finished"
 
-    send(tmp_path, {}, told())
+    send(tmp_path, sinks, told())
     assert good.records == [1, "caught up", 2, 3, 4]
     assert good.ended == ("finished", {"steps": 4}, None)
     assert (bad.records, bad.ended) == ([1, "caught up"], None)
-    assert capsys.readouterr().err.count("bad: ConnectionError: gone for good; training goes on without") == 1
+    assert capsys.readouterr().err.count("W&B: ConnectionError: gone for good; training goes on without") == 1
 
 
-def test_a_training_that_is_gone_has_failed(tmp_path, monkeypatch):
+def test_a_training_that_is_gone_has_failed(tmp_path):
     kept = Kept()
-    monkeypatch.setattr(mirror, "make_sinks", lambda *_: Sinks({"kept": lambda: kept}))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "summary.json").write_text("{}")  # of an earlier, longer run
-    send(tmp_path, {}, iter(["more"]))
+    send(tmp_path, Sinks({"kept": lambda: kept}), iter(["more"]))
     assert kept.ended == ("failed", {}, None)
 
 
@@ -212,16 +210,48 @@ def test_a_full_pipe_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
 
 def test_what_is_told_is_taken_at_once_and_the_end_is_heard_while_nobody_asks():
     """A thread that says 100,000 lines to nobody, and the last word; W&B does not answer meanwhile."""
-    ended = threading.Event()
-    heard = listen(iter(["more"] * 100_000 + ["finished", "beyond"]), ended.set)
+    ended, calls = threading.Event(), []
+    said = iter(["start", *["more"] * 100_000, "finished", "beyond"])
+    heard = listen(said, lambda: calls.append("at start"), lambda first: (calls.append(first), ended.set()))
     assert ended.wait(30)
-    assert list(heard)[-2:] == ["more", "finished"]
+    assert calls == ["at start", "start"]
+    heard = list(heard)
+    assert (heard[:2], heard[-2:]) == (["start", "more"], ["more", "finished"])
 
 
 def test_a_training_that_is_gone_is_an_end_too():
-    ended = threading.Event()
-    assert list(listen(iter(["more"]), ended.set)) == ["more"]
-    assert ended.is_set()
+    ended = []
+    assert list(listen(iter(["start", "more"]), lambda: None, ended.append)) == ["start", "more"]
+    assert ended == ["start"]
+
+
+def test_a_training_that_is_gone_before_its_start_has_neither():
+    def never(*_):
+        raise AssertionError
+
+    assert list(listen(iter([]), never, never)) == []
+
+
+def test_who_stands_back_has_the_least_share():
+    """A process of its own: it, a thread and a child in a session of its own, as W&B's."""
+    program = (
+        "import os, subprocess, sys, threading\n"
+        "from distlenet.mirror import stand_back\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE, start_new_session=True)\n"
+        "go = threading.Event()\n"
+        "thread = threading.Thread(target=go.wait)\n"
+        "thread.start()\n"
+        "stand_back()\n"
+        "for process in (os.getpid(), thread.native_id, child.pid):\n"
+        "    assert os.sched_getscheduler(process) == os.SCHED_IDLE, process\n"
+        "for process in (os.getpid(), child.pid):\n"
+        "    path = f'/proc/{process}/autogroup'\n"
+        "    assert not os.path.exists(path) or not open(path).read() or 'nice 19' in open(path).read(), process\n"
+        "go.set()\n"
+        "child.communicate(b'\\n')\n"
+    )
+    ended = run_command(sys.executable, "-c", program)
+    ended.succeeded()
 
 
 def test_the_start_says_all_that_is_needed(tmp_path, monkeypatch):
