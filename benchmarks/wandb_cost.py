@@ -6,7 +6,8 @@ loop, which the process that talks to W&B shares the processors with. Ratios are
 On a shared machine one run is 10 % slower than the next for other reasons, so such ratios tell a server's hang from
 its answer, but not 1 %. ``--within`` measures that inside each run: all that talks to W&B is stopped (SIGSTOP), and
 let run in one of each two windows of WINDOW steps, drawn by lot. What those windows took beyond their neighbours, W&B
-has cost: all its work, also that which it otherwise does while the ranks meet, falls into them.
+has cost, and what the first window, in which nothing is stopped, took beyond that of a run without W&B. Its work from
+before the first step is in neither.
 """
 
 import argparse
@@ -50,10 +51,11 @@ def environment(way: str, server: WandbServer) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: seconds in its loop, and what W&B has cost of them, where it was stopped now and then."""
+    """One training, in seconds: its loop, its first window, and what W&B has cost in the others, where that was told."""
 
     train_s: float
-    cost_s: float | None
+    first_s: float
+    cost_s: float
 
 
 def train(way: str, ranks: int, settings: list[str], lots: random.Random | None) -> Run:
@@ -84,18 +86,17 @@ def train(way: str, ranks: int, settings: list[str], lots: random.Random | None)
     assert len([line for line in lines if '"test"' in line]) == summary["epochs"], way
     image_s = [WINDOW / record["images_per_s"] for record in windows]  # for an image of each step
     images = summary["train_images_per_s"] * summary["train_s"] / summary["steps"]
-    return Run(summary["train_s"], images * cost(image_s, ran) if lots else None)
+    return Run(summary["train_s"], images * image_s[0], images * cost(image_s, ran))
 
 
 def stop_by_lot(training: "Popen[bytes]", history: Path, lots: random.Random) -> list[bool]:
-    """Stop all that talks to W&B, and let it run for one of each two windows; return in which it ran."""
-    ran = [False] + [answer for _ in range(10**4) for answer in lots.sample([True, False], 2)]
+    """Stop all that talks to W&B, and let it run in one of each two windows; return in which it ran."""
+    ran = [True] + [answer for _ in range(10**4) for answer in lots.sample([True, False], 2)]
     mirror = None
     while mirror is None and training.poll() is None:  # it starts when torch is imported
         time.sleep(0.02)
         mirror = next((process for process in below(training.pid) if "distlenet.mirror" in command(process)), None)
     assert mirror is not None, "no process talks to W&B"
-    # mirror.suspend()
     for window in windows(training, history):
         for process in [mirror, *below(mirror.pid)]:
             with contextlib.suppress(psutil.Error):
@@ -168,13 +169,12 @@ def main() -> None:
 def within(rounds: int, ranks: int, settings: list[str]) -> None:
     """Measure inside each run, and print."""
     lots = random.Random(0)
-    ways = ("offline", "well")
-    shares: dict[str, list[float]] = {way: [] for way in ways}
+    shares: dict[str, list[float]] = {"offline": [], "well": []}
     for number in range(rounds):
-        for way in ways:
+        without = train("disabled", ranks, settings, None)
+        for way, found in shares.items():
             run = train(way, ranks, settings, lots)
-            assert run.cost_s is not None
-            shares[way].append(run.cost_s / run.train_s)
+            found.append((run.cost_s + run.first_s - without.first_s) / run.train_s)
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     print("| W&B | its share of the training's time |")
     print("| --- | ---: |")
