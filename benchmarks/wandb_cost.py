@@ -51,7 +51,7 @@ def environment(way: str, server: WandbServer) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """One training, in seconds: its loop, its first window, and what W&B has cost in the others, where that was told."""
+    """One training, in seconds: its loop, its first window, and what W&B has cost in the others."""
 
     train_s: float
     first_s: float
