@@ -21,13 +21,15 @@ from browser import Browser
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "distlenet.train"]
 
 
-def terminal(command: list[str], size: tuple[int, int], until: str, limit_s: float = 300) -> str:
-    """Run a command in tmux until its screen has a text, and return the screen with its colours."""
+def terminal(command: list[str], folder: Path, size: tuple[int, int], until: str, limit_s: float = 300) -> str:
+    """Run a command in a folder, in tmux, until its screen has a text, and return the screen with its colours."""
     server = ["tmux", "-L", f"pictures-{os.getpid()}"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"}
     columns, rows = map(str, size)
     shell = f"{shlex.join(command)}; sleep 1000"
-    subprocess.run([*server, "new-session", "-d", "-x", columns, "-y", rows, shell], check=True, env=environ)
+    subprocess.run(
+        [*server, "new-session", "-d", "-c", folder, "-x", columns, "-y", rows, shell], check=True, env=environ
+    )
     try:
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
@@ -55,16 +57,17 @@ def main() -> None:
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        runs = Path(scratch)
-        words = ["train.epochs=4", f"run.dir={runs}", "run.name=run", "wandb.mode=offline", "run.report=always"]
-        screen = terminal([*LAUNCH, *words], (118, 12), "epoch 3/4")
+        place, runs = Path(scratch), Path(scratch) / "runs"
+        (place / "data").symlink_to(Path("data").resolve())
+        words = ["train.epochs=4", "run.name=run", "wandb.mode=offline", "run.report=always"]
+        screen = terminal([*LAUNCH, *words], place, (118, 12), "epoch 3/4")
         draw(screen, 118, "torchrun --nproc_per_node=2 -m distlenet.train", folder / "console.svg")
-        ended = subprocess.run([*LAUNCH, *words], check=True, capture_output=True, text=True)  # to its end
+        ended = subprocess.run([*LAUNCH, *words], check=True, capture_output=True, text=True, cwd=place)  # to its end
         print(ended.stdout)
         (offline,) = (runs / "run/wandb").glob("offline-run-*")
-        screen = terminal([sys.executable, "-m", "wandb", "leet", "run", str(offline)], (170, 44), "test/accuracy")
-        draw(screen, 170, "wandb leet", folder / "wandb.svg")
-        browser = Browser(runs / "profile")
+        leet = [sys.executable, "-m", "wandb", "leet", "run", str(offline)]
+        draw(terminal(leet, place, (170, 44), "test/accuracy"), 170, "wandb leet", folder / "wandb.svg")
+        browser = Browser(place / "profile")
         browser.open((runs / "run/report.html").as_uri(), 1400, 1400)
         (folder / "report.png").write_bytes(browser.screenshot())
         browser.close()

@@ -171,7 +171,7 @@ def stand_back() -> None:
     """
     me = psutil.Process()
     for process in [me, *me.children(recursive=True)]:
-        with suppress(OSError, psutil.Error):  # gone; or grouped otherwise
+        with suppress(OSError, psutil.Error):  # it is gone, or Linux groups otherwise
             for thread in process.threads():
                 os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
             for _ in range(3):
@@ -198,12 +198,13 @@ def main() -> None:
     get_ready(sys.argv[2:])
     if not (first := next(told, "")):  # the training has ended before it began
         return
+    stand_back()  # W&B's process, too
     start, folder = json.loads(first), Path(sys.argv[1])
     lock = FileLock(folder / ".mirror.lock")
     with suppress(Timeout):  # that of an earlier start ends by itself soon; on another node it may hold the lock
         lock.acquire(start["config"]["wandb"]["finish_s"] + 5)
     sinks = make_sinks(folder, start)
-    stand_back()  # also what W&B has started since
+    stand_back()  # and what that has started
     send(folder, sinks, told)
 
 

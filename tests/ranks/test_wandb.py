@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import Running, run_command
 from wandb_server import WandbServer
@@ -186,6 +188,26 @@ def test_a_bad_server_costs_a_warning(tmp_path, server, manner):
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 48
 
 
+def assert_stands_back(training: int) -> None:
+    """Wait until W&B's own process is there, and all that talks to it leaves the processors to the ranks."""
+    deadline = time.monotonic() + 60
+    found: dict[str, tuple[int, bool]] = {}
+    while time.monotonic() < deadline:
+        with suppress(psutil.Error, OSError):
+            processes = psutil.Process(training).children(recursive=True)
+            found = {" ".join(p.cmdline()): (os.sched_getscheduler(p.pid), of_least_share(p.pid)) for p in processes}
+        if any("wandb-core" in command for command in found) and set(found.values()) == {(os.SCHED_IDLE, True)}:
+            return
+        time.sleep(0.1)
+    raise AssertionError(found)
+
+
+def of_least_share(process: int) -> bool:
+    """Say whether a process's session has the least share, where Linux groups by sessions."""
+    group = Path(f"/proc/{process}/autogroup")
+    return not group.exists() or not (said := group.read_text()) or said.endswith("nice 19\n")
+
+
 def test_training_begins_before_wandb_answers(tmp_path, server):
     """The run is at its end while the server has not answered the first question yet."""
     server.manner = "hang"
@@ -196,6 +218,7 @@ def test_training_begins_before_wandb_answers(tmp_path, server):
     try:
         assert any(line.startswith("Files of this run") for line in process.stdout)
         assert not server.rows  # nothing was answered
+        assert_stands_back(process.pid)
         server.released.set()
         server.manner = "well"
         process.wait(60)
