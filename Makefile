@@ -38,7 +38,8 @@ chaos: $(VENV)/.installed
 # Lines that no test runs; those for a GPU are among them where there is none.
 coverage: $(VENV)/.installed-dev
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --numprocesses=2 --dist=loadfile tests/unit tests/ranks
+	$(BIN)/coverage run -m pytest --numprocesses=2 tests/unit
+	$(BIN)/coverage run -m pytest --numprocesses=2 --dist=loadfile tests/ranks
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -26,7 +26,7 @@ SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
         "Recipes",
         [["recipes.py", "sprint", "--seeds", "5", "--against", "tutorial"], ["recipes.py", "best", "--seeds", "3"]],
     ),
-    "wandb": ("What W&B costs the training", [["wandb_cost.py", "--within"], ["wandb_cost.py", "--rounds", "3"]]),
+    "wandb": ("What W&B costs the training", [["wandb_cost.py", "--within", "--rounds", "3"]]),
     "size": ("Large sets: memory and start", [["size.py"]]),
     "gpu": (
         "On a GPU",

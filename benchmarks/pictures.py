@@ -1,6 +1,7 @@
 """The README's pictures: a training's terminal, W&B's own viewer on the run, and the run's report.
 
-``python benchmarks/pictures.py FOLDER``: needs tmux and Chromium; writes console.svg, wandb.svg and report.png.
+``python benchmarks/pictures.py FOLDER``: needs tmux, Chromium and the data set in data/; writes console.svg, wandb.svg
+and report.png.
 """
 
 import argparse

@@ -52,12 +52,12 @@ def load_config(
         raise UserError(f"{given.get(key, 'config')[:200]}: {_one_line(error.msg or error)}{expected}") from error
     for key, value in flatten(config.to_dict()):
         check(key, value, "config")  # once more: an interpolation is only now a value
-    check_together(config)
+    check_whole(config)
     return config
 
 
-def check_together(config: Config) -> None:
-    """Raise UserError where values, each right by its type and range, are not."""
+def check_whole(config: Config) -> None:
+    """Raise UserError for what type and range of each value alone do not say."""
     if config.optim.nesterov and config.optim.name == "sgd" and config.optim.momentum == 0:
         raise UserError("optim.nesterov=true: needs optim.momentum above 0; give optim.nesterov=false")
     if (name := config.run.name) is not None and (name in ("", "..") or Path(name).name != name):

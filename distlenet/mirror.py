@@ -22,11 +22,9 @@ from filelock import FileLock, Timeout
 
 from distlenet.errors import warn
 from distlenet.tracking import TEST_FILE, Record
+from distlenet.tracking.mirror import NAMES
 from distlenet.tracking.tensorboard import TensorBoard
 from distlenet.tracking.wandb import Wandb
-
-NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard"}
-"""What users call them."""
 
 
 class Sink(Protocol):
@@ -84,7 +82,7 @@ class Sinks:
         except Exception as error:  # whatever it is, training and the other sinks go on
             self.sinks.pop(name, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            warn(f"{NAMES[name]}: {reason}; training goes on without, metrics.jsonl has everything")
+            warn(f"{NAMES.get(name, name)}: {reason}; nothing more is sent there, metrics.jsonl has everything")
 
 
 def make_sinks(folder: Path, start: Record) -> Sinks:
@@ -133,34 +131,36 @@ def listen(lines: Iterator[str], at_start: Callable[[], None], at_end: Callable[
     """Yield ``lines``, which a thread takes at once, whatever is under way.
 
     So the training never finds its pipe full, and its start and its end are known also while W&B does not answer:
-    then ``at_start`` is called, and ``at_end`` with the first line.
+    then ``at_start`` is called, and ``at_end`` with the first line; with none, where there was no start.
     """
     heard: SimpleQueue[str | None] = SimpleQueue()
 
     def take() -> None:
-        if first := next(lines, ""):
-            at_start()
-            heard.put(first)
-            for line in lines:
-                heard.put(line)
-                if line != "more":
-                    break
+        try:
+            if first := next(lines, ""):
+                heard.put(first)
+                at_start()
+                for line in lines:
+                    heard.put(line)
+                    if line != "more":
+                        break
             at_end(first)
-        heard.put(None)
+        finally:
+            heard.put(None)
 
     threading.Thread(target=take, daemon=True).start()
     return iter(heard.get, None)
 
 
 def get_ready(packages: list[str]) -> None:
-    """Import what W&B's client will need, and start its process. What fails here will again, where it is told."""
-    later = {"wandb": ["wandb", "wandb.sdk.launch"], "tensorboard": ["tensorboard.summary"]}
-    for name in [name for package in packages for name in later[package]]:
+    """Import what W&B's client will need, and start its process. What fails here is tried again where it is told."""
+    names = {"wandb": ["wandb", "wandb.sdk.launch"], "tensorboard": ["tensorboard.summary"]}  # init imports launch
+    for package in packages:
         with suppress(Exception):
-            importlib.import_module(name)
-    if "wandb" in packages:
-        with suppress(Exception):
-            importlib.import_module("wandb").setup()
+            for name in names[package]:
+                importlib.import_module(name)
+            if package == "wandb":
+                importlib.import_module("wandb").setup()
 
 
 def stand_back() -> None:
@@ -169,16 +169,26 @@ def stand_back() -> None:
     Where Linux groups by sessions (sched_autogroup_enabled), each session has the same share whatever the priorities in
     it, so the share of each is lowered, too. Source: https://man7.org/linux/man-pages/man7/sched.7.html
     """
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        with suppress(OSError, psutil.Error):  # it is gone, or Linux groups otherwise
+    me, others = psutil.Process(), []
+    with suppress(OSError, psutil.Error):  # /proc shows nobody's processes
+        others = me.children(recursive=True)
+    for process in [me, *others]:
+        with suppress(OSError, psutil.Error):
             for thread in process.threads():
-                os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
-            for _ in range(3):
-                with suppress(BlockingIOError):  # 0.1 s must lie between two changes, of anybody's
-                    Path(f"/proc/{process.pid}/autogroup").write_text("19", encoding="ascii")
-                    break
-                time.sleep(0.15)
+                with suppress(OSError):  # it has just ended
+                    os.setpriority(os.PRIO_PROCESS, thread.id, 19)
+                    os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
+        with suppress(OSError):  # Linux does not group by sessions
+            lower_share(Path(f"/proc/{process.pid}/autogroup"))
+
+
+def lower_share(group: Path) -> None:
+    """Give a session the least share. Raises OSError."""
+    for _ in range(3):
+        with suppress(BlockingIOError):  # 0.1 s must lie between two such changes, whoever makes them
+            group.write_text("19", encoding="ascii")
+            return
+        time.sleep(0.15)
 
 
 def main() -> None:
@@ -190,16 +200,16 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the training takes them; its end says all
 
     def limit(first: str) -> None:
+        if not first:  # the training has ended before it began
+            os._exit(0)  # W&B's process sees that, too
         timer = threading.Timer(json.loads(first)["config"]["wandb"]["finish_s"], os.killpg, (0, signal.SIGKILL))
         timer.daemon = True
         timer.start()
 
     told = listen((line.strip() for line in sys.stdin), stand_back, limit)
     get_ready(sys.argv[2:])
-    if not (first := next(told, "")):  # the training has ended before it began
-        return
+    start, folder = json.loads(next(told)), Path(sys.argv[1])
     stand_back()  # W&B's process, too
-    start, folder = json.loads(first), Path(sys.argv[1])
     lock = FileLock(folder / ".mirror.lock")
     with suppress(Timeout):  # that of an earlier start ends by itself soon; on another node it may hold the lock
         lock.acquire(start["config"]["wandb"]["finish_s"] + 5)

@@ -37,8 +37,8 @@ def main() -> None:
     started = time.monotonic()
     world = World()
     try:
-        config = load_config(arguments.config, arguments.overrides)
         world = world_from_environ(os.environ)
+        config = load_config(arguments.config, arguments.overrides)
     except UserError as error:
         if arguments.json and speaks_for_others(error):
             show(Checkup([Finding("settings", "FAIL", str(error))]), world, True, started)
@@ -47,7 +47,8 @@ def main() -> None:
         here = meet_all(world, arguments.wait, "--wait")
         checkup = Checkup(look(config, world, here, arguments.wait))
     except RankError as error:
-        finding = Finding("ranks", "FAIL", f"on {socket.gethostname()}: {error}")
+        host = socket.gethostname()
+        finding = Finding("ranks", "FAIL", str(error) if host in str(error) else f"on {host}: {error}")
         if world.local_rank == 0:
             show(Checkup([finding]), world, arguments.json, started)
         raise RankError("preflight: the ranks cannot meet; see the table") from error

@@ -1,6 +1,7 @@
 """How ranks meet: in a key-value store, in which each says that it is there, before there is a process group."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -23,8 +24,8 @@ from distlenet.world import World
 GRACE_S = 10.0
 """Seconds beyond twice its timeout that a store may take to open: torch tries twice, and waits in between."""
 
-RESOLVE_S = 5.0
-"""Seconds in which a host's name must become known."""
+RESOLVE_S = 10.0
+"""Seconds in which a host's name must become known; it is asked for twice at least."""
 
 
 def open_store(world: World, timeout: timedelta) -> Store:
@@ -55,16 +56,16 @@ def resolve(host: str) -> None:
     Not at once: one name server's bad second must not end a job of many nodes.
     """
     deadline = time.monotonic() + RESOLVE_S
-    while True:
+    for tries in itertools.count(1):
         try:
             socket.getaddrinfo(host, None)
             return
         except (OSError, UnicodeError) as error:
-            if time.monotonic() > deadline or isinstance(error, UnicodeError):
+            if (tries > 1 and time.monotonic() > deadline) or isinstance(error, UnicodeError):
                 raise RankError(
                     f"the name {host}, where the ranks meet, cannot be resolved on {socket.gethostname()} "
                     f"({getattr(error, 'strerror', None) or error}); give a name that all nodes know, or its address, "
-                    "as MASTER_ADDR"
+                    "as MASTER_ADDR, or on that node as torchrun's --local-addr"
                 ) from error
             time.sleep(0.5)
 
@@ -180,10 +181,9 @@ def ranks_in_words(ranks: Sequence[int], most: int = 16) -> str:
 
 
 def meet_all(world: World, timeout_s: float, setting: str = "distributed.start_timeout_s") -> Store:
-    """Wait until all ranks are here, ``timeout_s`` at most, as ``setting`` says; return the part of their store that is
-    this start's.
+    """Wait until all ranks are here; return the part of their store that is this start's.
 
-    Raises RankError where they do not come together.
+    They have ``timeout_s`` seconds, as ``setting`` says. Raises RankError where they do not come together.
     """
     timeout = timedelta(seconds=timeout_s)
     with told(world):

@@ -46,7 +46,7 @@ class CheckpointFolder:
         if self._thread is not None:
             self._thread.join(timeout)
             if self._thread.is_alive():
-                return f"not done within {timeout:.0f} s, see checkpoint.grace_s"
+                return f"not done within {timeout:.3g} s, see checkpoint.grace_s"
         return self.failure
 
     def _write_and_tell(self, state: State, best: bool, before: Callable[[], None] | None) -> None:

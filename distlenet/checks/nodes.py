@@ -73,7 +73,7 @@ def wait_for(here: Store, keys: list[str], wait_s: float) -> None:
         late = [key for key in keys if not here.check([key])]
         missing = sorted({int(key.rpartition("/")[2]) if "/" in key else 0 for key in late})  # rank 0 says the word
         raise RankError(
-            f"preflight: {ranks_in_words(missing)} did not answer within {wait_s:g} s (--wait); look at what they print"
+            f"{ranks_in_words(missing)} did not answer within {wait_s:g} s (--wait); look at what they print"
         ) from error
 
 

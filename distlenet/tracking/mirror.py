@@ -9,9 +9,11 @@ import contextlib
 import importlib.util
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from typing import Any
 from distlenet.errors import Preempted, UserError, warn
 from distlenet.tracking import Record
 from distlenet.tracking.wandb import has_key, wandb_mode
+
+NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard"}
+"""What users call the packages."""
 
 SPARE_S = 2.0
 """What a job that was asked to stop keeps of its time for leaving."""
@@ -44,6 +49,7 @@ class Mirror:
             if importlib.util.find_spec(package) is None:
                 setting = "wandb.mode=disabled" if package == "wandb" else "tracking.tensorboard=false"
                 raise UserError(f"package {package}: is not installed; pip install {package}, or give {setting}")
+        self.names = " and ".join(NAMES[package] for package in self.wanted)
         self.told = False  # whether the process knows what to send
         self.process: subprocess.Popen[bytes] | None = None
         self.outcome = "failed"
@@ -56,16 +62,18 @@ class Mirror:
             warn("wandb.mode=online: no API key is configured, so the run is kept offline; wandb login adds one")
         command = [sys.executable, "-m", "distlenet.mirror", str(self.folder), *self.wanted]
         try:
+            # W&B leaves folders behind where it is killed.
+            self.scratch = tempfile.TemporaryDirectory(prefix="distlenet-", ignore_cleanup_errors=True)
             # A session of its own: Ctrl-C is for the training, whose end the process sees by its standard input.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
-                env={**os.environ, "WANDB_SILENT": "true"},
+                env={**os.environ, "WANDB_SILENT": "true", "TMPDIR": self.scratch.name},
             )
         except OSError as error:
-            warn(f"{' and '.join(self.wanted)}: cannot be started: {error.strerror}; training goes on without")
+            warn(f"{self.names}: cannot be started: {error.strerror}; training goes on without")
 
     def start(self, facts: Record) -> None:
         """Tell the process what to send; of a run that is complete, nothing."""
@@ -92,33 +100,36 @@ class Mirror:
         """Say how the run ended, and wait until that is sent, ``wandb.finish_s`` at most."""
         if self.process is None:
             return
-        if not self.told:
+        why = self._finish() if self.told else ""
+        if self.process.poll() is None:
             end_group(self.process.pid)
             self.process.wait()
-            self.process = None
-            return
+        self.process = None
+        self.scratch.cleanup()
+        if why:
+            mend = f": python -m distlenet.report {self.folder} --replay-wandb" * ("wandb" in self.wanted)
+            warn(f"{self.names}: what sends the records {why}; nothing is lost{mend}")
+
+    def _finish(self) -> str:
+        """Say how the run ended, and wait; return what went wrong."""
+        assert self.process is not None
+        assert self.process.stdin is not None
         if isinstance(sys.exception(), Preempted):
             self.outcome = "preempted"
+        select.select([], [self.process.stdin], [], SPARE_S / 2)  # the one line that must not find the pipe full
         self._tell(self.outcome)
-        assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         left = self.seconds_left()
         if self.outcome == "preempted":  # perhaps by a signal to another rank
             left = min(left, self.config["checkpoint"]["grace_s"])
-        limit = max(0.0, min(self.config["wandb"]["finish_s"], left - SPARE_S))
+        finish_s = self.config["wandb"]["finish_s"]
+        limit = max(0.0, min(finish_s, left - SPARE_S))
         try:
-            ended = f"ended with status {status}" if (status := self.process.wait(limit)) else ""
+            return f"ended with status {status}" if (status := self.process.wait(limit)) else ""
         except subprocess.TimeoutExpired:
-            end_group(self.process.pid)
-            self.process.wait()
-            ended = f"was not done within {limit:.0f} s (wandb.finish_s)"
-        if ended:
-            warn(
-                f"W&B: what sends the records {ended}; nothing is lost: "
-                f"python -m distlenet.report {self.folder} --replay-wandb"
-            )
-        self.process = None
+            reason = "wandb.finish_s" if limit == finish_s else "the job was asked to stop"
+            return f"was not done within {limit:.3g} s ({reason})"
 
     def _tell(self, line: str) -> None:
         """Write a line to the process; one that is gone, or does not read, misses it."""
@@ -128,6 +139,6 @@ class Mirror:
 
 
 def end_group(leader: int) -> None:
-    """Kill a process and all that it started."""
+    """Kill a process and those of its group; W&B's own, which is in another, ends when it sees that."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)

@@ -69,7 +69,8 @@ def test_three_hosts_are_well(slurm: SlurmCluster, shared: Path) -> None:
     assert found["ports"] == "open between 3 nodes"
     assert found["names"].startswith("n1 eth0 10.77.0.2, n2 eth0")
     assert "writable on 3 nodes" in found["run folder"]
-    assert found["pairs of nodes"]
+    slow = found["pairs of nodes"] != "none takes twice the median"
+    assert bool(report["slow_pairs"]) == slow
     assert report["all_reduce"]["ranks"] == 3
     assert list(shared.parent.iterdir()) == [shared]
     assert not list(shared.iterdir())
@@ -103,7 +104,7 @@ def test_a_pair_of_nodes_that_is_slow(slurm: SlurmCluster, shared: Path) -> None
     report = json.loads("".join(line.partition(": ")[2] for line in ended.stdout.splitlines()))
     ((one, other, times),) = report["slow_pairs"]
     assert (one, other) == ("n1", "n2")
-    assert times > 2
+    assert times > 20  # 0.2 s there and back, beside milliseconds
     (found,) = [check for check in report["checks"] if check["name"] == "pairs of nodes"]
     assert found["status"] == "note"
     assert found["found"] == f"slower than the median: n1 – n2 {times:.1f}×"

@@ -183,7 +183,7 @@ def test_a_bad_server_costs_a_warning(tmp_path, server, manner):
     command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_s=0.5")
     ended = run_command(*command, env=environ).succeeded()
     assert ended.stderr.count("distlenet:") == 1
-    assert "W&B: what sends the records was not done within 0 s (wandb.finish_s)" in ended.stderr
+    assert "W&B: what sends the records was not done within 0.5 s (wandb.finish_s)" in ended.stderr
     assert [r["step"] for r in lines(tmp_path / "run") if r["split"] == "test"] == [12, 24, 36, 48]
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 48
 
@@ -202,6 +202,42 @@ def assert_stands_back(training: int) -> None:
     raise AssertionError(found)
 
 
+GETS_READY = """
+import math, os, signal, sys, time
+import psutil
+from pathlib import Path
+from distlenet.config import load_config
+from distlenet.tracking.mirror import Mirror
+mirror = Mirror(Path(sys.argv[1]), load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
+mirror.launch()
+cores, deadline = [], time.monotonic() + 60
+while not cores and time.monotonic() < deadline:
+    time.sleep(0.05)
+    cores = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in " ".join(p.cmdline())]
+print(mirror.process.pid, cores[0].pid, mirror.scratch.name, flush=True)
+if sys.argv[2] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+mirror.close()
+print("closed", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "closed"])
+def test_a_training_that_ends_before_it_began_leaves_no_process(tmp_path, how):
+    command = [sys.executable, "-c", GETS_READY, str(tmp_path), how]
+    environ = {**os.environ, "WANDB_MODE": "offline"}
+    with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as training:
+        assert training.stdout is not None
+        *pids, scratch = training.stdout.readline().split()
+        if how == "closed":
+            assert training.stdout.readline() == "closed\n"
+            assert not Path(scratch).exists()
+        psutil.wait_procs([psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))], timeout=30)
+        assert not any(psutil.pid_exists(int(pid)) for pid in pids)
+        training.communicate("")
+
+
 def of_least_share(process: int) -> bool:
     """Say whether a process's session has the least share, where Linux groups by sessions."""
     group = Path(f"/proc/{process}/autogroup")
@@ -211,7 +247,7 @@ def of_least_share(process: int) -> bool:
 def test_training_begins_before_wandb_answers(tmp_path, server):
     """The run is at its end while the server has not answered the first question yet."""
     server.manner = "hang"
-    command = [sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_s=600"]
+    command = [sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_s=120"]
     environ = {**os.environ, **server.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

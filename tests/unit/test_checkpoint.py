@@ -219,7 +219,7 @@ def test_saving_returns_before_the_file_is_written_and_training_cannot_change_it
     assert list(tmp_path.iterdir()) == []
     with torch.no_grad():
         net.weight.fill_(7.0)
-    assert folder.wait(0.01) == "not done within 0 s, see checkpoint.grace_s"
+    assert folder.wait(0.01) == "not done within 0.01 s, see checkpoint.grace_s"
     go_on.set()
     assert folder.wait() is None
     assert torch.equal(load_checkpoint(folder.newest())["model"]["weight"], wanted)

@@ -56,7 +56,7 @@ def test_one_flipped_bit_is_noticed(tmp_path):
     digest = sha256(data)
     data[700] ^= 4
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{path} is not the published file"):
+    with pytest.raises(UserError, match=f"data {path}: is not the published file"):
         idx.open_verified(path, digest)
 
 

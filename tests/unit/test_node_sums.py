@@ -108,8 +108,10 @@ def test_a_rank_that_came_and_then_ended_has_come(monkeypatch):
     mine, its = Barrier(memory, 0, peers), Barrier(memory, 1, peers)
     ends.communicate(b"\n", timeout=60)
     its._take = lambda: None  # the one that ends does not wait
-    monkeypatch.setattr(mine, "_sleep", lambda: its.wait())
+    slept = []
+    monkeypatch.setattr(mine, "_sleep", lambda: slept.append(its.wait()))
     mine.wait()
+    assert len(slept) == 1
 
 
 def test_a_process_in_another_namespace_is_not_taken_for_the_one_that_has_its_number_here():

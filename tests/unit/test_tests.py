@@ -1,0 +1,34 @@
+"""The tests themselves: each asserts something."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+TESTS = Path(__file__).parents[1]
+FILES = sorted(TESTS.rglob("test_*.py"))
+RAISES = {"raises", "succeeded", "assert_close"}
+"""Calls that fail by themselves; beside those of a file's own functions that assert."""
+
+
+def asserts(node: ast.AST, also: set[str]) -> bool:
+    """Say whether something below ``node`` can fail a test."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Assert):
+            return True
+        if isinstance(part, ast.Call):
+            name = part.func.attr if isinstance(part.func, ast.Attribute) else getattr(part.func, "id", "")
+            if name in RAISES | also:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_is_without_an_assertion(path):
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    helpers = {node.name for node in functions if not node.name.startswith("test_") and asserts(node, set())}
+    tests = [node for node in functions if node.name.startswith("test_")]
+    assert tests
+    assert [node.name for node in tests if not asserts(node, helpers)] == []
