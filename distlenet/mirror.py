@@ -10,16 +10,15 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-import psutil
 from filelock import FileLock, Timeout
 
+from distlenet.background import share_processors, stand_back
 from distlenet.errors import warn
 from distlenet.tracking import TEST_FILE, Record
 from distlenet.tracking.mirror import NAMES
@@ -163,34 +162,6 @@ def get_ready(packages: list[str]) -> None:
                 importlib.import_module("wandb").setup()
 
 
-def stand_back() -> None:
-    """Leave the processors to the ranks: have all threads here, and in W&B's processes, run where those are idle.
-
-    Where Linux groups by sessions (sched_autogroup_enabled), each session has the same share whatever the priorities in
-    it, so the share of each is lowered, too. Source: https://man7.org/linux/man-pages/man7/sched.7.html
-    """
-    me, others = psutil.Process(), []
-    with suppress(OSError, psutil.Error):  # /proc shows nobody's processes
-        others = me.children(recursive=True)
-    for process in [me, *others]:
-        with suppress(OSError, psutil.Error):
-            for thread in process.threads():
-                with suppress(OSError):  # it has just ended
-                    os.setpriority(os.PRIO_PROCESS, thread.id, 19)
-                    os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
-        with suppress(OSError):  # Linux does not group by sessions
-            lower_share(Path(f"/proc/{process.pid}/autogroup"))
-
-
-def lower_share(group: Path) -> None:
-    """Give a session the least share. Raises OSError."""
-    for _ in range(3):
-        with suppress(BlockingIOError):  # 0.1 s must lie between two such changes, whoever makes them
-            group.write_text("19", encoding="ascii")
-            return
-        time.sleep(0.15)
-
-
 def main() -> None:
     """Get ready while the ranks meet; then send, with the least claim to the processors.
 
@@ -205,6 +176,7 @@ def main() -> None:
         timer = threading.Timer(json.loads(first)["config"]["wandb"]["finish_s"], os.killpg, (0, signal.SIGKILL))
         timer.daemon = True
         timer.start()
+        share_processors(0)  # no rank is in the way now
 
     told = listen((line.strip() for line in sys.stdin), stand_back, limit)
     get_ready(sys.argv[2:])

@@ -14,6 +14,7 @@ FLOORS = [
     {
         *("errors", "schema", "net", "world", "rendezvous", "distributed", "exact", "files", "shared", "orphan"),
         "allocator",
+        "background",
     },
     {
         *(
