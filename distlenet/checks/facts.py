@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from distlenet import __version__
+from distlenet.address import first_host
 from distlenet.config import result_settings
 from distlenet.distributed import pick_backend, pick_device
 from distlenet.errors import UserError
 from distlenet.precision import pick_precision
-from distlenet.rendezvous import first_host
 from distlenet.schema import Config
 from distlenet.world import World, threads_from_environ
 

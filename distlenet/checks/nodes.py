@@ -10,12 +10,13 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from distlenet.address import first_host
 from distlenet.checks import Finding, facts, folder, judge
 from distlenet.checks.facts import Facts
 from distlenet.checks.network import Listener, peers_of, try_peers
 from distlenet.data.augment import SIZE
 from distlenet.errors import RankError
-from distlenet.rendezvous import first_host, ranks_in_words
+from distlenet.rendezvous import ranks_in_words
 from distlenet.schema import Config
 from distlenet.world import World
 

@@ -15,6 +15,7 @@ FLOORS = [
         *("errors", "schema", "net", "world", "rendezvous", "distributed", "exact", "files", "shared", "orphan"),
         "allocator",
         "background",
+        "address",
     },
     {
         *(
@@ -68,6 +69,6 @@ def test_imports_go_down(module):
         assert floor(other) <= floor(module), f"{module} imports {other}, which is above it"
         if floor(module) == 0:
             # Ranks meet by their places in the World, and a group is joined where they have met.
-            assert other in {"errors", "world", "rendezvous"}, (
+            assert other in {"errors", "world", "address", "rendezvous"}, (
                 f"{module} is on the ground floor: it imports no sibling but the error"
             )

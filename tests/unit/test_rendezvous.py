@@ -7,9 +7,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from distlenet import rendezvous
+from distlenet import address
+from distlenet.address import wait_for_port
 from distlenet.errors import RankError
-from distlenet.rendezvous import in_time, open_store, told, wait_for_port
+from distlenet.rendezvous import in_time, open_store, told
 from distlenet.world import World
 
 pytestmark = pytest.mark.unit
@@ -38,7 +39,7 @@ def test_nobody_listens(listener):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", ["no.such.host.invalid", "n" * 64])
 def test_a_name_that_nobody_knows_is_not_waited_for(monkeypatch, rank, name):
-    monkeypatch.setattr(rendezvous, "RESOLVE_S", 0.1)
+    monkeypatch.setattr(address, "RESOLVE_S", 0.1)
     started = time.monotonic()
     with pytest.raises(RankError, match=f"the name {name}, where the ranks meet, cannot be resolved .* as MASTER_ADDR"):
         open_store(World(rank=rank, world_size=2, init_method=f"tcp://{name}:1"), timedelta(seconds=600))
@@ -52,8 +53,8 @@ def test_a_name_that_is_known_a_moment_later(monkeypatch):
         if (error := next(answers)) is not None:
             raise error
 
-    monkeypatch.setattr(rendezvous.socket, "getaddrinfo", ask)
-    rendezvous.resolve("n1")
+    monkeypatch.setattr(address.socket, "getaddrinfo", ask)
+    address.resolve("n1")
     assert next(answers, "none left") == "none left"
 
 
