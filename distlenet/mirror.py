@@ -80,7 +80,7 @@ class Sinks:
             action()
         except Exception as error:  # whatever it is, training and the other sinks go on
             self.sinks.pop(name, None)
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())[:300]
             warn(f"{NAMES.get(name, name)}: {reason}; nothing more is sent there, metrics.jsonl has everything")
 
 
@@ -170,23 +170,33 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the training takes them; its end says all
 
+    turn, ended = threading.Lock(), threading.Event()
+
+    def make_way() -> None:
+        """Leave the processors to the ranks, unless they have ended."""
+        with turn:
+            if not ended.is_set():
+                stand_back()
+
     def limit(first: str) -> None:
         if not first:  # the training has ended before it began
             os._exit(0)  # W&B's process sees that, too
         timer = threading.Timer(json.loads(first)["config"]["wandb"]["finish_s"], os.killpg, (0, signal.SIGKILL))
         timer.daemon = True
         timer.start()
-        share_processors(0)  # no rank is in the way now
+        with turn:
+            ended.set()
+            share_processors(0)
 
-    told = listen((line.strip() for line in sys.stdin), stand_back, limit)
+    told = listen((line.strip() for line in sys.stdin), make_way, limit)
     get_ready(sys.argv[2:])
     start, folder = json.loads(next(told)), Path(sys.argv[1])
-    stand_back()  # W&B's process, too
+    make_way()  # also W&B's process
     lock = FileLock(folder / ".mirror.lock")
     with suppress(Timeout):  # that of an earlier start ends by itself soon; on another node it may hold the lock
         lock.acquire(start["config"]["wandb"]["finish_s"] + 5)
     sinks = make_sinks(folder, start)
-    stand_back()  # and what that has started
+    make_way()  # and what that has started
     send(folder, sinks, told)
 
 

@@ -13,10 +13,11 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from distlenet.errors import Preempted, UserError, warn
 from distlenet.tracking import Record
@@ -62,15 +63,13 @@ class Mirror:
             warn("wandb.mode=online: no API key is configured, so the run is kept offline; wandb login adds one")
         command = [sys.executable, "-m", "distlenet.mirror", str(self.folder), *self.wanted]
         try:
-            # W&B leaves folders behind where it is killed.
-            self.scratch = tempfile.TemporaryDirectory(prefix="distlenet-", ignore_cleanup_errors=True)
             # A session of its own: Ctrl-C is for the training, whose end the process sees by its standard input.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
-                env={**os.environ, "WANDB_SILENT": "true", "TMPDIR": self.scratch.name},
+                env={**os.environ, "WANDB_SILENT": "true", "WANDB_MODE": self.wandb_mode},
             )
         except OSError as error:
             warn(f"{self.names}: cannot be started: {error.strerror}; training goes on without")
@@ -102,10 +101,8 @@ class Mirror:
             return
         why = self._finish() if self.told else ""
         if self.process.poll() is None:
-            end_group(self.process.pid)
-            self.process.wait()
+            end(self.process)
         self.process = None
-        self.scratch.cleanup()
         if why:
             mend = f": python -m distlenet.report {self.folder} --replay-wandb" * ("wandb" in self.wanted)
             warn(f"{self.names}: what sends the records {why}; nothing is lost{mend}")
@@ -116,7 +113,9 @@ class Mirror:
         assert self.process.stdin is not None
         if isinstance(sys.exception(), Preempted):
             self.outcome = "preempted"
-        select.select([], [self.process.stdin], [], SPARE_S / 2)  # the one line that must not find the pipe full
+        pipe = select.poll()
+        pipe.register(self.process.stdin, select.POLLOUT)
+        pipe.poll(1e3 * SPARE_S / 2)  # this line must not find it full
         self._tell(self.outcome)
         with contextlib.suppress(OSError):
             self.process.stdin.close()
@@ -138,7 +137,14 @@ class Mirror:
                 os.write(self.process.stdin.fileno(), line.encode() + b"\n")
 
 
-def end_group(leader: int) -> None:
-    """Kill a process and those of its group; W&B's own, which is in another, ends when it sees that."""
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process and all that it started, in whatever groups; one that lived on would hold standard error open."""
+    below = []
+    with contextlib.suppress(OSError, psutil.Error):
+        below = psutil.Process(process.pid).children(recursive=True)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
+    for other in below:
+        with contextlib.suppress(OSError, psutil.Error):
+            other.kill()
+    process.wait()

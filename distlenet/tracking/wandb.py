@@ -21,9 +21,8 @@ from urllib.parse import urlsplit
 from distlenet.errors import UserError, warn
 from distlenet.tracking import SPLITS, Record
 
-INIT_S = 120.0
-"""Seconds that W&B has to answer at the start, before the run is kept offline. Nobody waits, and its client works where
-the ranks leave it a processor."""
+INIT_S = 30.0
+"""Seconds that W&B has to answer at the start, before the run is kept offline."""
 
 
 MODES = {name: name for name in ("online", "offline", "disabled")} | {"dryrun": "offline", "run": "online"}

@@ -214,7 +214,7 @@ cores, deadline = [], time.monotonic() + 60
 while not cores and time.monotonic() < deadline:
     time.sleep(0.05)
     cores = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in " ".join(p.cmdline())]
-print(mirror.process.pid, cores[0].pid, mirror.scratch.name, flush=True)
+print(mirror.process.pid, cores[0].pid, flush=True)
 if sys.argv[2] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 mirror.close()
@@ -229,10 +229,9 @@ def test_a_training_that_ends_before_it_began_leaves_no_process(tmp_path, how):
     environ = {**os.environ, "WANDB_MODE": "offline"}
     with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as training:
         assert training.stdout is not None
-        *pids, scratch = training.stdout.readline().split()
+        pids = training.stdout.readline().split()
         if how == "closed":
             assert training.stdout.readline() == "closed\n"
-            assert not Path(scratch).exists()
         psutil.wait_procs([psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))], timeout=30)
         assert not any(psutil.pid_exists(int(pid)) for pid in pids)
         training.communicate("")
@@ -242,6 +241,18 @@ def of_least_share(process: int) -> bool:
     """Say whether a process's session has the least share, where Linux groups by sessions."""
     group = Path(f"/proc/{process}/autogroup")
     return not group.exists() or not (said := group.read_text()) or said.endswith("nice 19\n")
+
+
+def test_what_talks_to_wandb_stands_back_while_the_ranks_train(tmp_path):
+    command = [sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "train.epochs=2000"]
+    environ = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as training:
+        try:
+            assert training.stdout is not None
+            assert any("test accuracy" in line for line in training.stdout)
+            assert_stands_back(training.pid)
+        finally:
+            training.kill()
 
 
 def test_training_begins_before_wandb_answers(tmp_path, server):
@@ -254,7 +265,6 @@ def test_training_begins_before_wandb_answers(tmp_path, server):
     try:
         assert any(line.startswith("Files of this run") for line in process.stdout)
         assert not server.rows  # nothing was answered
-        assert_stands_back(process.pid)
         server.released.set()
         server.manner = "well"
         process.wait(60)

@@ -113,6 +113,17 @@ def test_a_checkpoint_without_the_state_of_training(given, tmp_path, key):
     assert "no state that training can go on from" in told
 
 
+def test_a_checkpoint_whose_optimizer_is_of_a_tensor_where_a_parameter_has_its_number(given, tmp_path):
+    """A tensor of 0 equals 0."""
+    quick()
+    path = tmp_path / "runs/run/checkpoints/step-00000002.pt"
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["param_groups"][0]["params"][0] = torch.zeros(1)
+    write_atomically(state, path)
+    told = given(*DIGITS, "train.max_steps=2", f"checkpoint.resume={path}", "run.name=other")
+    assert "optimizer.param_groups are of the parameters" in told
+
+
 def test_a_warm_up_longer_than_the_run(given):
     assert "the run has 2 steps" in given(*DIGITS, "train.max_steps=2", "optim.warmup_steps=2")
 

@@ -250,6 +250,27 @@ def test_where_other_processes_cannot_be_seen_this_one_stands_back(monkeypatch):
     run_command(sys.executable, "-c", program).succeeded()
 
 
+def test_who_hears_start_and_end_while_it_gets_ready_does_not_stand_back_again(tmp_path):
+    """There is no rank any more to leave a processor to; in a process of its own, since it ignores signals."""
+    program = (
+        "import io, json, sys, threading\n"
+        "from distlenet import mirror\n"
+        "calls = []\n"
+        "mirror.stand_back = lambda: calls.append('back')\n"
+        "mirror.share_processors = calls.append\n"
+        "def get_ready(_):\n"
+        "    for thread in threading.enumerate():\n"
+        "        if thread is not threading.main_thread() and not isinstance(thread, threading.Timer):\n"
+        "            thread.join()\n"
+        "mirror.get_ready, mirror.make_sinks, mirror.send = get_ready, lambda *_: None, lambda *_: print(calls)\n"
+        "start = json.dumps({'config': {'wandb': {'finish_s': 60}}})\n"
+        "sys.stdin = io.StringIO(f'{start}\\nfinished\\n')\n"
+        "sys.argv[1:] = [sys.argv[1], 'wandb']\n"
+        "mirror.main()\n"
+    )
+    assert run_command(sys.executable, "-c", program, tmp_path).succeeded().stdout == "['back', 0]\n"
+
+
 def test_who_stands_back_has_the_least_share():
     """A process of its own: it, a thread and a child in a session of its own, as W&B's."""
     program = (
