@@ -65,7 +65,7 @@ def describe(key: str) -> str:
     for kind in kinds:
         if get_origin(kind) is Literal:
             *some, last = get_args(kind)
-            words.append(f"{', '.join(some)} or {last}")
+            words.append(f"{', '.join(some)} or {last}" if some else last)
         elif get_origin(kind) is list:
             words.append("a list of texts")
         elif kind is not type(None):

@@ -153,6 +153,8 @@ def test_every_setting_has_a_help_and_a_description():
     for key, field in FIELDS.items():
         assert field.metadata["help"].endswith("."), key
         assert describe(key), key
+    assert describe("model.name") == "lenet"
+    assert describe("run.report") == "auto, always or never"
 
 
 def test_the_readme_lists_every_setting_with_its_default():
