@@ -31,7 +31,7 @@ SETTINGS = (
     "train.log_every=100",
     "optim.lr=0.05",
     "checkpoint.every_steps=10",
-    "checkpoint.restarts_in_vain=1000000",
+    "checkpoint.max_restarts_without_progress=1000000",
     "run.name=run",
 )
 EPOCHS_PER_KILL = 3

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from reduction_cost import batches
 
-from distlenet.config import load_config
+from distlenet.config.loading import load_config
 from distlenet.data.sources import load_on_node
-from distlenet.preemption import listening
-from distlenet.session import open_session
-from distlenet.tracking import Trackers
-from distlenet.trainer import Trainer
+from distlenet.distributed.context import init_distributed
+from distlenet.distributed.preemption import handle_preemption
+from distlenet.tracking.base import Trackers
+from distlenet.training.trainer import Trainer
 
 STEPS, WARM_UP = 300, 30
 PARTS = ("load", "augment", "forward", "backward", "all-reduce", "meter", "optimizer", "rest", "step")
@@ -72,11 +72,15 @@ def measure(batch: int) -> None:
     """Be one rank; rank 0 prints the table's row for ``batch`` images a step."""
     config = load_config([], ["train.epochs=1000", "optim.lr=0.02", f"train.global_batch_size={batch}"])
     rows: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-    with tempfile.TemporaryDirectory() as scratch, listening(25) as preemption, open_session(config) as session:
-        data = load_on_node(config.data, session.world)
-        trainer = Trainer(config, session, data, Path(scratch), Trackers([]), preemption)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        handle_preemption(25) as preemption,
+        init_distributed(config) as context,
+    ):
+        data = load_on_node(config.data, context.env)
+        trainer = Trainer(config, context, data, Path(scratch), Trackers([]), preemption)
         trainer.take_step.settle(trainer.feed.no_images)
-        clocks = Clocks(session.device)
+        clocks = Clocks(context.device)
         model: Any = trainer.reduction.model
         watch(trainer, clocks)
         feed = batches(trainer)
@@ -88,8 +92,8 @@ def measure(batch: int) -> None:
                 take(*load())
             rows[reduces].append({**clocks.now, "step": clocks.now["step"] + clocks.now["load"]})
         trainer.checkpointer.close()
-        if session.world.rank == 0:
-            print(row(session.world.world_size, batch, rows), flush=True)
+        if context.env.rank == 0:
+            print(row(context.env.world_size, batch, rows), flush=True)
 
 
 def row(ranks: int, batch: int, rows: dict[bool, list[dict[str, float]]]) -> str:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from distlenet.net import Net
-from distlenet.progress import process_age_s
+from distlenet.models.lenet import Net
+from distlenet.training.starts import process_age_s
 
 WARM_UP = 30  # steps before the clock starts
 MEAN, STD = 0.2860, 0.3530

@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distlenet.config import load_config
+from distlenet.config.loading import load_config
 from distlenet.data.loader import Batch
 from distlenet.data.sources import load_on_node
-from distlenet.preemption import listening
+from distlenet.distributed.context import init_distributed
+from distlenet.distributed.preemption import handle_preemption
 from distlenet.reduction import ddp
-from distlenet.session import open_session
-from distlenet.tracking import Trackers
-from distlenet.trainer import Trainer
+from distlenet.tracking.base import Trackers
+from distlenet.training.trainer import Trainer
 
 ROUNDS, STEPS = 20, 15
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -50,17 +50,21 @@ def batches(trainer: Trainer) -> Iterator[Batch]:
 def measure(batch: int) -> None:
     """Be one rank; rank 0 prints the table's rows for ``batch`` images a step."""
     exact = "distributed.reduction=exact"
-    ways: dict[str, list[str]] = {name: [] for name in OPTIONS} | {BF16: ["distributed.compress=bf16"]}
+    ways: dict[str, list[str]] = {name: [] for name in OPTIONS} | {BF16: ["distributed.gradient_compression=bf16"]}
     ways |= {f"exact, {count} shards": [exact, f"distributed.virtual_shards={count}"] for count in SHARDS}
     ways |= {f"{name}, by Gloo": [*ways[name], GLOO] for name in ("ddp", f"exact, {SHARDS[0]} shards")}
     common = ["train.epochs=1000", "optim.lr=0.02", f"train.global_batch_size={batch}"]
     configs = [load_config([], [*common, *settings]) for settings in ways.values()]
     trainers = []
-    with tempfile.TemporaryDirectory() as scratch, listening(25) as preemption, open_session(configs[0]) as session:
-        data = load_on_node(configs[0].data, session.world)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        handle_preemption(25) as preemption,
+        init_distributed(configs[0]) as context,
+    ):
+        data = load_on_node(configs[0].data, context.env)
         for name, config in zip(ways, configs, strict=True):
             ddp.OPTIONS = OPTIONS.get(name, OPTIONS["ddp"])
-            trainers.append(Trainer(config, session, data, Path(scratch), Trackers([]), preemption))
+            trainers.append(Trainer(config, context, data, Path(scratch), Trackers([]), preemption))
         feeds = [batches(trainer) for trainer in trainers]
         seconds: list[list[float]] = [[] for _ in trainers]
         for _ in range(ROUNDS):
@@ -72,7 +76,7 @@ def measure(batch: int) -> None:
                 times.append((time.perf_counter() - started) / STEPS)
         for trainer in trainers:
             trainer.checkpointer.close()
-        if session.world.rank == 0:
+        if context.env.rank == 0:
             for name, times in zip(ways, seconds, strict=True):
                 ratios = [a / b for a, b in zip(times, seconds[0], strict=True)][2:]  # two rounds to warm up
                 speed = batch / statistics.median(times[2:])

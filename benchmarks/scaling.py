@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from distlenet.checks.allreduce import Timing, fit_line, median_s, time_all_reduces
-from distlenet.config import load_config
-from distlenet.net import make_net
-from distlenet.session import open_session
+from distlenet.config.loading import load_config
+from distlenet.distributed.context import init_distributed
+from distlenet.models.lenet import make_model
+from distlenet.preflight.allreduce import Timing, fit_line, median_s, time_all_reduces
 
 SIZES = [4**k for k in range(1, 12)]  # bytes, 4 B to 4 MiB
 BATCHES = [16, 32, 64, 128, 256, 512]
@@ -34,7 +34,7 @@ EFFICIENCY = 0.9
 
 def step(batch: int, device: torch.device) -> Callable[[], None]:
     """Make a training step of one rank on a batch that is there."""
-    net = make_net("lenet", True, device)
+    net = make_model("lenet", True, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
     images, labels = torch.randn(batch, 1, 32, 32, device=device), torch.randint(0, 10, (batch,), device=device)
 
@@ -64,24 +64,24 @@ def main() -> None:
         "--from", dest="file", metavar="FILE", type=Path, help="what preflight --allreduce --json printed"
     )
     file = parser.parse_args().file
-    with open_session(load_config()) as session:
-        device = session.device
-        if file is None and session.world.world_size < 2:
+    with init_distributed(load_config()) as context:
+        device = context.device
+        if file is None and context.env.world_size < 2:
             raise SystemExit(
                 "an all-reduce takes 2 ranks at least: start this with torchrun or srun, or give --from FILE"
             )
         timing = time_all_reduces(SIZES, device) if file is None else timing_of(file)
-        world = timing.ranks
+        env = timing.ranks
         steps = {batch: median_s(step(batch, device)) for batch in BATCHES}
-        gradient = 4 * sum(p.numel() for p in make_net("lenet", True, device).parameters())
-        rank_0, backend, name = session.world.rank == 0, session.backend, session.describe()["device"]
+        gradient = 4 * sum(p.numel() for p in make_model("lenet", True, device).parameters())
+        rank_0, backend, name = context.env.rank == 0, context.backend, context.describe()["device"]
     if not rank_0:
         return
     times, intercept, slope = timing.seconds, timing.latency_s, timing.seconds_per_byte
-    alpha, beta = intercept / (2 * (world - 1)), slope * world / (2 * (world - 1))
+    alpha, beta = intercept / (2 * (env - 1)), slope * env / (2 * (env - 1))
     s, c = fit_line(list(steps), list(steps.values()))
     fit = f"α = {1e6 * alpha:.0f} µs, 1/β = {1e-9 / beta if beta else math.inf:.2f} GB/s"
-    print(f"{world} ranks, {backend}, {name}. {fit}; s = {1e3 * s:.2f} ms, c = {1e6 * c:.1f} µs per image.\n")
+    print(f"{env} ranks, {backend}, {name}. {fit}; s = {1e3 * s:.2f} ms, c = {1e6 * c:.1f} µs per image.\n")
     print("| all-reduce of | measured | model |\n| ---: | ---: | ---: |")
     for size, seconds in times.items():
         print(f"| {size:,} B | {1e6 * seconds:,.0f} µs | {1e6 * (intercept + slope * size):,.0f} µs |")

@@ -31,14 +31,14 @@ print(f"{1000 * (time.perf_counter() - started):,.1f} ms | {peak() - before:,.1f
 TRAINING = """
 import json, re, sys
 from distlenet import train
-from distlenet.config import load_config
+from distlenet.config.loading import load_config
 class Watched(train.Trainer):
     def fit(self):
         summary = super().fit()
         smaps = open("/proc/self/smaps_rollup").read()
         kilobytes = {key: int(value) for key, value in re.findall(r"^(\\w+): +(\\d+) kB", smaps, re.M)}
         private = (kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]) // 1024
-        with open(f"{self.folder}/memory-{self.world.rank}", "w") as file:
+        with open(f"{self.folder}/memory-{self.env.rank}", "w") as file:
             json.dump({"private": private, "pss": kilobytes["Pss"] // 1024}, file)
         return summary
 train.Trainer = Watched

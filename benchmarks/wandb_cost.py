@@ -68,7 +68,7 @@ def train(way: str, ranks: int, settings: list[str], lots: random.Random | None)
             "distlenet.train",
             f"run.dir={runs}",
             "run.name=run",
-            "wandb.finish_s=2",
+            "wandb.finish_timeout_s=2",
             f"train.log_every={WINDOW}",
         ]
         environ = {**os.environ, "OMP_NUM_THREADS": "1", **environment(way, server)}
@@ -95,7 +95,9 @@ def stop_by_lot(training: "Popen[bytes]", history: Path, lots: random.Random) ->
     mirror = None
     while mirror is None and training.poll() is None:  # it starts when torch is imported
         time.sleep(0.02)
-        mirror = next((process for process in below(training.pid) if "distlenet.mirror" in command(process)), None)
+        mirror = next(
+            (process for process in below(training.pid) if "distlenet.tracking.sender" in command(process)), None
+        )
     if mirror is None:  # the training's end says why
         return ran
     stopped: dict[int, psutil.Process] = {}

@@ -4,9 +4,10 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from distlenet.entry import Parser, run_entry
-from distlenet.errors import UserError
-from distlenet.tracking.ledger import starts
+from distlenet.config.arguments import Parser
+from distlenet.data.sample_log import starts
+from distlenet.distributed.entry_point import run_entry
+from distlenet.utils.errors import UserError
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """``python -m distlenet.train``, alone or under torchrun or srun: compose a run, train, tear down."""
 
-from distlenet.orphan import die_with_agent
+from distlenet.utils.process import exit_with_agent
 
 if __name__ == "__main__":
-    die_with_agent()  # before the imports that take seconds
+    exit_with_agent()  # before the imports that take seconds
 
 import math
 import os
@@ -14,24 +14,25 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from distlenet.checkpoint.folder import find_checkpoint
-from distlenet.config import load_config, run_folder, to_yaml
+from distlenet.checkpoint.store import find_checkpoint
+from distlenet.config.arguments import positive_int, settings_parser
+from distlenet.config.loading import load_config, run_folder, to_yaml
+from distlenet.config.schema import Config
 from distlenet.data.sources import load_on_node
-from distlenet.distributed import all_or_none
-from distlenet.entry import run_entry, settings_parser, whole_number
-from distlenet.errors import UserError, warn
-from distlenet.plan import plan
-from distlenet.preemption import Preemption, listening
-from distlenet.progress import is_restart, process_age_s
+from distlenet.distributed.collectives import raise_on_all_ranks
+from distlenet.distributed.context import init_distributed
+from distlenet.distributed.entry_point import run_entry
+from distlenet.distributed.environment import read_environment
+from distlenet.distributed.preemption import Preemption, handle_preemption
 from distlenet.reduction import micro_batch_size
-from distlenet.schema import Config
-from distlenet.session import open_session
-from distlenet.tracking import Record, Trackers
-from distlenet.tracking.console import make_console
+from distlenet.tracking.base import Record, Trackers
 from distlenet.tracking.history import History
-from distlenet.tracking.mirror import Mirror
-from distlenet.trainer import Trainer
-from distlenet.world import world_from_environ
+from distlenet.tracking.progress_bar import make_console
+from distlenet.tracking.sidecar import Mirror
+from distlenet.training.dry_run import plan
+from distlenet.training.starts import is_restart, process_age_s
+from distlenet.training.trainer import Trainer
+from distlenet.utils.errors import UserError, warn
 
 REPORT_S = 120.0
 """Seconds that a report may take."""
@@ -45,7 +46,7 @@ def main() -> None:
     parser = settings_parser("distlenet.train", "Train the network, on this process's share of the data.")
     parser.add_argument("--dry-run", action="store_true", help="compose and check everything, print the plan, and end")
     parser.add_argument(
-        "--world-size", metavar="N", type=whole_number, help="ranks of the job that --dry-run plans (1)"
+        "--world-size", metavar="N", type=positive_int, help="ranks of the job that --dry-run plans (1)"
     )
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
@@ -63,7 +64,7 @@ def dry_run(config: Config, world_size: int) -> None:
     """Print what a job of ``world_size`` ranks would do. Raises UserError as that job would."""
     if world_size > MOST_RANKS:
         raise UserError(f"--world-size {world_size}: expected at most {MOST_RANKS:,}")
-    if world_from_environ(os.environ).world_size > 1:
+    if read_environment(os.environ).world_size > 1:
         raise UserError("--dry-run composes the whole job in one process: start it alone, and give --world-size")
     for name, text in plan(config, world_size):
         print(f"{name:18} {text}")
@@ -94,28 +95,28 @@ def train(config: Config) -> Record:
             "checkpoint.resume"
         )
     folder = run_folder(config)
-    grace_s = config.checkpoint.grace_s
+    preemption_grace_s = config.checkpoint.preemption_grace_s
     with (
-        listening(grace_s) as preemption,
+        handle_preemption(preemption_grace_s) as preemption,
         closing(make_mirror(config, folder, preemption)) as mirror,
-        open_session(config, folder) as session,
+        init_distributed(config, folder) as context,
     ):
-        rank_0 = session.world.rank == 0
-        micro_batch_size(config, session.world.world_size)  # before the data: it is what users get wrong most
-        with all_or_none():
+        rank_0 = context.env.rank == 0
+        micro_batch_size(config, context.env.world_size)  # before the data: it is what users get wrong most
+        with raise_on_all_ranks():
             if rank_0 and config.checkpoint.resume not in ("auto", "never"):
                 find_checkpoint(Path(config.checkpoint.resume))
         # What a lost node still holds it lets go of in a while; a person who starts a second job is told at once.
-        lock = FileLock(folder / ".lock", timeout=config.distributed.start_timeout_s / 2 if is_restart() else 0)
-        data = load_on_node(config.data, session.world)
-        with all_or_none():
+        lock = FileLock(folder / ".lock", timeout=config.distributed.init_timeout_s / 2 if is_restart() else 0)
+        data = load_on_node(config.data, context.env)
+        with raise_on_all_ranks():
             if rank_0:
                 claim_folder(folder, lock)
-        session.log.open(folder)
-        with all_or_none():
+        context.log.open(folder)
+        with raise_on_all_ranks():
             tracker = make_trackers(config, folder, mirror) if rank_0 else Trackers()
         try:
-            trainer = Trainer(config, session, data, folder, tracker, preemption)
+            trainer = Trainer(config, context, data, folder, tracker, preemption)
             try:
                 summary = trainer.fit()
             finally:
@@ -126,7 +127,7 @@ def train(config: Config) -> Record:
         finally:
             tracker.close()
             lock.release()
-    return {**summary, "rank": session.world.rank}
+    return {**summary, "rank": context.env.rank}
 
 
 def make_mirror(config: Config, folder: Path, preemption: Preemption) -> Mirror:
@@ -135,7 +136,7 @@ def make_mirror(config: Config, folder: Path, preemption: Preemption) -> Mirror:
     Raises UserError, on every rank, where a package is missing that the settings ask for.
     """
     mirror = Mirror(folder, config.to_dict(), lambda: preemption.seconds_left() if preemption.asked else math.inf)
-    if world_from_environ(os.environ).rank == 0:
+    if read_environment(os.environ).rank == 0:
         mirror.launch()
     return mirror
 

@@ -40,7 +40,7 @@ done
 [[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || refuse "--nodes $nodes: expected N or MIN:MAX, such as 2 or 1:4"
 if [[ $nodes == *:* ]]; then
     [ "${nodes%:*}" -le "${nodes#*:}" ] || refuse "--nodes $nodes: MIN is above MAX"
-    restarts=${restarts:-100} elastic=(distributed.uneven=true)
+    restarts=${restarts:-100} elastic=(distributed.allow_uneven_batches=true)
     # A store that outlives a round is not announced to machines that join in a later one (seen with torch 2.15).
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi

@@ -19,7 +19,7 @@ die() {
 
 # The interpreter: PYTHON, else the environment that make has installed, else what the PATH has.
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-"$PYTHON" -c 'import distlenet.schema' 2>/dev/null || "$PYTHON" -c 'import distlenet.schema' ||
+"$PYTHON" -c 'import distlenet.config.schema' 2>/dev/null || "$PYTHON" -c 'import distlenet.config.schema' ||
     die "$PYTHON cannot import distlenet; set PYTHON to the interpreter of its environment, on a disk of all nodes"
 
 # The first host of the job, where rank 0 is.

@@ -173,7 +173,7 @@ def fashion_mnist() -> dict[str, Path]:
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[], None]], str]:
     """Run an entry's main that must end with status 2 and one line on standard error; return the line."""
-    from distlenet.entry import run_entry
+    from distlenet.distributed.entry_point import run_entry
 
     def check(main: Callable[[], None]) -> str:
         with pytest.raises(SystemExit) as ended:

@@ -1,8 +1,9 @@
 """``python -m distlenet.data [--config FILE]... [key=value]...``: find or get the data, and say where."""
 
-from distlenet.config import load_config
+from distlenet.config.arguments import parse_arguments
+from distlenet.config.loading import load_config
 from distlenet.data.sources import load_data
-from distlenet.entry import parse_arguments, run_entry
+from distlenet.distributed.entry_point import run_entry
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from distlenet.data import idx
-from distlenet.errors import UserError
+from distlenet.utils.errors import UserError
 
 TORCHVISION_CLASS = {"fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
 DEBIAN_PACKAGE = {"fashion_mnist": "dataset-fashion-mnist"}

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distlenet.errors import UserError
-from distlenet.shared import CHUNK, SharedFile, in_memory, on_disk
+from distlenet.utils.errors import UserError
+from distlenet.utils.mapped_file import CHUNK, SharedFile, in_memory, on_disk
 
 LARGEST = 16 + 60_000 * 28 * 28  # bytes, of the training images of both sets
 

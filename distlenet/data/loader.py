@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distlenet.data.sources import ImageData, Split
-from distlenet.errors import UserError
-from distlenet.preemption import begin_worker, holding_signals
+from distlenet.distributed.preemption import block_signals, worker_init_fn
+from distlenet.utils.errors import UserError
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images uint8 (n, H, W), labels int64 (n,), and the samples' indices int64 (n,)."""
@@ -18,7 +18,7 @@ SHARE_OF_GPU = 0.25
 """How much of a GPU's free memory a data set may take to stay there (``data.device=auto``)."""
 
 
-class Gather(Dataset[Batch]):
+class BatchedDataset(Dataset[Batch]):
     """A data set whose item is a whole batch: it is asked with a tensor of indices, not with one index."""
 
     def __init__(self, split: Split) -> None:
@@ -45,19 +45,19 @@ class Loader:
         self.device = device
         self.copies = device.type == "cuda" and not split.images.is_cuda
         self.loader = DataLoader(
-            Gather(split),
+            BatchedDataset(split),
             batch_size=None,
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.copies,
-            worker_init_fn=begin_worker,
+            worker_init_fn=worker_init_fn,
             generator=torch.Generator(),  # the loader draws a seed per epoch: not from the global generator
         )
 
     def __iter__(self) -> Iterator[Batch]:
         """Begin an epoch; the first one starts the workers."""
-        with holding_signals():
+        with block_signals():
             batches = iter(self.loader)
         return ahead(batches, self.device) if self.copies else batches
 
@@ -87,13 +87,17 @@ def _arrived(batch: Batch, event: torch.cuda.Event, stream: torch.cuda.Stream) -
     return batch
 
 
-def settle_data(data: ImageData, wanted: str, workers: int, device: torch.device) -> ImageData:
+def place_dataset(data: ImageData, wanted: str, workers: int, device: torch.device) -> ImageData:
     """Put a data set where batches are gathered from: on the GPU, where one is used and it fits, or left as it is.
 
     ``wanted`` is auto, cpu or cuda. Raises UserError for cuda where that cannot be.
     """
     if wanted == "cuda" and (device.type != "cuda" or workers):
-        reason = f"data.workers={workers}: they have no GPU; give data.workers=0" if workers else "this rank has no GPU"
+        reason = (
+            f"data.num_workers={workers}: they have no GPU; give data.num_workers=0"
+            if workers
+            else "this rank has no GPU"
+        )
         raise UserError(f"data.device=cuda: {reason}, or give data.device=auto")
     if wanted == "cpu" or device.type == "cpu" or workers:
         return data

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from distlenet.data.hashing import Permutation
+from distlenet.data.permutation import Permutation
 from distlenet.data.sources import Split
-from distlenet.errors import UserError
+from distlenet.utils.errors import UserError
 
 AT_ONCE = 4096
 """Indices that a rank computes together: some milliseconds' work, in a few dozen calls."""

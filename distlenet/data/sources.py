@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distlenet.config.schema import DataConfig
 from distlenet.data import download, idx
 from distlenet.data.synthetic import open_synthetic
-from distlenet.distributed import all_or_none, from_local_rank_0
-from distlenet.errors import UserError, warn
-from distlenet.schema import DataConfig
-from distlenet.shared import Place, SharedFile, in_memory
-from distlenet.world import World
+from distlenet.distributed.collectives import broadcast_from_local_rank_0, raise_on_all_ranks
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.utils.errors import UserError, warn
+from distlenet.utils.mapped_file import Place, SharedFile, in_memory
 
 Places = tuple[str, dict[str, Place]]
 """Where a data set came from, and where its four files are to be mapped."""
@@ -91,7 +91,7 @@ def open_data(config: DataConfig, debian: bool = False) -> OpenData:
     return OpenData(files, str(next(iter(paths.values())).parent))
 
 
-def have_data(config: DataConfig) -> None:
+def require_local_data(config: DataConfig) -> None:
     """Raise UserError where the data set that ``config`` names is not on this machine; download nothing."""
     root = Path(config.root)
     if config.name in idx.SHA256 and download.locate(config.name, root) is None:
@@ -116,20 +116,20 @@ def load_data(config: DataConfig, debian: bool = False) -> ImageData:
         return map_data(config.name, opened.places)
 
 
-def load_on_node(config: DataConfig, world: World) -> ImageData:
+def load_on_node(config: DataConfig, env: DistributedEnvironment) -> ImageData:
     """Load once per node: its first rank opens and verifies, all its ranks map the same memory. A collective."""
     with ExitStack() as stack:
         places = None
-        with all_or_none():
-            if world.local_rank == 0:
+        with raise_on_all_ranks():
+            if env.local_rank == 0:
                 places = stack.enter_context(closing(open_data(config))).places
-        places = from_local_rank_0(places, world)
-        with all_or_none():
+        places = broadcast_from_local_rank_0(places, env)
+        with raise_on_all_ranks():
             try:
                 data = map_data(config.name, places)
             except OSError as error:
                 warn(
-                    f"rank {world.rank}: the images that local rank 0 has opened are not to be seen here ({error}); "
+                    f"rank {env.rank}: the images that local rank 0 has opened are not to be seen here ({error}); "
                     "this rank keeps a copy of its own; let ranks of a node share their process namespace"
                 )
                 data = load_data(config)

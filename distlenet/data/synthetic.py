@@ -11,8 +11,8 @@ from filelock import FileLock
 from typing_extensions import Buffer
 
 from distlenet.data import idx
-from distlenet.errors import UserError
-from distlenet.shared import SharedFile, in_memory, on_disk
+from distlenet.utils.errors import UserError
+from distlenet.utils.mapped_file import SharedFile, in_memory, on_disk
 
 SIDE = 28  # height and width, pixels
 AT_ONCE = 2**16  # images made at a time

@@ -11,30 +11,30 @@ gradient is not finite or too large to be added exactly.
 
 from torch import nn
 
-from distlenet.errors import UserError
-from distlenet.reduction.ddp import DdpReduction
-from distlenet.reduction.exact import ExactReduction
-from distlenet.reduction.node import pick_all_reduce
-from distlenet.reduction.share import micro_batch_size
-from distlenet.schema import Config
-from distlenet.world import World
+from distlenet.config.schema import Config
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.reduction.ddp import DdpReducer
+from distlenet.reduction.exact import ExactReducer
+from distlenet.reduction.micro_batching import micro_batch_size
+from distlenet.reduction.shared_memory import resolve_all_reduce
+from distlenet.utils.errors import UserError
 
-__all__ = ["DdpReduction", "ExactReduction", "Reduction", "make_reduction", "micro_batch_size"]
+__all__ = ["DdpReducer", "ExactReducer", "Reduction", "make_reducer", "micro_batch_size"]
 
-Reduction = DdpReduction | ExactReduction
+Reduction = DdpReducer | ExactReducer
 
 
-def make_reduction(config: Config, net: nn.Module, world: World, watch: bool) -> Reduction:
+def make_reducer(config: Config, net: nn.Module, env: DistributedEnvironment, watch: bool) -> Reduction:
     """Make the reduction that ``distributed.reduction`` names. A collective. Raises UserError where it cannot be."""
-    size = micro_batch_size(config, world.world_size)
+    size = micro_batch_size(config, env.world_size)
     device = next(net.parameters()).device
-    all_reduce = pick_all_reduce(config.distributed.shared_memory, world, device)
+    all_reduce = resolve_all_reduce(config.distributed.shared_memory, env, device)
     if config.distributed.reduction == "ddp":
-        compress = config.distributed.compress == "bf16"
-        return DdpReduction(net, world, config.train.accumulation_steps, size, all_reduce, compress)
-    if config.distributed.compress != "none":
+        compress = config.distributed.gradient_compression == "bf16"
+        return DdpReducer(net, env, config.train.accumulation_steps, size, all_reduce, compress)
+    if config.distributed.gradient_compression != "none":
         raise UserError(
-            "distributed.compress=bf16: rounds what distributed.reduction=exact does not; give "
-            "distributed.reduction=ddp, or distributed.compress=none"
+            "distributed.gradient_compression=bf16: rounds what distributed.reduction=exact does not; give "
+            "distributed.reduction=ddp, or distributed.gradient_compression=none"
         )
-    return ExactReduction(net, world, config.distributed.virtual_shards, size, watch, all_reduce)
+    return ExactReducer(net, env, config.distributed.virtual_shards, size, watch, all_reduce)

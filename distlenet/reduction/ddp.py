@@ -12,10 +12,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from distlenet.preemption import Heard
-from distlenet.reduction.node import AllReduce
-from distlenet.reduction.share import Marks, MicroBatch
-from distlenet.world import World
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.distributed.preemption import StopFlag
+from distlenet.reduction.micro_batching import Marks, MicroBatch
+from distlenet.reduction.shared_memory import AllReduce
 
 # DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import
 # (seen with torch 2.15) keeps every frame under way alive, with the trainer and the process group in them.
@@ -55,13 +55,13 @@ class _WithFlag(nn.Module):
         return logits
 
 
-class DdpReduction:
+class DdpReducer:
     """DistributedDataParallel: floats, added over ranks in whatever order ``all_reduce`` does."""
 
     def __init__(
         self,
         net: nn.Module,
-        world: World,
+        env: DistributedEnvironment,
         accumulation_steps: int,
         micro_batch: int,
         all_reduce: AllReduce = dist.all_reduce,
@@ -77,9 +77,9 @@ class DdpReduction:
         self.flag = with_flag.flag
         self.asked, self.answer = torch.zeros((), device=device), torch.zeros((), device=device)
         self.bad = torch.zeros((), dtype=torch.bool, device=device)
-        self.heard = Heard(device)
+        self.heard = StopFlag(device)
         self.hook: Hook | None = None
-        self.weight = world.world_size  # DistributedDataParallel divides by it, and so does its hook
+        self.weight = env.world_size  # DistributedDataParallel divides by it, and so does its hook
         if compress:
             self.hook = bf16_compress_hook
         elif all_reduce is not dist.all_reduce:
@@ -88,7 +88,7 @@ class DdpReduction:
         self.marks = Marks()
         marks = self.marks  # not self: a hook's references are hidden from the collector, and the group would never go
         next(net.parameters()).register_post_accumulate_grad_hook(lambda _: marks.ready())  # the first is the last
-        self.rank, self.micro_batch_size, self.micro_batches_per_rank = world.rank, micro_batch, accumulation_steps
+        self.rank, self.micro_batch_size, self.micro_batches_per_rank = env.rank, micro_batch, accumulation_steps
 
     def wrap(self, with_flag: nn.Module) -> DistributedDataParallel:
         """Have the gradients of ``with_flag`` averaged. A collective."""

@@ -8,21 +8,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distlenet.errors import UserError
-from distlenet.preemption import Heard
-from distlenet.reduction.node import AllReduce
-from distlenet.reduction.share import Marks, MicroBatch
-from distlenet.world import World
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.distributed.preemption import StopFlag
+from distlenet.reduction.micro_batching import Marks, MicroBatch
+from distlenet.reduction.shared_memory import AllReduce
+from distlenet.utils.errors import UserError
 
 
-class ExactReduction:
+class ExactReducer:
     """The same bits for every number of ranks.
 
     Position p of a global batch belongs to virtual shard p % V, whatever the world size W; a rank has the V/W
     shards congruent to its rank, one micro-batch each (one fewer on some ranks, where W does not divide V and
-    ``distributed.uneven`` allows it). Each shard's gradient is computed alone, by the same
+    ``distributed.allow_uneven_batches`` allows it). Each shard's gradient is computed alone, by the same
     kernels on the same shapes everywhere, then rounded to multiples of 2**-40 (9e-13) and summed without
-    rounding (see ``distlenet.exact``): on the rank, then over ranks in one float64 all-reduce.
+    rounding (see ``distlenet.utils.exact_sums``): on the rank, then over ranks in one float64 all-reduce.
     """
 
     GRID_BITS = 40
@@ -31,7 +31,7 @@ class ExactReduction:
     def __init__(
         self,
         net: nn.Module,
-        world: World,
+        env: DistributedEnvironment,
         virtual_shards: int,
         micro_batch: int,
         watch: bool,
@@ -56,9 +56,9 @@ class ExactReduction:
         self.model = net
         self.weight = 1
         self.marks = Marks()
-        self.world, self.all_reduce = world, all_reduce
+        self.env, self.all_reduce = env, all_reduce
         self.micro_batch_size = micro_batch
-        self.micro_batches_per_rank = len(range(world.rank, virtual_shards, world.world_size))
+        self.micro_batches_per_rank = len(range(env.rank, virtual_shards, env.world_size))
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.sizes = [p.numel() for p in self.parameters]
         # A shard's gradient beyond ±limit would make the sum inexact. Multiplied by 2**128/limit it overflows
@@ -68,7 +68,7 @@ class ExactReduction:
         self.to_bound = 2.0 ** (128 - limit_bits)
         self.to_grid = 2.0**self.GRID_BITS / self.to_bound
         device = self.parameters[0].device
-        self.heard = Heard(device)
+        self.heard = StopFlag(device)
         self.exchanged = torch.zeros(sum(self.sizes) + 1, dtype=torch.float64, device=device)
         self.sum, self.flag = self.exchanged[:-1], self.exchanged[-1]
         self.shard_sum, self.begun = torch.empty_like(self.sum), False
@@ -82,7 +82,7 @@ class ExactReduction:
         """Cut a rank's share (n, ...) into its virtual shards; a short last batch may leave some empty."""
         per_rank = self.micro_batches_per_rank
         return [
-            (self.world.rank + k * self.world.world_size, tuple(tensor[k::per_rank].contiguous() for tensor in tensors))
+            (self.env.rank + k * self.env.world_size, tuple(tensor[k::per_rank].contiguous() for tensor in tensors))
             for k in range(per_rank)
         ]
 

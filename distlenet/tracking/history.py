@@ -5,9 +5,9 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from distlenet.errors import UserError
-from distlenet.files import LineFile, replace_text, told
-from distlenet.tracking import Record
+from distlenet.tracking.base import Record
+from distlenet.utils.errors import UserError
+from distlenet.utils.files import LineFile, replace_text, told
 
 
 class History:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from distlenet.tracking import Record
+from distlenet.tracking.base import Record
 
 
 class TensorBoard:
@@ -24,7 +24,7 @@ class TensorBoard:
                 tag = f"{record['split']}/{key}"
                 self.writer.add_scalar(tag, value, record["step"], wall_time=record.get("time"))
 
-    def caught_up(self) -> None:
+    def mark_replayed(self) -> None:
         """Show what there is."""
         self.writer.flush()
 

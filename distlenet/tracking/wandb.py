@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from distlenet.errors import UserError, warn
-from distlenet.tracking import SPLITS, Record
+from distlenet.tracking.base import SPLITS, Record
+from distlenet.utils.errors import UserError, warn
 
 INIT_S = 30.0
 """Seconds that W&B has to answer at the start, before the run is kept offline."""
@@ -123,7 +123,7 @@ class Wandb:
             self.run.log(row(record), step=number)
             self.next_row = number + 1
 
-    def caught_up(self) -> None:
+    def mark_replayed(self) -> None:
         """All that was recorded before this start is sent: offline files that hold parts of it are not needed."""
         for path in self.stale:
             shutil.rmtree(path, ignore_errors=True)

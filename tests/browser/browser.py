@@ -33,9 +33,9 @@ class Browser:
         self.answers = os.fdopen(self.from_browser, "rb")
         self.events: list[dict[str, Any]] = []
         self.number = 0
-        self.session: str | None = None
+        self.context: str | None = None
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.context = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
 
@@ -52,8 +52,8 @@ class Browser:
         """Send a command and return its result; events on the way are kept."""
         self.number += 1
         message: dict[str, Any] = {"id": self.number, "method": method, "params": parameters}
-        if self.session:
-            message["sessionId"] = self.session
+        if self.context:
+            message["sessionId"] = self.context
         os.write(self.to_browser, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._read()

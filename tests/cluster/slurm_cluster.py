@@ -314,7 +314,7 @@ class SlurmCluster:
         self._daemons.setdefault(host, []).append(started)
 
     def _start(self, words: list[str], log: str, stdin: int) -> subprocess.Popen[bytes]:
-        """Start what runs as long as its host, in a session of its own: Ctrl-C is for the tests alone."""
+        """Start what runs as long as its host, in a context of its own: Ctrl-C is for the tests alone."""
         env = {**os.environ, **self._environment()}
         with (self.folder / log).open("ab") as output:
             return subprocess.Popen(

@@ -9,8 +9,8 @@ import torch
 from conftest import REPO, Running, run_command
 
 from cluster.slurm_cluster import SlurmCluster
-from distlenet.checkpoint.file import load_checkpoint
-from distlenet.checkpoint.folder import CheckpointFolder
+from distlenet.checkpoint.format import load_checkpoint
+from distlenet.checkpoint.store import CheckpointStore
 
 pytestmark = pytest.mark.cluster
 
@@ -29,7 +29,7 @@ SETTINGS = (
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = CheckpointFolder(run / "checkpoints", keep=1).newest()
+    newest = CheckpointStore(run / "checkpoints", keep=1).newest()
     assert newest is not None
     return dict(load_checkpoint(newest)["model"])
 
@@ -43,21 +43,21 @@ def test_machines_that_leave_and_join(slurm: SlurmCluster, tmp_path: Path, head:
         words = slurm.hosts[machine].enter("env", f"PYTHON={sys.executable}", *line, f"run.dir={tmp_path}", cwd=REPO)
         return Running(tmp_path, *words)
 
-    def world() -> int:
+    def env() -> int:
         path = tmp_path / "run/starts.jsonl"
         starts = [json.loads(text)["world_size"] for text in path.read_text().splitlines()] if path.exists() else [0]
         return int(starts[-1])
 
     with on("n1") as first:
         with on("n2") as second:
-            first.until(lambda: world() == 2, "a world of two")
+            first.until(lambda: env() == 2, "a env of two")
             first.trains()
             second.kill()  # agent and ranks at once
-        first.until(lambda: world() == 1, "a world of one")
+        first.until(lambda: env() == 1, "a env of one")
         first.trains()
         with on("n2") as second:
             try:
-                first.until(lambda: world() == 2, "a world of two again")
+                first.until(lambda: env() == 2, "a env of two again")
             except AssertionError:
                 pytest.fail(f"{first.printed()}\n--- the other\n{second.printed()}")
             ended = first.ends()

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cluster
 
 LIMIT_S = 100.0
 LYING = Path(__file__).parents[1] / "ranks/lying_preflight.py"
-SETTINGS = ("data.name=digits", "device=cpu", "distributed.start_timeout_s=30")
+SETTINGS = ("data.name=digits", "device=cpu", "distributed.init_timeout_s=30")
 PREFLIGHT = (sys.executable, "-m", "distlenet.preflight", *SETTINGS)
 
 

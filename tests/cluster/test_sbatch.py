@@ -10,8 +10,8 @@ import torch
 from conftest import REPO
 
 from cluster.slurm_cluster import SlurmCluster
-from distlenet.checkpoint.file import load_checkpoint
-from distlenet.checkpoint.folder import CheckpointFolder
+from distlenet.checkpoint.format import load_checkpoint
+from distlenet.checkpoint.store import CheckpointStore
 
 pytestmark = pytest.mark.cluster
 
@@ -70,7 +70,7 @@ class Job:
     def final(self) -> dict[str, torch.Tensor]:
         """Return the trained weights; the run must have ended by its own."""
         assert (self.run / "summary.json").exists(), self.printed()
-        newest = CheckpointFolder(self.run / "checkpoints", keep=1).newest()
+        newest = CheckpointStore(self.run / "checkpoints", keep=1).newest()
         assert newest is not None
         return dict(load_checkpoint(newest)["model"])
 
@@ -112,7 +112,7 @@ def test_a_cancelled_job_leaves_a_valid_checkpoint(slurm, tmp_path, whole):
     slurm.run("ctl", "scancel", job.id).succeeded()
     job.ends("CANCELLED")
     slurm.poll(lambda: "stopped by SIGTERM" in job.printed(), "the ranks to save", 30)
-    found = CheckpointFolder(job.run / "checkpoints", keep=1).load_newest()
+    found = CheckpointStore(job.run / "checkpoints", keep=1).load_newest()
     assert found is not None, job.printed()
     step = found[1]["step"]
     assert step > 0

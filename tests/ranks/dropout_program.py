@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from rank_program import main
 
-from distlenet.net import NETS, Net
+from distlenet.models.lenet import MODELS, Net
 
 
 class DroppingNet(Net):
@@ -11,7 +11,7 @@ class DroppingNet(Net):
         return super().forward(F.dropout(x, 0.3, self.training))
 
 
-NETS["lenet"] = DroppingNet
+MODELS["lenet"] = DroppingNet
 
 if __name__ == "__main__":
     main()

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from distlenet import train as train_entry
-from distlenet.config import load_config
-from distlenet.tracking import OF_THE_MACHINE
-from distlenet.trainer import Trainer
+from distlenet.config.loading import load_config
+from distlenet.tracking.base import NONDETERMINISTIC_KEYS
+from distlenet.training.trainer import Trainer
 
 
 class Stopped(Trainer):
@@ -58,7 +58,7 @@ def result(folder: Path) -> tuple[dict, list[dict]]:
     """Return the last checkpoint's state and the history, without what a clock measured."""
     newest = sorted((folder / "run/checkpoints").glob("step-*.pt"))[-1]
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    records = [{k: v for k, v in record.items() if k not in OF_THE_MACHINE} for record in records]
+    records = [{k: v for k, v in record.items() if k not in NONDETERMINISTIC_KEYS} for record in records]
     state = torch.load(newest, weights_only=True)
     state.pop("config")  # names this folder
     state.pop("restarts")

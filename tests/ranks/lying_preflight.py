@@ -7,9 +7,10 @@ import os
 import sys
 import time
 
-from distlenet import preflight
-from distlenet.checks import allreduce, facts
-from distlenet.entry import run_entry
+from distlenet.distributed.entry_point import run_entry
+from distlenet.preflight import __main__ as preflight
+from distlenet.preflight import allreduce
+from distlenet.preflight import rank_info as facts
 
 lie = sys.argv.pop(1)
 rank, world_size = (int(os.environ.get(name) or os.environ[slurm]) for name, slurm in

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from distlenet import train as train_entry
-from distlenet.config import load_config
-from distlenet.trainer import Trainer
+from distlenet.config.loading import load_config
+from distlenet.training.trainer import Trainer
 
 
 class Watched(Trainer):
@@ -27,18 +27,18 @@ class Watched(Trainer):
         self.checkpointer.files.wait()  # so that none is left out because another is being written
         if self.at.step == self.die_at:
             dist.barrier()
-            if self.world.rank == self.world.world_size - 1:
+            if self.env.rank == self.env.world_size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
         super().train_step(images, labels, indices)
 
     def log(self, split, metrics, **more):
         super().log(split, metrics, **more)
-        if split == "test" and self.die_after_records and self.world.rank == 0:
+        if split == "test" and self.die_after_records and self.env.rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def fit(self):
         results = super().fit()
-        torch.save(self.net.state_dict(), self.out / f"rank{self.world.rank}.pt")
+        torch.save(self.net.state_dict(), self.out / f"rank{self.env.rank}.pt")
         return results
 
 

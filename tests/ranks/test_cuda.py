@@ -39,7 +39,7 @@ def test_fp16_resumes_with_its_loss_scale(tmp_path):
     [
         ("distributed.reduction=ddp",),
         ("distributed.reduction=exact",),
-        ("distributed.compress=bf16",),
+        ("distributed.gradient_compression=bf16",),
         ("data.device=cpu",),
     ],
 )

@@ -25,16 +25,16 @@ SETTINGS = (
     "train.global_batch_size=16",
     "train.epochs=2",
     "train.log_every=3",
-    "train.clip_norm=1",
+    "train.max_grad_norm=1",
     "train.check_replicas_every=7",
     "optim.lr=0.05",
     "checkpoint.every_steps=1",
 )
 
 
-@pytest.mark.parametrize("more", [["precision=fp32"], ["precision=bf16", "optim.name=adamw", "data.workers=1"]])
+@pytest.mark.parametrize("more", [["precision=fp32"], ["precision=bf16", "optim.name=adamw", "data.num_workers=1"]])
 def test_a_stop_after_any_step_changes_nothing(tmp_path, more):
-    steps = ["train.max_steps=12", "train.epochs=1"] if "data.workers=1" in more else []
+    steps = ["train.max_steps=12", "train.epochs=1"] if "data.num_workers=1" in more else []
     ended = run_command(
         sys.executable, HERE / "every_stop.py", tmp_path, *SETTINGS, *more, *steps, timeout=500
     ).succeeded()
@@ -74,7 +74,7 @@ def test_any_number_of_ranks(tmp_path, alone, ranks):
 @pytest.mark.parametrize("ranks", [3, 5])
 def test_ranks_with_unequal_shares(tmp_path, alone, ranks):
     """8 shards on 3 ranks are 3 + 3 + 2; on 5 ranks some have one."""
-    train(tmp_path / "out", ranks, "distributed.uneven=true")
+    train(tmp_path / "out", ranks, "distributed.allow_uneven_batches=true")
     assert_equal(alone, tmp_path / "out")
 
 
@@ -99,7 +99,7 @@ def test_restarts_on_other_numbers_of_ranks_and_the_ledger_of_them(tmp_path, alo
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_loader_workers(tmp_path, alone, workers):
-    train(tmp_path / "out", 2, f"data.workers={workers}")
+    train(tmp_path / "out", 2, f"data.num_workers={workers}")
     assert_equal(alone, tmp_path / "out")
 
 
@@ -132,12 +132,12 @@ def test_plain_ddp_is_not_exact(tmp_path):
 DIVERGE = """
 import os, sys, torch
 from distlenet import train
-from distlenet.entry import run_entry
-from distlenet.trainer import Trainer
+from distlenet.distributed.entry_point import run_entry
+from distlenet.training.trainer import Trainer
 class Diverging(Trainer):
     def train_step(self, *batch):
         super().train_step(*batch)
-        if self.world.rank == 1 and self.at.step == 10:
+        if self.env.rank == 1 and self.at.step == 10:
             with torch.no_grad():
                 self.net.fc2.weight[3, 5] += 1e-7
 train.Trainer = Diverging

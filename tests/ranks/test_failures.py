@@ -15,11 +15,12 @@ pytestmark = pytest.mark.ranks
 SETTINGS = ("data.name=digits", "device=cpu", "train.global_batch_size=66", "run.name=run")
 
 DIES = """
-from distlenet import train, trainer
-from distlenet.entry import run_entry
+from distlenet import train
+from distlenet.training import trainer
+from distlenet.distributed.entry_point import run_entry
 class Dies(trainer.Trainer):
     def train_step(self, *batch):
-        if self.at.step == 5 and self.world.rank == 1:
+        if self.at.step == 5 and self.env.rank == 1:
             raise MemoryError("on purpose")
         super().train_step(*batch)
 train.Trainer = Dies
@@ -66,8 +67,8 @@ def test_a_rank_says_where_it_is_when_asked(tmp_path):
 POISON = """
 import sys, torch
 from distlenet import train
-from distlenet.data.augment import Prepare
-from distlenet.entry import run_entry
+from distlenet.data.transforms import Prepare
+from distlenet.distributed.entry_point import run_entry
 whole = Prepare.augmented
 def augmented(self, images, indices, epoch):
     inputs = whole(self, images, indices, epoch)
@@ -108,8 +109,8 @@ def test_a_skipped_step_is_the_same_on_any_number_of_ranks(tmp_path):
 
 
 def newest_weights(run: Path):
-    from distlenet.checkpoint.file import load_checkpoint
-    from distlenet.checkpoint.folder import CheckpointFolder
+    from distlenet.checkpoint.format import load_checkpoint
+    from distlenet.checkpoint.store import CheckpointStore
 
-    newest = CheckpointFolder(run / "checkpoints", keep=1).newest()
+    newest = CheckpointStore(run / "checkpoints", keep=1).newest()
     return list(load_checkpoint(newest)["model"].values())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPO, run_command, run_torchrun
 
-from distlenet.tracking import OF_THE_MACHINE
+from distlenet.tracking.base import NONDETERMINISTIC_KEYS
 
 pytestmark = pytest.mark.ranks
 
@@ -27,7 +27,7 @@ SETTINGS = (
 
 def history(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in OF_THE_MACHINE} for record in records]
+    return [{k: v for k, v in record.items() if k not in NONDETERMINISTIC_KEYS} for record in records]
 
 
 @pytest.mark.parametrize(("ranks", "die_at"), [(2, 7), (4, 23), (2, 30)])
@@ -37,7 +37,7 @@ def test_a_dying_rank_ends_the_job_and_the_next_one_goes_on_to_the_same_bytes(tm
     for folder in (whole, broken):
         folder.mkdir()
     run_torchrun(ranks, PROGRAM, whole, *SETTINGS, f"run.dir={whole}").succeeded()
-    # The limit is the promise: within seconds, not after the 120 s of distributed.timeout_s. It includes the start.
+    # The limit is the promise: within seconds, not after the 120 s of distributed.step_timeout_s. It includes the start.
     died = run_torchrun(ranks, PROGRAM, broken, "--die-at", die_at, *SETTINGS, f"run.dir={broken}", timeout=60)
     assert died.status != 0, str(died)
     assert not (broken / "run/summary.json").exists()
@@ -75,8 +75,8 @@ BAD_ON_ONE_RANK = """
 import os, sys
 from distlenet import train
 from distlenet.data import sources
-from distlenet.entry import run_entry
-from distlenet.errors import UserError
+from distlenet.distributed.entry_point import run_entry
+from distlenet.utils.errors import UserError
 def map_data(name, places):
     if os.environ["RANK"] == "1":
         raise UserError("my disk is gone")

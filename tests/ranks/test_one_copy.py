@@ -10,14 +10,14 @@ pytestmark = pytest.mark.ranks
 PROGRAM = r"""
 import json, re, sys
 import torch.distributed as dist
-from distlenet.config import load_config
+from distlenet.config.loading import load_config
 from distlenet.data import synthetic
 from distlenet.data.sources import load_on_node
-from distlenet.session import open_session
+from distlenet.distributed.context import init_distributed
 synthetic.MOST_IN_MEMORY = 10
 config = load_config([], ["device=cpu", *sys.argv[2:]])
-with open_session(config) as session:
-    images = load_on_node(config.data, session.world).train.images
+with init_distributed(config) as context:
+    images = load_on_node(config.data, context.env).train.images
     assert images.sum() > 0  # has touched every page
     dist.barrier()
     for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read(), flags=re.M)[1:]:
@@ -25,7 +25,7 @@ with open_session(config) as session:
         if low <= images.data_ptr() < high:
             kilobytes = {key: int(value) for key, value in re.findall(r"^(\w+): +(\d+) kB", mapping, re.M)}
             facts = {"inode": mapping.split()[4], "needed": images.nbytes // 1024, **kilobytes}
-            with open(f"{sys.argv[1]}/{session.world.rank}.json", "w") as file:
+            with open(f"{sys.argv[1]}/{context.env.rank}.json", "w") as file:
                 json.dump(facts, file)
     dist.barrier()
 """

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import run_torchrun
 
-from distlenet.net import Net
+from distlenet.models.lenet import Net
 
 pytestmark = pytest.mark.ranks
 
@@ -25,7 +25,7 @@ SETTINGS = (
     "train.global_batch_size=24",
     "train.epochs=3",
     "train.log_every=1",
-    "train.clip_norm=5",
+    "train.max_grad_norm=5",
     "optim.lr=0.05",
 )
 
@@ -85,7 +85,7 @@ def test_accumulation_is_the_big_batch_also_in_the_ragged_last_window(tmp_path, 
 
 def test_loader_workers_change_nothing(tmp_path, one_rank):
     (alone,), _, _ = one_rank
-    (weights,), _, _ = train(tmp_path, 1, "data.workers=2")
+    (weights,), _, _ = train(tmp_path, 1, "data.num_workers=2")
     assert distance(weights, alone) == 0
 
 
@@ -104,6 +104,6 @@ def test_gradients_may_travel_as_bf16(tmp_path):
     torch.manual_seed(0)
     before = Net().state_dict()
     (plain, _), _, _ = train(tmp_path, 2, "train.max_steps=1")
-    (one, other), _, _ = train(tmp_path, 2, "train.max_steps=1", "distributed.compress=bf16")
+    (one, other), _, _ = train(tmp_path, 2, "train.max_steps=1", "distributed.gradient_compression=bf16")
     assert distance(one, other) == 0
     assert 0 < distance(one, plain) < 0.03 * distance(before, plain)

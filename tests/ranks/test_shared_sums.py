@@ -17,8 +17,8 @@ SETTINGS = ("data.name=digits", "device=cpu", "train.global_batch_size=64", "run
 HIDDEN = """
 import os
 from distlenet import train
-from distlenet.shared import Place
-from distlenet.entry import run_entry
+from distlenet.utils.mapped_file import Place
+from distlenet.distributed.entry_point import run_entry
 seen = Place.map
 def hidden(self, shared=False):
     if shared and os.environ["RANK"] == "1":

@@ -13,7 +13,7 @@ PROGRAM = """
 import os, time
 from distlenet import train
 from distlenet.data import augment
-from distlenet.entry import run_entry
+from distlenet.distributed.entry_point import run_entry
 whole = augment.Prepare.augmented
 def slowed(self, *batch):
     time.sleep(0.1 * (1.3 if os.environ["RANK"] == "2" else 1.0))  # what the others compute, and 30 % more of it

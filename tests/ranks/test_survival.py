@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import REPO, Running, run_command, run_torchrun, tree
 
-from distlenet.checkpoint.file import load_checkpoint
-from distlenet.checkpoint.folder import CheckpointFolder
-from distlenet.tracking import OF_THE_MACHINE
+from distlenet.checkpoint.format import load_checkpoint
+from distlenet.checkpoint.store import CheckpointStore
+from distlenet.tracking.base import NONDETERMINISTIC_KEYS
 
 pytestmark = pytest.mark.ranks
 
@@ -38,14 +38,14 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     assert (run / "summary.json").exists()
-    newest = CheckpointFolder(run / "checkpoints", keep=1).newest()
+    newest = CheckpointStore(run / "checkpoints", keep=1).newest()
     assert newest is not None
     return load_checkpoint(newest)["model"]
 
 
 def records(run: Path) -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in OF_THE_MACHINE} for record in found]
+    return [{k: v for k, v in record.items() if k not in NONDETERMINISTIC_KEYS} for record in found]
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +65,14 @@ def assert_same(run: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_one_process_that_is_asked_to_stop_saves_and_says_so(tmp_path, whole, number):
-    words = (sys.executable, *TRAIN, f"run.dir={tmp_path}", "data.workers=1")
+    words = (sys.executable, *TRAIN, f"run.dir={tmp_path}", "data.num_workers=1")
     with Running(tmp_path, *words) as job:
         job.trains()
         job.process.send_signal(number)
         ended = job.ends()
     assert ended.status == 75, str(ended)
     (told,) = [line for line in ended.stdout.splitlines() if line.startswith("distlenet: ")]
-    newest = CheckpointFolder(tmp_path / "run/checkpoints", keep=1).newest()
+    newest = CheckpointStore(tmp_path / "run/checkpoints", keep=1).newest()
     step = load_checkpoint(newest)["step"]
     assert told == (
         f"distlenet: stopped by {number.name} after step {step}, saved; run the same command again to go on"
@@ -108,8 +108,9 @@ def test_one_rank_that_is_asked_stops_all(tmp_path, whole):
 
 IN_EVALUATION = """
 import os, signal, sys
-from distlenet import feed, metrics, train, trainer
-from distlenet.entry import run_entry
+from distlenet import train
+from distlenet.training import data_pipeline as feed, evaluation as metrics, trainer
+from distlenet.distributed.entry_point import run_entry
 trainer.ASK_EVERY = 1
 metrics.EVAL_BATCH = feed.EVAL_BATCH = 20
 real, seen = trainer.evaluate, []
@@ -138,7 +139,7 @@ def test_a_stop_within_an_evaluation_doubles_and_loses_no_record(tmp_path, whole
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_stops_answering_ends_the_job_and_is_named(tmp_path, rank):
-    words = (*TRAIN, "distributed.timeout_s=4", f"run.dir={tmp_path}")
+    words = (*TRAIN, "distributed.step_timeout_s=4", f"run.dir={tmp_path}")
     with Running(tmp_path, *TORCHRUN, *words) as job:
         job.trains()
         os.kill(job.ranks()[rank], signal.SIGSTOP)
@@ -158,7 +159,7 @@ def test_a_stopped_rank_that_holds_the_store_is_named_too(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    words = (sys.executable, *TRAIN, "distributed.timeout_s=4", f"run.dir={tmp_path}")
+    words = (sys.executable, *TRAIN, "distributed.step_timeout_s=4", f"run.dir={tmp_path}")
     with (
         Running(tmp_path, *words, env={**place, "RANK": "0", "LOCAL_RANK": "0"}) as first,
         Running(tmp_path, *words, env={**place, "RANK": "1", "LOCAL_RANK": "1"}) as second,
@@ -175,15 +176,15 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place["MASTER_PORT"] = str(free.getsockname()[1])
-    words = (*TRAIN, "distributed.start_timeout_s=2", f"run.dir={tmp_path}")
+    words = (*TRAIN, "distributed.init_timeout_s=2", f"run.dir={tmp_path}")
     ended = run_command(sys.executable, *words, env=place)
     assert ended.status == 2, str(ended)
-    assert "ranks 1, 2 did not come in time (distributed.start_timeout_s)" in ended.stderr, str(ended)
+    assert "ranks 1, 2 did not come in time (distributed.init_timeout_s)" in ended.stderr, str(ended)
     assert "Traceback" not in ended.stderr
 
 
 def test_a_killed_agent_leaves_no_process(tmp_path):
-    with Running(tmp_path, *TORCHRUN, *TRAIN, "data.workers=1", f"run.dir={tmp_path}") as job:
+    with Running(tmp_path, *TORCHRUN, *TRAIN, "data.num_workers=1", f"run.dir={tmp_path}") as job:
         job.trains()
         started = tree(job.process.pid)
         assert len(started) == 5, started  # the agent, two ranks, a worker each
@@ -210,11 +211,12 @@ def test_a_rank_that_dies_is_started_again_inside_the_job(tmp_path, whole):
 def test_restarts_in_vain_come_to_an_end(tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(
-        "import os, sys\nfrom distlenet import train, trainer\nfrom distlenet.entry import run_entry\n"
+        "import os, sys\nfrom distlenet import train\nfrom distlenet.training import trainer\n"
+        "from distlenet.distributed.entry_point import run_entry\n"
         "class Dies(trainer.Trainer):\n    def train_step(self, *batch):\n        raise MemoryError('every time')\n"
         "train.Trainer = Dies\nrun_entry(train.main)\n"
     )
-    settings = (*SETTINGS, "checkpoint.restarts_in_vain=2", f"run.dir={tmp_path}")
+    settings = (*SETTINGS, "checkpoint.max_restarts_without_progress=2", f"run.dir={tmp_path}")
     words = (*TORCHRUN, "--max-restarts=20", script, *settings)
     ended = run_command(*words, timeout=300)
     assert ended.status == 1
@@ -242,7 +244,7 @@ def fill(disk: Path) -> None:
 
 
 def test_a_full_disk_stops_saving_not_training_and_nothing_is_lost_when_there_is_room_again(small_disk, whole):
-    words = (*TORCHRUN, *TRAIN, "checkpoint.every_steps=5", "checkpoint.keep=1", f"run.dir={small_disk}")
+    words = (*TORCHRUN, *TRAIN, "checkpoint.every_steps=5", "checkpoint.keep_last=1", f"run.dir={small_disk}")
     with Running(small_disk.parent, *words) as job:
         job.run = small_disk / "run"
         job.trains()
@@ -275,7 +277,7 @@ def test_a_disk_that_stays_full_fails_the_job_at_its_end(small_disk):
 
 
 def test_a_folder_that_becomes_read_only_leaves_the_older_checkpoints(small_disk, whole):
-    words = (*TORCHRUN, *TRAIN, "checkpoint.every_steps=5", "checkpoint.keep=1", f"run.dir={small_disk}")
+    words = (*TORCHRUN, *TRAIN, "checkpoint.every_steps=5", "checkpoint.keep_last=1", f"run.dir={small_disk}")
     with Running(small_disk.parent, *words) as job:
         job.run = small_disk / "run"
         job.until(lambda: any(job.run.glob("checkpoints/step-*.pt")), "a checkpoint")

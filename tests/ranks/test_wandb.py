@@ -16,7 +16,7 @@ import pytest
 from conftest import Running, run_command
 from wandb_server import WandbServer
 
-from distlenet.tracking import OF_THE_MACHINE
+from distlenet.tracking.base import NONDETERMINISTIC_KEYS
 from distlenet.tracking.wandb import row, row_number
 
 pytestmark = pytest.mark.ranks
@@ -25,13 +25,14 @@ WORDS = ("data.name=digits", "train.epochs=4", "train.log_every=5", "checkpoint.
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from distlenet import train, trainer
-from distlenet.entry import run_entry
+from distlenet import train
+from distlenet.training import trainer
+from distlenet.distributed.entry_point import run_entry
 whole = trainer.Trainer.train_step
 def step(self, *batch):
     whole(self, *batch)
     mark = self.folder / "died"
-    if self.at.step == 32 and not mark.exists() and self.world.rank == 0:
+    if self.at.step == 32 and not mark.exists() and self.env.rank == 0:
         self.checkpointer.files.wait()
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -99,7 +100,7 @@ def test_an_online_run_of_four_ranks_that_was_killed_is_one_run_with_each_step_o
     (run_id,) = server.rows
     assert run_id == json.loads((tmp_path / "run/starts.jsonl").read_text().splitlines()[0])["run_id"]
     # Step 29 was recorded by both starts. What was learned is the same to the bit, what a clock measured is not.
-    same(server.history(run_id), lines(tmp_path / "run"), OF_THE_MACHINE)
+    same(server.history(run_id), lines(tmp_path / "run"), NONDETERMINISTIC_KEYS)
     assert server.sent_rows == len(server.history(run_id))
     assert server.configs[run_id]["train"]["value"]["log_every"] == 5
     assert "k" * 40 not in json.dumps(server.configs)
@@ -113,7 +114,7 @@ def closed_port() -> str:
 
 def test_a_slow_server_gets_everything(tmp_path, server):
     server.manner = "slow"
-    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_s=100")
+    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
     ended = run_command(*command, env=server.environ).succeeded()
     assert "distlenet:" not in ended.stderr
     (run_id,) = server.rows
@@ -122,7 +123,7 @@ def test_a_slow_server_gets_everything(tmp_path, server):
 
 def test_a_wrong_key_costs_a_warning_and_the_run_is_kept_offline(tmp_path, server):
     server.manner = "wrong key"
-    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_s=100")
+    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
     ended = run_command(*command, env=server.environ).succeeded()
     assert len(re.findall("distlenet: W&B: .*; this run is kept offline, wandb sync sends it later", ended.stderr)) == 1
     assert ended.stderr.count("distlenet:") == 1
@@ -151,7 +152,7 @@ def test_a_full_disk_costs_wandb_alone(tmp_path, server, small_disk, manner):
         while True:
             file.write(bytes(4096))
     environ = {**server.environ, "WANDB_MODE": manner}
-    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_s=20")
+    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=20")
     ended = run_command(*command, env=environ).succeeded()
     assert "W&B" in ended.stderr or "wandb" in ended.stderr
     assert "--replay-wandb" in ended.stderr or "metrics.jsonl has everything" in ended.stderr
@@ -159,7 +160,13 @@ def test_a_full_disk_costs_wandb_alone(tmp_path, server, small_disk, manner):
 
 
 def test_a_run_that_is_preempted_says_so_and_sends_its_best_checkpoint_at_its_end(tmp_path, server):
-    words = (*WORDS, f"run.dir={tmp_path}", "wandb.log_checkpoints=true", "wandb.finish_s=60", "checkpoint.grace_s=60")
+    words = (
+        *WORDS,
+        f"run.dir={tmp_path}",
+        "wandb.log_checkpoints=true",
+        "wandb.finish_timeout_s=60",
+        "checkpoint.preemption_grace_s=60",
+    )
     with Running(
         tmp_path, sys.executable, "-m", "distlenet.train", *words, "train.epochs=40", env=server.environ
     ) as job:
@@ -173,17 +180,17 @@ def test_a_run_that_is_preempted_says_so_and_sends_its_best_checkpoint_at_its_en
     run_command(*done, env=server.environ).succeeded()
     assert server.endings[run_id] == {"exitcode": 0, "preempting": False}
     assert any("CreateArtifact" in query for query in server.asked)
-    same(server.history(run_id), lines(tmp_path / "run"), OF_THE_MACHINE)
+    same(server.history(run_id), lines(tmp_path / "run"), NONDETERMINISTIC_KEYS)
 
 
 @pytest.mark.parametrize("manner", ["error", "hang", "drop", "nobody there"])
 def test_a_bad_server_costs_a_warning(tmp_path, server, manner):
     server.manner = manner
     environ = {**server.environ, **({"WANDB_BASE_URL": closed_port()} if manner == "nobody there" else {})}
-    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_s=0.5")
+    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=0.5")
     ended = run_command(*command, env=environ).succeeded()
     assert ended.stderr.count("distlenet:") == 1
-    assert "W&B: what sends the records was not done within 0.5 s (wandb.finish_s)" in ended.stderr
+    assert "W&B: what sends the records was not done within 0.5 s (wandb.finish_timeout_s)" in ended.stderr
     assert [r["step"] for r in lines(tmp_path / "run") if r["split"] == "test"] == [12, 24, 36, 48]
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 48
 
@@ -206,8 +213,8 @@ GETS_READY = """
 import math, os, signal, sys, time
 import psutil
 from pathlib import Path
-from distlenet.config import load_config
-from distlenet.tracking.mirror import Mirror
+from distlenet.config.loading import load_config
+from distlenet.tracking.sidecar import Mirror
 mirror = Mirror(Path(sys.argv[1]), load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
 mirror.launch()
 cores, deadline = [], time.monotonic() + 60
@@ -238,7 +245,7 @@ def test_a_training_that_ends_before_it_began_leaves_no_process(tmp_path, how):
 
 
 def of_least_share(process: int) -> bool:
-    """Say whether a process's session has the least share, where Linux groups by sessions."""
+    """Say whether a process's context has the least share, where Linux groups by sessions."""
     group = Path(f"/proc/{process}/autogroup")
     return not group.exists() or not (said := group.read_text()) or said.endswith("nice 19\n")
 
@@ -258,7 +265,7 @@ def test_what_talks_to_wandb_stands_back_while_the_ranks_train(tmp_path):
 def test_training_begins_before_wandb_answers(tmp_path, server):
     """The run is at its end while the server has not answered the first question yet."""
     server.manner = "hang"
-    command = [sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_s=120"]
+    command = [sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=120"]
     environ = {**os.environ, **server.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

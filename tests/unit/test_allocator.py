@@ -7,10 +7,10 @@ pytestmark = pytest.mark.unit
 
 PAGE_FAULTS = """
 import resource, sys, torch
-from distlenet.allocator import keep_freed_memory
+from distlenet.utils.allocator import tune_malloc
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert tune_malloc()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step = lambda: [torch.ones(2**20) for _ in range(8)]  # 32 MiB of activations, freed together
 for _ in range(5):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distlenet.data.augment import Prepare, hash32, measure
+from distlenet.data.transforms import Prepare, hash32, measure
 
 pytestmark = pytest.mark.unit
 

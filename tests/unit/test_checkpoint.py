@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import run_command
 
-from distlenet.checkpoint import file as checkpoint
-from distlenet.checkpoint import folder as checkpoint_folder
-from distlenet.checkpoint.file import load_checkpoint, load_model, write_atomically
-from distlenet.checkpoint.folder import CheckpointFolder, find_checkpoint
-from distlenet.checkpoint.resume import check_same_settings, choose_resumable
-from distlenet.config import load_config
-from distlenet.errors import UserError
-from distlenet.net import Net
+from distlenet.checkpoint import format as checkpoint
+from distlenet.checkpoint import store as checkpoint_folder
+from distlenet.checkpoint.compatibility import check_same_settings, choose_resumable
+from distlenet.checkpoint.format import load_checkpoint, load_model, write_atomically
+from distlenet.checkpoint.store import CheckpointStore, find_checkpoint
+from distlenet.config.loading import load_config
+from distlenet.models.lenet import Net
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -28,7 +28,7 @@ def state(step: int, *overrides: str, net: torch.nn.Module | None = None):
 
 
 def test_the_newest_k_and_the_best_are_kept(tmp_path):
-    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    folder = CheckpointStore(tmp_path / "checkpoints", keep=2)
     assert folder.newest() is None
     for step in (5, 10, 99, 100, 1000, 123456789):
         folder.write(state(step), best=step == 10)
@@ -50,13 +50,13 @@ def test_a_death_between_the_best_and_the_newest_loses_neither(tmp_path, monkeyp
     """The newest says what the best accuracy was: written first, it would hide that best.pt is missing."""
     written = []
     monkeypatch.setattr(checkpoint_folder, "write_atomically", lambda _, path: written.append(path.name))
-    CheckpointFolder(tmp_path, keep=1).write(state(5), best=True)
+    CheckpointStore(tmp_path, keep=1).write(state(5), best=True)
     assert written == ["best.pt", "step-00000005.pt"]
 
 
 def test_a_disk_that_is_really_full(tmp_path):
     """The kernel's own error, from a limit on the size of files; torch.save into a file would hide it."""
-    folder = CheckpointFolder(tmp_path, keep=1)
+    folder = CheckpointStore(tmp_path, keep=1)
     folder.write(state(1), best=False)
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -70,7 +70,7 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 
 def test_torn_files_are_no_checkpoints_and_are_removed(tmp_path):
-    folder = CheckpointFolder(tmp_path, keep=3)
+    folder = CheckpointStore(tmp_path, keep=3)
     newest = folder.write(state(1), best=False)
     (tmp_path / ".writing-abc").write_bytes(b"half")
     assert list(tmp_path.glob("*.pt")) == [newest]
@@ -80,7 +80,7 @@ def test_torn_files_are_no_checkpoints_and_are_removed(tmp_path):
 
 @pytest.mark.parametrize("fails_in", ["torch.save", "os.fsync", "os.replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, fails_in):
-    folder = CheckpointFolder(tmp_path, keep=1)
+    folder = CheckpointStore(tmp_path, keep=1)
     folder.write(state(1), best=False)
     before = (tmp_path / "step-00000001.pt").read_bytes()
 
@@ -96,7 +96,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
 
 
 def test_checkpoints_have_the_usual_permissions(tmp_path):
-    program = "import sys, pathlib; from distlenet.checkpoint.file import *; write_atomically({}, pathlib.Path('c.pt'))"
+    program = (
+        "import sys, pathlib; from distlenet.checkpoint.format import *; write_atomically({}, pathlib.Path('c.pt'))"
+    )
     run_command("sh", "-c", f'umask 027; exec "$0" -c "{program}"', sys.executable, cwd=tmp_path).succeeded()
     assert (tmp_path / "c.pt").stat().st_mode & 0o777 == 0o640
 
@@ -119,7 +121,7 @@ def damaged(content: bytes):
 
 
 def test_any_damage_to_the_newest_leads_to_the_one_before(tmp_path, capsys):
-    folder = CheckpointFolder(tmp_path, keep=2)
+    folder = CheckpointStore(tmp_path, keep=2)
     older, newest = folder.write(tiny(1), best=False), folder.write(tiny(2), best=False)
     content = newest.read_bytes()
     for bad in damaged(content):
@@ -142,7 +144,7 @@ def test_any_damage_to_the_newest_leads_to_the_one_before(tmp_path, capsys):
 
 
 def test_when_all_are_damaged_it_says_so_and_starts_anew(tmp_path, capsys):
-    folder = CheckpointFolder(tmp_path, keep=2)
+    folder = CheckpointStore(tmp_path, keep=2)
     for step in (1, 2):
         folder.write(tiny(step), best=False).write_bytes(b"")
     assert folder.load_newest() is None
@@ -167,9 +169,9 @@ KILLED_WHILE_WRITING = """
 import builtins, io, os, signal, sys
 from pathlib import Path
 import torch
-from distlenet.checkpoint import file
-from distlenet.checkpoint.folder import CheckpointFolder
-folder, cuts = CheckpointFolder(Path(sys.argv[1]), keep=1), [int(cut) for cut in sys.argv[2:]]
+from distlenet.checkpoint import format as file
+from distlenet.checkpoint.store import CheckpointStore
+folder, cuts = CheckpointStore(Path(sys.argv[1]), keep=1), [int(cut) for cut in sys.argv[2:]]
 state = {"model": torch.nn.Linear(8, 8).state_dict(), "step": 2, "epoch": 0, "config": {}}
 real = os.fdopen
 for cut in cuts:
@@ -197,7 +199,7 @@ print(sorted(path.name for path in folder.folder.iterdir()))
 
 
 def test_a_kill_while_writing_at_any_byte_leaves_the_one_before(tmp_path):
-    CheckpointFolder(tmp_path, keep=1).write(tiny(1), best=False)
+    CheckpointStore(tmp_path, keep=1).write(tiny(1), best=False)
     size = len((tmp_path / "step-00000001.pt").read_bytes())
     cuts = [size * part // 40 for part in range(41)]
     words = (sys.executable, "-c", KILLED_WHILE_WRITING, tmp_path, *cuts)
@@ -212,14 +214,14 @@ def test_saving_returns_before_the_file_is_written_and_training_cannot_change_it
         real(*arguments)
 
     monkeypatch.setattr(checkpoint_folder, "write_atomically", slow)
-    folder, net = CheckpointFolder(tmp_path, keep=1), torch.nn.Linear(2, 1)
+    folder, net = CheckpointStore(tmp_path, keep=1), torch.nn.Linear(2, 1)
     wanted = net.weight.detach().clone()
     folder.save(state(1, net=net))
     assert folder.busy
     assert list(tmp_path.iterdir()) == []
     with torch.no_grad():
         net.weight.fill_(7.0)
-    assert folder.wait(0.01) == "not done within 0.01 s, see checkpoint.grace_s"
+    assert folder.wait(0.01) == "not done within 0.01 s, see checkpoint.preemption_grace_s"
     go_on.set()
     assert folder.wait() is None
     assert torch.equal(load_checkpoint(folder.newest())["model"]["weight"], wanted)
@@ -227,7 +229,7 @@ def test_saving_returns_before_the_file_is_written_and_training_cannot_change_it
 
 def test_a_failed_write_is_told_once_and_tried_again(tmp_path, capsys):
     """A folder where a file is in the way: unwritable for root, too."""
-    folder = CheckpointFolder(tmp_path / "checkpoints", keep=3)
+    folder = CheckpointStore(tmp_path / "checkpoints", keep=3)
     (tmp_path / "checkpoints").write_text("in the way")
     for step in (1, 2):
         folder.save(tiny(step))
@@ -242,7 +244,7 @@ def test_a_failed_write_is_told_once_and_tried_again(tmp_path, capsys):
 
 
 def test_a_best_that_could_not_be_written_is_made_up_for(tmp_path, capsys):
-    folder = CheckpointFolder(tmp_path / "checkpoints", keep=3)
+    folder = CheckpointStore(tmp_path / "checkpoints", keep=3)
     (tmp_path / "checkpoints").write_text("in the way")
     folder.save(tiny(1), best=True)
     folder.wait()
@@ -257,7 +259,7 @@ def test_what_must_be_written_before_it_fails_the_checkpoint_too(tmp_path):
     def history():
         raise UserError("metrics.jsonl: disk full")
 
-    folder = CheckpointFolder(tmp_path, keep=3)
+    folder = CheckpointStore(tmp_path, keep=3)
     folder.save(tiny(1), before=history)
     assert "metrics.jsonl: disk full" in folder.wait()
     assert folder.newest() is None
@@ -309,7 +311,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             find_checkpoint(path)
     with pytest.raises(UserError, match="cannot be read"):
-        CheckpointFolder(loop, keep=1).newest()
+        CheckpointStore(loop, keep=1).newest()
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path):
@@ -340,7 +342,7 @@ def test_finding_a_checkpoint(tmp_path):
     run.mkdir()
     with pytest.raises(UserError, match="holds no checkpoints"):
         find_checkpoint(run)
-    folder = CheckpointFolder(run / "checkpoints", keep=3)
+    folder = CheckpointStore(run / "checkpoints", keep=3)
     folder.write(state(7), best=True)
     newest = folder.write(state(8), best=False)
     assert find_checkpoint(run) == find_checkpoint(folder.folder) == newest
@@ -348,8 +350,8 @@ def test_finding_a_checkpoint(tmp_path):
 
 
 def test_resuming_takes_the_newest_a_given_one_or_none(tmp_path):
-    own = CheckpointFolder(tmp_path / "own/checkpoints", keep=3)
-    other = CheckpointFolder(tmp_path / "other/checkpoints", keep=3).write(state(5), best=False)
+    own = CheckpointStore(tmp_path / "own/checkpoints", keep=3)
+    other = CheckpointStore(tmp_path / "other/checkpoints", keep=3).write(state(5), best=False)
     assert choose_resumable(load_config(), own, Net()) is None
     assert choose_resumable(load_config([], ["checkpoint.resume=never"]), own, Net()) is None
     given = load_config([], [f"checkpoint.resume={tmp_path / 'other'}"])
@@ -362,8 +364,8 @@ def test_resuming_takes_the_newest_a_given_one_or_none(tmp_path):
 
 
 def test_a_run_started_from_a_checkpoint_goes_on_by_the_same_command(tmp_path):
-    other = CheckpointFolder(tmp_path / "other/checkpoints", keep=3).write(state(5), best=False)
-    own = CheckpointFolder(tmp_path / "own/checkpoints", keep=3)
+    other = CheckpointStore(tmp_path / "other/checkpoints", keep=3).write(state(5), best=False)
+    own = CheckpointStore(tmp_path / "own/checkpoints", keep=3)
     same = load_config([], [f"checkpoint.resume={other}"])
     newest = own.write({**state(9), "started_from": str(other)}, best=False)
     assert choose_resumable(same, own, Net())[0] == newest
@@ -380,7 +382,7 @@ def test_inside_an_epoch_its_order_cannot_change_even_if_allowed(tmp_path):
 
 def test_settings_that_change_the_result_are_refused_others_pass(tmp_path):
     saved = state(1)
-    harmless = ["run.name=x", "data.workers=3", "train.log_every=1", "device=cpu", "train.accumulation_steps=2"]
+    harmless = ["run.name=x", "data.num_workers=3", "train.log_every=1", "device=cpu", "train.accumulation_steps=2"]
     check_same_settings(saved, load_config([], harmless), tmp_path)
     changed = ["seed=1", "optim.lr=0.5"]
     with pytest.raises(UserError) as error:

@@ -4,10 +4,10 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-from distlenet.config import load_config, run_folder, to_yaml
-from distlenet.errors import UserError
-from distlenet.schema import Config
-from distlenet.settings import FIELDS, describe
+from distlenet.config.fields import FIELDS, describe
+from distlenet.config.loading import load_config, run_folder, to_yaml
+from distlenet.config.schema import Config
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -23,7 +23,9 @@ def test_later_files_win_and_overrides_win_over_files(tmp_path):
 
 
 def test_the_saved_config_reads_back(tmp_path):
-    config = load_config([], ["optim.lr=1e-3", "train.clip_norm=2", "checkpoint.allow_changed=[seed]", "run.name=x"])
+    config = load_config(
+        [], ["optim.lr=1e-3", "train.max_grad_norm=2", "checkpoint.allow_changed=[seed]", "run.name=x"]
+    )
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config([str(tmp_path / "config.yaml")]) == config
 
@@ -144,7 +146,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
 
 def test_a_run_is_named_by_what_changes_its_result():
     name = run_folder(load_config())
-    assert run_folder(load_config([], ["data.workers=2", "run.console=tutorial", "device=cpu"])) == name
+    assert run_folder(load_config([], ["data.num_workers=2", "run.console=tutorial", "device=cpu"])) == name
     assert run_folder(load_config([], ["seed=1"])) != name
     assert run_folder(load_config([], ["run.dir=x", "run.name=y"])) == Path("x/y")
 

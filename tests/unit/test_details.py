@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distlenet.details import MISTAKES, Details, write_details
+from distlenet.training.error_analysis import MISTAKES, Details, write_details
 
 pytestmark = pytest.mark.unit
 

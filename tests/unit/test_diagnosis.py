@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 
-from distlenet.config import load_config
-from distlenet.data.augment import Prepare
+from distlenet.config.loading import load_config
 from distlenet.data.sources import load_data
-from distlenet.errors import UserError
-from distlenet.guard import Guard
-from distlenet.preemption import Preemption
-from distlenet.session import open_session
-from distlenet.tracking import Trackers
-from distlenet.trainer import Trainer
+from distlenet.data.transforms import Prepare
+from distlenet.distributed.context import init_distributed
+from distlenet.distributed.preemption import Preemption
+from distlenet.tracking.base import Trackers
+from distlenet.training.nonfinite_guard import Guard
+from distlenet.training.trainer import Trainer
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -46,15 +46,15 @@ class Kept:
     def close(self): ...
 
 
-def make(folder, session, config, poisoned=True, lag=False):
+def make(folder, context, config, poisoned=True, lag=False):
     kept = Kept()
-    trainer = Trainer(config, session, load_data(config.data), folder, Trackers([kept]), Preemption(1.0))
+    trainer = Trainer(config, context, load_data(config.data), folder, Trackers([kept]), Preemption(1.0))
     (folder / "checkpoints").mkdir(parents=True)
     step = trainer.take_step
     if poisoned:
         step.prepare.__class__ = Poisoned
     if lag:  # as on a GPU
-        step.guard = Guard(step.optimizer, session.device, lag=True, loss_scaling=False)
+        step.guard = Guard(step.optimizer, context.device, lag=True, loss_scaling=False)
     trainer.kept = kept.records
     return trainer
 
@@ -70,15 +70,15 @@ def poisoned_step(trainer) -> int:
 def test_the_run_stops_with_the_weights_from_before(tmp_path, optimizer, reduction, lag):
     words = [*SETTINGS, f"distributed.reduction={reduction}", f"optim.name={optimizer}", "train.log_every=7"]
     config = load_config([], words)
-    with open_session(config) as session:
-        bad = make(tmp_path / "bad", session, config, lag=lag)
+    with init_distributed(config) as context:
+        bad = make(tmp_path / "bad", context, config, lag=lag)
         number = poisoned_step(bad)
         assert 0 < number < 20  # there is something before, and a look after it
         with pytest.raises(UserError, match=rf"step {number + 1}: the loss of rank 0 is not finite.*on_nonfinite=skip"):
             bad.fit()
         config = load_config([], [*words, f"train.max_steps={number}", "optim.schedule=constant"])
-        good = make(tmp_path / "good", session, config, poisoned=False)
-        constant = make(tmp_path / "constant", session, load_config([], [*words, "optim.schedule=constant"]), lag=lag)
+        good = make(tmp_path / "good", context, config, poisoned=False)
+        constant = make(tmp_path / "constant", context, load_config([], [*words, "optim.schedule=constant"]), lag=lag)
         good.fit()
         with pytest.raises(UserError):
             constant.fit()
@@ -103,8 +103,8 @@ def test_the_run_stops_with_the_weights_from_before(tmp_path, optimizer, reducti
 def test_a_run_may_skip_the_step(tmp_path, capsys, reduction):
     words = (f"distributed.reduction={reduction}", "train.on_nonfinite=skip", "train.log_every=1")
     config = load_config([], [*SETTINGS, *words])
-    with open_session(config) as session:
-        trainer = make(tmp_path / "run", session, config)
+    with init_distributed(config) as context:
+        trainer = make(tmp_path / "run", context, config)
         number = poisoned_step(trainer)
         summary = trainer.fit()
         trainer.checkpointer.close()
@@ -121,11 +121,11 @@ def test_a_run_may_skip_the_step(tmp_path, capsys, reduction):
 
 
 def test_skipping_has_an_end(tmp_path):
-    words = ("train.on_nonfinite=skip", "train.skip_at_most=2", "train.epochs=9")
+    words = ("train.on_nonfinite=skip", "train.max_skipped_steps=2", "train.epochs=9")
     config = load_config([], [*SETTINGS, *words])
-    with open_session(config) as session:
-        trainer = make(tmp_path / "run", session, config)
-        with pytest.raises(UserError, match=r"2 steps were skipped before \(train\.skip_at_most\)"):
+    with init_distributed(config) as context:
+        trainer = make(tmp_path / "run", context, config)
+        with pytest.raises(UserError, match=r"2 steps were skipped before \(train\.max_skipped_steps\)"):
             trainer.fit()
         trainer.checkpointer.close()
     assert trainer.at.epoch == 2
@@ -134,8 +134,8 @@ def test_skipping_has_an_end(tmp_path):
 
 def test_a_learning_rate_beyond_reason_is_told(tmp_path):
     config = load_config([], [*SETTINGS, "optim.lr=1e8", "optim.schedule=constant"])
-    with open_session(config) as session:
-        trainer = make(tmp_path / "run", session, config, poisoned=False)
+    with init_distributed(config) as context:
+        trainer = make(tmp_path / "run", context, config, poisoned=False)
         with pytest.raises(UserError, match=r"step \d+: the loss of rank 0 is not finite .*give a smaller optim\.lr"):
             trainer.fit()
         trainer.checkpointer.close()
@@ -143,8 +143,8 @@ def test_a_learning_rate_beyond_reason_is_told(tmp_path):
 
 def test_a_gradient_beyond_the_exact_sums_bound_is_told(tmp_path):
     config = load_config([], [*SETTINGS, "distributed.reduction=exact"])
-    with open_session(config) as session:
-        trainer = make(tmp_path / "run", session, config, poisoned=False)
+    with init_distributed(config) as context:
+        trainer = make(tmp_path / "run", context, config, poisoned=False)
         trainer.reduction.to_bound *= 2.0**12  # as if the bound were that much lower
         with pytest.raises(
             UserError, match=r"step 1: the loss is finite, but the sum of the gradients was not, or too"
@@ -155,8 +155,8 @@ def test_a_gradient_beyond_the_exact_sums_bound_is_told(tmp_path):
 
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     config = load_config([], [*SETTINGS])
-    with open_session(config) as session:
-        trainer = make(tmp_path / "run", session, config, poisoned=False)
+    with init_distributed(config) as context:
+        trainer = make(tmp_path / "run", context, config, poisoned=False)
         trainer.state_dict()
         with torch.no_grad():
             trainer.net.conv2.weight[3, 1, 0, 0] = float("inf")
@@ -167,8 +167,8 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
 
 def test_a_diagnosis_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
     config = load_config([], [*SETTINGS])
-    with open_session(config) as session:
-        trainer = make(tmp_path / "run", session, config)
+    with init_distributed(config) as context:
+        trainer = make(tmp_path / "run", context, config)
         (tmp_path / "run/diagnosis").write_text("in the way")
         with pytest.raises(UserError, match="the loss of rank 0 is not finite"):
             trainer.fit()

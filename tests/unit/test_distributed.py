@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distlenet import distributed
-from distlenet.distributed import pick_backend, pick_device
-from distlenet.errors import UserError
-from distlenet.rendezvous import meet, ranks_in_words
-from distlenet.world import World
+from distlenet.distributed import collectives as distributed
+from distlenet.distributed.device import resolve_backend, resolve_device
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.distributed.rendezvous import format_ranks, meet
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -19,34 +19,34 @@ pytestmark = pytest.mark.unit
     [("auto", 0, "cpu"), ("auto", 3, "cpu"), ("cpu", 8, "cpu"), ("auto", 4, "cuda:1"), ("cuda", 8, "cuda:1")],
 )
 def test_device(wanted, gpus, device):
-    assert pick_device(wanted, World(5, 1, 8, 4, 1), gpus) == torch.device(device)
+    assert resolve_device(wanted, DistributedEnvironment(5, 1, 8, 4, 1), gpus) == torch.device(device)
 
 
 @pytest.mark.parametrize(("wanted", "gpus"), [("cuda", 0), ("cuda", 3)])
 def test_a_device_that_would_be_shared_or_is_missing_is_refused(wanted, gpus):
     with pytest.raises(UserError, match="device=cpu"):
-        pick_device(wanted, World(5, 1, 8, 4, 1), gpus)
+        resolve_device(wanted, DistributedEnvironment(5, 1, 8, 4, 1), gpus)
 
 
 def test_backend(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda: True)
-    assert pick_backend("auto", cpu) == "gloo"
-    assert pick_backend("auto", gpu) == "nccl"
-    assert pick_backend("gloo", gpu) == "gloo"
-    assert pick_backend("nccl", gpu) == "nccl"
+    assert resolve_backend("auto", cpu) == "gloo"
+    assert resolve_backend("auto", gpu) == "nccl"
+    assert resolve_backend("gloo", gpu) == "gloo"
+    assert resolve_backend("nccl", gpu) == "nccl"
     with pytest.raises(UserError, match="backend=nccl"):
-        pick_backend("nccl", cpu)
+        resolve_backend("nccl", cpu)
     monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda: False)
-    assert pick_backend("auto", gpu) == "gloo"
+    assert resolve_backend("auto", gpu) == "gloo"
     with pytest.raises(UserError, match="backend=nccl"):
-        pick_backend("nccl", gpu)
+        resolve_backend("nccl", gpu)
 
 
 def test_ranks_in_words():
-    assert ranks_in_words([3]) == "rank 3"
-    assert ranks_in_words([3, 5]) == "ranks 3, 5"
-    assert ranks_in_words(range(20), most=2) == "ranks 0, 1 and 18 more"
+    assert format_ranks([3]) == "rank 3"
+    assert format_ranks([3, 5]) == "ranks 3, 5"
+    assert format_ranks(range(20), most=2) == "ranks 0, 1 and 18 more"
 
 
 def gather(store, world_size, timeout_s=20.0, ranks=None):
@@ -56,7 +56,10 @@ def gather(store, world_size, timeout_s=20.0, ranks=None):
     def come(rank):
         try:
             found[rank] = meet(
-                store, World(rank, 0, world_size), timedelta(seconds=timeout_s), "distributed.start_timeout_s"
+                store,
+                DistributedEnvironment(rank, 0, world_size),
+                timedelta(seconds=timeout_s),
+                "distributed.init_timeout_s",
             )
         except UserError as error:
             found[rank] = str(error)
@@ -85,7 +88,7 @@ def test_ranks_meet_again_and_again_in_one_store_and_never_with_the_dead():
 def test_who_does_not_come_is_named():
     (told,) = gather(dist.HashStore(), 3, timeout_s=0.2, ranks=[0]).values()
     assert "rank 0 of 3" in told
-    assert "ranks 1, 2 did not come in time (distributed.start_timeout_s)" in told
+    assert "ranks 1, 2 did not come in time (distributed.init_timeout_s)" in told
     (told,) = gather(dist.HashStore(), 3, timeout_s=0.2, ranks=[2]).values()
     assert "rank 0 did not come in time" in told
 

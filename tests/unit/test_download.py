@@ -11,10 +11,10 @@ import torchvision.datasets
 from conftest import run_command
 from idx_files import digests, original_gz, small_set, write_set
 
-from distlenet.config import load_config
+from distlenet.config.loading import load_config
 from distlenet.data import download, idx
 from distlenet.data.sources import load_data
-from distlenet.errors import UserError
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 

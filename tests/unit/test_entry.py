@@ -10,12 +10,14 @@ from conftest import run_command
 from filelock import FileLock
 from idx_files import small_set, write_set
 
-from distlenet import entry, evaluate, train
-from distlenet.checkpoint.file import write_atomically
-from distlenet.config import load_config
-from distlenet.entry import parse_arguments, run_entry
-from distlenet.errors import RankError, UserError
-from distlenet.net import Net
+from distlenet import evaluate, train
+from distlenet.checkpoint.format import write_atomically
+from distlenet.config.arguments import parse_arguments
+from distlenet.config.loading import load_config
+from distlenet.distributed import entry_point as entry
+from distlenet.distributed.entry_point import run_entry
+from distlenet.models.lenet import Net
+from distlenet.utils.errors import RankError, UserError
 
 pytestmark = pytest.mark.unit
 
@@ -250,7 +252,7 @@ def test_the_data_command_says_where(tmp_path):
 def test_no_thread_of_the_group_outlives_the_run(tmp_path):
     """A Gloo thread that outlives the interpreter aborts it now and then, with status 134 after a good run."""
     script = (
-        "import os; from distlenet.config import load_config; from distlenet.train import train\n"
+        "import os; from distlenet.config.loading import load_config; from distlenet.train import train\n"
         "train(load_config([], ['data.name=digits', 'device=cpu', 'train.max_steps=2', 'run.name=x']))\n"
         "names = [open(f'/proc/self/task/{t}/comm').read().strip() for t in os.listdir('/proc/self/task')]\n"
         "print('threads', [name for name in names if 'gloo' in name])"

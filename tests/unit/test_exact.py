@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distlenet.exact import round_to_grid, seed_micro_batch
+from distlenet.utils.exact_sums import round_to_grid
+from distlenet.utils.keyed_random import seed_micro_batch
 
 pytestmark = pytest.mark.unit
 

@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from distlenet.errors import UserError
-from distlenet.failures import MOST, telling
-from distlenet.ranklog import RankLog
-from distlenet.world import World
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.distributed.failures import MOST, report_failures
+from distlenet.distributed.rank_log import RankLog
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
 
 def fail(store, rank, error, ranks=20):
-    world = World(rank=rank, world_size=ranks)
-    log = RankLog(world, torch.device("cpu"))
-    with pytest.raises(type(error)), telling(store, world, log):
+    env = DistributedEnvironment(rank=rank, world_size=ranks)
+    log = RankLog(env, torch.device("cpu"))
+    with pytest.raises(type(error)), report_failures(store, env, log):
         raise error
 
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from distlenet.files import LineFile, replace_text
+from distlenet.utils.files import LineFile, replace_text
 
 pytestmark = pytest.mark.unit
 

@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from distlenet import train
-from distlenet.checkpoint.file import from_bytes, load_checkpoint, to_bytes
-from distlenet.checks.facts import look
-from distlenet.config import load_config
+from distlenet.checkpoint.format import from_bytes, load_checkpoint, to_bytes
+from distlenet.config.fields import FIELDS
+from distlenet.config.loading import load_config
 from distlenet.data import idx
-from distlenet.errors import Preempted, UserError
-from distlenet.images import Unreadable, read_picture
-from distlenet.predict import Predictor
-from distlenet.reporting.runs import read_run
-from distlenet.settings import FIELDS
+from distlenet.distributed.environment import DistributedEnvironment, read_environment
+from distlenet.preflight.rank_info import look
+from distlenet.report.runs import read_run
+from distlenet.serving.image_files import Unreadable, read_picture
+from distlenet.serving.predictor import Predictor
 from distlenet.tracking.history import read_records
-from distlenet.world import World, world_from_environ
+from distlenet.utils.errors import Preempted, UserError
 
 pytestmark = pytest.mark.unit
 
@@ -116,13 +116,13 @@ def values_of(key: str) -> st.SearchStrategy:
 
 
 SIZES = {  # what would only take the machine's time, or write elsewhere
-    "data.workers": ["0", "0", "1"],
+    "data.num_workers": ["0", "0", "1"],
     "data.name": ["digits"],
     "data.root": ["none"],
     "device": ["cpu"],
     "distributed.threads": ["null", "1", "2"],
-    "distributed.timeout_s": ["30"],  # whose end is the process's
-    "distributed.start_timeout_s": ["30"],
+    "distributed.step_timeout_s": ["30"],  # whose end is the process's
+    "distributed.init_timeout_s": ["30"],
     "train.max_steps": ["1", "2"],
     "wandb.mode": ["disabled"],
     "checkpoint.resume": ["auto", "never"],
@@ -187,7 +187,7 @@ def test_checkpoint_bytes(tmp_path, checkpoint, seed, signed):
     content = damaged(checkpoint.read_bytes()[: -71 if signed else None], random_)
     path = tmp_path / "damaged.pt"
     if signed:  # so that what is behind the checksum is reached
-        from distlenet.checkpoint.file import _comment
+        from distlenet.checkpoint.format import _comment
 
         content = content[:-2] + (71).to_bytes(2, "little")
         content += _comment(content)
@@ -352,9 +352,9 @@ values = st.text(max_size=8) | st.sampled_from(PLACES.split())
 @given(st.dictionaries(st.sampled_from(NAMES), values))
 def test_places(environ):
     with answers():
-        world = world_from_environ(environ)
-        assert 0 <= world.rank < world.world_size
-        assert 0 <= world.local_rank < world.local_world_size
+        env = read_environment(environ)
+        assert 0 <= env.rank < env.world_size
+        assert 0 <= env.local_rank < env.local_world_size
 
 
 OTHERS = """OMP_NUM_THREADS TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS SLURM_RESTART_COUNT SLURM_JOB_ID
@@ -372,7 +372,7 @@ def test_environments(tmp_path_factory, environ):
     with pytest.MonkeyPatch.context() as patch, answers():
         for name, value in environ.items():
             patch.setenv(name, value)
-        assert look(load_config([], []), World()).threads >= 1
+        assert look(load_config([], []), DistributedEnvironment()).threads >= 1
         words = [f"{key}={value}" for key, value in FIXED.items()] + [f"run.dir={folder}", "run.name=run"]
         train.train(load_config([], words))
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distlenet.config import load_config
+from distlenet.config.loading import load_config
 from distlenet.data.sources import load_data
-from distlenet.graph import WARM_UP, GraphedStep
-from distlenet.preemption import Preemption
-from distlenet.session import open_session
-from distlenet.tracking import Trackers
-from distlenet.trainer import Trainer
+from distlenet.distributed.context import init_distributed
+from distlenet.distributed.preemption import Preemption
+from distlenet.tracking.base import Trackers
+from distlenet.training.cuda_graph import WARM_UP, GraphedStep
+from distlenet.training.trainer import Trainer
 
 pytestmark = pytest.mark.unit
 
@@ -29,12 +29,12 @@ def train(folder, settings, record=None):
         replay = record(work)
         return SimpleNamespace(replay=lambda: (replays.append(1), replay()), reset=lambda: resets.append(1))
 
-    with open_session(config) as session:
-        trainer = Trainer(config, session, load_data(config.data), folder, Trackers([]), Preemption(1.0))
+    with init_distributed(config) as context:
+        trainer = Trainer(config, context, load_data(config.data), folder, Trackers([]), Preemption(1.0))
         (folder / "checkpoints").mkdir(parents=True)
         step = trainer.take_step
         if record:
-            step.graph = GraphedStep(step.optimizer, 64, session.device, replaying)
+            step.graph = GraphedStep(step.optimizer, 64, context.device, replaying)
         else:
             compute = step.compute
             step.compute = lambda *batch: with_float32_lr(step, compute, batch)
@@ -114,8 +114,8 @@ def test_settings_are_the_schedules_again_after_a_step(tmp_path):
 
 def test_asked_for_without_a_gpu_says_so(tmp_path, capsys):
     config = load_config([], [*SETTINGS, f"run.dir={tmp_path}", "train.cuda_graph=auto", "train.max_steps=1"])
-    with open_session(config) as session:
-        trainer = Trainer(config, session, load_data(config.data), tmp_path, Trackers([]), Preemption(1.0))
+    with init_distributed(config) as context:
+        trainer = Trainer(config, context, load_data(config.data), tmp_path, Trackers([]), Preemption(1.0))
         (tmp_path / "checkpoints").mkdir()
         trainer.fit()
         trainer.checkpointer.close()
@@ -126,14 +126,14 @@ def test_ranks_that_differ_have_no_graph_all_alike(monkeypatch, tmp_path, capsys
     """Three shards on two ranks: one has two micro-batches, the other one alone could have a graph."""
     words = ("distributed.reduction=exact", "distributed.virtual_shards=1", "train.cuda_graph=auto")
     config = load_config([], [*SETTINGS, *words, f"run.dir={tmp_path}"])
-    with open_session(config) as session:
-        trainer = Trainer(config, session, load_data(config.data), tmp_path, Trackers([]), Preemption(1.0))
+    with init_distributed(config) as context:
+        trainer = Trainer(config, context, load_data(config.data), tmp_path, Trackers([]), Preemption(1.0))
         step = trainer.take_step
         monkeypatch.setattr(step, "why_no_graph", lambda: None)
         step.settle(trainer.feed.no_images)
         assert step.graph is not None
         step.graph = None
-        monkeypatch.setattr("distlenet.step.any_rank", lambda *_: True)  # so says another rank
+        monkeypatch.setattr("distlenet.training.train_step.any_rank", lambda *_: True)  # so says another rank
         step.settle(trainer.feed.no_images)
         assert step.graph is None
     assert "no graph, since another rank cannot have one" in capsys.readouterr().err

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distlenet.data.hashing import Permutation, mix32
+from distlenet.data.permutation import Permutation
 from distlenet.data.sampler import GlobalBatchSampler, permutation
+from distlenet.utils.keyed_random import mix32
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ import torchvision.datasets
 from idx_files import idx_bytes, original_gz, small_set, write_set
 
 from distlenet.data import idx
-from distlenet.errors import UserError
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 

@@ -68,7 +68,7 @@ def test_imports_go_down(module):
     for other in imported(modules()[module]):
         assert floor(other) <= floor(module), f"{module} imports {other}, which is above it"
         if floor(module) == 0:
-            # Ranks meet by their places in the World, and a group is joined where they have met.
+            # Ranks meet by their places in the DistributedEnvironment, and a group is joined where they have met.
             assert other in {"errors", "world", "address", "rendezvous"}, (
                 f"{module} is on the ground floor: it imports no sibling but the error"
             )

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from distlenet import ledger as command
-from distlenet.errors import UserError
-from distlenet.tracking.ledger import Ledger, NoLedger, open_start, starts
+from distlenet.data.sample_log import Ledger, NoSampleLog, open_start, starts
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -94,8 +94,8 @@ def test_starts_have_their_facts_and_no_ledger_writes_nothing(tmp_path):
     assert json.loads((folder / "start.json").read_text()) == FACTS
     with pytest.raises(UserError):
         command.report(tmp_path / "other")
-    NoLedger().record(0, 0, torch.tensor([1]))
-    NoLedger().close()
+    NoSampleLog().record(0, 0, torch.tensor([1]))
+    NoSampleLog().close()
 
 
 @pytest.mark.parametrize(

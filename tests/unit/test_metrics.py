@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from distlenet.metrics import Meter, evaluate
+from distlenet.training.evaluation import evaluate
+from distlenet.training.meter import Meter
 
 pytestmark = pytest.mark.unit
 

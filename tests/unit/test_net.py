@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distlenet.net import Net
+from distlenet.models.lenet import Net
 
 pytestmark = pytest.mark.unit
 

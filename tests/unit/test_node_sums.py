@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distlenet.reduction import node
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.reduction import shared_memory as node
 from distlenet.reduction.barrier import Barrier, Peer
-from distlenet.reduction.node import PIECE, NodeAllReduce, pick_all_reduce
-from distlenet.world import World
+from distlenet.reduction.shared_memory import PIECE, NodeAllReduce, resolve_all_reduce
 
 pytestmark = pytest.mark.unit
 
@@ -122,15 +122,15 @@ def test_a_process_in_another_namespace_is_not_taken_for_the_one_that_has_its_nu
 @pytest.mark.usefixtures("group")
 def test_when_the_memory_is_not_shared(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    two_nodes = World(rank=0, world_size=2, local_world_size=1)
-    assert pick_all_reduce("off", World(), cpu) is dist.all_reduce
-    assert pick_all_reduce("auto", two_nodes, cpu) is dist.all_reduce
-    assert pick_all_reduce("auto", World(), gpu) is dist.all_reduce
+    two_nodes = DistributedEnvironment(rank=0, world_size=2, local_world_size=1)
+    assert resolve_all_reduce("off", DistributedEnvironment(), cpu) is dist.all_reduce
+    assert resolve_all_reduce("auto", two_nodes, cpu) is dist.all_reduce
+    assert resolve_all_reduce("auto", DistributedEnvironment(), gpu) is dist.all_reduce
     alone = torch.ones(3)
-    pick_all_reduce("auto", World(), cpu)(alone)
+    resolve_all_reduce("auto", DistributedEnvironment(), cpu)(alone)
     assert alone.tolist() == [1, 1, 1]
     monkeypatch.setattr(node, "any_rank", lambda flag, _: not flag)  # another rank was told of two nodes
-    assert pick_all_reduce("auto", World(0, 0, 2, 2), cpu) is dist.all_reduce
+    assert resolve_all_reduce("auto", DistributedEnvironment(0, 0, 2, 2), cpu) is dist.all_reduce
 
 
 @pytest.mark.usefixtures("group")
@@ -141,7 +141,7 @@ def test_what_cannot_be_had_is_told_and_gloo_adds(monkeypatch, capfd, lacks):
 
     monkeypatch.setattr(*((node, "_make_memory") if lacks == "memory" else (os, "pidfd_open")), no)
     monkeypatch.setattr(dist, "all_gather_object", lambda everyones, mine: everyones.__setitem__(0, mine))
-    assert pick_all_reduce("auto", World(0, 0, 2, 2), torch.device("cpu")) is dist.all_reduce
+    assert resolve_all_reduce("auto", DistributedEnvironment(0, 0, 2, 2), torch.device("cpu")) is dist.all_reduce
     told = capfd.readouterr().err
     assert f"rank 0 cannot share memory ([Errno 38] no {lacks} here), so Gloo adds the gradients" in told
     assert "give distributed.shared_memory=off" in told

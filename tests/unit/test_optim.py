@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from distlenet.config import load_config
-from distlenet.net import Net
-from distlenet.optim import load_optimizer, lr_factor, make_optimizer, make_schedule
+from distlenet.config.loading import load_config
+from distlenet.models.lenet import Net
+from distlenet.training.optimizers import load_optimizer, lr_factor, make_optimizer, make_schedule
 
 pytestmark = pytest.mark.unit
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from conftest import run_command
 
 from distlenet import train
-from distlenet.config import load_config
-from distlenet.net import make_net
-from distlenet.plan import activations, plan
+from distlenet.config.loading import load_config
+from distlenet.models.lenet import make_model
+from distlenet.training.dry_run import activations, plan
 
 pytestmark = pytest.mark.unit
 
@@ -48,7 +48,7 @@ def test_the_checkpoint_is_as_large_as_a_real_one(tmp_path):
 
 
 def test_activations_are_what_a_real_forward_keeps():
-    net = make_net("lenet", True, torch.device("cpu"))
+    net = make_model("lenet", True, torch.device("cpu"))
     known = {p.untyped_storage().data_ptr() for p in net.parameters()}
     kept = {}
 

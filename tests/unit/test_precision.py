@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from distlenet.errors import UserError
-from distlenet.precision import autocast, make_scaler, pick_precision
+from distlenet.distributed.precision import autocast, make_scaler, resolve_precision
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -10,19 +10,19 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_cpu():
-    assert [pick_precision(wanted, CPU) for wanted in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
+    assert [resolve_precision(wanted, CPU) for wanted in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
     with pytest.raises(UserError, match="precision=fp16"):
-        pick_precision("fp16", CPU)
+        resolve_precision("fp16", CPU)
 
 
 @pytest.mark.parametrize(("native", "auto"), [(True, "bf16"), (False, "fp16")])
 def test_gpu(monkeypatch, native, auto):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
-    assert pick_precision("auto", GPU) == auto
-    assert [pick_precision(wanted, GPU) for wanted in ("fp32", "fp16")] == ["fp32", "fp16"]
+    assert resolve_precision("auto", GPU) == auto
+    assert [resolve_precision(wanted, GPU) for wanted in ("fp32", "fp16")] == ["fp32", "fp16"]
     if not native:
         with pytest.raises(UserError, match="precision=bf16"):
-            pick_precision("bf16", GPU)
+            resolve_precision("bf16", GPU)
 
 
 def test_autocast_is_on_for_mixed_precision_alone():

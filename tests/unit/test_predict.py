@@ -9,11 +9,11 @@ import torch
 from conftest import run_command
 from PIL import Image
 
-from distlenet.checkpoint.file import load_checkpoint, to_bytes
-from distlenet.checkpoint.folder import find_checkpoint
-from distlenet.errors import UserError
-from distlenet.images import MOST_PIXELS, Unreadable, find_pictures, read_picture
-from distlenet.predict import Predictor
+from distlenet.checkpoint.format import load_checkpoint, to_bytes
+from distlenet.checkpoint.store import find_checkpoint
+from distlenet.serving.image_files import MOST_PIXELS, Unreadable, find_pictures, read_picture
+from distlenet.serving.predictor import Predictor
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A short training on the bundled digits, and its 360 test images as PNG."""
-    from distlenet.config import load_config
+    from distlenet.config.loading import load_config
     from distlenet.data.sources import load_data
 
     folder = tmp_path_factory.mktemp("predict")

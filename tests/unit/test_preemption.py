@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import run_command
 
-from distlenet import preemption
-from distlenet.preemption import Heard, listening
+from distlenet.distributed import preemption
+from distlenet.distributed.preemption import StopFlag, handle_preemption
 
 pytestmark = pytest.mark.unit
 
@@ -17,7 +17,7 @@ def test_a_signal_is_remembered_and_the_second_changes_nothing(monkeypatch, numb
     clock = iter([100.0, 104.0])
     monkeypatch.setattr(preemption.time, "monotonic", lambda: next(clock))
     before = signal.getsignal(number)
-    with listening(grace_s=25) as asked:
+    with handle_preemption(preemption_grace_s=25) as asked:
         asked.listen()
         assert not asked.asked
         os.kill(os.getpid(), number)
@@ -29,12 +29,12 @@ def test_a_signal_is_remembered_and_the_second_changes_nothing(monkeypatch, numb
 
 
 def test_who_was_not_asked_itself_has_all_of_the_time():
-    with listening(grace_s=25) as asked:
+    with handle_preemption(preemption_grace_s=25) as asked:
         assert asked.seconds_left() == 25
 
 
 def test_any_rank_that_was_asked_is_heard():
-    heard = Heard(torch.device("cpu"))
+    heard = StopFlag(torch.device("cpu"))
     heard.put(torch.tensor(0.0))
     assert not heard.yes
     heard.put(torch.tensor(0.25))
@@ -46,15 +46,15 @@ WORKERS = """
 import os, subprocess, torch
 from distlenet.data import loader
 from distlenet.data.sources import Split
-from distlenet.preemption import begin_worker, listening
+from distlenet.distributed.preemption import worker_init_fn, handle_preemption
 signals_sent, told = os.pipe()
 def late(worker):  # the second worker is still being made when the signals come
     if worker == 1:
         os.read(signals_sent, 1)
-    begin_worker(worker)
-loader.begin_worker = late
+    worker_init_fn(worker)
+loader.worker_init_fn = late
 split = Split(torch.zeros(64, 1, 1, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8))
-with listening(25) as asked:
+with handle_preemption(25) as asked:
     asked.listen()
     batches = iter(loader.Loader(split, torch.arange(64).split(4), 2, torch.device("cpu")))
     next(batches)

@@ -10,18 +10,20 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from distlenet import preflight
-from distlenet.checks import facts, folder, judge
-from distlenet.checks.allreduce import fit_line, rounds
-from distlenet.checks.network import ALL_PAIRS, Listener, peers_of, try_peers
-from distlenet.config import load_config
-from distlenet.entry import run_entry
-from distlenet.world import World
+from distlenet.config.loading import load_config
+from distlenet.distributed.entry_point import run_entry
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.preflight import __main__ as preflight
+from distlenet.preflight import rank_info as facts
+from distlenet.preflight import rules as judge
+from distlenet.preflight import run_dir as folder
+from distlenet.preflight.allreduce import fit_line, rounds
+from distlenet.preflight.ports import ALL_PAIRS, Listener, peers_of, try_peers
 
 pytestmark = pytest.mark.unit
 
 CONFIG = load_config([], ["data.name=digits", "device=cpu"])
-ALONE = facts.look(CONFIG, World())
+ALONE = facts.look(CONFIG, DistributedEnvironment())
 
 
 def ranks(number, per_node=2, **changes):
@@ -98,7 +100,7 @@ def test_clocks():
 
 
 def test_workers_need_shared_memory():
-    config = load_config([], ["data.workers=300"])
+    config = load_config([], ["data.num_workers=300"])
     assert "its ranks need 1,200 MB" in judged(ranks(2), config=config)["shared memory"].found
 
 
@@ -159,7 +161,7 @@ def test_a_line_has_no_negative_part():
 
 
 def test_room_is_for_the_checkpoints_that_are_kept(tmp_path, monkeypatch):
-    config = load_config([], [f"run.dir={tmp_path}", "checkpoint.keep=4"])
+    config = load_config([], [f"run.dir={tmp_path}", "checkpoint.keep_last=4"])
     size = folder.checkpoint_bytes(config)
     usage = type("Usage", (), {"free": 6 * size})
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage)
@@ -187,7 +189,7 @@ def test_alone(monkeypatch, tmp_path, capsys):
     [
         (["data.name=mnist", "data.root=none"], "FAIL  data            "),
         (["data.name=digits", "run.dir=/proc/runs"], "FAIL  run folder      /proc/runs cannot be written"),
-        (["data.name=digits", "checkpoint.keep=1000000000"], "FAIL  room            "),
+        (["data.name=digits", "checkpoint.keep_last=1000000000"], "FAIL  room            "),
         (["data.name=digits", "distributed.backend=nccl"], "FAIL  devices         distributed.backend=nccl"),
         (["data.name=digits", "train.global_batch_size=3", "train.accumulation_steps=2"], "FAIL  training        "),
     ],
@@ -229,7 +231,7 @@ def test_limits_of_this_process_are_seen():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
     try:
-        assert facts.look(CONFIG, World()).open_files == 200
+        assert facts.look(CONFIG, DistributedEnvironment()).open_files == 200
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -5,9 +5,10 @@ import time
 import pytest
 from conftest import run_command
 
-from distlenet.errors import UserError
-from distlenet.metrics import Metrics
-from distlenet.progress import Progress, record_start, run_id
+from distlenet.training.meter import Metrics
+from distlenet.training.starts import record_start, run_id
+from distlenet.training.state import TrainState
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -17,9 +18,9 @@ BY_SLURM = {"SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
 
 
 def test_progress_comes_back_as_it_was():
-    progress = Progress(step=7, epoch=1, batch=3, restarts=2, micro_batch=16, started_from="x.pt")
+    progress = TrainState(step=7, epoch=1, batch=3, restarts=2, micro_batch=16, started_from="x.pt")
     assert progress.take_test(Metrics(0.5, 0.9, 360))
-    again = Progress()
+    again = TrainState()
     again.load_state_dict(json.loads(json.dumps(progress.state_dict())))
     assert again == progress
     assert again.evaluated == 7
@@ -70,6 +71,8 @@ def test_a_start_that_left_no_checkpoint_is_gone_on_with_only_by_the_same_job(tm
 def test_the_age_of_a_process_counts_from_its_start():
     """Field 22 of stat is in ticks of 10 ms, rounded down: at most one too many."""
     before = time.monotonic()
-    ended = run_command(sys.executable, "-c", "from distlenet.progress import process_age_s; print(process_age_s())")
+    ended = run_command(
+        sys.executable, "-c", "from distlenet.training.starts import process_age_s; print(process_age_s())"
+    )
     elapsed = time.monotonic() - before
     assert 0.1 < float(ended.succeeded().stdout) < elapsed + 0.01  # importing torch alone takes longer than 0.1 s

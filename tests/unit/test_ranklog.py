@@ -6,9 +6,9 @@ import signal
 import pytest
 import torch
 
-from distlenet.errors import warn
-from distlenet.ranklog import RankLog, shown
-from distlenet.world import World
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.distributed.rank_log import RankLog, shown
+from distlenet.utils.errors import warn
 
 pytestmark = pytest.mark.unit
 
@@ -34,7 +34,7 @@ def test_the_environment_is_shown_without_its_secrets():
 
 
 def test_warnings_and_stacks_reach_the_log_while_it_is_open(tmp_path, capfd):
-    log = RankLog(World(rank=2, world_size=4), CPU)
+    log = RankLog(DistributedEnvironment(rank=2, world_size=4), CPU)
     log.write("before")
     warn("not yet")
     log.open(tmp_path)
@@ -59,7 +59,7 @@ def test_warnings_and_stacks_reach_the_log_while_it_is_open(tmp_path, capfd):
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
     (tmp_path / "logs").write_text("in the way")
-    log = RankLog(World(), CPU)
+    log = RankLog(DistributedEnvironment(), CPU)
     log.open(tmp_path)
     log.write("lost")
     log.close()
@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
 def test_a_disk_that_is_full_ends_nothing(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/rank-00000.log").symlink_to("/dev/full")
-    log = RankLog(World(), CPU)
+    log = RankLog(DistributedEnvironment(), CPU)
     log.open(tmp_path)
     log.write("lost")
     log.close()

@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from distlenet.config import load_config
-from distlenet.errors import UserError
-from distlenet.net import Net
-from distlenet.reduction import DdpReduction, ExactReduction, make_reduction, micro_batch_size
+from distlenet.config.loading import load_config
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.models.lenet import Net
+from distlenet.reduction import DdpReducer, ExactReducer, make_reducer, micro_batch_size
 from distlenet.reduction.exact import _gradient_in_memory_order
-from distlenet.world import World
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
-ALONE = World()
+ALONE = DistributedEnvironment()
 
 
 def backward(reduction, x, y, break_shard=None, factor=1.0):
@@ -49,7 +49,7 @@ def test_the_exact_gradient_is_the_gradient(n, layout):
     double = Net().double()
     double.load_state_dict(net.state_dict())
     F.cross_entropy(double(x.double()), y).backward()
-    backward(ExactReduction(net, ALONE, 8, 2, watch=True), x, y)
+    backward(ExactReducer(net, ALONE, 8, 2, watch=True), x, y)
     for ours, true in zip(net.parameters(), double.parameters(), strict=True):
         # Float32 kernels: sums of up to 900 × 16 products of values near 1e-2, at 6e-8 relative each, well below
         # 1e-5; the grid of 2**-40 in each of 8 shards adds 4e-12.
@@ -69,9 +69,9 @@ def test_both_reductions_agree():
     x, y = batch(16)
     gradients = []
     for make in (
-        lambda net: ExactReduction(net, ALONE, 8, 2, watch=True),
-        lambda net: DdpReduction(net, ALONE, 1, 16),
-        lambda net: DdpReduction(net, ALONE, 3, 6),  # micro-batches of 6, 6 and 4
+        lambda net: ExactReducer(net, ALONE, 8, 2, watch=True),
+        lambda net: DdpReducer(net, ALONE, 1, 16),
+        lambda net: DdpReducer(net, ALONE, 3, 6),  # micro-batches of 6, 6 and 4
     ):
         torch.manual_seed(0)
         net = Net()
@@ -88,14 +88,14 @@ def test_shards_do_not_depend_on_the_world_size(n, sizes):
     positions = torch.arange(n)
     found = {}
     for rank in range(world_size):
-        reduction = ExactReduction(nn.Linear(1, 1), World(rank, 0, world_size), shards, 99, watch=True)
+        reduction = ExactReducer(nn.Linear(1, 1), DistributedEnvironment(rank, 0, world_size), shards, 99, watch=True)
         for shard, (part,) in reduction.micro_batches(positions[rank::world_size]):
             assert shard not in found
             found[shard] = part.tolist()
     assert found == {shard: positions[shard::shards].tolist() for shard in range(shards)}
 
 
-BOTH = (lambda net: ExactReduction(net, ALONE, 4, 4, watch=True), lambda net: DdpReduction(net, ALONE, 4, 4))
+BOTH = (lambda net: ExactReducer(net, ALONE, 4, 4, watch=True), lambda net: DdpReducer(net, ALONE, 4, 4))
 
 
 @pytest.mark.usefixtures("group")
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_is_found(make, factor):
 
 @pytest.mark.usefixtures("group")
 def test_a_gradient_out_of_the_exact_sums_bounds_is_found():
-    reduction = ExactReduction(Net(), ALONE, 4, 4, watch=True)
+    reduction = ExactReducer(Net(), ALONE, 4, 4, watch=True)
     backward(reduction, *batch(16), break_shard=2, factor=1e30)
     assert reduction.bad
 
@@ -122,7 +122,7 @@ def test_a_gradient_out_of_the_exact_sums_bounds_is_found():
 def test_the_bound_is_exact():
     """Just inside it passes, unrounded by the sum; at it, it is found."""
     layer = nn.Linear(1, 1, bias=False)
-    reduction = ExactReduction(layer, ALONE, 8, 1, watch=True)
+    reduction = ExactReducer(layer, ALONE, 8, 1, watch=True)
     assert reduction.limit == 512
     inside = torch.nextafter(torch.tensor(512.0), torch.tensor(0.0))
     for value, fine in ((inside, True), (-inside, True), (torch.tensor(512.0), False)):
@@ -139,7 +139,7 @@ def test_the_bound_is_exact():
 @pytest.mark.usefixtures("group")
 def test_fp16_expects_overflows_and_shows_them_to_the_scaler():
     layer = nn.Linear(1, 1, bias=False)
-    reduction = ExactReduction(layer, ALONE, 1, 1, watch=False)
+    reduction = ExactReducer(layer, ALONE, 1, 1, watch=False)
     reduction.begin(asked=False)
     with reduction.accumulate(last=True):
         layer.weight.grad = torch.full((1, 1), float("inf"))
@@ -151,7 +151,7 @@ def test_fp16_expects_overflows_and_shows_them_to_the_scaler():
 @pytest.mark.usefixtures("group")
 def test_a_parameter_without_gradient_gets_zeros():
     net = nn.ModuleDict({"used": nn.Linear(1, 1), "unused": nn.Linear(1, 1)})
-    reduction = ExactReduction(net, ALONE, 1, 1, watch=True)
+    reduction = ExactReducer(net, ALONE, 1, 1, watch=True)
     with reduction.accumulate(last=True):
         net["used"](torch.ones(1, 1)).sum().backward()
     reduction.finish()
@@ -162,12 +162,12 @@ def test_a_parameter_without_gradient_gets_zeros():
 def test_batch_statistics_are_refused():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
     with pytest.raises(UserError, match=r"1 \(BatchNorm2d\).*GroupNorm"):
-        ExactReduction(net, ALONE, 8, 2, watch=True)
+        ExactReducer(net, ALONE, 8, 2, watch=True)
 
 
 def test_other_dtypes_are_refused():
     with pytest.raises(UserError, match="float32 parameters without gaps, but weight"):
-        ExactReduction(nn.Linear(1, 1).double(), ALONE, 8, 2, watch=True)
+        ExactReducer(nn.Linear(1, 1).double(), ALONE, 8, 2, watch=True)
 
 
 EXACT, DDP = "distributed.reduction=exact", "distributed.reduction=ddp"
@@ -201,9 +201,9 @@ def test_sizes_that_divide():
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize(("name", "kind"), [(EXACT, ExactReduction), (DDP, DdpReduction)])
+@pytest.mark.parametrize(("name", "kind"), [(EXACT, ExactReducer), (DDP, DdpReducer)])
 def test_the_configured_one_is_made(name, kind):
-    assert re.fullmatch(kind.__name__, type(make_reduction(load_config([], [name]), Net(), ALONE, True)).__name__)
+    assert re.fullmatch(kind.__name__, type(make_reducer(load_config([], [name]), Net(), ALONE, True)).__name__)
 
 
 @pytest.mark.usefixtures("group")
@@ -213,7 +213,7 @@ def test_the_order_of_shards_does_not_matter(order):
     two 2**-53 are added to each other first or lost one by one decides which of them is nearer."""
     shards = [1.0, 2.0**-24, 2.0**-53, 2.0**-53]
     layer = nn.Linear(1, 1, bias=False)
-    reduction = ExactReduction(layer, ALONE, 4, 1, watch=True)
+    reduction = ExactReducer(layer, ALONE, 4, 1, watch=True)
     for number in order:
         with reduction.accumulate(last=number == order[-1]):
             layer.weight.grad = torch.full((1, 1), shards[number])
@@ -223,7 +223,7 @@ def test_the_order_of_shards_does_not_matter(order):
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize(
-    "reduction", [lambda n: DdpReduction(n, ALONE, 2, 8), lambda n: ExactReduction(n, ALONE, 8, 2, True)]
+    "reduction", [lambda n: DdpReducer(n, ALONE, 2, 8), lambda n: ExactReducer(n, ALONE, 8, 2, True)]
 )
 def test_who_is_asked_to_stop_is_heard_and_the_gradient_stays(reduction):
     x, y = batch(16)
@@ -245,7 +245,7 @@ def test_who_is_asked_to_stop_is_heard_and_the_gradient_stays(reduction):
 
 @pytest.mark.usefixtures("group")
 def test_fewer_ranks_take_no_larger_micro_batches():
-    reduction = DdpReduction(Net(), ALONE, 1, 64)
+    reduction = DdpReducer(Net(), ALONE, 1, 64)
     reduction.limit_micro_batch(24)
     assert [len(part) for _, (part,) in reduction.micro_batches(torch.zeros(64, 1))] == [24, 24, 16]
     assert reduction.micro_batches_per_rank == 3
@@ -257,11 +257,11 @@ def test_fewer_ranks_take_no_larger_micro_batches():
 def test_uneven_ranks_must_be_asked_for(settings, size):
     with pytest.raises(UserError, match="does not divide by 3 ranks"):
         micro_batch_size(load_config([], settings), 3)
-    assert micro_batch_size(load_config([], [*settings, "distributed.uneven=true"]), 3) == size
+    assert micro_batch_size(load_config([], [*settings, "distributed.allow_uneven_batches=true"]), 3) == size
     with pytest.raises(UserError, match="does not divide by 9 ranks"):
-        micro_batch_size(load_config([], ["distributed.reduction=exact", "distributed.uneven=true"]), 9)
+        micro_batch_size(load_config([], ["distributed.reduction=exact", "distributed.allow_uneven_batches=true"]), 9)
 
 
 def test_exact_sums_and_rounded_gradients_exclude_each_other():
-    with pytest.raises(UserError, match=r"distributed\.compress=bf16: rounds"):
-        make_reduction(load_config([], [EXACT, "distributed.compress=bf16"]), Net(), ALONE, watch=True)
+    with pytest.raises(UserError, match=r"distributed\.gradient_compression=bf16: rounds"):
+        make_reducer(load_config([], [EXACT, "distributed.gradient_compression=bf16"]), Net(), ALONE, watch=True)

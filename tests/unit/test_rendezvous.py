@@ -7,11 +7,11 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from distlenet import address
-from distlenet.address import wait_for_port
-from distlenet.errors import RankError
-from distlenet.rendezvous import in_time, open_store, told
-from distlenet.world import World
+from distlenet.distributed import address
+from distlenet.distributed.address import wait_for_port
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.distributed.rendezvous import in_time, open_store, told
+from distlenet.utils.errors import RankError
 
 pytestmark = pytest.mark.unit
 
@@ -23,7 +23,7 @@ def listener():
 
 
 def at(port, rank=1):
-    return World(rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
+    return DistributedEnvironment(rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
 
 
 def test_nobody_listens(listener):
@@ -42,7 +42,9 @@ def test_a_name_that_nobody_knows_is_not_waited_for(monkeypatch, rank, name):
     monkeypatch.setattr(address, "RESOLVE_S", 0.1)
     started = time.monotonic()
     with pytest.raises(RankError, match=f"the name {name}, where the ranks meet, cannot be resolved .* as MASTER_ADDR"):
-        open_store(World(rank=rank, world_size=2, init_method=f"tcp://{name}:1"), timedelta(seconds=600))
+        open_store(
+            DistributedEnvironment(rank=rank, world_size=2, init_method=f"tcp://{name}:1"), timedelta(seconds=600)
+        )
     assert time.monotonic() - started < 60  # not those 600 s
 
 
@@ -59,7 +61,7 @@ def test_a_name_that_is_known_a_moment_later(monkeypatch):
 
 
 def test_what_listens_is_mute(listener, monkeypatch):
-    monkeypatch.setattr("distlenet.rendezvous.GRACE_S", 0.2)
+    monkeypatch.setattr("distlenet.distributed.rendezvous.GRACE_S", 0.2)
     with pytest.raises(RankError, match="is not rank 0; set MASTER_PORT to a free port"):
         in_time(lambda: time.sleep(60), timedelta(seconds=0.2), at(listener))
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from distlenet.net import Net
-from distlenet.replicas import check_replicas, fingerprints
+from distlenet.models.lenet import Net
+from distlenet.reduction.replica_check import check_replicas, fingerprints
 
 pytestmark = pytest.mark.unit
 

@@ -7,11 +7,11 @@ import pytest
 import yaml
 from conftest import REPO, run_command
 
-from distlenet.config import load_config, to_yaml
-from distlenet.errors import UserError
-from distlenet.reporting.charts import POINTS, _thin
-from distlenet.reporting.page import write_report
-from distlenet.reporting.runs import class_accuracies, differences, read_run
+from distlenet.config.loading import load_config, to_yaml
+from distlenet.report.charts import POINTS, _thin
+from distlenet.report.page import write_report
+from distlenet.report.runs import class_accuracies, differences, read_run
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -187,7 +187,7 @@ def test_the_settings_of_a_run_are_those_that_yaml_says(tmp_path):
     assert run.settings["data.drop_last"] == "true"
     assert run.settings["train.max_steps"] == "null"
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"]["drop_last"] is True
-    assert (REPO / "distlenet/reporting/page.html").exists()
+    assert (REPO / "distlenet/report/page.html").exists()
 
 
 def test_a_torn_line_of_starts_is_passed_over(tmp_path):

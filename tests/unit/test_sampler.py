@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from distlenet.data.sampler import GlobalBatchSampler, ShardSampler, permutation
 from distlenet.data.sources import Split
-from distlenet.errors import UserError
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 

@@ -5,16 +5,16 @@ from contextlib import closing
 import pytest
 import torch
 
-from distlenet.config import load_config
+from distlenet.config.loading import load_config
 from distlenet.data import sources
-from distlenet.shared import Place, in_memory, on_disk
-from distlenet.world import World
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.utils.mapped_file import Place, in_memory, on_disk
 
 pytestmark = pytest.mark.unit
 
 READER = """
 import sys
-from distlenet.shared import Place
+from distlenet.utils.mapped_file import Place
 bytes_of_it = Place(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])).map()
 bytes_of_it[0] += 1  # its own affair
 print(bytes_of_it.tolist())
@@ -57,8 +57,10 @@ def test_a_rank_that_cannot_map_keeps_a_copy_of_its_own_and_says_so(monkeypatch,
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     config, nowhere = load_config([], ["data.name=digits"]).data, Place("/proc/1/fd/999999", 0, 0)
     try:
-        monkeypatch.setattr(sources, "from_local_rank_0", lambda value, _: (value[0], dict.fromkeys(value[1], nowhere)))
-        data = sources.load_on_node(config, World())
+        monkeypatch.setattr(
+            sources, "broadcast_from_local_rank_0", lambda value, _: (value[0], dict.fromkeys(value[1], nowhere))
+        )
+        data = sources.load_on_node(config, DistributedEnvironment())
     finally:
         torch.distributed.destroy_process_group()
     assert len(data.train) == 1437

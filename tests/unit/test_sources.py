@@ -4,11 +4,11 @@ from importlib.resources import files
 import pytest
 import torch
 
-from distlenet.config import load_config
+from distlenet.config.loading import load_config
 from distlenet.data import synthetic
-from distlenet.data.loader import Loader, settle_data
+from distlenet.data.loader import Loader, place_dataset
 from distlenet.data.sources import Split, load_data
-from distlenet.errors import UserError
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -89,9 +89,9 @@ def test_a_loader_leaves_the_global_generator_alone():
 
 def test_images_stay_where_they_are_without_a_gpu():
     data, cpu = load("data.name=digits"), torch.device("cpu")
-    assert settle_data(data, "auto", 0, cpu) is data
-    assert settle_data(data, "cpu", 2, cpu) is data
+    assert place_dataset(data, "auto", 0, cpu) is data
+    assert place_dataset(data, "cpu", 2, cpu) is data
     with pytest.raises(UserError, match=r"data\.device=cuda: this rank has no GPU"):
-        settle_data(data, "cuda", 0, cpu)
-    with pytest.raises(UserError, match=r"data\.device=cuda: data\.workers=2: they have no GPU"):
-        settle_data(data, "cuda", 2, torch.device("cuda", 0))
+        place_dataset(data, "cuda", 0, cpu)
+    with pytest.raises(UserError, match=r"data\.device=cuda: data\.num_workers=2: they have no GPU"):
+        place_dataset(data, "cuda", 2, torch.device("cuda", 0))

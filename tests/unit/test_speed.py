@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from distlenet.metrics import Metrics
-from distlenet.speed import Speed, summarise
-from distlenet.tracking import OF_THE_MACHINE
+from distlenet.tracking.base import NONDETERMINISTIC_KEYS
+from distlenet.training.meter import Metrics
+from distlenet.training.throughput import Throughput, summarise
 
 pytestmark = pytest.mark.unit
 
@@ -13,13 +13,13 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 100.0
-        monkeypatch.setattr("distlenet.speed.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("distlenet.training.throughput.time.perf_counter", lambda: self.now)
 
 
 @pytest.mark.usefixtures("group")
 def test_times_are_told_apart(monkeypatch):
     clock = Clock(monkeypatch)
-    speed = Speed(torch.device("cpu"), ["n1"])
+    speed = Throughput(torch.device("cpu"), ["n1"])
 
     def batches():
         for _ in range(2):
@@ -46,11 +46,11 @@ def test_times_are_told_apart(monkeypatch):
         "slowest_rank": 0,
         "slowest_host": "n1",
     }
-    assert record.keys() <= OF_THE_MACHINE
+    assert record.keys() <= NONDETERMINISTIC_KEYS
     clock.now += 30.0  # a checkpoint, say: no step
     speed.stop()
     assert speed.mean() == 128 / 50
-    assert Speed(torch.device("cpu"), ["n1"]).mean() is None
+    assert Throughput(torch.device("cpu"), ["n1"]).mean() is None
 
 
 def test_the_slowest_rank_is_the_one_that_needs_longest_for_an_image():
@@ -70,4 +70,4 @@ def test_without_a_rank_that_worked_none_is_slowest():
 
 
 def test_metrics_are_of_the_training_not_of_the_machine():
-    assert not set(Metrics(1.0, 0.5, 3).to_dict()) & OF_THE_MACHINE
+    assert not set(Metrics(1.0, 0.5, 3).to_dict()) & NONDETERMINISTIC_KEYS

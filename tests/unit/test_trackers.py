@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import run_command
 
-from distlenet.config import load_config
-from distlenet.errors import UserError
-from distlenet.mirror import Sinks, Tail, listen, send
-from distlenet.tracking.mirror import Mirror
+from distlenet.config.loading import load_config
+from distlenet.tracking.sender import Sinks, Tail, listen, send
+from distlenet.tracking.sidecar import Mirror
 from distlenet.tracking.tensorboard import TensorBoard
 from distlenet.tracking.wandb import base_url, has_key, row, row_number, wandb_mode
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -94,8 +94,8 @@ def test_one_whose_training_is_gone_before_it_began_ends_by_itself(tmp_path):
 LEAVES = """
 import math, os, sys
 from pathlib import Path
-from distlenet.config import load_config
-from distlenet.tracking.mirror import Mirror
+from distlenet.config.loading import load_config
+from distlenet.tracking.sidecar import Mirror
 mirror = Mirror(Path(sys.argv[1]), load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
 mirror.launch()
 mirror.process.stdin.close()
@@ -123,7 +123,7 @@ class Kept:
             raise ConnectionError("gone\nfor good")
         self.records.append(record["step"])
 
-    def caught_up(self):
+    def mark_replayed(self):
         self.records.append("caught up")
 
     def finish(self, outcome, summary, details):
@@ -166,7 +166,7 @@ def test_tensorboard_has_the_last_starts_numbers_once(tmp_path):
         board = TensorBoard(tmp_path)
         for step, loss in enumerate(losses):
             board.put({"split": "train", "step": step, "time": 100.0 + step, "loss": loss, "slowest_host": "n1"})
-        board.caught_up()
+        board.mark_replayed()
         board.finish("finished", {}, None)
     seen = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     seen.Reload()
@@ -178,11 +178,11 @@ def test_tensorboard_has_the_last_starts_numbers_once(tmp_path):
 
 def test_one_that_does_not_end_is_ended(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
-    config = load_config([], ["wandb.mode=offline", "wandb.finish_s=30"]).to_dict()
+    config = load_config([], ["wandb.mode=offline", "wandb.finish_timeout_s=30"]).to_dict()
     mirror = Mirror(tmp_path, config, lambda: 2.25)  # the job was asked to stop: 2 s are kept for leaving
     real = __import__("subprocess").Popen
     sleeper = ["sleep", "600"]
-    monkeypatch.setattr("distlenet.tracking.mirror.subprocess.Popen", lambda _, **more: real(sleeper, **more))
+    monkeypatch.setattr("distlenet.tracking.sidecar.subprocess.Popen", lambda _, **more: real(sleeper, **more))
     mirror.launch()
     mirror.start({"complete": False})
     process = mirror.process
@@ -196,16 +196,16 @@ def test_one_that_does_not_end_is_ended(tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_pipe_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
-    config = load_config([], ["wandb.mode=offline", "wandb.finish_s=0"]).to_dict()
+    config = load_config([], ["wandb.mode=offline", "wandb.finish_timeout_s=0"]).to_dict()
     mirror = Mirror(tmp_path, config, lambda: 25.0)
     real = __import__("subprocess").Popen
-    monkeypatch.setattr("distlenet.tracking.mirror.subprocess.Popen", lambda _, **more: real(["sleep", "600"], **more))
+    monkeypatch.setattr("distlenet.tracking.sidecar.subprocess.Popen", lambda _, **more: real(["sleep", "600"], **more))
     mirror.launch()
     mirror.start({"complete": False})
     for _ in range(100_000):  # 500 kB: more than a pipe holds
         mirror.log(RECORD)
     mirror.close()
-    assert "was not done within 0 s (wandb.finish_s)" in capsys.readouterr().err
+    assert "was not done within 0 s (wandb.finish_timeout_s)" in capsys.readouterr().err
 
 
 def test_what_is_told_is_taken_at_once_and_the_end_is_heard_while_nobody_asks():
@@ -240,11 +240,11 @@ def test_where_other_processes_cannot_be_seen_this_one_stands_back(monkeypatch):
     """As with /proc mounted with hidepid; in a process of its own, for it does not come back."""
     program = (
         "import os, psutil\n"
-        "from distlenet.background import stand_back\n"
+        "from distlenet.tracking.priority import lower_priority\n"
         "def hidden(*_, **__):\n"
         "    raise psutil.AccessDenied(1)\n"
         "psutil.Process.children = hidden\n"
-        "stand_back()\n"
+        "lower_priority()\n"
         "assert os.sched_getscheduler(0) == os.SCHED_IDLE\n"
     )
     run_command(sys.executable, "-c", program).succeeded()
@@ -254,16 +254,16 @@ def test_who_hears_start_and_end_while_it_gets_ready_does_not_stand_back_again(t
     """There is no rank any more to leave a processor to; in a process of its own, since it ignores signals."""
     program = (
         "import io, json, sys, threading\n"
-        "from distlenet import mirror\n"
+        "from distlenet.tracking import sender as mirror\n"
         "calls = []\n"
-        "mirror.stand_back = lambda: calls.append('back')\n"
+        "mirror.lower_priority = lambda: calls.append('back')\n"
         "mirror.share_processors = calls.append\n"
         "def get_ready(_):\n"
         "    for thread in threading.enumerate():\n"
         "        if thread is not threading.main_thread() and not isinstance(thread, threading.Timer):\n"
         "            thread.join()\n"
         "mirror.get_ready, mirror.make_sinks, mirror.send = get_ready, lambda *_: None, lambda *_: print(calls)\n"
-        "start = json.dumps({'config': {'wandb': {'finish_s': 60}}})\n"
+        "start = json.dumps({'config': {'wandb': {'finish_timeout_s': 60}}})\n"
         "sys.stdin = io.StringIO(f'{start}\\nfinished\\n')\n"
         "sys.argv[1:] = [sys.argv[1], 'wandb']\n"
         "mirror.main()\n"
@@ -272,15 +272,15 @@ def test_who_hears_start_and_end_while_it_gets_ready_does_not_stand_back_again(t
 
 
 def test_who_stands_back_has_the_least_share():
-    """A process of its own: it, a thread and a child in a session of its own, as W&B's."""
+    """A process of its own: it, a thread and a child in a context of its own, as W&B's."""
     program = (
         "import os, subprocess, sys, threading\n"
-        "from distlenet.background import share_processors, stand_back\n"
+        "from distlenet.tracking.priority import share_processors, lower_priority\n"
         "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE, start_new_session=True)\n"
         "go = threading.Event()\n"
         "thread = threading.Thread(target=go.wait, daemon=True)\n"
         "thread.start()\n"
-        "stand_back()\n"
+        "lower_priority()\n"
         "for process in (os.getpid(), thread.native_id, child.pid):\n"
         "    assert os.sched_getscheduler(process) == os.SCHED_IDLE, process\n"
         "def is_of(nice):\n"
@@ -302,9 +302,9 @@ def test_the_start_says_all_that_is_needed(tmp_path, monkeypatch):
     process = SimpleNamespace(
         stdin=SimpleNamespace(fileno=lambda: 0, close=lambda: None), pid=0, wait=lambda _: 0, poll=lambda: 0
     )
-    monkeypatch.setattr("distlenet.tracking.mirror.subprocess.Popen", lambda *_, **more: said.append(more) or process)
-    monkeypatch.setattr("distlenet.tracking.mirror.os.set_blocking", lambda *_: None)
-    monkeypatch.setattr("distlenet.tracking.mirror.os.write", lambda _, line: said.append(line))
+    monkeypatch.setattr("distlenet.tracking.sidecar.subprocess.Popen", lambda *_, **more: said.append(more) or process)
+    monkeypatch.setattr("distlenet.tracking.sidecar.os.set_blocking", lambda *_: None)
+    monkeypatch.setattr("distlenet.tracking.sidecar.os.write", lambda _, line: said.append(line))
     mirror = Mirror(tmp_path, load_config([], ["wandb.mode=offline"]).to_dict(), lambda: 25.0)
     mirror.launch()
     mirror.start({"complete": False, "run_id": "abc"})
@@ -320,7 +320,7 @@ def test_one_that_is_killed_is_told(tmp_path, monkeypatch, capsys):
     config = load_config([], ["wandb.mode=offline"]).to_dict()
     mirror = Mirror(tmp_path, config, lambda: math.inf)
     real = __import__("subprocess").Popen
-    monkeypatch.setattr("distlenet.tracking.mirror.subprocess.Popen", lambda _, **more: real(["false"], **more))
+    monkeypatch.setattr("distlenet.tracking.sidecar.subprocess.Popen", lambda _, **more: real(["false"], **more))
     mirror.launch()
     mirror.start({"complete": False})
     mirror.close()

@@ -10,11 +10,11 @@ import pytest
 from conftest import run_command
 from rich.console import Console
 
-from distlenet.errors import UserError
-from distlenet.tracking import Trackers
-from distlenet.tracking.console import Bar, make_console
+from distlenet.tracking.base import Trackers
 from distlenet.tracking.history import History
-from distlenet.tracking.lines import Lines, TutorialLines
+from distlenet.tracking.progress_bar import Bar, make_console
+from distlenet.tracking.text import Lines, TutorialLines
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -151,7 +151,7 @@ def test_a_complete_run_keeps_its_summary(tmp_path):
 
 def test_plain_lines_come_at_most_every_few_seconds(capsys, monkeypatch):
     clock = iter([0.0, 0.0, 1.0, 4.9, 5.1, 5.1, 6.0])
-    monkeypatch.setattr("distlenet.tracking.lines.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("distlenet.tracking.text.time.monotonic", lambda: next(clock))
     console = Lines()
     console.start(FACTS)
     capsys.readouterr()
@@ -201,7 +201,7 @@ def test_the_tutorials_lines(capsys):
 def test_training_goes_on_when_nobody_reads(tmp_path):
     """``| head -1`` and a full disk: the loss of standard output is told once, elsewhere."""
     script = (
-        "from distlenet.tracking.lines import Lines\n"
+        "from distlenet.tracking.text import Lines\n"
         "lines = Lines()\n"
         "for number in range(5000): lines.print(f'line {number}')\n"
         "import sys; print('done', file=sys.stderr)\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distlenet.net import Net
+from distlenet.models.lenet import Net
 
 pytestmark = pytest.mark.unit
 

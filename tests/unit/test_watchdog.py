@@ -4,9 +4,9 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from distlenet.rendezvous import host_key
-from distlenet.watchdog import Watchdog
-from distlenet.world import World
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.distributed.rendezvous import host_key
+from distlenet.distributed.watchdog import Watchdog
 
 pytestmark = pytest.mark.unit
 
@@ -16,21 +16,21 @@ def watchdogs(ranks: int, limit_s: float = 1.0) -> list[Watchdog]:
     store = dist.HashStore()
     for rank in range(ranks):
         store.set(host_key(rank), f"word host{rank // 2}")
-    made = [Watchdog(store, World(rank, 0, ranks), limit_s, None) for rank in range(ranks)]
+    made = [Watchdog(store, DistributedEnvironment(rank, 0, ranks), limit_s, None) for rank in range(ranks)]
     for watchdog in made:
-        watchdog.expect(limit_s, "distributed.timeout_s")
+        watchdog.expect(limit_s, "distributed.step_timeout_s")
     return made
 
 
 def ask(asking: list[Watchdog]) -> list[str | None]:
     """Have several ranks ask at the same time; return what each found."""
     found: dict[int, str | None] = {}
-    threads = [threading.Thread(target=lambda w=w: found.update({w.world.rank: w.ask(0.5)})) for w in asking]
+    threads = [threading.Thread(target=lambda w=w: found.update({w.env.rank: w.ask(0.5)})) for w in asking]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [found[w.world.rank] for w in asking]
+    return [found[w.env.rank] for w in asking]
 
 
 def test_those_who_do_not_answer_are_named_once_with_their_hosts():
@@ -66,5 +66,5 @@ def test_it_ends_the_process_when_no_step_ends_and_not_before(capsys):
     thread.join()
     assert statuses == [1]
     told = capsys.readouterr().err
-    assert "no step ended for 0.3 s (distributed.timeout_s) after step 29; no answer from rank 0 on host0" in told
+    assert "no step ended for 0.3 s (distributed.step_timeout_s) after step 29; no answer from rank 0 on host0" in told
     assert json.loads(watchdog.store.get("late/1"))[0] == 29

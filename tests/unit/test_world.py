@@ -3,16 +3,16 @@ import re
 import pytest
 import torch
 
-from distlenet.distributed import pick_device
-from distlenet.errors import RankError, UserError
-from distlenet.world import (
-    World,
+from distlenet.distributed.device import resolve_device
+from distlenet.distributed.environment import (
+    DistributedEnvironment,
+    read_environment,
     slurm_first_host,
     slurm_port,
     slurm_tasks_per_node,
     threads_from_environ,
-    world_from_environ,
 )
+from distlenet.utils.errors import RankError, UserError
 
 pytestmark = pytest.mark.unit
 
@@ -39,61 +39,61 @@ SRUN = {
 
 
 def test_torchrun():
-    assert world_from_environ(TORCHRUN) == World(5, 1, 8, 4, 1, "env://")
+    assert read_environment(TORCHRUN) == DistributedEnvironment(5, 1, 8, 4, 1, "env://")
 
 
 def test_ranks_started_by_hand_meet_in_rank_0():
     by_hand = {k: v for k, v in TORCHRUN.items() if k not in ("TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK")}
-    assert world_from_environ(by_hand) == World(5, 1, 8, 4, 1, "tcp://n1:29500")
+    assert read_environment(by_hand) == DistributedEnvironment(5, 1, 8, 4, 1, "tcp://n1:29500")
 
 
 def test_torchrun_wins_inside_srun():
-    assert world_from_environ({**SRUN, **TORCHRUN}) == World(5, 1, 8, 4, 1, "env://")
+    assert read_environment({**SRUN, **TORCHRUN}) == DistributedEnvironment(5, 1, 8, 4, 1, "env://")
 
 
 def test_srun():
-    assert world_from_environ(SRUN) == World(2, 0, 3, 1, 1, f"tcp://n1:{slurm_port(SRUN)}")
+    assert read_environment(SRUN) == DistributedEnvironment(2, 0, 3, 1, 1, f"tcp://n1:{slurm_port(SRUN)}")
 
 
 def test_srun_with_a_gpu_per_task():
-    world = world_from_environ({**SRUN, "SLURM_GPUS_PER_TASK": "1"})
-    assert world.own_gpu
-    crowded = World(5, 3, 8, 4, 1, own_gpu=True)
-    assert pick_device("auto", crowded, 1) == torch.device("cuda", 0)
-    assert pick_device("auto", crowded, 4) == torch.device("cuda", 3)  # not bound to tasks: all are visible
+    env = read_environment({**SRUN, "SLURM_GPUS_PER_TASK": "1"})
+    assert env.own_gpu
+    crowded = DistributedEnvironment(5, 3, 8, 4, 1, own_gpu=True)
+    assert resolve_device("auto", crowded, 1) == torch.device("cuda", 0)
+    assert resolve_device("auto", crowded, 4) == torch.device("cuda", 3)  # not bound to tasks: all are visible
 
 
 def test_srun_with_an_arbitrary_distribution_needs_an_address():
     arbitrary = {**SRUN, "SLURM_DISTRIBUTION": "arbitrary"}
     with pytest.raises(UserError, match="set MASTER_ADDR"):
-        world_from_environ(arbitrary)
-    assert world_from_environ({**arbitrary, "MASTER_ADDR": "n2"}).init_method.startswith("tcp://n2:")
+        read_environment(arbitrary)
+    assert read_environment({**arbitrary, "MASTER_ADDR": "n2"}).init_method.startswith("tcp://n2:")
 
 
 def test_srun_takes_an_address_that_the_user_gives():
     given = {**SRUN, "MASTER_ADDR": "login", "MASTER_PORT": "1234"}
-    assert world_from_environ(given).init_method == "tcp://login:1234"
+    assert read_environment(given).init_method == "tcp://login:1234"
 
 
 def test_one_task_needs_no_address():
     alone = {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0"}
-    assert world_from_environ({**alone, "SLURM_NODEID": "0"}) == World()
+    assert read_environment({**alone, "SLURM_NODEID": "0"}) == DistributedEnvironment()
 
 
 def test_one_process_without_a_launcher():
-    assert world_from_environ({"HOME": "/", "PATH": "/bin"}) == World(0, 0, 1, 1, 0, None)
+    assert read_environment({"HOME": "/", "PATH": "/bin"}) == DistributedEnvironment(0, 0, 1, 1, 0, None)
 
 
 def test_a_batch_script_is_one_process_however_many_tasks_were_asked_for():
     """SLURM sets SLURM_PROCID=0 and SLURM_NTASKS there too; only a step has started tasks."""
     batch = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-    assert world_from_environ(batch) == World()
+    assert read_environment(batch) == DistributedEnvironment()
 
 
 @pytest.mark.parametrize("name", sorted(TORCHRUN.keys() - {"GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"}))
 def test_a_missing_variable_is_named(name):
     with pytest.raises(UserError, match=rf"is set, but not .*\b{name}\b"):
-        world_from_environ({k: v for k, v in TORCHRUN.items() if k != name})
+        read_environment({k: v for k, v in TORCHRUN.items() if k != name})
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_missing_variable_is_named(name):
 )
 def test_contradictions_are_named(change, part):
     with pytest.raises(UserError, match=re.escape(part)):
-        world_from_environ({**TORCHRUN, **change})
+        read_environment({**TORCHRUN, **change})
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,0 @@
-"""A run's report: read its folder, draw its charts, write one page."""
