@@ -28,7 +28,7 @@ from distlenet.reduction import micro_batch_size
 from distlenet.tracking.base import Record, Trackers
 from distlenet.tracking.history import History
 from distlenet.tracking.progress_bar import make_console
-from distlenet.tracking.sidecar import Mirror
+from distlenet.tracking.sidecar import Sidecar
 from distlenet.training.dry_run import plan
 from distlenet.training.starts import is_restart, process_age_s
 from distlenet.training.trainer import Trainer
@@ -98,7 +98,7 @@ def train(config: Config) -> Record:
     preemption_grace_s = config.checkpoint.preemption_grace_s
     with (
         handle_preemption(preemption_grace_s) as preemption,
-        closing(make_mirror(config, folder, preemption)) as mirror,
+        closing(make_sidecar(config, folder, preemption)) as sidecar,
         init_distributed(config, folder) as context,
     ):
         rank_0 = context.env.rank == 0
@@ -114,7 +114,7 @@ def train(config: Config) -> Record:
                 claim_folder(folder, lock)
         context.log.open(folder)
         with raise_on_all_ranks():
-            tracker = make_trackers(config, folder, mirror) if rank_0 else Trackers()
+            tracker = make_trackers(config, folder, sidecar) if rank_0 else Trackers()
         try:
             trainer = Trainer(config, context, data, folder, tracker, preemption)
             try:
@@ -130,20 +130,20 @@ def train(config: Config) -> Record:
     return {**summary, "rank": context.env.rank}
 
 
-def make_mirror(config: Config, folder: Path, preemption: Preemption) -> Mirror:
+def make_sidecar(config: Config, folder: Path, preemption: Preemption) -> Sidecar:
     """Make what sends a run's history on, to W&B say; on rank 0 it begins to get ready.
 
     Raises UserError, on every rank, where a package is missing that the settings ask for.
     """
-    mirror = Mirror(folder, config.to_dict(), lambda: preemption.seconds_left() if preemption.asked else math.inf)
+    sidecar = Sidecar(folder, config.to_dict(), lambda: preemption.seconds_left() if preemption.asked else math.inf)
     if read_environment(os.environ).rank == 0:
-        mirror.launch()
-    return mirror
+        sidecar.launch()
+    return sidecar
 
 
-def make_trackers(config: Config, folder: Path, mirror: Mirror) -> Trackers:
+def make_trackers(config: Config, folder: Path, sidecar: Sidecar) -> Trackers:
     """Make what rank 0 tells: the console, the run's history, and then what mirrors that."""
-    return Trackers([make_console(config.run.console), History(folder, to_yaml(config)), mirror])
+    return Trackers([make_console(config.run.console), History(folder, to_yaml(config)), sidecar])
 
 
 def claim_folder(folder: Path, lock: FileLock) -> None:

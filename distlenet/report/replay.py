@@ -30,10 +30,10 @@ def replay(folder: Path) -> None:
     mode = wandb_mode("auto" if config["wandb"]["mode"] == "disabled" else config["wandb"]["mode"], os.environ)
     if mode == "disabled":
         raise UserError("WANDB_MODE=disabled: nothing can be sent; unset it")
-    facts = {"run_id": ids[-1], "complete": True}
-    start = {"facts": facts, "config": config, "wanted": ["wandb"], "wandb_mode": mode}
+    run_info = {"run_id": ids[-1], "complete": True}
+    start = {"run_info": run_info, "config": config, "sinks": ["wandb"], "wandb_mode": mode}
     with ExitStack() as locks:
-        for name in (".lock", ".mirror.lock"):
+        for name in (".lock", ".sidecar.lock"):
             try:
                 locks.enter_context(FileLock(folder / name, timeout=0))
             except Timeout as error:

@@ -28,8 +28,8 @@ NONDETERMINISTIC_KEYS = {
 class Tracker(Protocol):
     """What a trainer tells. Ranks other than 0 hold a tracker that tells nobody."""
 
-    def start(self, facts: Record) -> None:
-        """Open: the facts of the run, and ``step``, from which it goes on."""
+    def start(self, run_info: Record) -> None:
+        """Open: the run_info of the run, and ``step``, from which it goes on."""
 
     def log(self, record: Record) -> None:
         """Take one record."""
@@ -51,10 +51,10 @@ class Trackers:
         """Pass on to ``trackers``."""
         self.trackers = trackers
 
-    def start(self, facts: Record) -> None:
+    def start(self, run_info: Record) -> None:
         """See ``Tracker``."""
         for tracker in self.trackers:
-            tracker.start(facts)
+            tracker.start(run_info)
 
     def log(self, record: Record) -> None:
         """See ``Tracker``."""

@@ -26,14 +26,14 @@ class History:
         self.lines: LineFile | None = None
         self.complete = False
 
-    def start(self, facts: Record) -> None:
-        """Go on after step ``facts["step"]``: what an interrupted run wrote beyond it is cut off.
+    def start(self, run_info: Record) -> None:
+        """Go on after step ``run_info["step"]``: what an interrupted run wrote beyond it is cut off.
 
         Those steps are trained and recorded again, so the history has each step once.
         """
-        self.complete = facts["complete"]
+        self.complete = run_info["complete"]
         with told(self.folder):
-            kept = [line for line, record in read_records(self.path) if self._belongs(record, facts)]
+            kept = [line for line, record in read_records(self.path) if self._belongs(record, run_info)]
             replace_text(self.folder / "config.yaml", self.settings)
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
             self.lines = LineFile(self.path)
@@ -65,9 +65,9 @@ class History:
             self.lines.close()
 
     @staticmethod
-    def _belongs(record: Record, facts: Record) -> bool:
+    def _belongs(record: Record, run_info: Record) -> bool:
         """Say whether a record is of what the checkpoint holds; after its step it may not have been evaluated yet."""
-        last = facts["step"] if record["split"] == "train" else facts["evaluated"]
+        last = run_info["step"] if record["split"] == "train" else run_info["evaluated"]
         return bool(record["step"] <= last)
 
 

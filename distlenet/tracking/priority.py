@@ -16,10 +16,10 @@ def lower_priority() -> None:
                 with suppress(OSError):  # it has just ended
                     os.setpriority(os.PRIO_PROCESS, thread.id, 19)
                     os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
-    share_processors(19)
+    set_session_share(19)
 
 
-def share_processors(nice: int) -> None:
+def set_session_share(nice: int) -> None:
     """Have the sessions of this process and of W&B's take the share of the processors that ``nice`` (0 to 19) gives.
 
     Where Linux groups by sessions (sched_autogroup_enabled), all have the same share, whatever the priorities within.

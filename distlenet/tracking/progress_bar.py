@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from distlenet.tracking.base import Record, Tracker
-from distlenet.tracking.text import Lines, TutorialLines, time_left
+from distlenet.tracking.text import TextLogger, TutorialLogger, time_left
 
 NARROW = 60
 """Columns below which there is room for the loss and the time left alone."""
@@ -21,11 +21,11 @@ CELL = 9
 def make_console(style: str) -> Tracker:
     """Choose by ``run.console`` (auto or tutorial) and by whether standard output is a terminal."""
     if style == "tutorial":
-        return TutorialLines()
-    return Bar() if sys.stdout.isatty() else Lines()
+        return TutorialLogger()
+    return ProgressBar() if sys.stdout.isatty() else TextLogger()
 
 
-class Bar(Lines):
+class ProgressBar(TextLogger):
     """A live progress bar for training; a table of all evaluations, and the other lines, scroll above it.
 
     A narrow terminal gets less of it, each on one line. rich writes no colours where NO_COLOR is set.
@@ -47,11 +47,11 @@ class Bar(Lines):
         self.trained: Record = {}  # the last epoch's training
         self.columns: list[str] = []  # of the table; none before its first row
 
-    def start(self, facts: Record) -> None:
+    def start(self, run_info: Record) -> None:
         """Print what runs where and show the bar."""
-        super().start(facts)
-        if not facts["complete"]:
-            self.task = self.progress.add_task("", total=facts["steps"], completed=facts["step"], numbers="")
+        super().start(run_info)
+        if not run_info["complete"]:
+            self.task = self.progress.add_task("", total=run_info["steps"], completed=run_info["step"], numbers="")
             self.progress.start()
 
     def log(self, record: Record) -> None:
@@ -68,7 +68,7 @@ class Bar(Lines):
     def show(self, record: Record) -> None:
         """Move the bar to a training record."""
         assert self.task is not None
-        epoch = f"{record['epoch']}/{self.facts['epochs']}"
+        epoch = f"{record['epoch']}/{self.run_info['epochs']}"
         self.progress.update(
             self.task,
             completed=record["step"],
@@ -81,18 +81,18 @@ class Bar(Lines):
         width = self.console.width
         numbers = [f"loss {record['loss']:.3f}"]
         if width >= NARROW:
-            numbers = [f"{record['step']}/{self.facts['steps']}", *numbers, f"acc {record['accuracy']:.1%}"]
+            numbers = [f"{record['step']}/{self.run_info['steps']}", *numbers, f"acc {record['accuracy']:.1%}"]
         if width >= WIDE:
             numbers.append(f"{record['images_per_s']:,.0f} images/s")
         if width >= VERY_WIDE:
-            numbers += [f"lr {record['lr']:.2g}", f"{self.facts['world_size']} ranks"]
-        return [*numbers, f"{time_left(record, self.facts)} left"]
+            numbers += [f"lr {record['lr']:.2g}", f"{self.run_info['world_size']} ranks"]
+        return [*numbers, f"{time_left(record, self.run_info)} left"]
 
     def _row(self, tested: Record) -> None:
         """Print an evaluation, under a heading where it is the first."""
         trained = self.trained if self.trained.get("step") == tested["step"] else {}
         cells = {
-            "epoch": f"{tested['epoch']}/{self.facts['epochs']}",
+            "epoch": f"{tested['epoch']}/{self.run_info['epochs']}",
             "step": f"{tested['step']}",
             "train loss": f"{trained['loss']:.4f}" if trained else "",  # of no part of an epoch
             "train acc": f"{trained['accuracy']:.2%}" if trained else "",

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from distlenet.tracking.base import TEST_FILE, Record
-from distlenet.tracking.priority import lower_priority, share_processors
+from distlenet.tracking.priority import lower_priority, set_session_share
 from distlenet.tracking.sidecar import NAMES
 from distlenet.tracking.tensorboard import TensorBoard
 from distlenet.tracking.wandb import Wandb
@@ -39,7 +39,7 @@ class Sink(Protocol):
         """The run has ended: finished, preempted or failed."""
 
 
-class Tail:
+class JsonlTail:
     """The records of a file to which lines are being added."""
 
     def __init__(self, path: Path) -> None:
@@ -88,9 +88,9 @@ def make_sinks(folder: Path, start: Record) -> Sinks:
     """Make what ``start`` asks for."""
     makers: dict[str, Callable[[], Sink]] = {
         "tensorboard": lambda: TensorBoard(folder),
-        "wandb": lambda: Wandb(folder, start["config"], start["facts"], start["wandb_mode"]),
+        "wandb": lambda: Wandb(folder, start["config"], start["run_info"], start["wandb_mode"]),
     }
-    return Sinks({name: make for name, make in makers.items() if name in start["wanted"]})
+    return Sinks({name: make for name, make in makers.items() if name in start["sinks"]})
 
 
 def send(folder: Path, sinks: Sinks, told: Iterator[str]) -> dict[str, Sink]:
@@ -98,7 +98,7 @@ def send(folder: Path, sinks: Sinks, told: Iterator[str]) -> dict[str, Sink]:
 
     Returns the sinks that took it, by their names.
     """
-    tail = Tail(folder / "metrics.jsonl")
+    tail = JsonlTail(folder / "metrics.jsonl")
 
     def catch_up() -> None:
         for record in tail.more():
@@ -188,13 +188,13 @@ def main() -> None:
         timer.start()
         with turn:
             ended.set()
-            share_processors(0)
+            set_session_share(0)
 
     told = listen((line.strip() for line in sys.stdin), make_way, limit)
     get_ready(sys.argv[2:])
     start, folder = json.loads(next(told)), Path(sys.argv[1])
     make_way()  # also W&B's process
-    lock = FileLock(folder / ".mirror.lock")
+    lock = FileLock(folder / ".sidecar.lock")
     with suppress(Timeout):  # that of an earlier start ends by itself soon; on another node it may hold the lock
         lock.acquire(start["config"]["wandb"]["finish_timeout_s"] + 5)
     sinks = make_sinks(folder, start)

@@ -30,11 +30,11 @@ SPARE_S = 2.0
 """What a job that was asked to stop keeps of its time for leaving."""
 
 
-class Mirror:
+class Sidecar:
     """Starts the process, tells it when there is more, and at the end waits for it, but not for long."""
 
     def __init__(self, folder: Path, config: dict[str, Any], seconds_left: Callable[[], float]) -> None:
-        """Mirror the run in ``folder``; ``seconds_left`` says how long this job may still take, infinity where
+        """Sidecar the run in ``folder``; ``seconds_left`` says how long this job may still take, infinity where
         nobody has asked it to stop.
 
         Raises UserError where a package is missing that the settings ask for.
@@ -74,11 +74,11 @@ class Mirror:
         except OSError as error:
             warn(f"{self.names}: cannot be started: {error.strerror}; training goes on without")
 
-    def start(self, facts: Record) -> None:
+    def start(self, run_info: Record) -> None:
         """Tell the process what to send; of a run that is complete, nothing."""
-        if facts["complete"] or self.process is None:
+        if run_info["complete"] or self.process is None:
             return
-        start = {"facts": facts, "config": self.config, "wanted": self.wanted, "wandb_mode": self.wandb_mode}
+        start = {"run_info": run_info, "config": self.config, "sinks": self.wanted, "wandb_mode": self.wandb_mode}
         self.told = True
         self._tell(json.dumps(start))
         assert self.process.stdin is not None

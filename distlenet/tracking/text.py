@@ -14,33 +14,33 @@ SLOW = 1.15
 PATIENCE = 5
 
 
-class Lines:
+class TextLogger:
     """One plain line for the start, for each test, and for training at most every few seconds."""
 
     def __init__(self) -> None:
         """Print to standard output."""
-        self.facts: Record = {}
+        self.run_info: Record = {}
         self.printed = float("-inf")
         self.slow: list[int] = []  # the slowest rank of the last records, where it was slow
         self.named: set[int] = set()
 
-    def start(self, facts: Record) -> None:
+    def start(self, run_info: Record) -> None:
         """Print what runs where."""
-        self.facts = facts
-        for line in opening(facts):
+        self.run_info = run_info
+        for line in opening(run_info):
             self.print(line)
 
     def log(self, record: Record) -> None:
         """Print a record, unless a training line was printed a moment ago."""
         self.watch(record)
         if record["split"] == "test":
-            self.print(_test_line(record, self.facts))
+            self.print(_test_line(record, self.run_info))
         elif record["split"] == "train" and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
             self.printed = time.monotonic()
             self.print(
-                f"epoch {record['epoch']}/{self.facts['epochs']}  step {record['step']}/{self.facts['steps']}  "
+                f"epoch {record['epoch']}/{self.run_info['epochs']}  step {record['step']}/{self.run_info['steps']}  "
                 f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.1%}  lr {record['lr']:.4g}  "
-                f"{record['images_per_s']:,.0f} images/s  {time_left(record, self.facts)} left"
+                f"{record['images_per_s']:,.0f} images/s  {time_left(record, self.run_info)} left"
             )
 
     def watch(self, record: Record) -> None:
@@ -76,7 +76,7 @@ class Lines:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class TutorialLines(Lines):
+class TutorialLogger(TextLogger):
     """What PyTorch's "Training a Classifier" tutorial prints: ``[1,  2000] loss: 1.234``."""
 
     def log(self, record: Record) -> None:
@@ -90,9 +90,9 @@ class TutorialLines(Lines):
         super().finish(summary)
 
 
-def opening(facts: Record) -> list[str]:
+def opening(run_info: Record) -> list[str]:
     """Write what runs where, how its batches are cut, and from which step it goes on."""
-    f = facts
+    f = run_info
     lines = [
         f"distlenet {f['version']}: {f['model']} on {f['data']} ({f['train_count']} images, {f['data_source']})",
         f"world size {f['world_size']}, {f['backend']}, {f['device']}, {f['precision']}, "
@@ -100,19 +100,19 @@ def opening(facts: Record) -> list[str]:
         f"epochs {f['epochs']}, steps {f['steps']}, global batch {f['global_batch_size']} = "
         f"ranks {f['world_size']} × micro-batches {f['micro_batches']} × images {f['micro_batch_size']}",
     ]
-    if facts["complete"]:
+    if run_info["complete"]:
         lines.append(
             f"this run is complete; to train on: run.name={f['run']} checkpoint.allow_changed=[train.epochs] "
             "and more train.epochs; to train anew: another run.name"
         )
-    elif facts["step"]:
+    elif run_info["step"]:
         lines.append(f"resumed at step {f['step']} of {f['steps']} from {f['resumed_from']}")
     return lines
 
 
-def _test_line(record: Record, facts: Record) -> str:
+def _test_line(record: Record, run_info: Record) -> str:
     return (
-        f"epoch {record['epoch']}/{facts['epochs']}  test loss {record['loss']:.4f}  "
+        f"epoch {record['epoch']}/{run_info['epochs']}  test loss {record['loss']:.4f}  "
         f"test accuracy {record['accuracy']:.2%} of {record['count']} images"
     )
 
@@ -132,7 +132,7 @@ def accuracy_line(accuracy: float, count: int) -> str:
     return f"Accuracy of the network on the {count} test images: {100 * accuracy:.1f} %"
 
 
-def time_left(record: Record, facts: Record) -> timedelta:
+def time_left(record: Record, run_info: Record) -> timedelta:
     """Return how long the rest of the run takes at the speed of ``record``, in whole seconds."""
-    images = (facts["steps"] - record["step"]) * facts["train_count"] / facts["steps_per_epoch"]
+    images = (run_info["steps"] - record["step"]) * run_info["train_count"] / run_info["steps_per_epoch"]
     return timedelta(seconds=round(images / max(record["images_per_s"], 1e-9)))

@@ -72,23 +72,23 @@ def base_url(environ: Mapping[str, str]) -> str:
 class Wandb:
     """Sends a run's records to W&B, or keeps them in its offline format below ``RUN/wandb``."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], facts: Record, mode: str) -> None:
-        """Begin or continue the run ``facts["run_id"]``. What fails online is kept offline, and said once."""
+    def __init__(self, folder: Path, config: dict[str, Any], run_info: Record, mode: str) -> None:
+        """Begin or continue the run ``run_info["run_id"]``. What fails online is kept offline, and said once."""
         import wandb
 
         self.wandb, self.folder, self.settings = wandb, folder, config["wandb"]
-        before = set((folder / "wandb").glob(f"offline-run-*-{facts['run_id']}"))
+        before = set((folder / "wandb").glob(f"offline-run-*-{run_info['run_id']}"))
         self.run: Any = None
         self.online = False
         if mode == "online":
             try:
-                self.run = self._init(config, facts, "online")
+                self.run = self._init(config, run_info, "online")
                 self.online = True
             except Exception as error:  # whatever it is: a wrong key, no network, a server's mistake
                 warn(f"W&B: {in_a_line(error)}; this run is kept offline, wandb sync sends it later")
                 wandb.teardown()  # else what is left of the failed start holds the run's id
         if self.run is None:
-            self.run = self._init(config, facts, "offline")
+            self.run = self._init(config, run_info, "offline")
         self.run.define_metric("step", hidden=True)
         for split in SPLITS:
             self.run.define_metric(f"{split}/*", step_metric="step")
@@ -96,11 +96,11 @@ class Wandb:
         self.stale = [path for path in before if not list(path.glob("*.synced"))]
         self.last: Record | None = None
 
-    def _init(self, config: dict[str, Any], facts: Record, mode: Literal["online", "offline"]) -> Any:
+    def _init(self, config: dict[str, Any], run_info: Record, mode: Literal["online", "offline"]) -> Any:
         given = self.settings
         return self.wandb.init(
             mode=mode,
-            id=facts["run_id"],
+            id=run_info["run_id"],
             resume="allow",
             name=self.folder.name,
             project=given["project"],
@@ -109,7 +109,7 @@ class Wandb:
             tags=given["tags"],
             notes=given["notes"],
             dir=str(self.folder),
-            config={**config, "environment": environment(facts)},
+            config={**config, "environment": environment(run_info)},
             settings=self.wandb.Settings(
                 silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_S
             ),
@@ -189,10 +189,10 @@ def row(record: Record) -> Record:
     return {**axis, **{f"{record['split']}/{key}": value for key, value in rest.items()}}
 
 
-def environment(facts: Record) -> Record:
+def environment(run_info: Record) -> Record:
     """Say where a run computes and with what: hosts, device, versions, git commit, SLURM's job id. No secrets."""
-    found: Record = {key: facts[key] for key in ("world_size", "backend", "device", "precision") if key in facts}
-    found["hosts"] = sorted(set(facts.get("hosts", [])))
+    found: Record = {key: run_info[key] for key in ("world_size", "backend", "device", "precision") if key in run_info}
+    found["hosts"] = sorted(set(run_info.get("hosts", [])))
     for package in ("distlenet", "torch", "torchvision", "wandb"):
         with suppress(PackageNotFoundError):
             found[f"{package}_version"] = version(package)

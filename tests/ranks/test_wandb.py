@@ -214,17 +214,17 @@ import math, os, signal, sys, time
 import psutil
 from pathlib import Path
 from distlenet.config.loading import load_config
-from distlenet.tracking.sidecar import Mirror
-mirror = Mirror(Path(sys.argv[1]), load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
-mirror.launch()
+from distlenet.tracking.sidecar import Sidecar
+sidecar = Sidecar(Path(sys.argv[1]), load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
+sidecar.launch()
 cores, deadline = [], time.monotonic() + 60
 while not cores and time.monotonic() < deadline:
     time.sleep(0.05)
     cores = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in " ".join(p.cmdline())]
-print(mirror.process.pid, cores[0].pid, flush=True)
+print(sidecar.process.pid, cores[0].pid, flush=True)
 if sys.argv[2] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
-mirror.close()
+sidecar.close()
 print("closed", flush=True)
 sys.stdin.read()
 """

@@ -12,8 +12,8 @@ import pytest
 from conftest import run_command
 
 from distlenet.config.loading import load_config
-from distlenet.tracking.sender import Sinks, Tail, listen, send
-from distlenet.tracking.sidecar import Mirror
+from distlenet.tracking.sender import JsonlTail, Sinks, listen, send
+from distlenet.tracking.sidecar import Sidecar
 from distlenet.tracking.tensorboard import TensorBoard
 from distlenet.tracking.wandb import base_url, has_key, row, row_number, wandb_mode
 from distlenet.utils.errors import UserError
@@ -60,27 +60,27 @@ def test_a_row_names_the_split_and_leaves_out_what_is_null():
 def test_a_missing_package_is_told_before_training(tmp_path, monkeypatch, settings, message):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=message):
-        Mirror(tmp_path, load_config([], settings).to_dict(), lambda: 1.0)
+        Sidecar(tmp_path, load_config([], settings).to_dict(), lambda: 1.0)
 
 
 def test_nothing_is_started_where_nothing_is_wanted(tmp_path):
-    mirror = Mirror(tmp_path, load_config([], ["wandb.mode=disabled"]).to_dict(), lambda: 1.0)
-    mirror.launch()
-    mirror.start({"complete": False})
-    assert mirror.process is None
-    mirror.log(RECORD)
-    mirror.close()
+    sidecar = Sidecar(tmp_path, load_config([], ["wandb.mode=disabled"]).to_dict(), lambda: 1.0)
+    sidecar.launch()
+    sidecar.start({"complete": False})
+    assert sidecar.process is None
+    sidecar.log(RECORD)
+    sidecar.close()
 
 
 @pytest.mark.parametrize("complete", [True, None])
 def test_one_that_is_told_nothing_ends_at_once(tmp_path, complete):
     """Of a run that is complete there is nothing to send; and a training may fail before it has begun."""
-    mirror = Mirror(tmp_path, load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
-    mirror.launch()
-    process = mirror.process
+    sidecar = Sidecar(tmp_path, load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
+    sidecar.launch()
+    process = sidecar.process
     if complete:
-        mirror.start({"complete": True})
-    mirror.close()
+        sidecar.start({"complete": True})
+    sidecar.close()
     assert process.returncode == -9
     assert not (tmp_path / "wandb").exists()
 
@@ -95,18 +95,18 @@ LEAVES = """
 import math, os, sys
 from pathlib import Path
 from distlenet.config.loading import load_config
-from distlenet.tracking.sidecar import Mirror
-mirror = Mirror(Path(sys.argv[1]), load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
-mirror.launch()
-mirror.process.stdin.close()
-print("left", mirror.process.wait(60))
+from distlenet.tracking.sidecar import Sidecar
+sidecar = Sidecar(Path(sys.argv[1]), load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
+sidecar.launch()
+sidecar.process.stdin.close()
+print("left", sidecar.process.wait(60))
 """
 
 
 def test_the_tail_gives_whole_lines_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"a": 1}\n{"a":')
-    tail = Tail(path)
+    tail = JsonlTail(path)
     assert list(tail.more()) == [{"a": 1}]
     with path.open("a") as file:
         file.write(' 2}\n{"a": 3}\n')
@@ -179,17 +179,17 @@ def test_tensorboard_has_the_last_starts_numbers_once(tmp_path):
 def test_one_that_does_not_end_is_ended(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     config = load_config([], ["wandb.mode=offline", "wandb.finish_timeout_s=30"]).to_dict()
-    mirror = Mirror(tmp_path, config, lambda: 2.25)  # the job was asked to stop: 2 s are kept for leaving
+    sidecar = Sidecar(tmp_path, config, lambda: 2.25)  # the job was asked to stop: 2 s are kept for leaving
     real = __import__("subprocess").Popen
     sleeper = ["sleep", "600"]
     monkeypatch.setattr("distlenet.tracking.sidecar.subprocess.Popen", lambda _, **more: real(sleeper, **more))
-    mirror.launch()
-    mirror.start({"complete": False})
-    process = mirror.process
+    sidecar.launch()
+    sidecar.start({"complete": False})
+    process = sidecar.process
     for _ in range(3):
-        mirror.log(RECORD)
+        sidecar.log(RECORD)
     started = time.monotonic()
-    mirror.close()
+    sidecar.close()
     assert time.monotonic() - started < 20  # of 600
     assert process.returncode == -9
     assert "--replay-wandb" in capsys.readouterr().err
@@ -197,14 +197,14 @@ def test_one_that_does_not_end_is_ended(tmp_path, monkeypatch, capsys):
 
 def test_a_full_pipe_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
     config = load_config([], ["wandb.mode=offline", "wandb.finish_timeout_s=0"]).to_dict()
-    mirror = Mirror(tmp_path, config, lambda: 25.0)
+    sidecar = Sidecar(tmp_path, config, lambda: 25.0)
     real = __import__("subprocess").Popen
     monkeypatch.setattr("distlenet.tracking.sidecar.subprocess.Popen", lambda _, **more: real(["sleep", "600"], **more))
-    mirror.launch()
-    mirror.start({"complete": False})
+    sidecar.launch()
+    sidecar.start({"complete": False})
     for _ in range(100_000):  # 500 kB: more than a pipe holds
-        mirror.log(RECORD)
-    mirror.close()
+        sidecar.log(RECORD)
+    sidecar.close()
     assert "was not done within 0 s (wandb.finish_timeout_s)" in capsys.readouterr().err
 
 
@@ -254,19 +254,19 @@ def test_who_hears_start_and_end_while_it_gets_ready_does_not_stand_back_again(t
     """There is no rank any more to leave a processor to; in a process of its own, since it ignores signals."""
     program = (
         "import io, json, sys, threading\n"
-        "from distlenet.tracking import sender as mirror\n"
+        "from distlenet.tracking import sender\n"
         "calls = []\n"
-        "mirror.lower_priority = lambda: calls.append('back')\n"
-        "mirror.share_processors = calls.append\n"
+        "sender.lower_priority = lambda: calls.append('back')\n"
+        "sender.set_session_share = calls.append\n"
         "def get_ready(_):\n"
         "    for thread in threading.enumerate():\n"
         "        if thread is not threading.main_thread() and not isinstance(thread, threading.Timer):\n"
         "            thread.join()\n"
-        "mirror.get_ready, mirror.make_sinks, mirror.send = get_ready, lambda *_: None, lambda *_: print(calls)\n"
+        "sender.get_ready, sender.make_sinks, sender.send = get_ready, lambda *_: None, lambda *_: print(calls)\n"
         "start = json.dumps({'config': {'wandb': {'finish_timeout_s': 60}}})\n"
         "sys.stdin = io.StringIO(f'{start}\\nfinished\\n')\n"
         "sys.argv[1:] = [sys.argv[1], 'wandb']\n"
-        "mirror.main()\n"
+        "sender.main()\n"
     )
     assert run_command(sys.executable, "-c", program, tmp_path).succeeded().stdout == "['back', 0]\n"
 
@@ -275,7 +275,7 @@ def test_who_stands_back_has_the_least_share():
     """A process of its own: it, a thread and a child in a context of its own, as W&B's."""
     program = (
         "import os, subprocess, sys, threading\n"
-        "from distlenet.tracking.priority import share_processors, lower_priority\n"
+        "from distlenet.tracking.priority import set_session_share, lower_priority\n"
         "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE, start_new_session=True)\n"
         "go = threading.Event()\n"
         "thread = threading.Thread(target=go.wait, daemon=True)\n"
@@ -289,7 +289,7 @@ def test_who_stands_back_has_the_least_share():
         "        said = open(path).read() if os.path.exists(path) else ''\n"
         "        assert not said or said.endswith(f'nice {nice}\\n'), (process, said)\n"
         "is_of(19)\n"
-        "share_processors(0)\n"
+        "set_session_share(0)\n"
         "is_of(0)\n"
         "go.set()\n"
         "child.communicate(b'\\n')\n"
@@ -305,25 +305,25 @@ def test_the_start_says_all_that_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr("distlenet.tracking.sidecar.subprocess.Popen", lambda *_, **more: said.append(more) or process)
     monkeypatch.setattr("distlenet.tracking.sidecar.os.set_blocking", lambda *_: None)
     monkeypatch.setattr("distlenet.tracking.sidecar.os.write", lambda _, line: said.append(line))
-    mirror = Mirror(tmp_path, load_config([], ["wandb.mode=offline"]).to_dict(), lambda: 25.0)
-    mirror.launch()
-    mirror.start({"complete": False, "run_id": "abc"})
+    sidecar = Sidecar(tmp_path, load_config([], ["wandb.mode=offline"]).to_dict(), lambda: 25.0)
+    sidecar.launch()
+    sidecar.start({"complete": False, "run_id": "abc"})
     start = json.loads(said[1])
-    assert (start["facts"]["run_id"], start["wanted"], start["wandb_mode"]) == ("abc", ["wandb"], "offline")
-    mirror.finish({})
-    mirror.close()
+    assert (start["run_info"]["run_id"], start["sinks"], start["wandb_mode"]) == ("abc", ["wandb"], "offline")
+    sidecar.finish({})
+    sidecar.close()
     assert said[-1] == b"finished\n"
 
 
 def test_one_that_is_killed_is_told(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     config = load_config([], ["wandb.mode=offline"]).to_dict()
-    mirror = Mirror(tmp_path, config, lambda: math.inf)
+    sidecar = Sidecar(tmp_path, config, lambda: math.inf)
     real = __import__("subprocess").Popen
     monkeypatch.setattr("distlenet.tracking.sidecar.subprocess.Popen", lambda _, **more: real(["false"], **more))
-    mirror.launch()
-    mirror.start({"complete": False})
-    mirror.close()
+    sidecar.launch()
+    sidecar.start({"complete": False})
+    sidecar.close()
     assert "what sends the records ended with status 1; nothing is lost" in capsys.readouterr().err
 
 

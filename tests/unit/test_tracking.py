@@ -12,13 +12,13 @@ from rich.console import Console
 
 from distlenet.tracking.base import Trackers
 from distlenet.tracking.history import History
-from distlenet.tracking.progress_bar import Bar, make_console
-from distlenet.tracking.text import Lines, TutorialLines
+from distlenet.tracking.progress_bar import ProgressBar, make_console
+from distlenet.tracking.text import TextLogger, TutorialLogger
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
-FACTS = {
+RUN_INFO = {
     "version": "1",
     "run": "mine",
     "model": "lenet",
@@ -63,7 +63,7 @@ def lines(folder) -> list[dict]:
 
 def write(folder, steps, start=0):
     history = History(folder, "seed: 0\n")
-    history.start({**FACTS, "step": start, "evaluated": start, "complete": start == 40})
+    history.start({**RUN_INFO, "step": start, "evaluated": start, "complete": start == 40})
     for step in steps:
         history.log(train_record(step))
     return history
@@ -88,7 +88,7 @@ def test_an_evaluation_that_no_checkpoint_has_is_made_and_recorded_again(tmp_pat
     history.log(record_of_test(20))
     history.close()
     again = History(tmp_path, "")
-    again.start({**FACTS, "step": 20, "evaluated": 0})
+    again.start({**RUN_INFO, "step": 20, "evaluated": 0})
     again.close()
     assert [(record["split"], record["step"]) for record in lines(tmp_path)] == [("train", 19), ("train", 20)]
 
@@ -130,7 +130,7 @@ def test_files_that_cannot_be_written_are_told(tmp_path, name):
 def test_the_settings_are_kept_when_the_run_starts_not_before(tmp_path):
     history = History(tmp_path, "seed: 5\n")
     assert not (tmp_path / "config.yaml").exists()
-    history.start(FACTS)
+    history.start(RUN_INFO)
     history.sync()
     history.close()
     assert (tmp_path / "config.yaml").read_text() == "seed: 5\n"
@@ -152,8 +152,8 @@ def test_a_complete_run_keeps_its_summary(tmp_path):
 def test_plain_lines_come_at_most_every_few_seconds(capsys, monkeypatch):
     clock = iter([0.0, 0.0, 1.0, 4.9, 5.1, 5.1, 6.0])
     monkeypatch.setattr("distlenet.tracking.text.time.monotonic", lambda: next(clock))
-    console = Lines()
-    console.start(FACTS)
+    console = TextLogger()
+    console.start(RUN_INFO)
     capsys.readouterr()
     for step in (1, 2, 3, 4, 5):
         console.log(train_record(step))
@@ -163,8 +163,8 @@ def test_plain_lines_come_at_most_every_few_seconds(capsys, monkeypatch):
 
 
 def test_tests_and_results_are_always_shown(capsys):
-    console = Lines()
-    console.start(FACTS)
+    console = TextLogger()
+    console.start(RUN_INFO)
     console.log(record_of_test(20))
     console.log(record_of_test(40))
     console.finish(SUMMARY)
@@ -184,13 +184,13 @@ def test_tests_and_results_are_always_shown(capsys):
     ],
 )
 def test_the_opening_says_what_runs_where(capsys, change, part):
-    Lines().start({**FACTS, **change})
+    TextLogger().start({**RUN_INFO, **change})
     assert part in capsys.readouterr().out
 
 
 def test_the_tutorials_lines(capsys):
     console = make_console("tutorial")
-    assert isinstance(console, TutorialLines)
+    assert isinstance(console, TutorialLogger)
     console.log({**train_record(2000), "loss": 1.23449})
     console.log({**train_record(12000), "epoch": 2})
     console.finish(SUMMARY)
@@ -201,8 +201,8 @@ def test_the_tutorials_lines(capsys):
 def test_training_goes_on_when_nobody_reads(tmp_path):
     """``| head -1`` and a full disk: the loss of standard output is told once, elsewhere."""
     script = (
-        "from distlenet.tracking.text import Lines\n"
-        "lines = Lines()\n"
+        "from distlenet.tracking.text import TextLogger\n"
+        "lines = TextLogger()\n"
         "for number in range(5000): lines.print(f'line {number}')\n"
         "import sys; print('done', file=sys.stderr)\n"
     )
@@ -216,7 +216,7 @@ def test_training_goes_on_when_nobody_reads(tmp_path):
 
 
 def test_no_terminal_no_bar(capsys):
-    assert type(make_console("auto")) is Lines
+    assert type(make_console("auto")) is TextLogger
     assert capsys.readouterr().out == ""
 
 
@@ -231,8 +231,8 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", "120")
         console = make_console("auto")
-        assert isinstance(console, Bar)
-        console.start(FACTS)
+        assert isinstance(console, ProgressBar)
+        console.start(RUN_INFO)
         console.log(train_record(10))
         console.log(record_of_test(20))
         console.finish(SUMMARY)
@@ -259,8 +259,8 @@ class Screen(io.StringIO):
 def shown(width: int) -> Screen:
     """Show 20 steps and an evaluation, twice."""
     screen = Screen()
-    bar = Bar(Console(file=screen, width=width, force_terminal=True, color_system="256", highlight=False))
-    bar.start(FACTS)
+    bar = ProgressBar(Console(file=screen, width=width, force_terminal=True, color_system="256", highlight=False))
+    bar.start(RUN_INFO)
     for last in (20, 40):
         bar.log(train_record(last))
         bar.progress.refresh()
@@ -327,8 +327,8 @@ def read(descriptor: int) -> bytes:
 
 def test_trackers_pass_on_to_each_and_none_is_fine(tmp_path, capsys):
     Trackers().log(train_record(1))
-    both = Trackers([TutorialLines(), History(tmp_path, "")])
-    both.start(FACTS)
+    both = Trackers([TutorialLogger(), History(tmp_path, "")])
+    both.start(RUN_INFO)
     both.log(train_record(1))
     both.finish(SUMMARY)
     both.close()
@@ -343,8 +343,8 @@ def slow_record(step, rank, times):
 
 
 def test_a_rank_that_is_slow_all_the_time_is_named_once(capsys):
-    console = Lines()
-    console.start(FACTS)
+    console = TextLogger()
+    console.start(RUN_INFO)
     ranks = [(3, 1.3)] * 4 + [(1, 1.3), (3, 1.3), (3, 1.3), (3, 1.1)] + [(3, 1.3)] * 4 + [(3, 1.31)] + [(3, 1.3)] * 4
     for step, (rank, times) in enumerate(ranks):
         console.log(slow_record(step, rank, times))
