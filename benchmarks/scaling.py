@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from distlenet.config.loading import load_config
 from distlenet.distributed.context import init_distributed
-from distlenet.models.lenet import make_model
+from distlenet.models.registry import make_model
 from distlenet.preflight.allreduce import Timing, fit_line, median_s, time_all_reduces
 
 SIZES = [4**k for k in range(1, 12)]  # bytes, 4 B to 4 MiB

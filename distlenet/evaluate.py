@@ -19,7 +19,7 @@ from distlenet.data.transforms import Prepare, measure
 from distlenet.distributed.collectives import broadcast_object
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
-from distlenet.models.lenet import make_model
+from distlenet.models.registry import make_model
 from distlenet.tracking.text import accuracy_line
 from distlenet.training.evaluation import EVAL_BATCH, evaluate
 from distlenet.training.meter import Metrics
@@ -59,7 +59,7 @@ def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
         prepare = Prepare(*measure(data.train.images))
 
         def going_on(batch: int) -> bool:
-            context.watchdog.beat(batch)
+            context.watchdog.heartbeat(batch)
             return False
 
         metrics = evaluate(net, loader, prepare, context.autocast(), device, len(data.test), going_on)

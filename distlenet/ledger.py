@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from distlenet.config.arguments import Parser
-from distlenet.data.sample_log import starts
+from distlenet.data.sample_log import read_starts
 from distlenet.distributed.entry_point import run_entry
 from distlenet.utils.errors import UserError
 
@@ -25,7 +25,7 @@ def report(run: Path) -> tuple[list[str], bool]:
 
     Raises UserError where there is no ledger, or what is in it is not as a run writes it.
     """
-    history = starts(run)
+    history = read_starts(run)
     if not history:
         raise UserError(f"{run}: has no ledger; give a run folder, trained with data.ledger=true")
     facts = history[-1].facts()

@@ -26,7 +26,7 @@ def choose_resumable(config: Config, own: CheckpointStore, net: torch.nn.Module)
     found = own.load_newest()
     if resume != "auto" and found is not None and (resume == "never" or str(found[1].get("started_from")) != resume):
         raise UserError(
-            f"checkpoint.resume={resume}: the run folder {own.folder.parent} already holds {found[0].name}; "
+            f"checkpoint.resume={resume}: the run folder {own.directory.parent} already holds {found[0].name}; "
             "give another run.name, or checkpoint.resume=auto to go on from there"
         )
     if found is None and resume not in ("auto", "never"):

@@ -24,7 +24,7 @@ MARK = b"sha256:"
 COMMENT_BYTES = len(MARK) + hashlib.sha256().digest_size * 2
 
 
-class DamagedError(UserError):
+class CheckpointError(UserError):
     """A checkpoint cannot be read, or is not what was written."""
 
 
@@ -98,13 +98,13 @@ UMASK = _umask()  # read once, at import: to read it is to change it for a momen
 
 
 def load_checkpoint(path: Path) -> State:
-    """Read a checkpoint to CPU. Raises DamagedError where the file cannot be read or is not one of this package."""
+    """Read a checkpoint to CPU. Raises CheckpointError where the file cannot be read or is not one of this package."""
     try:
         state = from_bytes(path.read_bytes())
     except OSError as error:
-        raise DamagedError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise DamagedError(
+        raise CheckpointError(
             f"checkpoint {path}: is damaged or not a checkpoint of distlenet: {error}; give another, or remove it"
         ) from error
     whole = (
@@ -115,7 +115,7 @@ def load_checkpoint(path: Path) -> State:
         and all(isinstance(state.get(name), int) and state[name] >= 0 for name in ("step", "epoch"))
     )
     if not whole:
-        raise DamagedError(f"checkpoint {path}: is not one of distlenet, which holds model, step, epoch and config")
+        raise CheckpointError(f"checkpoint {path}: is not one of distlenet, which holds model, step, epoch and config")
     return cast(State, state)
 
 

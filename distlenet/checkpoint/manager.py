@@ -53,7 +53,7 @@ class CheckpointManager:
         found: tuple[Path, State] | None = None
         with raise_on_all_ranks():
             if self.rank == 0:
-                self.files.remove_torn()
+                self.files.remove_temporary_files()
                 found = choose_resumable(self.config, self.files, trainer.net)
         found = broadcast_object(found)
         if found is None:
@@ -77,7 +77,7 @@ class CheckpointManager:
         written where lines of a ledger wait for a disk: a run that went on from it would miss them for ever.
         """
         state = trainer.state_dict()
-        if self.config.data.ledger and any_rank(trainer.ledger.behind, self.context.device):
+        if self.config.data.ledger and any_rank(trainer.ledger.has_unwritten_lines, self.context.device):
             self.skipped = "lines of a rank's ledger could not be written"
             return False
         self.skipped = None
@@ -87,18 +87,18 @@ class CheckpointManager:
 
     def stop(self, trainer: Trainable, preemption: Preemption) -> NoReturn:
         """Save, and end the run as a signal asked. Raises Preempted on every rank."""
-        self.context.watchdog.expect(self.config.distributed.init_timeout_s, "distributed.init_timeout_s")
+        self.context.watchdog.set_timeout(self.config.distributed.init_timeout_s, "distributed.init_timeout_s")
         self.save(trainer)
         failure = self.skipped
         if self.rank == 0:
             failure = failure or self.files.wait(preemption.seconds_left())
-        failure, by = broadcast_object((failure, preemption.asked_by or "a signal to another rank"))
+        failure, by = broadcast_object((failure, preemption.requested_by or "a signal to another rank"))
         outcome = f"NOT saved ({failure})" if failure else "saved"
         raise Preempted(f"stopped by {by} after step {trainer.at.step}, {outcome}; run the same command again to go on")
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk. Raises UserError, on every rank, where it is not."""
-        self.context.watchdog.expect(self.config.distributed.init_timeout_s, "distributed.init_timeout_s")
+        self.context.watchdog.set_timeout(self.config.distributed.init_timeout_s, "distributed.init_timeout_s")
         failure = broadcast_object(self.skipped or (self.files.wait() if self.rank == 0 else None))
         if failure:
             raise UserError(f"the trained network is not saved: {failure}; mend that and run the same command again")

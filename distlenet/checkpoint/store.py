@@ -7,7 +7,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from distlenet.checkpoint.format import TEMP_PREFIX, DamagedError, State, load_checkpoint, to_host, write_atomically
+from distlenet.checkpoint.format import (
+    TEMP_PREFIX,
+    CheckpointError,
+    State,
+    load_checkpoint,
+    to_host,
+    write_atomically,
+)
 from distlenet.utils.errors import UserError, warn
 
 FORMAT = re.compile(r"step-(\d+)\.pt")
@@ -16,10 +23,10 @@ FORMAT = re.compile(r"step-(\d+)\.pt")
 class CheckpointStore:
     """Files ``step-00001234.pt`` and ``best.pt``. Rank 0 alone writes; one write at most is under way."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """Use ``folder``, which need not exist yet, and keep the ``keep`` newest files."""
-        self.folder = folder
-        self.keep = keep
+    def __init__(self, directory: Path, keep_last: int) -> None:
+        """Use ``directory``, which need not exist yet, and keep the ``keep_last`` newest files."""
+        self.directory = directory
+        self.keep_last = keep_last
         self.failure: str | None = None  # why the last write failed
         self._thread: threading.Thread | None = None
         self._unwritten_best: State | None = None  # a best that could not be written: the next write makes up for it
@@ -62,17 +69,17 @@ class CheckpointStore:
 
     def write(self, state: State, best: bool) -> Path:
         """Do what ``save`` promises, here and now. Raises UserError where the files cannot be written."""
-        path = self.folder / f"step-{state['step']:08d}.pt"
+        path = self.directory / f"step-{state['step']:08d}.pt"
         if best:
             self._unwritten_best = state
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
             # The best first: a job that dies between the two evaluates again, and finds it the best again.
             if self._unwritten_best is not None:
-                write_atomically(self._unwritten_best, self.folder / "best.pt")
+                write_atomically(self._unwritten_best, self.directory / "best.pt")
                 self._unwritten_best = None
             write_atomically(state, path)
-            for old in self.by_step()[: -self.keep]:
+            for old in self.by_step()[: -self.keep_last]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"checkpoint {path}: cannot be written: {error.strerror or error}") from error
@@ -88,7 +95,7 @@ class CheckpointStore:
         while (path := self.newest()) is not None:
             try:
                 return path, load_checkpoint(path)
-            except DamagedError as error:
+            except CheckpointError as error:
                 names = (f"{path.name}.corrupt{number}" for number in ("", *range(2, 10**6)))
                 aside = next(free for name in names if not os.path.lexists(free := path.with_name(name)))
                 try:
@@ -100,21 +107,21 @@ class CheckpointStore:
                 warn(f"{error.args[0]}: moved aside to {aside.name}, {going_on}")
         return None
 
-    def remove_torn(self) -> None:
+    def remove_temporary_files(self) -> None:
         """Remove what jobs that died while writing have left. Nobody may be writing."""
-        for path in self.folder.glob(f"{TEMP_PREFIX}*"):
+        for path in self.directory.glob(f"{TEMP_PREFIX}*"):
             with contextlib.suppress(OSError):  # a folder that cannot be written will say so when it is to be
                 path.unlink(missing_ok=True)
 
     def by_step(self) -> list[Path]:
         """Return the files, oldest step first. Raises UserError where the folder cannot be read."""
         try:
-            paths = [path for path in self.folder.iterdir() if FORMAT.fullmatch(path.name)]
+            paths = [path for path in self.directory.iterdir() if FORMAT.fullmatch(path.name)]
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise UserError(
-                f"checkpoint {self.folder}: cannot be read: {error.strerror or error}; mend its rights"
+                f"checkpoint {self.directory}: cannot be read: {error.strerror or error}; mend its rights"
             ) from error
         return sorted(paths, key=lambda path: int(path.stem.partition("-")[2]))
 
@@ -132,7 +139,7 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(f"checkpoint {path}: no such file or run folder; give one that is there") from error
     except OSError as error:
         raise UserError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from error
-    newest = CheckpointStore(path / "checkpoints", keep=1).newest() or CheckpointStore(path, keep=1).newest()
+    newest = CheckpointStore(path / "checkpoints", keep_last=1).newest() or CheckpointStore(path, keep_last=1).newest()
     if newest is None:
         raise UserError(f"checkpoint {path}: holds no checkpoints/step-*.pt; give a checkpoint file or a run folder")
     return newest

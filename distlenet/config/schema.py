@@ -70,7 +70,7 @@ class DataConfig:
 class ModelConfig:
     """What learns."""
 
-    name: Literal["lenet"] = setting("lenet", "Network, by its name in distlenet.models.lenet.MODELS.", result=True)
+    name: Literal["lenet"] = setting("lenet", "Network, by its name in distlenet.models.registry.MODELS.", result=True)
     channels_last: bool = setting(True, "Lay images and convolutions' weights out channels last.", result=True)
 
 

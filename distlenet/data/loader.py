@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distlenet.data.sources import ImageData, Split
+from distlenet.data.sources import ImageData, ImageDataset
 from distlenet.distributed.preemption import block_signals, worker_init_fn
 from distlenet.utils.errors import UserError
 
@@ -21,7 +21,7 @@ SHARE_OF_GPU = 0.25
 class BatchedDataset(Dataset[Batch]):
     """A data set whose item is a whole batch: it is asked with a tensor of indices, not with one index."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: ImageDataset) -> None:
         """Serve the samples of ``split``."""
         self.split = split
 
@@ -36,7 +36,7 @@ class BatchedDataset(Dataset[Batch]):
 class Loader:
     """A DataLoader whose batches come on the rank's device, and whose workers no signal to stop ends."""
 
-    def __init__(self, split: Split, sampler: Iterable[Tensor], workers: int, device: torch.device) -> None:
+    def __init__(self, split: ImageDataset, sampler: Iterable[Tensor], workers: int, device: torch.device) -> None:
         """Load what ``sampler`` names, a tensor of indices at a time.
 
         ``batch_size=None`` turns the DataLoader's own batching off: the sampler's tensors arrive at the data

@@ -26,7 +26,7 @@ START = re.compile(r"(\d+)-from-(\d+)")
 class NoSampleLog:
     """Records nothing."""
 
-    behind = False
+    has_unwritten_lines = False
 
     def record(self, epoch: int, step: int, indices: Tensor) -> None:
         """Do nothing."""
@@ -35,7 +35,7 @@ class NoSampleLog:
         """Do nothing."""
 
 
-class Ledger(NoSampleLog):
+class SampleLog(NoSampleLog):
     """Record the samples of one rank."""
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -43,7 +43,7 @@ class Ledger(NoSampleLog):
         self.lines = LineFile(folder / f"rank-{rank:05d}.jsonl")
 
     @property
-    def behind(self) -> bool:  # type: ignore[override]
+    def has_unwritten_lines(self) -> bool:  # type: ignore[override]
         """Whether lines are not on the disk: a checkpoint saved now could go on from where they are missing."""
         self.lines.flush()
         try:
@@ -63,14 +63,14 @@ class Ledger(NoSampleLog):
 
 def open_start(run: Path, step: int, facts: dict[str, Any]) -> Path:
     """Make the folder of a start that goes on after ``step`` steps, with its facts. Rank 0 alone calls it."""
-    number = 1 + max((start.number for start in starts(run)), default=0)
+    number = 1 + max((start.number for start in read_starts(run)), default=0)
     folder = run / "ledger" / f"{number:04d}-from-{step:08d}"
     folder.mkdir(parents=True)
     (folder / "start.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
     return folder
 
 
-def join_start(run: Path, step: int, facts: dict[str, Any], rank: int) -> Ledger:
+def open_sample_log(run: Path, step: int, facts: dict[str, Any], rank: int) -> SampleLog:
     """Open this rank's ledger of the samples it takes from now on, after ``step`` steps. A collective."""
     folder: Path | None = None
     with raise_on_all_ranks():
@@ -80,7 +80,7 @@ def join_start(run: Path, step: int, facts: dict[str, Any], rank: int) -> Ledger
     folder = broadcast_object(folder)
     assert folder is not None
     with raise_on_all_ranks(), told(run):
-        return Ledger(folder, rank)
+        return SampleLog(folder, rank)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _read(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: is not as a run writes it ({reason}); restore that file") from error
 
 
-def starts(run: Path) -> list[Start]:
+def read_starts(run: Path) -> list[Start]:
     """Return a run's starts in their order."""
     found = []
     for folder in (run / "ledger").glob("*-from-*"):

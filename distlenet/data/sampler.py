@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from distlenet.data.permutation import Permutation
-from distlenet.data.sources import Split
+from distlenet.data.sources import ImageDataset
 from distlenet.utils.errors import UserError
 
 AT_ONCE = 4096
@@ -30,7 +30,7 @@ class GlobalBatchSampler(DistributedSampler[Tensor]):
 
     def __init__(
         self,
-        data: Split,
+        data: ImageDataset,
         global_batch: int,
         rank: int,
         world_size: int,

@@ -19,12 +19,12 @@ from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.mapped_file import Place, SharedFile, in_memory
 
-Places = tuple[str, dict[str, Place]]
+FileRefs = tuple[str, dict[str, Place]]
 """Where a data set came from, and where its four files are to be mapped."""
 
 
 @dataclass(frozen=True)
-class Split:
+class ImageDataset:
     """Images uint8 (N, H, W) and their labels (N,), of any integer type."""
 
     images: Tensor
@@ -34,27 +34,36 @@ class Split:
         """Return N."""
         return len(self.labels)
 
-    def to(self, device: torch.device) -> "Split":
-        """Return the split on ``device``."""
-        return Split(self.images.to(device), self.labels.to(device))
+    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images and the labels, as int64, of ``indices``: int64 (n,) on the device of the images."""
+        return self.images.index_select(0, indices), self.labels.index_select(0, indices).long()
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the images and labels."""
+        return self.images.nbytes + self.labels.nbytes
+
+    def to(self, device: torch.device) -> "ImageDataset":
+        """Return the dataset on ``device``."""
+        return ImageDataset(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: its two splits, the names of its classes, and where it came from."""
+    """A training and a test set, the names of their classes, and where they came from."""
 
-    train: Split
-    test: Split
+    train: ImageDataset
+    test: ImageDataset
     classes: tuple[str, ...]
     source: str
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the images and labels take."""
-        return sum(part.nbytes for split in (self.train, self.test) for part in (split.images, split.labels))
+        """Number of bytes of both sets."""
+        return self.train.nbytes + self.test.nbytes
 
     def to(self, device: torch.device) -> "ImageData":
-        """Return the data set on ``device``."""
+        """Return both sets on ``device``."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
@@ -66,7 +75,7 @@ class OpenData:
         self.files, self.source = files, source
 
     @property
-    def places(self) -> Places:
+    def refs(self) -> FileRefs:
         """Where the node's other ranks find them, in plain values."""
         return self.source, {name: file.place for name, file in self.files.items()}
 
@@ -101,32 +110,32 @@ def require_local_data(config: DataConfig) -> None:
         )
 
 
-def map_data(name: str, places: Places) -> ImageData:
+def map_data(name: str, refs: FileRefs) -> ImageData:
     """Map the files that the first rank of this node has opened. Raises OSError where they are not to be seen."""
-    source, by_name = places
+    source, by_name = refs
     parts = {name: idx.parse(place.map()) for name, place in by_name.items()}
     train_images, train_labels, test_images, test_labels = (parts[file] for file in idx.FILES)
-    train, test = Split(train_images, train_labels), Split(test_images, test_labels)
+    train, test = ImageDataset(train_images, train_labels), ImageDataset(test_images, test_labels)
     return ImageData(train, test, CLASSES["fashion_mnist" if name == "fashion_mnist" else "mnist"], source)
 
 
 def load_data(config: DataConfig, debian: bool = False) -> ImageData:
     """Open, verify and map the data set that ``config`` names, as a process of its own; errors as ``open_data``."""
     with closing(open_data(config, debian)) as opened:
-        return map_data(config.name, opened.places)
+        return map_data(config.name, opened.refs)
 
 
 def load_on_node(config: DataConfig, env: DistributedEnvironment) -> ImageData:
     """Load once per node: its first rank opens and verifies, all its ranks map the same memory. A collective."""
     with ExitStack() as stack:
-        places = None
+        refs = None
         with raise_on_all_ranks():
             if env.local_rank == 0:
-                places = stack.enter_context(closing(open_data(config))).places
-        places = broadcast_from_local_rank_0(places, env)
+                refs = stack.enter_context(closing(open_data(config))).refs
+        refs = broadcast_from_local_rank_0(refs, env)
         with raise_on_all_ranks():
             try:
-                data = map_data(config.name, places)
+                data = map_data(config.name, refs)
             except OSError as error:
                 warn(
                     f"rank {env.rank}: the images that local rank 0 has opened are not to be seen here ({error}); "

@@ -1,1 +1,4 @@
-"""To be written."""
+"""Built-in models. ``registry`` creates a model by its name; ``lenet`` holds ``Net``.
+
+This package imports nothing from other packages.
+"""

@@ -11,7 +11,7 @@ import torch
 from distlenet.checkpoint.format import to_bytes
 from distlenet.config.schema import Config
 from distlenet.data.sources import open_data, require_local_data
-from distlenet.models.lenet import make_model
+from distlenet.models.registry import make_model
 from distlenet.training.optimizers import make_optimizer
 from distlenet.utils.errors import UserError
 

@@ -12,7 +12,7 @@ from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.loading import load_config
 from distlenet.data.transforms import SIZE, Prepare
 from distlenet.distributed.context import set_threads
-from distlenet.models.lenet import make_model
+from distlenet.models.registry import make_model
 from distlenet.serving.image_files import Unreadable, find_pictures, read_picture
 from distlenet.training.evaluation import EVAL_BATCH
 from distlenet.utils.errors import UserError

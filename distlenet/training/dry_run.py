@@ -28,7 +28,7 @@ from distlenet.distributed.preemption import Preemption
 from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.rendezvous import host_key
 from distlenet.distributed.watchdog import Watchdog
-from distlenet.models.lenet import make_model
+from distlenet.models.registry import make_model
 from distlenet.reduction import micro_batch_size
 from distlenet.tracking.base import Trackers
 from distlenet.training.trainer import Trainer

@@ -13,7 +13,7 @@ from distlenet.data.transforms import Prepare
 from distlenet.distributed.collectives import any_rank
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.precision import make_scaler
-from distlenet.models.lenet import make_model
+from distlenet.models.registry import make_model
 from distlenet.reduction import make_reducer
 from distlenet.training.cuda_graph import GraphedStep, is_recorded
 from distlenet.training.meter import Meter

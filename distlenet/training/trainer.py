@@ -13,7 +13,7 @@ from distlenet.checkpoint.format import State
 from distlenet.checkpoint.manager import CheckpointManager
 from distlenet.config.loading import identity
 from distlenet.config.schema import Config
-from distlenet.data.sample_log import NoSampleLog, join_start
+from distlenet.data.sample_log import NoSampleLog, open_sample_log
 from distlenet.data.sources import ImageData
 from distlenet.distributed.collectives import any_rank, hosts_of_ranks, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
@@ -122,7 +122,7 @@ class Trainer:
         if self.config.data.ledger:
             facts = {"samples": self.sampler.samples, "steps_per_epoch": self.sampler.steps}
             facts |= {"global_batch_size": self.sampler.global_batch, "world_size": self.env.world_size}
-            self.ledger = join_start(self.folder, self.at.step, facts, self.env.rank)
+            self.ledger = open_sample_log(self.folder, self.at.step, facts, self.env.rank)
         with raise_on_all_ranks():
             if self.env.rank == 0:
                 limit = self.config.checkpoint.max_restarts_without_progress

@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from rank_program import main
 
-from distlenet.models.lenet import MODELS, Net
+from distlenet.models.lenet import Net
+from distlenet.models.registry import MODELS
 
 
 class DroppingNet(Net):

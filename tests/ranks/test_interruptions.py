@@ -77,10 +77,10 @@ from distlenet import train
 from distlenet.data import sources
 from distlenet.distributed.entry_point import run_entry
 from distlenet.utils.errors import UserError
-def map_data(name, places):
+def map_data(name, refs):
     if os.environ["RANK"] == "1":
         raise UserError("my disk is gone")
-    return original(name, places)
+    return original(name, refs)
 original, sources.map_data = sources.map_data, map_data
 run_entry(train.main)
 """

@@ -28,14 +28,14 @@ def state(step: int, *overrides: str, net: torch.nn.Module | None = None):
 
 
 def test_the_newest_k_and_the_best_are_kept(tmp_path):
-    folder = CheckpointStore(tmp_path / "checkpoints", keep=2)
+    folder = CheckpointStore(tmp_path / "checkpoints", keep_last=2)
     assert folder.newest() is None
     for step in (5, 10, 99, 100, 1000, 123456789):
         folder.write(state(step), best=step == 10)
-    names = sorted(path.name for path in folder.folder.iterdir())
+    names = sorted(path.name for path in folder.directory.iterdir())
     assert names == ["best.pt", "step-00001000.pt", "step-123456789.pt"]
     assert folder.newest().name == "step-123456789.pt"  # by step, not by name
-    assert load_checkpoint(folder.folder / "best.pt")["step"] == 10
+    assert load_checkpoint(folder.directory / "best.pt")["step"] == 10
 
 
 def test_the_tutorials_code_reads_a_checkpoint(tmp_path):
@@ -50,13 +50,13 @@ def test_a_death_between_the_best_and_the_newest_loses_neither(tmp_path, monkeyp
     """The newest says what the best accuracy was: written first, it would hide that best.pt is missing."""
     written = []
     monkeypatch.setattr(checkpoint_folder, "write_atomically", lambda _, path: written.append(path.name))
-    CheckpointStore(tmp_path, keep=1).write(state(5), best=True)
+    CheckpointStore(tmp_path, keep_last=1).write(state(5), best=True)
     assert written == ["best.pt", "step-00000005.pt"]
 
 
 def test_a_disk_that_is_really_full(tmp_path):
     """The kernel's own error, from a limit on the size of files; torch.save into a file would hide it."""
-    folder = CheckpointStore(tmp_path, keep=1)
+    folder = CheckpointStore(tmp_path, keep_last=1)
     folder.write(state(1), best=False)
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -70,17 +70,17 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 
 def test_torn_files_are_no_checkpoints_and_are_removed(tmp_path):
-    folder = CheckpointStore(tmp_path, keep=3)
+    folder = CheckpointStore(tmp_path, keep_last=3)
     newest = folder.write(state(1), best=False)
     (tmp_path / ".writing-abc").write_bytes(b"half")
     assert list(tmp_path.glob("*.pt")) == [newest]
-    folder.remove_torn()
+    folder.remove_temporary_files()
     assert list(tmp_path.iterdir()) == [newest]
 
 
 @pytest.mark.parametrize("fails_in", ["torch.save", "os.fsync", "os.replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, fails_in):
-    folder = CheckpointStore(tmp_path, keep=1)
+    folder = CheckpointStore(tmp_path, keep_last=1)
     folder.write(state(1), best=False)
     before = (tmp_path / "step-00000001.pt").read_bytes()
 
@@ -121,7 +121,7 @@ def damaged(content: bytes):
 
 
 def test_any_damage_to_the_newest_leads_to_the_one_before(tmp_path, capsys):
-    folder = CheckpointStore(tmp_path, keep=2)
+    folder = CheckpointStore(tmp_path, keep_last=2)
     older, newest = folder.write(tiny(1), best=False), folder.write(tiny(2), best=False)
     content = newest.read_bytes()
     for bad in damaged(content):
@@ -144,7 +144,7 @@ def test_any_damage_to_the_newest_leads_to_the_one_before(tmp_path, capsys):
 
 
 def test_when_all_are_damaged_it_says_so_and_starts_anew(tmp_path, capsys):
-    folder = CheckpointStore(tmp_path, keep=2)
+    folder = CheckpointStore(tmp_path, keep_last=2)
     for step in (1, 2):
         folder.write(tiny(step), best=False).write_bytes(b"")
     assert folder.load_newest() is None
@@ -171,7 +171,7 @@ from pathlib import Path
 import torch
 from distlenet.checkpoint import format as file
 from distlenet.checkpoint.store import CheckpointStore
-folder, cuts = CheckpointStore(Path(sys.argv[1]), keep=1), [int(cut) for cut in sys.argv[2:]]
+folder, cuts = CheckpointStore(Path(sys.argv[1]), keep_last=1), [int(cut) for cut in sys.argv[2:]]
 state = {"model": torch.nn.Linear(8, 8).state_dict(), "step": 2, "epoch": 0, "config": {}}
 real = os.fdopen
 for cut in cuts:
@@ -192,14 +192,14 @@ for cut in cuts:
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     path, found = folder.load_newest()
     assert found["step"] == 1 and path.name == "step-00000001.pt", path
-    assert list(folder.folder.glob("*.corrupt")) == []
-folder.remove_torn()
-print(sorted(path.name for path in folder.folder.iterdir()))
+    assert list(folder.directory.glob("*.corrupt")) == []
+folder.remove_temporary_files()
+print(sorted(path.name for path in folder.directory.iterdir()))
 """
 
 
 def test_a_kill_while_writing_at_any_byte_leaves_the_one_before(tmp_path):
-    CheckpointStore(tmp_path, keep=1).write(tiny(1), best=False)
+    CheckpointStore(tmp_path, keep_last=1).write(tiny(1), best=False)
     size = len((tmp_path / "step-00000001.pt").read_bytes())
     cuts = [size * part // 40 for part in range(41)]
     words = (sys.executable, "-c", KILLED_WHILE_WRITING, tmp_path, *cuts)
@@ -214,7 +214,7 @@ def test_saving_returns_before_the_file_is_written_and_training_cannot_change_it
         real(*arguments)
 
     monkeypatch.setattr(checkpoint_folder, "write_atomically", slow)
-    folder, net = CheckpointStore(tmp_path, keep=1), torch.nn.Linear(2, 1)
+    folder, net = CheckpointStore(tmp_path, keep_last=1), torch.nn.Linear(2, 1)
     wanted = net.weight.detach().clone()
     folder.save(state(1, net=net))
     assert folder.busy
@@ -229,7 +229,7 @@ def test_saving_returns_before_the_file_is_written_and_training_cannot_change_it
 
 def test_a_failed_write_is_told_once_and_tried_again(tmp_path, capsys):
     """A folder where a file is in the way: unwritable for root, too."""
-    folder = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    folder = CheckpointStore(tmp_path / "checkpoints", keep_last=3)
     (tmp_path / "checkpoints").write_text("in the way")
     for step in (1, 2):
         folder.save(tiny(step))
@@ -244,14 +244,14 @@ def test_a_failed_write_is_told_once_and_tried_again(tmp_path, capsys):
 
 
 def test_a_best_that_could_not_be_written_is_made_up_for(tmp_path, capsys):
-    folder = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    folder = CheckpointStore(tmp_path / "checkpoints", keep_last=3)
     (tmp_path / "checkpoints").write_text("in the way")
     folder.save(tiny(1), best=True)
     folder.wait()
     (tmp_path / "checkpoints").unlink()
     folder.save(tiny(2))
     assert folder.wait() is None
-    assert load_checkpoint(folder.folder / "best.pt")["step"] == 1
+    assert load_checkpoint(folder.directory / "best.pt")["step"] == 1
     assert "cannot be written" in capsys.readouterr().err
 
 
@@ -259,7 +259,7 @@ def test_what_must_be_written_before_it_fails_the_checkpoint_too(tmp_path):
     def history():
         raise UserError("metrics.jsonl: disk full")
 
-    folder = CheckpointStore(tmp_path, keep=3)
+    folder = CheckpointStore(tmp_path, keep_last=3)
     folder.save(tiny(1), before=history)
     assert "metrics.jsonl: disk full" in folder.wait()
     assert folder.newest() is None
@@ -311,7 +311,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             find_checkpoint(path)
     with pytest.raises(UserError, match="cannot be read"):
-        CheckpointStore(loop, keep=1).newest()
+        CheckpointStore(loop, keep_last=1).newest()
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path):
@@ -342,16 +342,16 @@ def test_finding_a_checkpoint(tmp_path):
     run.mkdir()
     with pytest.raises(UserError, match="holds no checkpoints"):
         find_checkpoint(run)
-    folder = CheckpointStore(run / "checkpoints", keep=3)
+    folder = CheckpointStore(run / "checkpoints", keep_last=3)
     folder.write(state(7), best=True)
     newest = folder.write(state(8), best=False)
-    assert find_checkpoint(run) == find_checkpoint(folder.folder) == newest
-    assert find_checkpoint(folder.folder / "best.pt") == folder.folder / "best.pt"
+    assert find_checkpoint(run) == find_checkpoint(folder.directory) == newest
+    assert find_checkpoint(folder.directory / "best.pt") == folder.directory / "best.pt"
 
 
 def test_resuming_takes_the_newest_a_given_one_or_none(tmp_path):
-    own = CheckpointStore(tmp_path / "own/checkpoints", keep=3)
-    other = CheckpointStore(tmp_path / "other/checkpoints", keep=3).write(state(5), best=False)
+    own = CheckpointStore(tmp_path / "own/checkpoints", keep_last=3)
+    other = CheckpointStore(tmp_path / "other/checkpoints", keep_last=3).write(state(5), best=False)
     assert choose_resumable(load_config(), own, Net()) is None
     assert choose_resumable(load_config([], ["checkpoint.resume=never"]), own, Net()) is None
     given = load_config([], [f"checkpoint.resume={tmp_path / 'other'}"])
@@ -364,8 +364,8 @@ def test_resuming_takes_the_newest_a_given_one_or_none(tmp_path):
 
 
 def test_a_run_started_from_a_checkpoint_goes_on_by_the_same_command(tmp_path):
-    other = CheckpointStore(tmp_path / "other/checkpoints", keep=3).write(state(5), best=False)
-    own = CheckpointStore(tmp_path / "own/checkpoints", keep=3)
+    other = CheckpointStore(tmp_path / "other/checkpoints", keep_last=3).write(state(5), best=False)
+    own = CheckpointStore(tmp_path / "own/checkpoints", keep_last=3)
     same = load_config([], [f"checkpoint.resume={other}"])
     newest = own.write({**state(9), "started_from": str(other)}, best=False)
     assert choose_resumable(same, own, Net())[0] == newest

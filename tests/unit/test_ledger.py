@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distlenet import ledger as command
-from distlenet.data.sample_log import Ledger, NoSampleLog, open_start, starts
+from distlenet.data.sample_log import NoSampleLog, SampleLog, open_start, read_starts
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -15,7 +15,7 @@ FACTS = {"samples": 10, "global_batch_size": 4, "steps_per_epoch": 3, "world_siz
 def write(run, step, batches, world_size=2, facts=FACTS, epoch=0):
     """Write a start that goes on after ``step`` steps and takes these global batches."""
     folder = open_start(run, step, facts)
-    ledgers = [Ledger(folder, rank) for rank in range(world_size)]
+    ledgers = [SampleLog(folder, rank) for rank in range(world_size)]
     for number, batch in enumerate(batches, start=step):
         for rank, ledger in enumerate(ledgers):
             ledger.record(epoch, number, torch.tensor(batch[rank::world_size], dtype=torch.int64))
@@ -36,7 +36,7 @@ def test_steps_that_a_later_start_trained_again_count_once(tmp_path):
     write(tmp_path, 0, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]])  # killed after step 3, having saved after step 1
     write(tmp_path, 1, [[4, 5, 6, 7]], world_size=1)  # killed again, having saved nothing
     write(tmp_path, 1, [[4, 5, 6, 7], [8, 9]], world_size=4)
-    assert [start.step for start in starts(tmp_path)] == [0, 1, 1]
+    assert [start.step for start in read_starts(tmp_path)] == [0, 1, 1]
     assert command.report(tmp_path)[1]
 
 

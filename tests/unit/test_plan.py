@@ -9,7 +9,7 @@ from conftest import run_command
 
 from distlenet import train
 from distlenet.config.loading import load_config
-from distlenet.models.lenet import make_model
+from distlenet.models.registry import make_model
 from distlenet.training.dry_run import activations, plan
 
 pytestmark = pytest.mark.unit

@@ -4,14 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distlenet.data.sampler import GlobalBatchSampler, ShardSampler, permutation
-from distlenet.data.sources import Split
+from distlenet.data.sources import ImageDataset
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
 
-def split(samples: int) -> Split:
-    return Split(torch.zeros(samples, 1, 1, dtype=torch.uint8), torch.zeros(samples, dtype=torch.int64))
+def split(samples: int) -> ImageDataset:
+    return ImageDataset(torch.zeros(samples, 1, 1, dtype=torch.uint8), torch.zeros(samples, dtype=torch.int64))
 
 
 def samplers(samples, batch, world_size, seed=0, drop_last=False):

@@ -7,7 +7,7 @@ import torch
 from distlenet.config.loading import load_config
 from distlenet.data import synthetic
 from distlenet.data.loader import Loader, place_dataset
-from distlenet.data.sources import Split, load_data
+from distlenet.data.sources import ImageDataset, load_data
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -70,7 +70,7 @@ def test_synthetic_has_any_size_and_the_same_bytes_each_time():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_fetches_whole_batches(workers):
-    split = Split(torch.arange(20, dtype=torch.uint8).view(20, 1, 1), torch.arange(20))
+    split = ImageDataset(torch.arange(20, dtype=torch.uint8).view(20, 1, 1), torch.arange(20))
     batches = [torch.tensor([3, 1]), torch.tensor([7]), torch.empty(0, dtype=torch.int64)]
     loader = Loader(split, batches, workers, torch.device("cpu"))
     for _ in range(2):
@@ -81,7 +81,7 @@ def test_a_loader_fetches_whole_batches(workers):
 
 
 def test_a_loader_leaves_the_global_generator_alone():
-    split = Split(torch.zeros(2, 1, 1, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    split = ImageDataset(torch.zeros(2, 1, 1, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     before = torch.get_rng_state()
     list(Loader(split, [torch.tensor([0])], 0, torch.device("cpu")))
     assert torch.equal(torch.get_rng_state(), before)
