@@ -17,7 +17,7 @@ from distlenet.distributed.precision import autocast, resolve_precision, use_det
 from distlenet.distributed.process_group import process_group
 from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.rendezvous import rendezvous
-from distlenet.distributed.watchdog import Watchdog, watching
+from distlenet.distributed.watchdog import Watchdog, run_watchdog
 from distlenet.utils.allocator import tune_malloc
 from distlenet.utils.errors import warn
 
@@ -54,11 +54,11 @@ class DistributedContext:
 
 @contextmanager
 def init_distributed(
-    config: Config, folder: Path | None = None, here: Store | None = None
+    config: Config, run_dir: Path | None = None, store: Store | None = None
 ) -> Iterator[DistributedContext]:
-    """Join the job for the length of a ``with`` block; a hang is noted in ``folder``.
+    """Join the job for the length of a ``with`` block; a hang is noted in ``run_dir``.
 
-    ``here`` is what ``rendezvous`` has returned, where the ranks have met before.
+    ``store`` is what ``rendezvous`` has returned, where the ranks have met before.
     Raises UserError, before the ranks meet, for an environment, device, backend or precision that cannot be.
     """
     env = read_environment(os.environ)
@@ -78,15 +78,15 @@ def init_distributed(
     set_threads(config.distributed.threads)
     tune_malloc()
     start_s, step_s = config.distributed.init_timeout_s, config.distributed.step_timeout_s
-    trace = folder / "flight-recorder" if folder is not None and backend == "nccl" else None
+    trace = run_dir / "flight-recorder" if run_dir is not None and backend == "nccl" else None
     if trace is not None:  # before the group is made; see distlenet.distributed.watchdog
         for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # as of torch 2.9, and before
             os.environ.setdefault(name, "2000")
-    store = rendezvous(env, start_s) if here is None else here
+    store = store if store is not None else rendezvous(env, start_s)
     with (
         process_group(store, env, backend, device, max(start_s, step_s) + BACKSTOP_S),
         closing(RankLog(env, device)) as log,
-        watching(store, env, start_s, trace) as watchdog,
+        run_watchdog(store, env, start_s, trace) as watchdog,
         report_failures(store, env, log),
     ):
         yield DistributedContext(env, device, backend, precision, watchdog, log)

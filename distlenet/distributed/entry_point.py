@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
-from distlenet.distributed.failures import block
-from distlenet.distributed.rank_log import listen_for_stacks
+from distlenet.distributed.failures import format_failure
+from distlenet.distributed.rank_log import dump_stacks_on_signal
 from distlenet.utils.errors import Preempted, RankError, UserError, print_error, warn
 
 
@@ -77,13 +77,13 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an odd locale costs a character, not the run
     if sys.__stderr__ is not None:
-        listen_for_stacks(sys.__stderr__)
+        dump_stacks_on_signal(sys.__stderr__)
     try:
         sys.exit(guarded())
     except Exception as error:  # what the user cannot mend
-        if not hasattr(error, "told"):
+        if not hasattr(error, "reported"):
             env = DistributedEnvironment()
             with contextlib.suppress(UserError):
                 env = read_environment(os.environ)
-            print_error(block(error, env))
+            print_error(format_failure(error, env))
         sys.exit(1)

@@ -42,15 +42,16 @@ def read_environment(environ: Mapping[str, str]) -> DistributedEnvironment:
                 f"environment: {given} is set, but not {', '.join(missing)}; start ranks with torchrun, "
                 f"or unset {given} for one process"
             )
-        rank, local_rank, world_size, local_world_size = (number(environ, name) for name in names)
+        rank, local_rank, world_size, local_world_size = (read_int(environ, name) for name in names)
         port = _port(environ)
         agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         init_method = "env://" if agent else f"tcp://{environ['MASTER_ADDR']}:{port}"
-        node_rank = number(environ, "GROUP_RANK") if "GROUP_RANK" in environ else rank // max(1, local_world_size)
+        node_rank = read_int(environ, "GROUP_RANK") if "GROUP_RANK" in environ else rank // max(1, local_world_size)
         return _checked(DistributedEnvironment(rank, local_rank, world_size, local_world_size, node_rank, init_method))
     if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
         world_size, rank, local_rank, node_rank = (
-            number(environ, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+            read_int(environ, name)
+            for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
         )
         tasks = slurm_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""), most=world_size)
         if node_rank >= len(tasks):
@@ -72,7 +73,7 @@ def read_environment(environ: Mapping[str, str]) -> DistributedEnvironment:
     return DistributedEnvironment()
 
 
-def number(environ: Mapping[str, str], name: str) -> int:
+def read_int(environ: Mapping[str, str], name: str) -> int:
     """Read a whole number from the environment. Raises RankError where it is none."""
     value = environ.get(name, "")
     if not re.fullmatch(r"[0-9]{1,9}", value):
@@ -94,7 +95,7 @@ def threads_from_environ(environ: Mapping[str, str]) -> int | None:
 
 
 def _port(environ: Mapping[str, str]) -> int:
-    port = number(environ, "MASTER_PORT")
+    port = read_int(environ, "MASTER_PORT")
     if not 1 <= port <= 65535:
         raise RankError(f"environment: MASTER_PORT={port}: expected a port, 1 to 65535; give a free one")
     return port
@@ -145,4 +146,7 @@ def slurm_port(environ: Mapping[str, str]) -> int:
 
     20,000 to 29,999: below Linux's ephemeral range, where any client may sit on a port.
     """
-    return 20_000 + (number(environ, "SLURM_JOB_ID") * 37 + number(environ, "SLURM_STEP_ID")) % 10_000
+    return 20_000 + (read_int(environ, "SLURM_JOB_ID") * 37 + read_int(environ, "SLURM_STEP_ID")) % 10_000
+
+
+number = read_int  # until distlenet.training uses the new name

@@ -24,7 +24,7 @@ MOST = 8
 MOST_CHARACTERS = 140
 """How much of its message each of those prints."""
 
-PASSING = ("failures.py", "session.py", "entry.py")
+PASSING = ("failures.py", "context.py", "entry_point.py")
 """The files of this package through which every exception comes."""
 
 LOST = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited|connection refused", re.IGNORECASE)
@@ -45,12 +45,12 @@ def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> 
         where = f"\ndistlenet: its log is {log.handler.baseFilename}" if log.handler else ""
         place = _place(store)
         if place == 1:
-            print_error(block(error, env) + where)
+            print_error(format_failure(error, env) + where)
         elif place <= MOST:
             text = " ".join(str(error).split())[:MOST_CHARACTERS]
             who = f"rank {env.rank} of {env.world_size} on {socket.gethostname()}"
             print_error(f"distlenet: {who} failed after it: {type(error).__name__}: {text}")
-        error.told = True  # type: ignore[attr-defined]
+        error.reported = True  # type: ignore[attr-defined]
         raise
 
 
@@ -63,7 +63,7 @@ def _place(store: Store) -> int:
         return 1
 
 
-def block(error: Exception, env: DistributedEnvironment) -> str:
+def format_failure(error: Exception, env: DistributedEnvironment) -> str:
     """Write what ended a rank."""
     who = f"rank {env.rank} of {env.world_size} on {socket.gethostname()} " if env.world_size > 1 else ""
     text = f"distlenet: {who}failed:\n" + "\n".join(f"  {line}" for line in _traceback(error))

@@ -1,8 +1,7 @@
-"""Asked to stop, by SIGTERM or SIGUSR2: remember it until all ranks know, then save and leave.
+"""Stop requests: SIGTERM or SIGUSR2 sets a flag, and all ranks stop after the same step.
 
-A scheduler warns a job before it takes the machine away, and not all ranks hear it, or not at the same step. So a
-signal only sets a flag here; it travels with what the ranks exchange in each step anyway (see
-``distlenet.reduction``), and all of them see it after the same step.
+A scheduler signals a job before it ends it, but not every rank receives the signal, or not during the same step. The
+flag of each rank is therefore part of what the ranks reduce in every step anyway (see ``distlenet.reduction``).
 """
 
 import os
@@ -19,108 +18,109 @@ from torch import Tensor
 
 from distlenet.utils.process import exit_with_parent
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not USR1, which NCCL may take
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL may use
 
 
 class Preemption:
-    """Whether this rank was asked to stop, and since when."""
+    """The stop request of this rank, and the time that it leaves."""
 
-    def __init__(self, preemption_grace_s: float) -> None:
-        """Allow ``preemption_grace_s`` seconds from the signal to the end."""
-        self.preemption_grace_s = preemption_grace_s
-        self.asked_by: str | None = None
+    def __init__(self, grace_s: float) -> None:
+        """Allow ``grace_s`` seconds from the signal to the exit."""
+        self.grace_s = grace_s
+        self.requested_by: str | None = None
         self.deadline = float("inf")
-        self.before: dict[int, Any] = {}  # the handlers
+        self.previous_handlers: dict[int, Any] = {}
 
-    def listen(self) -> None:
-        """Take the signals from now on."""
-        self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
+    def install(self) -> None:
+        """Handle the signals from now on."""
+        self.previous_handlers = {number: signal.signal(number, self.handle_signal) for number in SIGNALS}
 
-    def ask(self, number: int, _: FrameType | None = None) -> None:
-        """Take a signal. The second is as good as none: the first may already be at work."""
-        if self.asked_by is None:
-            self.deadline = time.monotonic() + self.preemption_grace_s
-            self.asked_by = signal.Signals(number).name
+    def handle_signal(self, number: int, _: FrameType | None = None) -> None:
+        """Record the first signal. Later ones do not extend the deadline."""
+        if self.requested_by is None:
+            self.deadline = time.monotonic() + self.grace_s
+            self.requested_by = signal.Signals(number).name
 
     @property
-    def asked(self) -> bool:
-        """Whether a signal came to this rank."""
-        return self.asked_by is not None
+    def stop_requested(self) -> bool:
+        """Whether this rank received a signal."""
+        return self.requested_by is not None
 
     def seconds_left(self) -> float:
-        """Return the seconds until this rank should be gone; all of ``preemption_grace_s`` where it was not asked itself."""
-        return max(0.0, min(self.deadline - time.monotonic(), self.preemption_grace_s))
+        """Return the seconds until this rank must exit; ``grace_s`` if it received no signal."""
+        return max(0.0, min(self.deadline - time.monotonic(), self.grace_s))
 
 
 @contextmanager
-def handle_preemption(preemption_grace_s: float) -> Iterator[Preemption]:
-    """Have a Preemption, which may ``listen`` to the end of a ``with`` block; then the handlers before it come back."""
-    preemption = Preemption(preemption_grace_s)
+def handle_preemption(grace_s: float) -> Iterator[Preemption]:
+    """Yield a Preemption to ``install``; restore the previous handlers at the end."""
+    preemption = Preemption(grace_s)
     try:
         yield preemption
     finally:
-        for number, handler in preemption.before.items():
+        for number, handler in preemption.previous_handlers.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def block_signals() -> Iterator[None]:
-    """Let the signals wait until the end of a ``with`` block; for a process forked in it, until ``worker_init_fn``.
+    """Block the signals during the block; a process forked in it keeps them blocked until ``worker_init_fn``.
 
-    torch gives a new worker a handler of its own for SIGTERM, which ends it.
+    Otherwise SIGTERM would end a new loader worker: torch installs its own handler there.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def worker_init_fn(_: int = 0) -> None:
-    """Prepare a loader's worker process: its rank needs it to the last step, so only the rank ends it.
+    """Make a loader's worker ignore the signals, except SIGTERM from its rank, which needs it until the last step.
 
-    Python does so by SIGTERM where a rank leaves with workers still there, and waits until they are gone.
+    Python sends that SIGTERM, and waits for the worker to exit, if the rank exits before its loader is closed.
     """
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_at_parents_sigterm, daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_from_parent, daemon=True).start()
     exit_with_parent()
 
 
-def _end_at_parents_sigterm() -> None:
+def _exit_on_sigterm_from_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 class StopFlag:
-    """Whether any rank was asked to stop: read on the host, without making the device wait.
+    """Whether any rank requested a stop, read on the host without waiting for the current step of the device.
 
-    On a GPU a value is looked at ``LAG`` steps after it was computed: it is there by then, and every rank looks at
-    the same step's.
+    On a GPU each value is read ``DELAY`` steps after its step: it is complete by then, and all ranks read the value of
+    the same step.
     """
 
-    LAG = 4
+    DELAY = 4
 
     def __init__(self, device: torch.device) -> None:
-        """Read from ``device``."""
-        self.yes = False
-        self.steps = 0
-        self.events: list[torch.cuda.Event] = []
+        """Read values from ``device``."""
+        self._stop = False
+        self._step = 0
+        self._events: list[torch.cuda.Event] = []
         if device.type == "cuda":
-            self.values = torch.zeros(self.LAG, pin_memory=True)
-            self.events = [torch.cuda.Event() for _ in range(self.LAG)]
+            self._values = torch.zeros(self.DELAY, pin_memory=True)
+            self._events = [torch.cuda.Event() for _ in range(self.DELAY)]
 
-    def put(self, value: Tensor) -> None:
-        """Take one step's sum over all ranks, a scalar: more than 0 where any was asked."""
-        if not self.events:
-            self.yes |= bool(value > 0)
-            return
-        slot = self.steps % self.LAG
-        if self.steps >= self.LAG:
-            self.events[slot].synchronize()  # a host sync with what the device did LAG steps ago
-            self.yes |= bool(self.values[slot] > 0)
-        self.values[slot].copy_(value.detach(), non_blocking=True)
-        self.events[slot].record()
-        self.steps += 1
+    def poll(self, value: Tensor) -> bool:
+        """Take one step's sum over all ranks, positive if any requested a stop; return whether one did so far."""
+        if not self._events:
+            self._stop |= bool(value > 0)
+            return self._stop
+        slot = self._step % self.DELAY
+        if self._step >= self.DELAY:
+            self._events[slot].synchronize()  # a host sync with the work of DELAY steps ago
+            self._stop |= bool(self._values[slot] > 0)
+        self._values[slot].copy_(value.detach(), non_blocking=True)
+        self._events[slot].record()
+        self._step += 1
+        return self._stop

@@ -10,23 +10,23 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.distributed.rendezvous import told
+from distlenet.distributed.rendezvous import convert_rendezvous_errors
 from distlenet.utils.errors import Preempted, UserError
 
 
 @contextmanager
 def process_group(
-    here: Store, env: DistributedEnvironment, backend: str, device: torch.device, timeout_s: float
+    store: Store, env: DistributedEnvironment, backend: str, device: torch.device, timeout_s: float
 ) -> Iterator[None]:
     """Join the default process group for the length of a ``with`` block, and leave it on every path.
 
-    ``here`` is what ``rendezvous`` returns, ``timeout_s`` how long ranks wait for each other in a collective.
+    ``store`` is what ``rendezvous`` returns, ``timeout_s`` how long ranks wait for each other in a collective.
     Raises RankError where the group does not come together.
     """
-    with told(env):
+    with convert_rendezvous_errors(env):
         dist.init_process_group(
             backend,
-            store=PrefixStore("group", here),
+            store=PrefixStore("group", store),
             rank=env.rank,
             world_size=env.world_size,
             timeout=timedelta(seconds=timeout_s),

@@ -31,7 +31,7 @@ ENVIRONMENT = re.compile(
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|JWT|CRED|AUTH", re.IGNORECASE)
 
 
-def listen_for_stacks(file: TextIO) -> None:
+def dump_stacks_on_signal(file: TextIO) -> None:
     """Have ``STACKS``, and crashes, print every thread's stack to ``file``; nothing, where that has no descriptor."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         faulthandler.register(STACKS, file=file, all_threads=True)
@@ -69,7 +69,7 @@ class RankLog:
         LOGGER.addHandler(handler)
         self.handler = handler
         if handler.stream is not None:
-            listen_for_stacks(handler.stream)
+            dump_stacks_on_signal(handler.stream)
         where = f"rank {self.env.rank} of {self.env.world_size} on {socket.gethostname()}, {self.device}"
         versions = f"Python {platform.python_version()}, torch {torch.__version__}"
         self.write(f"{where}, process {os.getpid()}, {versions}\n{shown(os.environ)}")

@@ -135,12 +135,12 @@ def rendezvous(env: DistributedEnvironment, timeout_s: float, setting: str = "di
     They have ``timeout_s`` seconds, as ``setting`` says. Raises RankError where they do not come together.
     """
     timeout = timedelta(seconds=timeout_s)
-    with told(env):
+    with convert_rendezvous_errors(env):
         return meet(open_store(env, timeout), env, timeout, setting)
 
 
 @contextmanager
-def told(env: DistributedEnvironment) -> Iterator[None]:
+def convert_rendezvous_errors(env: DistributedEnvironment) -> Iterator[None]:
     """Turn what torch raises where ranks do not come together into a RankError."""
     try:
         yield

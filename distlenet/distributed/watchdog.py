@@ -31,7 +31,7 @@ SUSPENDED_S = 30.0  # between two looks: no running process is that late
 
 
 class Watchdog:
-    """Ends this process where ``beat`` is not called for ``limit_s`` seconds."""
+    """Ends this process where ``heartbeat`` is not called for ``limit_s`` seconds."""
 
     def __init__(self, store: Store, env: DistributedEnvironment, limit_s: float, trace: Path | None) -> None:
         """Watch from now on; ``trace`` is the folder for what NCCL recorded, None without NCCL."""
@@ -44,12 +44,12 @@ class Watchdog:
         self.step, self.last = 0, time.monotonic()
         self.end: Callable[[int], Any] = os._exit  # no cleaning up: the main thread is stuck
 
-    def expect(self, limit_s: float, setting: str) -> None:
+    def set_timeout(self, limit_s: float, setting: str) -> None:
         """Go over to another limit, the value of ``setting``."""
         self.last = time.monotonic()  # first: the thread may look in between
         self.limit_s, self.setting = limit_s, setting
 
-    def beat(self, step: int) -> None:
+    def heartbeat(self, step: int) -> None:
         """Say that all is well, after ``step`` steps. Costs nothing."""
         self.step, self.last = step, time.monotonic()
 
@@ -76,7 +76,7 @@ class Watchdog:
         wait_s = min(max(self.limit_s * ASK_SHARE, ASK_LEAST_S), ASK_MOST_S)
         findings: list[str | None] = []
         # In a thread: a store whose process is stopped keeps the connection, and whoever reads from it, for ever.
-        asking = threading.Thread(target=lambda: findings.append(self.ask(wait_s)), daemon=True)
+        asking = threading.Thread(target=lambda: findings.append(self.collect_notes(wait_s)), daemon=True)
         asking.start()
         asking.join(4 * wait_s)
         if not findings:
@@ -88,7 +88,7 @@ class Watchdog:
         elif findings[0]:
             warn(f"{what} {findings[0]}")
 
-    def ask(self, wait_s: float) -> str | None:
+    def collect_notes(self, wait_s: float) -> str | None:
         """Ask all ranks through the store, and give them ``wait_s`` to notice, too.
 
         Returns what is wrong, on the lowest rank that answers alone. Raises DistError without the store.
@@ -120,7 +120,7 @@ class Watchdog:
 
 
 @contextmanager
-def watching(store: Store, env: DistributedEnvironment, limit_s: float, trace: Path | None) -> Iterator[Watchdog]:
+def run_watchdog(store: Store, env: DistributedEnvironment, limit_s: float, trace: Path | None) -> Iterator[Watchdog]:
     """Have a watchdog for the length of a ``with`` block."""
     watchdog = Watchdog(store, env, limit_s, trace)
     thread = threading.Thread(target=watchdog.watch, name="watchdog", daemon=True)

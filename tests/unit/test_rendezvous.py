@@ -10,7 +10,7 @@ import torch.distributed as dist
 from distlenet.distributed import address
 from distlenet.distributed.address import wait_for_port
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.distributed.rendezvous import in_time, open_store, told
+from distlenet.distributed.rendezvous import convert_rendezvous_errors, in_time, open_store
 from distlenet.utils.errors import RankError
 
 pytestmark = pytest.mark.unit
@@ -67,14 +67,20 @@ def test_what_listens_is_mute(listener, monkeypatch):
 
 
 def test_a_port_that_is_taken(listener):
-    with pytest.raises(RankError, match=f"port {listener} on .* is in use"), told(at(listener, rank=0)):
+    with (
+        pytest.raises(RankError, match=f"port {listener} on .* is in use"),
+        convert_rendezvous_errors(at(listener, rank=0)),
+    ):
         open_store(at(listener, rank=0), timedelta(seconds=2))
 
 
 def test_other_failures_are_left_alone():
-    with pytest.raises(RuntimeError, match="out of memory"), told(at(1)):
+    with pytest.raises(RuntimeError, match="out of memory"), convert_rendezvous_errors(at(1)):
         raise RuntimeError("out of memory")
-    with pytest.raises(RankError, match=r"could not join the others at 127\.0\.0\.1:1: refused"), told(at(1)):
+    with (
+        pytest.raises(RankError, match=r"could not join the others at 127\.0\.0\.1:1: refused"),
+        convert_rendezvous_errors(at(1)),
+    ):
         raise dist.DistNetworkError("refused\nand much more")
 
 
@@ -82,6 +88,6 @@ def test_an_interface_that_is_not_there(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
     with (
         pytest.raises(RankError, match=r"GLOO_SOCKET_IFNAME=ib7: .* has no such network interface .* it has lo"),
-        told(at(1)),
+        convert_rendezvous_errors(at(1)),
     ):
         raise RuntimeError("[enforce fail] Unable to find address for: ib7")

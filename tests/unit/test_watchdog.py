@@ -18,14 +18,14 @@ def watchdogs(ranks: int, limit_s: float = 1.0) -> list[Watchdog]:
         store.set(host_key(rank), f"word host{rank // 2}")
     made = [Watchdog(store, DistributedEnvironment(rank, 0, ranks), limit_s, None) for rank in range(ranks)]
     for watchdog in made:
-        watchdog.expect(limit_s, "distributed.step_timeout_s")
+        watchdog.set_timeout(limit_s, "distributed.step_timeout_s")
     return made
 
 
 def ask(asking: list[Watchdog]) -> list[str | None]:
     """Have several ranks ask at the same time; return what each found."""
     found: dict[int, str | None] = {}
-    threads = [threading.Thread(target=lambda w=w: found.update({w.env.rank: w.ask(0.5)})) for w in asking]
+    threads = [threading.Thread(target=lambda w=w: found.update({w.env.rank: w.collect_notes(0.5)})) for w in asking]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -41,7 +41,7 @@ def test_those_who_do_not_answer_are_named_once_with_their_hosts():
 def test_a_rank_that_answers_but_is_behind_is_named():
     made = watchdogs(2)
     for watchdog, step in zip(made, (40, 39), strict=True):
-        watchdog.beat(step)
+        watchdog.heartbeat(step)
     (told, silent) = ask(made)
     assert told.startswith("all ranks answer, but rank 1 on ")
     assert told.endswith("ended only step 39")
@@ -60,7 +60,7 @@ def test_it_ends_the_process_when_no_step_ends_and_not_before(capsys):
     thread = threading.Thread(target=watchdog.watch)
     thread.start()
     for step in range(30):  # 0.6 s of beats: twice the limit
-        watchdog.beat(step)
+        watchdog.heartbeat(step)
         assert not ended.wait(0.02)
     assert ended.wait(30)
     thread.join()
