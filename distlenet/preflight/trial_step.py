@@ -43,7 +43,7 @@ class PreflightReport:
 
 def together(checkup: PreflightReport, config: Config, here: Store, all_sizes: bool) -> None:
     """Form the group that training would, add numbers, and take one real training step. A collective."""
-    with init_distributed(config, here=here) as context:
+    with init_distributed(config, store=here) as context:
         env, device = context.env, context.device
         if env.world_size > 1:
             wrong = wrong_sums(env.rank, env.world_size, device)
