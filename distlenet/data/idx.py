@@ -1,7 +1,4 @@
-"""IDX files, the format of MNIST and Fashion-MNIST: finding, verifying and reading them.
-
-Format: http://yann.lecun.com/exdb/mnist/ (two zero bytes, type, number of dimensions, sizes, data).
-"""
+"""IDX files, the format of MNIST and Fashion-MNIST (http://yann.lecun.com/exdb/mnist/): find, verify and read them."""
 
 import gzip
 import math
@@ -16,9 +13,8 @@ from torch import Tensor
 from distlenet.utils.errors import UserError
 from distlenet.utils.mapped_file import CHUNK, SharedFile, in_memory, on_disk
 
-LARGEST = 16 + 60_000 * 28 * 28  # bytes, of the training images of both sets
-
-UINT8 = 8  # the format's code for unsigned bytes
+UINT8 = 8  # the type code of unsigned bytes
+MAX_BYTES = 16 + 60_000 * 28 * 28  # size of the largest published file, the training images
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -27,67 +23,51 @@ FILES = (
     "t10k-labels-idx1-ubyte",
 )
 
-# SHA-256 of the uncompressed files, so that a copy counts whoever compressed it: Debian's package and
-# torchvision's download hold the same images in different .gz files. tests/unit/test_idx.py ties
-# these numbers to the MD5 sums in torchvision.datasets.
-SHA256 = {
-    "fashion_mnist": dict(
-        zip(
-            FILES,
-            (
-                "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-                "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-                "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-                "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-            ),
-            strict=True,
-        )
+_DIGESTS = {
+    "fashion_mnist": (
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
-    "mnist": dict(
-        zip(
-            FILES,
-            (
-                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-            ),
-            strict=True,
-        )
+    "mnist": (
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     ),
 }
+SHA256 = {name: dict(zip(FILES, digests, strict=True)) for name, digests in _DIGESTS.items()}
+"""Checksums of the uncompressed files: Debian and torchvision distribute the same data in different .gz files."""
 
 
-def find(folder: Path) -> dict[str, Path] | None:
-    """Return the paths of the four files, plain or .gz, in ``folder``; None where none of them is there.
+def find_files(directory: Path) -> dict[str, Path] | None:
+    """Return the four files in ``directory``, plain or .gz; None if it contains none of them.
 
-    Raises UserError where some are there and others are not: half a data set is a mistake, not a choice.
+    Raise UserError if it contains only some of them, or if one is unreadable or not a regular file.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for name in FILES:
-        for path in (folder / name, folder / f"{name}.gz"):
+        for path in (directory / f"{name}.gz", directory / name):  # a plain file takes precedence
             try:
-                regular = stat.S_ISREG(path.stat().st_mode)  # a pipe would be waited for, for ever
+                is_regular = stat.S_ISREG(path.stat().st_mode)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 raise UserError(f"data {path}: cannot be read: {error.strerror}; give another data.root") from error
-            if not regular:
+            if not is_regular:  # opening a pipe would block
                 raise UserError(f"data {path}: is not a regular file; give another data.root")
-            found.setdefault(name, path)
-    if found and (missing := [name for name in FILES if name not in found]):
-        raise UserError(f"data {folder}: lacks {', '.join(missing)} (plain or .gz); complete it or remove it")
-    return found or None
+            paths[name] = path
+    if paths and (missing := [name for name in FILES if name not in paths]):
+        raise UserError(f"data {directory}: lacks {', '.join(missing)} (plain or .gz); add the rest or remove all")
+    return paths or None
 
 
 def open_verified(path: Path, sha256: str) -> SharedFile:
-    """Open one IDX file, unpacked into memory where it is a .gz, whose unpacked bytes must have the given SHA-256.
-
-    Raises UserError that names the file where it cannot be read or is not the published one.
-    """
+    """Open one file, decompressed into memory if it is a .gz. Raise UserError unless its contents match ``sha256``."""
     try:
-        shared = unpacked(path) if path.suffix == ".gz" else on_disk(path)
-        digest = shared.sha256()
+        file = in_memory(_decompress(path)) if path.suffix == ".gz" else on_disk(path)
+        digest = file.sha256()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"data {path}: is damaged: {error}; remove it and run again") from error
     except OSError as error:
@@ -97,44 +77,40 @@ def open_verified(path: Path, sha256: str) -> SharedFile:
             f"data {path}: is not the published file (SHA-256 {digest[:12]}..., expected {sha256[:12]}...); "
             "remove it and run again"
         )
-    return shared
+    return file
 
 
-def unpacked(path: Path) -> SharedFile:
-    """Unpack a .gz file into memory. Raises BadGzipFile for one of more bytes than any published file has."""
-
-    def chunks() -> Iterator[bytes]:
-        with gzip.open(path) as packed:
-            left = LARGEST
-            while chunk := packed.read(CHUNK):
-                left -= len(chunk)
-                if left < 0:
-                    raise gzip.BadGzipFile(f"more than {LARGEST:,} bytes in it")
-                yield chunk
-
-    return in_memory(chunks())
+def _decompress(path: Path) -> Iterator[bytes]:
+    """Yield the contents of a .gz file. Raise BadGzipFile if they exceed the size of every published file."""
+    size = 0
+    with gzip.open(path) as file:
+        while chunk := file.read(CHUNK):
+            size += len(chunk)
+            if size > MAX_BYTES:
+                raise gzip.BadGzipFile(f"contains more than {MAX_BYTES:,} bytes")
+            yield chunk
 
 
 def header(shape: tuple[int, ...]) -> bytes:
-    """Write the header of an IDX file of unsigned bytes."""
+    """Return the header of an IDX file of unsigned bytes: two zeros, type, number of dimensions, sizes."""
     return bytes((0, 0, UINT8, len(shape))) + struct.pack(f">{len(shape)}I", *shape)
 
 
 def parse(content: Tensor) -> Tensor:
-    """View the bytes of an IDX file of unsigned bytes, uint8 (n,), in its shape, without a copy.
+    """Return the data of an IDX file, given as uint8 (n,), in its shape and without a copy.
 
-    Raises ValueError where header and length do not agree.
+    Raise ValueError if the file does not hold unsigned bytes, or header and length disagree.
     """
     if len(content) < 4 or content[:3].tolist() != [0, 0, UINT8]:
         raise ValueError("not an IDX file of unsigned bytes")
     dimensions = int(content[3])
     start = 4 + 4 * dimensions
     if len(content) < start:
-        raise ValueError("the IDX header is cut short")
+        raise ValueError("the IDX header is truncated")
     shape = struct.unpack(f">{dimensions}I", bytes(content[4:start].tolist()))
     if len(content) != start + math.prod(shape):
         raise ValueError(f"IDX data of {len(content) - start} bytes do not fill the shape {shape}")
     try:
         return content[start:].view(shape)
-    except RuntimeError as error:  # some sizes are 0, and the others too large together
+    except RuntimeError as error:  # one size is 0 and the product of the others overflows
         raise ValueError(f"no tensor can have the shape {shape}") from error

@@ -1,4 +1,4 @@
-"""A random-looking order of samples, any part of which is computed without the rest."""
+"""A pseudorandom permutation of which any part is computed without the rest."""
 
 from collections.abc import Sequence
 
@@ -8,25 +8,25 @@ from distlenet.utils.keyed_random import mix32
 
 
 class Permutation:
-    """A random-looking order of the numbers below ``size``, any part of which is had without the rest.
+    """A pseudorandom permutation of the numbers 0 to ``size`` - 1, evaluated at any positions.
 
-    A Feistel network permutes the numbers of ``bits`` bits, whatever its round function is; those that fall on
-    ``size`` or beyond go through it again until they do not ("cycle walking"), less than twice on average
-    (Black & Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). So neither time nor memory grow with
-    ``size``, where a shuffled list of a billion numbers takes 8 GB and a minute on every rank.
+    A Feistel network permutes the numbers of a fixed bit width for every round function; results of ``size`` or more
+    pass through it again until they are below ("cycle walking"), less than twice on average (Black & Rogaway, "Ciphers
+    with Arbitrary Finite Domains", 2002). Time and memory do not grow with ``size``, while a shuffled list of a
+    billion numbers takes 8 GB and a minute on every rank.
     """
 
     def __init__(self, size: int, keys: Sequence[int]) -> None:
-        """Order ``size`` numbers, at most 2**62, as ``keys`` say: one number of 32 bits for each round."""
+        """Permute ``size`` numbers, at most 2**62, with one 32-bit key for each round."""
         self.size, self.keys = size, keys
         bits = max(2, (size - 1).bit_length())
-        self.widths = bits // 2, bits - bits // 2  # bits of the left and of the right half
+        self.widths = bits // 2, bits - bits // 2  # bits of the left and the right half
 
-    def __call__(self, places: Tensor) -> Tensor:
-        """Return which numbers stand at ``places``: int64 (n,), each at least 0 and less than ``size``."""
-        numbers = self._network(places)
-        while len(beyond := (numbers >= self.size).nonzero().squeeze(1)):
-            numbers[beyond] = self._network(numbers[beyond])
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Return the numbers at ``positions``, int64 (n,) from 0 to ``size`` - 1."""
+        numbers = self._network(positions)
+        while len(outside := (numbers >= self.size).nonzero().squeeze(1)):
+            numbers[outside] = self._network(numbers[outside])
         return numbers
 
     def _network(self, numbers: Tensor) -> Tensor:

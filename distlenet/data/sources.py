@@ -1,11 +1,13 @@
-"""The data sets by name, as unsigned bytes, in memory that the ranks of a node share."""
+"""Open the image data sets by name and map them into memory, once per node."""
 
 import csv
 import gzip
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +21,14 @@ from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.mapped_file import Place, SharedFile, in_memory
 
-FileRefs = tuple[str, dict[str, Place]]
-"""Where a data set came from, and where its four files are to be mapped."""
+DIGITS = tuple("0123456789")
+CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CLASSES = {"fashion_mnist": CLOTHES, "mnist": DIGITS, "digits": DIGITS, "synthetic": DIGITS}
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images uint8 (N, H, W) and their labels (N,), of any integer type."""
+    """Images uint8 (N, H, W) and their labels (N,) of an integer type."""
 
     images: Tensor
     labels: Tensor
@@ -67,111 +70,88 @@ class ImageData:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
-class OpenData:
-    """A data set's four files, open on the first rank of a node for all ranks there."""
+class OpenData(NamedTuple):
+    """The open files of a data set, by their names in ``idx.FILES``: all that other ranks need to map them."""
 
-    def __init__(self, files: dict[str, SharedFile], source: str) -> None:
-        """Own ``files``, by their names in ``idx.FILES``."""
-        self.files, self.source = files, source
-
-    @property
-    def refs(self) -> FileRefs:
-        """Where the node's other ranks find them, in plain values."""
-        return self.source, {name: file.place for name, file in self.files.items()}
-
-    def close(self) -> None:
-        """Let go; what is mapped stays."""
-        for file in self.files.values():
-            file.close()
+    source: str
+    refs: dict[str, Place]
 
 
-def open_data(config: DataConfig, debian: bool = False) -> OpenData:
-    """Find the data set that ``config`` names, or get it (see ``distlenet.data.download``), and verify it.
+@contextmanager
+def open_data(config: DataConfig, debian: bool = False) -> Iterator[OpenData]:
+    """Locate or download the configured data set, verify it, and keep its files open for the ranks of this node.
 
-    Raises UserError where it cannot be had, naming the ways to get it, and for a file that is damaged.
+    What is mapped when the context ends stays mapped. Raise UserError if the data cannot be had or is damaged.
     """
+    root, source = Path(config.root), "generated"
     if config.name == "digits":
-        return OpenData(_digits(), "bundled")
-    root = Path(config.root)
-    if config.name == "synthetic":
-        return OpenData(open_synthetic(root, config.synthetic_train, config.synthetic_test), "generated")
-    paths = download.locate_or_download(config.name, root, debian)
-    files = {name: idx.open_verified(path, idx.SHA256[config.name][name]) for name, path in paths.items()}
-    return OpenData(files, str(next(iter(paths.values())).parent))
+        files, source = _digits(), "bundled"
+    elif config.name == "synthetic":
+        files = open_synthetic(root, config.synthetic_train, config.synthetic_test)
+    else:
+        paths = download.locate_or_download(config.name, root, debian)
+        source = str(next(iter(paths.values())).parent)
+        files = {name: idx.open_verified(path, idx.SHA256[config.name][name]) for name, path in paths.items()}
+    with ExitStack() as stack:
+        for file in files.values():
+            stack.enter_context(closing(file))
+        yield OpenData(source, {name: file.place for name, file in files.items()})
 
 
 def require_local_data(config: DataConfig) -> None:
-    """Raise UserError where the data set that ``config`` names is not on this machine; download nothing."""
-    root = Path(config.root)
-    if config.name in idx.SHA256 and download.locate(config.name, root) is None:
+    """Raise UserError if the configured data set is not on this machine; download nothing."""
+    if config.name in idx.SHA256 and download.locate(config.name, Path(config.root)) is None:
+        setting = f"data.name={config.name}"
         raise UserError(
-            f"data.name={config.name}: is not in data.root={root} here; "
-            f"python -m distlenet.data data.name={config.name} data.root={root} gets it"
+            f"{setting}: is not in data.root={config.root}; "
+            f"run python -m distlenet.data {setting} data.root={config.root}"
         )
 
 
-def map_data(name: str, refs: FileRefs) -> ImageData:
-    """Map the files that the first rank of this node has opened. Raises OSError where they are not to be seen."""
-    source, by_name = refs
-    parts = {name: idx.parse(place.map()) for name, place in by_name.items()}
-    train_images, train_labels, test_images, test_labels = (parts[file] for file in idx.FILES)
+def map_data(name: str, opened: OpenData) -> ImageData:
+    """Map the files of a data set that a process of this node holds open. Raise OSError if they are not visible."""
+    train_images, train_labels, test_images, test_labels = (idx.parse(opened.refs[file].map()) for file in idx.FILES)
     train, test = ImageDataset(train_images, train_labels), ImageDataset(test_images, test_labels)
-    return ImageData(train, test, CLASSES["fashion_mnist" if name == "fashion_mnist" else "mnist"], source)
+    return ImageData(train, test, CLASSES[name], opened.source)
 
 
 def load_data(config: DataConfig, debian: bool = False) -> ImageData:
-    """Open, verify and map the data set that ``config`` names, as a process of its own; errors as ``open_data``."""
-    with closing(open_data(config, debian)) as opened:
-        return map_data(config.name, opened.refs)
+    """Open, verify and map the configured data set in this process. Raise UserError as ``open_data``."""
+    with open_data(config, debian) as opened:
+        return map_data(config.name, opened)
 
 
 def load_on_node(config: DataConfig, env: DistributedEnvironment) -> ImageData:
     """Load once per node: its first rank opens and verifies, all its ranks map the same memory. A collective."""
     with ExitStack() as stack:
-        refs = None
+        opened = None
         with raise_on_all_ranks():
             if env.local_rank == 0:
-                refs = stack.enter_context(closing(open_data(config))).refs
-        refs = broadcast_from_local_rank_0(refs, env)
-        with raise_on_all_ranks():
+                opened = stack.enter_context(open_data(config))
+        opened = broadcast_from_local_rank_0(opened, env)
+        with raise_on_all_ranks():  # a collective: no rank closes the files before all have mapped them
             try:
-                data = map_data(config.name, refs)
+                data = map_data(config.name, opened)
             except OSError as error:
                 warn(
-                    f"rank {env.rank}: the images that local rank 0 has opened are not to be seen here ({error}); "
-                    "this rank keeps a copy of its own; let ranks of a node share their process namespace"
+                    f"rank {env.rank}: cannot map the images that local rank 0 has opened ({error}) and keeps a copy "
+                    "of them; let the ranks of a node share their process namespace"
                 )
                 data = load_data(config)
-        return data  # all have mapped: the files can be closed
+        return data
 
 
 def _digits() -> dict[str, SharedFile]:
-    """The bundled digits (see DIGITS.md): 1,437 to train on and 360 to test, scaled from 8×8 to 32×32."""
-    packed = resources.files("distlenet.data").joinpath("digits.csv.gz").read_bytes()
-    rows = torch.tensor([[int(v) for v in row] for row in csv.reader(gzip.decompress(packed).decode().splitlines())])
-    small = rows[:, :64].view(-1, 1, 8, 8).float() * (255 / 16)  # ink from 0 to 16
+    """Return the bundled digits (see DIGITS.md), 1,437 for training and 360 for test, scaled from 8×8 to 32×32."""
+    compressed = resources.files("distlenet.data").joinpath("digits.csv.gz").read_bytes()
+    lines = gzip.decompress(compressed).decode().splitlines()
+    rows = torch.tensor([[int(value) for value in row] for row in csv.reader(lines)])
+    small = rows[:, :64].view(-1, 1, 8, 8).float() * (255 / 16)  # values from 0 to 16
     images = F.interpolate(small, size=(32, 32), mode="bilinear").round().to(torch.uint8).squeeze(1)
-    held_out = torch.arange(len(rows)) % 5 == 0
     labels = rows[:, 64].to(torch.uint8)
-    parts = (images[~held_out], labels[~held_out], images[held_out], labels[held_out])
+    is_test = torch.arange(len(rows)) % 5 == 0
+    parts = (images[~is_test], labels[~is_test], images[is_test], labels[is_test])
     return {
         name: in_memory((idx.header(tuple(part.shape)), part.numpy().tobytes()))
         for name, part in zip(idx.FILES, parts, strict=True)
     }
-
-
-CLASSES = {
-    "fashion_mnist": (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ),
-    "mnist": tuple("0123456789"),
-}

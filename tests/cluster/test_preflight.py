@@ -195,4 +195,4 @@ def test_data_that_one_node_lacks(slurm: SlurmCluster, shared: Path, fashion_mni
         finally:
             if debian.exists():
                 slurm.run("n2", "umount", debian).succeeded()
-    assert told.startswith(f"FAIL  data            n2: data.name=fashion_mnist: is not in data.root={root} here")
+    assert told.startswith(f"FAIL  data            n2: data.name=fashion_mnist: is not in data.root={root};")

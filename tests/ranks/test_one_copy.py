@@ -14,7 +14,7 @@ from distlenet.config.loading import load_config
 from distlenet.data import synthetic
 from distlenet.data.sources import load_on_node
 from distlenet.distributed.context import init_distributed
-synthetic.MOST_IN_MEMORY = 10
+synthetic.MAX_IMAGES_IN_MEMORY = 10
 config = load_config([], ["device=cpu", *sys.argv[2:]])
 with init_distributed(config) as context:
     images = load_on_node(config.data, context.env).train.images

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def no_debian(monkeypatch, tmp_path):
     """A machine without Debian's package."""
-    monkeypatch.setattr(download, "DEBIAN_FOLDER", {"fashion_mnist": tmp_path / "not-installed"})
+    monkeypatch.setattr(download, "DEBIAN_DIRECTORY", {"fashion_mnist": tmp_path / "not-installed"})
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_damaged_downloads_are_never_used(monkeypatch, tmp_path, no_debian, serv
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [server.url])
     with pytest.raises(UserError, match="File not found or corrupted"):
         download.locate_or_download("fashion_mnist", tmp_path)
-    assert idx.find(tmp_path / "FashionMNIST/raw") is None
+    assert idx.find_files(tmp_path / "FashionMNIST/raw") is None
 
 
 def test_without_a_network_the_message_lists_the_ways(monkeypatch, tmp_path, no_debian):
@@ -118,7 +118,7 @@ def test_without_a_network_the_message_lists_the_ways(monkeypatch, tmp_path, no_
 
 def test_data_root_comes_first_then_debians_folder(monkeypatch, tmp_path):
     system, root = tmp_path / "system", tmp_path / "root"
-    monkeypatch.setattr(download, "DEBIAN_FOLDER", {"fashion_mnist": system})
+    monkeypatch.setattr(download, "DEBIAN_DIRECTORY", {"fashion_mnist": system})
     write_set(system, small_set(), packed=True)
     assert {path.parent for path in download.locate("fashion_mnist", root).values()} == {system}
     write_set(root / "FashionMNIST/raw", small_set(), packed=True)
@@ -156,9 +156,9 @@ def test_debians_package_needs_no_root(monkeypatch, tmp_path, no_debian):
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
     monkeypatch.setattr(
-        download, "DEBIAN_FOLDER", {"fashion_mnist": download.Path("/usr/share/datasets/fashion-mnist")}
+        download, "DEBIAN_DIRECTORY", {"fashion_mnist": download.Path("/usr/share/datasets/fashion-mnist")}
     )
-    monkeypatch.setattr(download, "locate", lambda name, root: idx.find(download.downloaded_folder(name, root)))
+    monkeypatch.setattr(download, "locate", lambda name, root: idx.find_files(download.torchvision_directory(name, root)))
     monkeypatch.chdir(tmp_path)
     root = download.Path("data")  # relative, as data.root is by default
     with pytest.raises(UserError, match="refused"):
@@ -169,7 +169,7 @@ def test_debians_package_needs_no_root(monkeypatch, tmp_path, no_debian):
 
 def test_data_root_that_is_a_file_or_cannot_be_made_is_named(tmp_path, no_debian):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="is not a readable directory"):
         download.locate_or_download("fashion_mnist", tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written"):
         download.locate_or_download("fashion_mnist", download.Path("/proc/no/such"))

@@ -277,7 +277,8 @@ def test_idx_files(tmp_path, seed, packed):
     with answers():
         from distlenet.data.sources import open_data
 
-        open_data(load_config([], [f"data.root={folder}"]).data).close()
+        with open_data(load_config([], [f"data.root={folder}"]).data):
+            pass
 
 
 PICTURES = [(name, mode) for name in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM") for mode in ("L", "RGB", "P")]

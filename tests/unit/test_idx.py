@@ -70,27 +70,27 @@ def test_bytes_that_are_no_idx_are_refused(data):
 
 
 def test_finding_prefers_plain_files_and_wants_all_four(tmp_path):
-    assert idx.find(tmp_path) is None
-    assert idx.find(tmp_path / "none") is None
+    assert idx.find_files(tmp_path) is None
+    assert idx.find_files(tmp_path / "none") is None
     write_set(tmp_path, small_set(), packed=True)
-    assert {path.suffix for path in idx.find(tmp_path).values()} == {".gz"}
+    assert {path.suffix for path in idx.find_files(tmp_path).values()} == {".gz"}
     write_set(tmp_path, small_set(), packed=False)
-    assert {path.suffix for path in idx.find(tmp_path).values()} == {""}
+    assert {path.suffix for path in idx.find_files(tmp_path).values()} == {""}
     for path in tmp_path.glob("t10k-labels*"):
         path.unlink()
     with pytest.raises(UserError, match="lacks t10k-labels-idx1-ubyte"):
-        idx.find(tmp_path)
+        idx.find_files(tmp_path)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to(loop)  # unreadable for root too
     with pytest.raises(UserError, match=re.escape(str(loop))):
-        idx.find(loop)
+        idx.find_files(loop)
 
 
 def test_a_packed_file_is_unpacked_no_further_than_published_files_go(tmp_path, monkeypatch):
-    monkeypatch.setattr(idx, "LARGEST", 1000)
+    monkeypatch.setattr(idx, "MAX_BYTES", 1000)
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(bytes(1001)))
     with pytest.raises(UserError, match="more than 1,000 bytes"):

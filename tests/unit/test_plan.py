@@ -85,7 +85,7 @@ def test_what_needs_a_gpu_is_told():
 )
 def test_what_a_job_would_refuse(monkeypatch, tmp_path, fails, words, part):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("distlenet.data.download.DEBIAN_FOLDER", {})
+    monkeypatch.setattr("distlenet.data.download.DEBIAN_DIRECTORY", {})
     monkeypatch.setattr(sys, "argv", ["distlenet", *words])
     assert part in fails(train.main)
     assert not list(tmp_path.iterdir())

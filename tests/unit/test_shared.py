@@ -58,10 +58,12 @@ def test_a_rank_that_cannot_map_keeps_a_copy_of_its_own_and_says_so(monkeypatch,
     config, nowhere = load_config([], ["data.name=digits"]).data, Place("/proc/1/fd/999999", 0, 0)
     try:
         monkeypatch.setattr(
-            sources, "broadcast_from_local_rank_0", lambda value, _: (value[0], dict.fromkeys(value[1], nowhere))
+            sources,
+            "broadcast_from_local_rank_0",
+            lambda value, _: value._replace(refs=dict.fromkeys(value.refs, nowhere)),
         )
         data = sources.load_on_node(config, DistributedEnvironment())
     finally:
         torch.distributed.destroy_process_group()
     assert len(data.train) == 1437
-    assert "rank 0: the images that local rank 0 has opened are not to be seen here" in capfd.readouterr().err
+    assert "rank 0: cannot map the images that local rank 0 has opened" in capfd.readouterr().err

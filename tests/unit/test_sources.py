@@ -41,14 +41,14 @@ def test_digits_are_scaled_bilinearly():
 
 
 def test_a_large_synthetic_set_is_written_once_and_mapped(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "MOST_IN_MEMORY", 100)
+    monkeypatch.setattr(synthetic, "MAX_IMAGES_IN_MEMORY", 100)
     sizes = ("data.name=synthetic", "data.synthetic_train=101", "data.synthetic_test=7", f"data.root={tmp_path}")
     first = load(*sizes)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "synthetic-101-7").iterdir()}
     assert len(made) == 4
     assert torch.equal(load(*sizes).train.images, first.train.images)
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    monkeypatch.setattr(synthetic, "MOST_IN_MEMORY", 1000)
+    monkeypatch.setattr(synthetic, "MAX_IMAGES_IN_MEMORY", 1000)
     assert torch.equal(load(*sizes).train.images, first.train.images)
     assert len(first.train.images.unique()) == 256
 
