@@ -1,5 +1,6 @@
 """The documentation: its links, settings and commands exist, and the language is plain."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -114,6 +115,30 @@ def test_each_make_target_exists(page):
 def test_every_page_is_reachable_from_the_readme():
     readme = {(REPO / link.partition("#")[0]).resolve() for link in links(REPO / "README.md")}
     assert set(REPO.glob("docs/*.md")) <= readme
+
+
+def texts_of_programs() -> str:
+    """Return all string literals of the package, with a gap for each replacement field, and the batch scripts."""
+    texts = [path.read_text() for path in (REPO / "slurm").iterdir()]
+    for path in (REPO / "distlenet").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("\0".join(part.value for part in node.values if isinstance(part, ast.Constant)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_the_messages_in_the_readme_are_those_of_the_programs():
+    """Each message of the table of failures, split at what differs from run to run."""
+    table = (REPO / "README.md").read_text().partition("## When things go wrong")[2].partition("\n## ")[0]
+    seen = [row.split("|")[2] for row in table.splitlines() if row.startswith("| ")][2:]
+    messages = [span for cell in seen for span in re.findall(r"`([^`]+ [^`]+)`", cell)]
+    variable = r"ranks? \d[\d, ]*(?:of \d+ )?(?:on n\d)?|step-\S+|\bn\d|\d+|\b[NM]\b|SIG\w+|No space .*|[.:;,()]"
+    fragments = {part.strip() for message in messages for part in re.split(variable, message)} - {""}
+    assert len(messages) > 10
+    texts = texts_of_programs()
+    assert {fragment for fragment in fragments if fragment not in texts} == set()
 
 
 def language_files() -> list[Path]:
