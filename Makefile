@@ -76,7 +76,7 @@ format: $(VENV)/.installed-dev
 # The stamps are older than pyproject.toml when it changes; pip then installs what is new.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable '.[report]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed

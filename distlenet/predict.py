@@ -1,8 +1,9 @@
-"""``python -m distlenet.predict checkpoint=RUN IMAGE...``: say what pictures show."""
+"""``python -m distlenet.predict checkpoint=RUN IMAGE...``: classify image files."""
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,99 +12,101 @@ from torch import Tensor
 
 from distlenet.config.arguments import Parser, positive_int
 from distlenet.distributed.entry_point import run_entry
-from distlenet.serving.predictor import Predictor, answer, read_all
+from distlenet.report.optional import require_report_packages
+from distlenet.serving.image_files import read_images
+from distlenet.serving.predictor import Predictor
 from distlenet.utils.errors import UserError, printable
+
+Prediction = list[dict[str, Any]]
+"""The most probable classes of one image, in descending order."""
 
 
 def main() -> None:
-    """Predict as the arguments say. Raises UserError at the end where a picture could not be read."""
+    """Predict, then raise UserError if an image could not be read."""
     parser = Parser(
         "python -m distlenet.predict",
-        usage="%(prog)s checkpoint=RUN_OR_FILE IMAGE_OR_FOLDER... [--top K] [--invert ...] [--json] [--save FILE.png]",
-        description="Say what pictures show: of any size, grey or in colour, light or dark.",
+        usage="%(prog)s checkpoint=RUN_OR_FILE IMAGE_OR_DIRECTORY... [--top K] [--invert ...] [--json] [--save FILE]",
+        description="Classify images of any size, grey or color, light or dark.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", metavar="checkpoint=RUN IMAGE", nargs="+", help="a run or file; pictures or folders")
-    parser.add_argument("--top", metavar="K", type=positive_int, default=3, help="classes to name for each picture (3)")
+    parser.add_argument(
+        "inputs", metavar="checkpoint=RUN IMAGE", nargs="+", help="a run or checkpoint file; images, directories"
+    )
+    parser.add_argument("--top", metavar="K", type=positive_int, default=3, help="classes to show per image (3)")
     parser.add_argument(
         "--invert",
         choices=("auto", "yes", "no"),
         default="auto",
-        help="turn light and dark round; auto: where the border is light, since the training set's is dark",
+        help="invert light and dark; auto: if the border is light, because the training images have dark borders",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("--save", metavar="FILE.png", type=Path, help="write one picture with all of them, annotated")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--save", metavar="FILE.png", type=Path, help="write a figure of all images with predictions")
     arguments = parser.parse_intermixed_args()
-    settings = [word for word in arguments.words if word.startswith("checkpoint=")]
-    names = [word for word in arguments.words if not word.startswith("checkpoint=")]
-    if len(settings) != 1 or not names:
-        raise UserError("expected checkpoint=RUN_OR_FILE once, and pictures, folders or patterns; --help shows more")
-    if arguments.save and (arguments.save.suffix.lower() != ".png" or not arguments.save.parent.is_dir()):
-        raise UserError(f"--save {arguments.save}: expected a name that ends in .png, in a folder that is there")
-    predictor = Predictor(Path(settings[0].partition("=")[2]))
-    if not 1 <= arguments.top <= len(predictor.classes):
-        raise UserError(f"--top {arguments.top}: expected a whole number, 1 to {len(predictor.classes)}")
-    images, paths, failures = read_all(names, arguments.invert, predictor.size)
-    answers = []
+    checkpoints = [text for text in arguments.inputs if text.startswith("checkpoint=")]
+    names = [text for text in arguments.inputs if not text.startswith("checkpoint=")]
+    if len(checkpoints) != 1 or not names:
+        raise UserError("expected checkpoint=RUN_OR_FILE once, and images, directories or patterns; see --help")
+    if arguments.save:
+        require_report_packages()
+        if arguments.save.suffix.lower() != ".png" or not arguments.save.parent.is_dir():
+            raise UserError(f"--save {arguments.save}: expected a name that ends in .png, in an existing directory")
+    predictor = Predictor(Path(checkpoints[0].partition("=")[2]))
+    if arguments.top > len(predictor.classes):
+        raise UserError(f"--top {arguments.top}: expected an integer from 1 to {len(predictor.classes)}")
+    images, paths, failures = read_images(names, arguments.invert, predictor.size)
     if images:
         probabilities = predictor(torch.stack(images))
-        answers = [answer(p, predictor.classes, arguments.top) for p in probabilities]
-        tell(paths, answers, as_json=arguments.json)
+        predictions = [top_classes(row, predictor.classes, arguments.top) for row in probabilities]
+        if arguments.json:
+            for path, prediction in zip(paths, predictions, strict=True):
+                print(json.dumps({"image": str(path), "top": prediction}))
+        else:
+            print_table(paths, predictions)
         if arguments.save:
-            save(arguments.save, images, paths, answers)
+            save_figure(arguments.save, images, paths, predictions)
     if failures:
         raise UserError("; ".join(failures))
 
 
-def tell(paths: list[Path], answers: list[list[dict[str, Any]]], as_json: bool) -> None:
-    """Print the answers: JSON lines for programs, a table on a terminal, else plain lines."""
-    if as_json:
-        for path, top in zip(paths, answers, strict=True):
-            print(json.dumps({"image": str(path), "top": top}))
-        return
-    texts = [[f"{found['class']} {found['probability']:.1%}" for found in top] for top in answers]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table("image", *(f"{place}." for place in range(1, len(texts[0]) + 1)))
-        for path, text in zip(paths, texts, strict=True):
-            table.add_row(Text(printable(str(path))), *text)
-        Console().print(table)
-    else:
-        names = [printable(str(path)) for path in paths]
-        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-        for name, text in zip(names, texts, strict=True):
-            cells = [cell.ljust(width) for cell, width in zip(text, widths, strict=True)]
-            print(f"{name.ljust(max(map(len, names)))}  {'  '.join(cells)}".rstrip())
+def top_classes(probabilities: Tensor, classes: Sequence[str], count: int) -> Prediction:
+    """Return the ``count`` most probable classes of one image."""
+    top = zip(*(tensor.tolist() for tensor in probabilities.topk(count)), strict=True)
+    return [{"class": classes[label], "label": label, "probability": value} for value, label in top]
 
 
-def save(target: Path, images: list[Tensor], paths: list[Path], answers: list[list[dict[str, Any]]]) -> None:
-    """Write one picture that shows what the network saw, and what it said. Raises UserError."""
+def print_table(paths: list[Path], predictions: list[Prediction]) -> None:
+    """Print one line per image, in aligned columns."""
+    rows = [
+        [printable(str(path)), *(f"{top['class']} {top['probability']:.1%}" for top in prediction)]
+        for path, prediction in zip(paths, predictions, strict=True)
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def save_figure(file: Path, images: list[Tensor], paths: list[Path], predictions: list[Prediction]) -> None:
+    """Write a figure of the network's inputs with their predictions. Raise UserError if it cannot be written."""
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("agg")
-    from matplotlib import pyplot
-
-    across = min(6, len(images))
-    down = -(-len(images) // across)
+    columns = min(6, len(images))
+    rows = -(-len(images) // columns)
     with mpl.rc_context({"text.parse_math": False}):
-        figure, panels = pyplot.subplots(down, across, figsize=(1.9 * across, 2.3 * down), squeeze=False)
+        figure = Figure(figsize=(1.9 * columns, 2.3 * rows))
+        panels = figure.subplots(rows, columns, squeeze=False)
         for panel in panels.flat:
             panel.axis("off")
-        for panel, image, path, top in zip(panels.flat, images, paths, answers, strict=False):
+        for panel, image, path, prediction in zip(panels.flat, images, paths, predictions, strict=False):
+            top = prediction[0]
             panel.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255)
-            panel.set_title(f"{printable(path.name)[:24]}\n{top[0]['class']} {top[0]['probability']:.0%}", fontsize=8)
+            panel.set_title(f"{printable(path.name)[:24]}\n{top['class']} {top['probability']:.0%}", fontsize=8)
         try:
-            figure.savefig(target, dpi=110, bbox_inches="tight")
+            figure.savefig(file, dpi=110, bbox_inches="tight")
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"--save {target}: cannot be written: {getattr(error, 'strerror', None) or error}"
-            ) from error
-        finally:
-            pyplot.close(figure)
-    print(f"Picture: {target}", file=sys.stderr)
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--save {file}: cannot be written: {reason}; give another file") from error
+    print(f"Figure: {file}", file=sys.stderr)
 
 
 if __name__ == "__main__":

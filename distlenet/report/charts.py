@@ -1,32 +1,30 @@
-"""The charts of a report, drawn by matplotlib: each as SVG for the page, and as a PNG for elsewhere."""
+"""The charts of a report, drawn with matplotlib: SVG for the page, and PNG files."""
 
 import io
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("svg")
-from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from distlenet.report.runs import Run, class_accuracies, column
+from distlenet.report.runs import Run, columns
 
-POINTS = 400
-"""Points of a line: a longer one is averaged over neighbours, which the page is too narrow to show."""
+MAX_POINTS = 400  # per line; longer lines are averaged, because the page is too narrow to show more
+MAX_FULL_LINES = 8  # charts with more lines draw fewer points per line; a page of 60 runs stays below 2 MB
 
-FULL = 8
-"""Runs side by side whose lines have all their points; so a page of a hundred runs stays below 2 MB."""
-
-STYLE = {
-    "svg.fonttype": "none",  # text stays text: small, and sharp on a phone
-    "svg.hashsalt": "distlenet",  # the same page for the same run
-    "text.parse_math": False,  # a run may have a dollar in its name
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # keep text as text: small files, sharp at any size
+    "svg.hashsalt": "distlenet",  # the same bytes for the same run
+    "text.parse_math": False,  # run names may contain dollar signs
     "font.family": "sans-serif",
     "font.size": 9,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -36,162 +34,128 @@ STYLE = {
 }
 
 
-def draw_charts(runs: list[Run], folder: Path | None) -> Iterator[tuple[str, str]]:
-    """Yield title and SVG of each chart for which there are numbers; with ``folder``, write PNGs there too."""
-    makers: list[tuple[str, Callable[[list[Run], Any], bool]]] = [
-        ("Loss", lambda runs, axes: _over_steps(runs, axes, "loss", "nats per image")),
-        ("Accuracy", lambda runs, axes: _over_steps(runs, axes, "accuracy", "share of images", percent=True)),
-        ("Learning rate", lambda runs, axes: _line(runs, axes, "lr")),
-        ("Throughput", _throughput),
-        ("Gradient norm", lambda runs, axes: _line(runs, axes, "grad_norm")),
-        ("Steps over time, and restarts", _over_time),
-    ]
+def draw_charts(runs: list[Run], png_directory: Path) -> Iterator[tuple[str, str]]:
+    """Yield the title and SVG of each chart that has data, and write it as PNG too."""
+    charts: dict[str, Callable[[list[Run], Axes], None]] = {
+        "Loss": partial(_draw_metric, key="loss", ylabel="nats per image"),
+        "Accuracy": partial(_draw_metric, key="accuracy", ylabel="share of images"),
+        "Learning rate": partial(_draw_train, key="lr"),
+        "Throughput": partial(_draw_train, key="images_per_s", ylabel="images/s of all ranks"),
+        "Gradient norm": partial(_draw_train, key="grad_norm"),
+        "Steps over time, and restarts": _draw_steps_over_time,
+    }
     if len(runs) == 1:
-        makers += [("Where the time goes", _split), ("Confusion", _confusion), ("Accuracy of each class", _classes)]
-    for title, make in makers:
-        with _figure() as figure:
-            if not make(runs, figure.gca()):
+        charts["Time per step"] = _draw_time_split
+    if len(runs) == 1 and runs[0].error_analysis:
+        charts |= {"Confusion": _draw_confusion, "Accuracy of each class": _draw_class_accuracies}
+    for title, draw in charts.items():
+        with mpl.rc_context(STYLE):
+            figure = Figure()
+            axes = figure.subplots()
+            draw(runs, axes)
+            if not axes.has_data():
                 continue
-            yield title, _svg(figure, title)
-            if folder is not None:
-                name = "-".join(re.findall("[a-z]+", title.lower()))
-                figure.savefig(folder / f"{name}.png", dpi=150)
+            slug = "-".join(re.findall("[a-z]+", title.lower()))
+            if len(runs) > 1 or len(axes.get_legend_handles_labels()[0]) > 1:
+                axes.legend()
+            svg = _to_svg(figure, title, slug)
+            figure.savefig(png_directory / f"{slug}.png", dpi=150)
+        yield title, svg
 
 
-@contextmanager
-def _figure() -> Iterator[Figure]:
-    with mpl.rc_context(STYLE):  # type: ignore[arg-type]
-        figure = pyplot.figure()
-        try:
-            yield figure
-        finally:
-            pyplot.close(figure)
+def thin(xs: list[Any], ys: list[Any], lines: int = 1) -> tuple[list[float], list[float]]:
+    """Average neighboring points until at most MAX_POINTS are left; fewer if the chart has many ``lines``."""
+    size = -(-len(xs) // (MAX_POINTS * MAX_FULL_LINES // max(MAX_FULL_LINES, lines)))
+    if size <= 1:
+        return xs, ys
+    thin_xs, thin_ys = (
+        [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
+        for values in (xs, ys)
+    )
+    return thin_xs, thin_ys
 
 
-def _svg(figure: Figure, title: str) -> str:
-    """Write a figure as an SVG element that takes the width it is given, with ids of its own on the page."""
+def _to_svg(figure: Figure, title: str, slug: str) -> str:
+    """Return a figure as an SVG element that fills the available width, with ids that are unique on the page."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    prefix = "-".join(re.findall("[a-z]+", title.lower()))
-    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
-    for size in ("width", "height"):
-        text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{slug}-", text)
+    for attribute in ("width", "height"):
+        text = re.sub(rf'(<svg[^>]*?) {attribute}="[^"]*"', r"\1", text, count=1)
     return text
 
 
-def _thin(xs: list[Any], ys: list[Any], lines: int = 1) -> tuple[list[float], list[float]]:
-    """Average neighbours until at most POINTS are left; where a chart has many ``lines``, fewer of each."""
-    size = -(-len(xs) // (POINTS * FULL // max(FULL, lines)))
-    if size <= 1:
-        return xs, ys
-    parts = range(0, len(xs), size)
-    return (
-        [sum(xs[i : i + size]) / len(xs[i : i + size]) for i in parts],
-        [sum(ys[i : i + size]) / len(ys[i : i + size]) for i in parts],
-    )
+def _plot(axes: Axes, runs: list[Run], points: list[list[Any]], line_format: str = "-", **style: Any) -> None:
+    """Plot one thinned line; draw nothing without data."""
+    xs, ys = points
+    if xs:
+        axes.plot(*thin(xs, ys, len(runs)), line_format, **style)
 
 
-def _over_steps(runs: list[Run], axes: Any, key: str, unit: str, percent: bool = False) -> bool:
-    drawn = False
+def _draw_metric(runs: list[Run], axes: Axes, key: str, ylabel: str) -> None:
     for number, run in enumerate(runs):
-        color = f"C{number}"
-        name = f"{run.name} " if len(runs) > 1 else ""
-        for split, line, label in (("train", "-", "training"), ("test", "o-", "test")):
-            steps, values = column(run.of(split), "step", key)
-            if not steps:
-                continue
-            drawn = True
-            faint = {"alpha": 0.45, "linewidth": 1} if split == "train" else {"markersize": 3}
-            if split == "test" and len(runs) == 1:
-                color = "C1"
-            axes.plot(*_thin(steps, values, len(runs)), line, color=color, label=f"{name}{label}", **faint)
-    if drawn:
-        axes.set(xlabel="optimizer step", ylabel=unit)
-        if percent:
-            axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
-            axes.set_ylim(top=1.0)
-        axes.legend(fontsize=7, frameon=False)
-    return drawn
+        prefix, test_color = ("", "C1") if len(runs) == 1 else (f"{run.name} ", f"C{number}")
+        train, test = (columns(run.of_split(split), "step", key) for split in ("train", "test"))
+        _plot(axes, runs, train, color=f"C{number}", label=f"{prefix}training", alpha=0.45, linewidth=1)
+        _plot(axes, runs, test, "o-", color=test_color, label=f"{prefix}test", markersize=3)
+    axes.set(xlabel="optimizer step", ylabel=ylabel)
+    if key == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylim(top=1.0)
 
 
-def _line(runs: list[Run], axes: Any, key: str) -> bool:
-    drawn = False
+def _draw_train(runs: list[Run], axes: Axes, key: str, ylabel: str = "") -> None:
     for run in runs:
-        steps, values = column(run.of("train"), "step", key)
-        if steps:
-            drawn = True
-            axes.plot(*_thin(steps, values, len(runs)), label=run.name)
-    axes.set(xlabel="optimizer step")
-    if drawn and len(runs) > 1:
-        axes.legend(fontsize=7, frameon=False)
-    return drawn
-
-
-def _throughput(runs: list[Run], axes: Any) -> bool:
-    drawn = _line(runs, axes, "images_per_s")
-    axes.set(ylabel="images/s of all ranks")
+        _plot(axes, runs, columns(run.of_split("train"), "step", key), label=run.name)
+    axes.set(xlabel="optimizer step", ylabel=ylabel)
     axes.set_ylim(bottom=0)
-    return drawn
 
 
-def _over_time(runs: list[Run], axes: Any) -> bool:
-    drawn = False
+def _draw_steps_over_time(runs: list[Run], axes: Axes) -> None:
     for number, run in enumerate(runs):
-        times, steps = column(run.records, "time", "step")
-        if not times:
-            continue
-        drawn = True
-        minutes = [(time - times[0]) / 60 for time in times]
-        axes.plot(*_thin(minutes, steps, len(runs)), color=f"C{number}", label=run.name)
-        for start in run.restarts:
-            axes.axvline((start["at"] - times[0]) / 60, color=f"C{number}", linestyle=":", linewidth=1)
-    axes.set(xlabel="minutes since the first record (dotted: the run was started again)", ylabel="optimizer step")
-    if drawn and len(runs) > 1:
-        axes.legend(fontsize=7, frameon=False)
-    return drawn
+        times, steps = columns(run.records, "time", "step")
+        if times:
+            minutes = [(time - times[0]) / 60 for time in times]
+            _plot(axes, runs, [minutes, steps], color=f"C{number}", label=run.name)
+            for start in run.restarts:
+                axes.axvline((start["timestamp"] - times[0]) / 60, color=f"C{number}", linestyle=":", linewidth=1)
+    axes.set(xlabel="minutes since the first record (dotted: restarts)", ylabel="optimizer step")
 
 
-def _split(runs: list[Run], axes: Any) -> bool:
-    steps, *shares = column(runs[0].of("train"), "step", "load", "compute", "wait")
-    if not steps:
-        return False
-    thinned = [_thin(steps, values) for values in shares]
-    labels = ["loading", "computing", "waiting for other ranks"]
-    axes.stackplot(thinned[0][0], *[ys for _, ys in thinned], labels=labels, colors=["C2", "C0", "C3"], alpha=0.75)
-    axes.set(xlabel="optimizer step", ylabel="share of the time", ylim=(0, 1))
-    axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
-    axes.legend(fontsize=7, frameon=False, loc="lower left")
-    return True
+def _draw_time_split(runs: list[Run], axes: Axes) -> None:
+    steps, *shares = columns(runs[0].of_split("train"), "step", "load", "compute", "wait")
+    if steps:
+        labels = ["loading", "computing", "waiting for other ranks"]
+        stack = [thin(steps, values)[1] for values in shares]
+        axes.stackplot(thin(steps, steps)[0], *stack, labels=labels, colors=["C2", "C0", "C3"], alpha=0.75)
+        axes.set(xlabel="optimizer step", ylabel="share of the time", ylim=(0, 1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _confusion(runs: list[Run], axes: Any) -> bool:
-    details = runs[0].details
-    if not details:
-        return False
-    counts, names = details["confusion"], details["classes"]
-    wrong = [count for label, row in enumerate(counts) for i, count in enumerate(row) if i != label]
-    most = max(wrong, default=0) or 1
+def _draw_confusion(runs: list[Run], axes: Axes) -> None:
+    counts, names = runs[0].error_analysis["confusion"], runs[0].error_analysis["classes"]
+    errors = [count for label, row in enumerate(counts) for predicted, count in enumerate(row) if predicted != label]
+    max_error = max(errors, default=0) or 1  # the color scale is for the errors
+    clipped = [[min(count, max_error) for count in row] for row in counts]
     axes.grid(visible=False)
-    axes.imshow([[min(count, most) for count in row] for row in counts], cmap="Blues", vmin=0, vmax=1.6 * most)
+    axes.imshow(clipped, cmap="Blues", vmin=0, vmax=1.6 * max_error)
     for y, row in enumerate(counts):
         for x, count in enumerate(row):
             if count:
-                axes.text(x, y, count, ha="center", va="center", fontsize=6)
+                axes.text(x, y, str(count), ha="center", va="center", fontsize=6)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set(xlabel="predicted", ylabel="label")
-    axes.figure.set_size_inches(4.6, 4.2)
-    return True
+    axes.figure.set_size_inches(4.6, 4.2)  # type: ignore[union-attr]
 
 
-def _classes(runs: list[Run], axes: Any) -> bool:
-    if not runs[0].details:
-        return False
-    rows = [(name, accuracy) for name, accuracy in class_accuracies(runs[0].details) if accuracy is not None][::-1]
+def _draw_class_accuracies(runs: list[Run], axes: Axes) -> None:
+    """Draw each class's accuracy; classes without images are left out."""
+    counts, names = runs[0].error_analysis["confusion"], runs[0].error_analysis["classes"]
+    rows = [(names[label], row[label] / sum(row)) for label, row in enumerate(counts) if sum(row)][::-1]
     bars = axes.barh([name for name, _ in rows], [accuracy for _, accuracy in rows], color="C0", alpha=0.8)
     axes.bar_label(bars, [f"{accuracy:.1%}" for _, accuracy in rows], padding=2, fontsize=7)
     axes.set_xlim(0, 1.12)
-    axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
-    return True
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))

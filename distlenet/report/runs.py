@@ -1,7 +1,7 @@
-"""What a run's folder says, for people: read only, whatever is missing."""
+"""Read a run directory for display. Missing parts are empty; nothing is written."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,122 +17,138 @@ from distlenet.utils.structure import MOST, check_same_structure
 
 T = TypeVar("T")
 
+START: Record = {"time": "", "run_id": "", "step": 0, "world_size": 0, "host": "", "automatic": False}
+MISTAKE: Record = {"index": 0, "label": 0, "predicted": 0, "confidence": 0.0, "png": ""}
+MAX_CLASS_NAME = 40  # characters that fit into a chart
+
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it; parts that are not there are empty."""
+    """The contents of a run directory."""
 
-    folder: Path
-    settings: dict[str, str]  # dotted key: value as in YAML
+    directory: Path
+    settings: dict[str, str]  # dotted key: YAML value
     records: list[Record]
     summary: Record
     starts: list[Record]
-    details: Record
+    error_analysis: Record
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return printable(self.folder.resolve().name)
+        """The name of the directory."""
+        return printable(self.directory.resolve().name)
 
     @property
     def restarts(self) -> list[Record]:
-        """The starts after the first that trained on; that of a run which is complete only looks."""
+        """The starts after the first one, without those of a run that was already complete."""
         last = self.records[-1]["step"] if self.records else 0
         return [start for start in self.starts[1:] if start["step"] < last]
 
-    def of(self, split: str) -> list[Record]:
+    def of_split(self, split: str) -> list[Record]:
         """Return the records of one split."""
         return [record for record in self.records if record["split"] == split]
 
 
-START: Record = {"time": "", "run_id": "", "step": 0, "world_size": 0, "host": "", "automatic": False}
-MISTAKE: Record = {"index": 0, "label": 0, "predicted": 0, "confidence": 0.0, "png": ""}
-LONGEST_NAME = 40
-"""Letters of a class's name for which charts have room."""
+def read_run(directory: Path) -> Run:
+    """Read a run directory. Raise UserError if it is not one, or its settings or records are not readable.
 
-
-def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises UserError where it is none, or where its settings or records cannot be read.
-
-    Of the other files, what is not as a run writes it is left out, with a warning.
+    Other damaged files are left out with a warning.
     """
-    metrics, settings = folder / "metrics.jsonl", folder / "config.yaml"
+    metrics, settings = directory / "metrics.jsonl", directory / "config.yaml"
     if not metrics.is_file() or not settings.is_file():
         raise UserError(
-            f"{folder}: is not a run folder: has no {metrics.name} or no {settings.name}; give RUN_DIR/RUN_NAME"
+            f"{directory}: is not a run directory: has no {metrics.name} or {settings.name}; give RUN_DIR/RUN_NAME"
         )
     config = read_yaml(str(settings), str(settings))
     try:
         records = [record for _, record in read_records(metrics)]
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{metrics}: cannot be read: {reason}; restore that file, or leave the run out") from error
-    flat = {str(key): to_yaml_value(value) for key, value in flatten(config)}
-    starts = list(_starts(_part(folder / "starts.jsonl", str, "")))
-    summary: Record = _part(folder / "summary.json", lambda text: dict(json.loads(text).items()), {})
-    details: Record = _part(folder / TEST_FILE, lambda text: _details(json.loads(text)), {})
-    return Run(folder, flat, records, summary, starts, details)
+        raise UserError(f"{metrics}: cannot be read: {reason}; restore the file or leave out the run") from error
+    return Run(
+        directory,
+        {str(key): to_yaml_value(value) for key, value in flatten(config)},
+        records,
+        summary=_read_part(directory / "summary.json", lambda text: dict(json.loads(text).items()), {}),
+        starts=_read_part(directory / "starts.jsonl", _parse_starts, []),
+        error_analysis=_read_part(directory / TEST_FILE, _parse_error_analysis, {}),
+    )
 
 
-def _part(path: Path, read: Callable[[str], T], empty: T) -> T:
-    """Read a part of a run; where it is not there, or damaged, it is ``empty``."""
+def _read_part(path: Path, parse: Callable[[str], T], empty: T) -> T:
+    """Read and parse a file; return ``empty`` if it is missing or damaged."""
     if not path.exists():
         return empty
     try:
-        return read(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not as a run writes it: {str(error)[:200]}"
+        reason = error.strerror if isinstance(error, OSError) else f"unexpected content: {str(error)[:200]}"
         warn(f"{path}: {reason}; the report leaves it out")
         return empty
 
 
-def _starts(text: str) -> Iterator[Record]:
-    """Read the lines that are whole; a power cut may have torn one."""
+def _parse_starts(text: str) -> list[Record]:
+    """Parse the intact lines; a power failure may have damaged one."""
+    starts = []
     for line in text.splitlines():
         with suppress(ValueError, KeyError, TypeError, RecursionError):
-            found = json.loads(line)
-            start = {key: found[key] for key in START}
+            content = json.loads(line)
+            start = {key: content[key] for key in START}
             check_same_structure(start, START, "start")
-            at = datetime.strptime(start["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
-            yield {**start, "at": at.timestamp()}
+            time = datetime.strptime(start["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+            starts.append({**start, "timestamp": time.timestamp()})
+    return starts
 
 
-def _details(content: Record) -> Record:
-    """Check what a test's details are. Raises ValueError, KeyError or TypeError where they are not."""
+def _parse_error_analysis(text: str) -> Record:
+    """Parse and check an error analysis. Raise ValueError, KeyError or TypeError if it is malformed."""
+    content = json.loads(text)
     classes, mistakes = len(content["classes"]), len(content["mistakes"])
-    like = {"classes": [""] * classes, "confusion": [[0] * classes] * classes, "mistakes": [MISTAKE] * mistakes}
-    check_same_structure(content, like, "it")
+    expected = {"classes": [""] * classes, "confusion": [[0] * classes] * classes, "mistakes": [MISTAKE] * mistakes}
+    check_same_structure(content, expected, "content")
     if not classes:
-        raise ValueError("it names no class")
+        raise ValueError("there are no classes")
     for mistake in content["mistakes"]:
         if max(mistake["label"], mistake["predicted"]) >= classes:
-            raise ValueError(f"a mistake is of none of the {classes} classes")
-    return {**content, "classes": [printable(name)[:LONGEST_NAME] for name in content["classes"]]}
+            raise ValueError(f"a mistake has a label beyond the {classes} classes")
+    return {**content, "classes": [printable(name)[:MAX_CLASS_NAME] for name in content["classes"]]}
 
 
-def number(value: Any) -> float | None:
-    """Return a value that can be drawn; None where it is none."""
-    drawn = isinstance(value, int | float) and not isinstance(value, bool) and -MOST < value < MOST
-    return value if drawn else None
+def to_number(value: Any) -> float | None:
+    """Return ``value`` if it is a number that a chart can show, else None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and -MOST < value < MOST
+    return value if is_number else None
+
+
+def columns(records: list[Record], *keys: str) -> list[list[Any]]:
+    """Return one list of numbers per key, from the records that have a number for every key."""
+    rows = [[to_number(record.get(key)) for key in keys] for record in records]
+    complete = [row for row in rows if None not in row]
+    return [list(values) for values in zip(*complete, strict=True)] if complete else [[] for _ in keys]
+
+
+def key_figures(run: Run) -> list[tuple[str, str | None]]:
+    """Return names and values of a run's key figures; None for a value that the run does not have."""
+    tests, train = run.of_split("test"), run.of_split("train")
+    last: Record = tests[-1] if tests else {}
+    speed = to_number(run.summary.get("train_images_per_s")) or (train[-1].get("images_per_s") if train else None)
+    rows: list[tuple[str, Any, str]] = [
+        ("test accuracy, last", last.get("accuracy"), "{:.2%}"),
+        ("test accuracy, best", max(columns(tests, "accuracy")[0], default=None), "{:.2%}"),
+        ("test loss, last", last.get("loss"), "{:.4f}"),
+        ("epoch", last.get("epoch"), "{}"),
+        ("optimizer steps", run.records[-1]["step"] if run.records else None, "{:,}"),
+        ("images/s", speed, "{:,.0f}"),
+        ("seconds of training", run.summary.get("train_s"), "{:,.1f}"),
+        ("ranks", run.starts[-1]["world_size"] if run.starts else None, "{}"),
+        ("restarts", len(run.restarts) if run.starts else None, "{}"),
+    ]
+    figures = [(name, None if to_number(value) is None else form.format(value)) for name, value, form in rows]
+    return [*figures, ("state", "complete" if run.summary else "not complete")]
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Return the settings that are not the same in all runs, each with its value in every run."""
+    """Return the settings that differ between the runs, each with its value in every run."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     rows = [(key, [run.settings.get(key, "–") for run in runs]) for key in keys if key not in ("run.name", "run.dir")]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def class_accuracies(details: Record) -> list[tuple[str, float | None]]:
-    """Return each class's name and the share of its images that are taken for it; None where it has none."""
-    rows: list[tuple[str, float | None]] = []
-    for label, (name, counts) in enumerate(zip(details["classes"], details["confusion"], strict=True)):
-        rows.append((name, counts[label] / sum(counts) if sum(counts) else None))
-    return rows
-
-
-def column(records: list[Record], *keys: str) -> list[list[Any]]:
-    """Return the numbers of ``keys``, of those records that have them all."""
-    rows = [[number(record.get(key)) for key in keys] for record in records]
-    whole = [row for row in rows if None not in row]
-    return [list(values) for values in zip(*whole, strict=True)] if whole else [[] for _ in keys]

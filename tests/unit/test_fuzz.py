@@ -26,7 +26,7 @@ from distlenet.data import idx
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
 from distlenet.preflight.rank_info import look
 from distlenet.report.runs import read_run
-from distlenet.serving.image_files import Unreadable, read_picture
+from distlenet.serving.image_files import UnreadableImage, read_image
 from distlenet.serving.predictor import Predictor
 from distlenet.tracking.history import read_records
 from distlenet.utils.errors import Preempted, UserError
@@ -294,10 +294,10 @@ def test_image_bytes(tmp_path, seed, kind, invert):
         Image.new(mode, (random_.randint(1, 40), random_.randint(1, 40))).save(file, form)
     except OSError:  # a mode that the format does not have
         return
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(damaged(file.getvalue(), random_))
-    with contextlib.suppress(Unreadable):
-        assert read_picture(path, invert, 28).shape == (28, 28)
+    with contextlib.suppress(UnreadableImage):
+        assert read_image(path, invert, 28).shape == (28, 28)
 
 
 lines = st.binary(max_size=60) | st.sampled_from(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from distlenet.checkpoint.format import load_checkpoint, to_bytes
 from distlenet.checkpoint.store import find_checkpoint
-from distlenet.serving.image_files import MOST_PIXELS, Unreadable, find_pictures, read_picture
+from distlenet.serving.image_files import MAX_PIXELS, UnreadableImage, find_image_files, read_image
 from distlenet.serving.predictor import Predictor
 from distlenet.utils.errors import UserError
 
@@ -20,16 +20,16 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A short training on the bundled digits, and its 360 test images as PNG."""
+    """A short training on the bundled digits, and the 360 test images as PNG files."""
     from distlenet.config.loading import load_config
     from distlenet.data.sources import load_data
 
     folder = tmp_path_factory.mktemp("predict")
-    words = ("data.name=digits", "train.epochs=12", "optim.lr=0.05", f"run.dir={folder}", "run.name=run")
-    run_command(sys.executable, "-m", "distlenet.train", *words).succeeded()
-    (folder / "pictures").mkdir()
+    settings = ("data.name=digits", "train.epochs=12", "optim.lr=0.05", f"run.dir={folder}", "run.name=run")
+    run_command(sys.executable, "-m", "distlenet.train", *settings).succeeded()
+    (folder / "images").mkdir()
     for number, image in enumerate(load_data(load_config([], ["data.name=digits"]).data).test.images):
-        Image.fromarray(image.numpy()).save(folder / f"pictures/{number:03d}.png")
+        Image.fromarray(image.numpy()).save(folder / f"images/{number:03d}.png")
     return folder
 
 
@@ -37,35 +37,33 @@ def predict(folder, *words):
     return run_command(sys.executable, "-m", "distlenet.predict", f"checkpoint={folder}/run", *words)
 
 
-def test_it_agrees_with_evaluation_exactly(run):
-    ended = predict(run, run / "pictures", "--json", "--top", "1").succeeded()
+def test_predictions_agree_with_evaluation(run):
+    ended = predict(run, run / "images", "--json", "--top", "1").succeeded()
     answers = [json.loads(line)["top"][0] for line in ended.stdout.splitlines()]
     assert len(answers) == 360
     details = json.loads((run / "run/test.json").read_text())
-    wrong = {m["index"]: m for m in details["mistakes"]}
     correct = sum(details["confusion"][c][c] for c in range(10))
     assert 300 < correct < 360
-    counted = [0] * 10
-    for found in answers:
-        counted[found["label"]] += 1
-    assert counted == [sum(row[c] for row in details["confusion"]) for c in range(10)]
-    for index, mistake in wrong.items():
-        assert answers[index]["label"] == mistake["predicted"]
-        # Confidences are softmax of the same logits, once in float64: a float32 softmax errs by less than 1e-6.
-        assert answers[index]["probability"] == pytest.approx(mistake["confidence"], abs=1e-6)
+    counts = [sum(answer["label"] == label for answer in answers) for label in range(10)]
+    assert counts == [sum(row[c] for row in details["confusion"]) for c in range(10)]
+    for mistake in details["mistakes"]:
+        answer = answers[mistake["index"]]
+        assert answer["label"] == mistake["predicted"]
+        # The evaluation computes the softmax in float64; the error of float32 is below 1e-6.
+        assert answer["probability"] == pytest.approx(mistake["confidence"], abs=1e-6)
 
 
-def test_variants_of_a_picture_are_mostly_taken_for_the_same(run, tmp_path):
-    """Larger, inverted, coloured, transparent, inverted and larger: of each of 60 digits' variants 9 of 10 agree."""
+def test_variants_of_an_image_get_mostly_the_same_class(run, tmp_path):
+    """For each of 5 kinds of variants, 9 of 10 variants agree with the original, over 60 digits."""
     predictor = Predictor(run / "run")
     images = []
-    originals = [run / f"pictures/{number:03d}.png" for number in range(60)]
+    originals = [run / f"images/{number:03d}.png" for number in range(60)]
     for path in originals:
-        images.append(read_picture(path, "auto", predictor.size))
+        images.append(read_image(path, "auto", predictor.size))
         for number, variant in enumerate(variants(Image.open(path))):
             target = tmp_path / f"{path.stem}-{number}.png"
             variant.save(target)
-            images.append(read_picture(target, "auto", predictor.size))
+            images.append(read_image(target, "auto", predictor.size))
     labels = predictor(torch.stack(images)).argmax(1).view(60, -1)
     same = (labels[:, 1:] == labels[:, :1]).double().mean(0)
     assert len(same) == 5
@@ -75,63 +73,68 @@ def test_variants_of_a_picture_are_mostly_taken_for_the_same(run, tmp_path):
 def variants(image):
     colour = Image.merge("RGB", [image.point(lambda v, f=f: int(v * f)) for f in (1.0, 0.9, 1.0)])
     clear = Image.new("RGBA", image.size, (0, 0, 0, 0))
-    clear.putalpha(image)  # ink on nothing
+    clear.putalpha(image)  # a drawing on a transparent background
     inverted = image.point(lambda v: 255 - v)
     return [image.resize((200, 200)), inverted, colour, clear, inverted.resize((57, 57))]
 
 
-def test_a_picture_of_the_training_sets_kind_comes_as_it_is(tmp_path):
+def test_image_like_the_training_set_is_unchanged(tmp_path):
     pixels = np.arange(28 * 28, dtype=np.uint8).reshape(28, 28) // 2
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    assert torch.equal(read_picture(tmp_path / "x.png", "auto", 28), torch.from_numpy(pixels))
-    assert torch.equal(read_picture(tmp_path / "x.png", "yes", 28), 255 - torch.from_numpy(pixels))
+    assert torch.equal(read_image(tmp_path / "x.png", "auto", 28), torch.from_numpy(pixels))
+    assert torch.equal(read_image(tmp_path / "x.png", "yes", 28), 255 - torch.from_numpy(pixels))
 
 
-def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+def test_16_bits_are_scaled_to_8(tmp_path):
     Image.fromarray(np.full((28, 28), 25700, dtype=np.uint16)).save(tmp_path / "x.png")
-    assert read_picture(tmp_path / "x.png", "no", 28).unique().tolist() == [100]
+    assert read_image(tmp_path / "x.png", "no", 28).unique().tolist() == [100]
 
 
-def test_what_is_no_picture_is_named_and_the_others_are_answered(run, tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
-    whole = (run / "pictures/000.png").read_bytes()
+def test_unreadable_images_are_named_and_the_others_classified(run, tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    whole = (run / "images/000.png").read_bytes()
     (tmp_path / "torn.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty").mkdir()
-    good = run / "pictures/001.png"
+    good = run / "images/001.png"
     ended = predict(run, tmp_path / "text.png", tmp_path / "torn.png", good, tmp_path / "empty", tmp_path / "gone.png")
     assert ended.status == 2
     assert ended.stdout.startswith(f"{good}  ")
     (line,) = ended.stderr.splitlines()
-    for name, reason in (("text", "cannot be read"), ("torn", "cannot be read"), ("gone", "no such file")):
+    for name, reason in (
+        ("text", "is not a readable image"),
+        ("torn", "is not a readable image"),
+        ("gone", "no such file"),
+    ):
         assert f"{name}.png: {reason}" in line
-    assert "empty: holds no picture" in line
+    assert "empty: contains no image file" in line
 
 
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
-    Image.new("1", (MOST_PIXELS // 5000, 5001)).save(tmp_path / "bomb.png")
+def test_image_with_too_many_pixels_is_refused_before_decoding(tmp_path):
+    Image.new("1", (MAX_PIXELS // 5000, 5001)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
-    with pytest.raises(Unreadable, match="pixels; at most 50,000,000 are read, and 16,384 a side"):
-        read_picture(tmp_path / "bomb.png", "auto", 28)
+    with pytest.raises(UnreadableImage, match="pixels; expected at most 50,000,000, and 16,384 per side"):
+        read_image(tmp_path / "bomb.png", "auto", 28)
 
 
-def test_patterns_and_folders(tmp_path, monkeypatch):
+def test_patterns_and_directories(tmp_path, monkeypatch):
     for name in ("b.png", "a.PNG", "notes.txt", "c.jpg"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    assert [p.name for p in find_pictures(["."])] == ["a.PNG", "b.png", "c.jpg"]
-    assert [p.name for p in find_pictures(["*.png", str(tmp_path / "[ab].*")])] == ["b.png", "a.PNG", "b.png"]
+    assert [p.name for p in find_image_files(".")] == ["a.PNG", "b.png", "c.jpg"]
+    assert [p.name for p in find_image_files("*.png")] == ["b.png"]
+    assert [p.name for p in find_image_files(str(tmp_path / "[ab].*"))] == ["a.PNG", "b.png"]
     (tmp_path / "x[1].png").touch()
-    assert [p.name for p in find_pictures(["x[1].png"])] == ["x[1].png"]  # a file's own name is no pattern
-    with pytest.raises(Unreadable, match=r"\*\.gif: holds no picture"):
-        find_pictures(["*.gif"])
+    assert [p.name for p in find_image_files("x[1].png")] == ["x[1].png"]  # an existing file, not a pattern
+    with pytest.raises(UnreadableImage, match=r"\*\.gif: contains no image file"):
+        find_image_files("*.gif")
 
 
-def test_an_annotated_picture(run, tmp_path):
-    ended = predict(run, *sorted((run / "pictures").glob("00*.png")), "--save", tmp_path / "all.png").succeeded()
-    assert f"Picture: {tmp_path}/all.png" in ended.stderr
-    with Image.open(tmp_path / "all.png") as picture:
-        assert picture.width > 500
-    ended = predict(run, run / "pictures/000.png", "--save", tmp_path / "none/all.png")
+def test_annotated_figure(run, tmp_path):
+    ended = predict(run, *sorted((run / "images").glob("00*.png")), "--save", tmp_path / "all.png").succeeded()
+    assert f"Figure: {tmp_path}/all.png" in ended.stderr
+    with Image.open(tmp_path / "all.png") as figure:
+        assert figure.width > 500
+    ended = predict(run, run / "images/000.png", "--save", tmp_path / "none/all.png")
     assert ended.status == 2
     assert "--save" in ended.stderr
 
@@ -139,55 +142,53 @@ def test_an_annotated_picture(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--top", "0", "x.png"], "0: expected a whole number, at least 1"),
-        (["--top", "11", "x.png"], "expected a whole number, 1 to 10"),
-        ([], "expected checkpoint=RUN_OR_FILE once, and pictures"),
+        (["--top", "0", "x.png"], "0: expected an integer, at least 1"),
+        (["--top", "11", "x.png"], "expected an integer from 1 to 10"),
+        ([], "expected checkpoint=RUN_OR_FILE once, and images"),
         (["--invert", "perhaps", "x.png"], "invalid choice"),
     ],
 )
-def test_mistakes_are_one_line(run, words, message):
+def test_usage_error_is_one_line(run, words, message):
     ended = predict(run, *words)
     assert ended.status == 2
     assert message in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_a_picture_too_long_to_be_made_square_is_refused(tmp_path):
+def test_very_long_image_is_refused(tmp_path):
     Image.new("1", (16_385, 1)).save(tmp_path / "line.png")
-    with pytest.raises(Unreadable, match="16385 × 1 pixels; at most 50,000,000 are read, and 16,384 a side"):
-        read_picture(tmp_path / "line.png", "auto", 28)
+    with pytest.raises(UnreadableImage, match="16385 × 1 pixels; expected at most 50,000,000, and 16,384 per side"):
+        read_image(tmp_path / "line.png", "auto", 28)
 
 
-def test_a_pipe_is_no_picture(tmp_path):
-    import os
-
+def test_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(Unreadable, match=r"pipe\.png: is not a regular file"):
-        read_picture(tmp_path / "pipe.png", "auto", 28)
+    with pytest.raises(UnreadableImage, match=r"pipe\.png: is not a regular file"):
+        read_image(tmp_path / "pipe.png", "auto", 28)
 
 
-def test_a_name_that_no_file_can_have_is_unreadable():
-    with pytest.raises(Unreadable, match="File name too long"):
-        find_pictures(["x" * 300])
+def test_name_that_is_too_long_is_refused():
+    with pytest.raises(UnreadableImage, match="File name too long"):
+        find_image_files("x" * 300)
 
 
-def test_what_is_transparent_is_dark_behind_light_and_light_behind_dark(tmp_path):
-    """A cut-out of a light thing, and one of a dark thing: each can be seen, as light on dark."""
+def test_transparent_background_contrasts_with_the_object(tmp_path):
+    """A light object and a dark object on transparent ground both become light on dark."""
     for name, value in (("light", 230), ("dark", 20)):
-        picture = Image.new("RGBA", (28, 28), (value, value, value, 0))
-        picture.paste((value, value, value, 255), (10, 10, 18, 18))
-        picture.save(tmp_path / f"{name}.png")
-        seen = read_picture(tmp_path / f"{name}.png", "auto", 28)
-        assert seen[0, 0] == 0
-        assert seen[14, 14] > 200
+        image = Image.new("RGBA", (28, 28), (value, value, value, 0))
+        image.paste((value, value, value, 255), (10, 10, 18, 18))
+        image.save(tmp_path / f"{name}.png")
+        result = read_image(tmp_path / f"{name}.png", "auto", 28)
+        assert result[0, 0] == 0
+        assert result[14, 14] > 200
 
 
-def test_names_are_shown_without_what_a_terminal_would_obey(run, tmp_path):
-    picture = tmp_path / "a\x1b[31m\nb.png"
-    picture.write_bytes((run / "pictures/000.png").read_bytes())
-    (tmp_path / "c\x1b.png").write_text("no picture")
+def test_control_characters_in_names_are_escaped(run, tmp_path):
+    image = tmp_path / "a\x1b[31m\nb.png"
+    image.write_bytes((run / "images/000.png").read_bytes())
+    (tmp_path / "c\x1b.png").write_text("not an image")
     odd = os.fsencode(tmp_path) + b"/\xff.png"
-    Path(os.fsdecode(odd)).write_bytes(picture.read_bytes())
+    Path(os.fsdecode(odd)).write_bytes(image.read_bytes())
     ended = predict(run, tmp_path, "--save", tmp_path / "page.png")
     assert ended.status == 2
     assert "\x1b" not in ended.stdout + ended.stderr
@@ -195,52 +196,54 @@ def test_names_are_shown_without_what_a_terminal_would_obey(run, tmp_path):
     assert "\\udcff.png  " in ended.stdout
     assert len(ended.stdout.splitlines()) == 2
     assert (tmp_path / "page.png").stat().st_size > 1000
-    told = predict(run, picture, "--save", tmp_path / "page.gif")
-    assert told.status == 2
-    assert "page.gif: expected a name that ends in .png" in told.stderr
+    ended = predict(run, image, "--save", tmp_path / "page.gif")
+    assert ended.status == 2
+    assert "page.gif: expected a name that ends in .png" in ended.stderr
 
 
-def test_no_file_starts_another_program(tmp_path, monkeypatch):
-    """Pillow hands Encapsulated PostScript to Ghostscript, whatever the file is called."""
+def test_no_image_file_starts_a_program(tmp_path, monkeypatch):
+    """Pillow runs Ghostscript for Encapsulated PostScript, whatever the suffix of the file."""
     called = tmp_path / "called"
     ghostscript = tmp_path / "gs"
     ghostscript.write_text(f"#!/bin/sh\ntouch {called}\n")
     ghostscript.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    picture = tmp_path / "picture.png"
-    Image.new("L", (9, 9)).save(picture, "EPS")
-    with pytest.raises(Unreadable, match="cannot be read as a picture"):
-        read_picture(picture, "no", 28)
+    image = tmp_path / "image.png"
+    Image.new("L", (9, 9)).save(image, "EPS")
+    with pytest.raises(UnreadableImage, match="is not a readable image"):
+        read_image(image, "no", 28)
     assert not called.exists()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input": {"mean": 0.1, "std": 0.2, "size": 10**6}}, "what cannot be"),
-        ({"input": {"mean": 0.1, "std": 0.2, "size": 0}}, "what cannot be"),
-        ({"input": {"mean": 0.1, "std": 0.0, "size": 28}}, "what cannot be"),
-        ({"input": {"mean": float("nan"), "std": 0.2, "size": 28}}, "what cannot be"),
-        ({"input": {"mean": 0.1, "std": 0.2}}, "does not say what its images are like"),
-        ({"input": None}, "does not say what its images are like"),
-        ({"input": torch.zeros(3)}, "does not say what its images are like"),
-        ({"classes": [1] * 10}, "what cannot be"),
-        ({"classes": ["a"] * 11}, "names 11 classes, but its network gives 10 numbers"),
+        ({"size": 10**6}, "is invalid"),
+        ({"size": 0}, "is invalid"),
+        ({"std": 0.0}, "is invalid"),
+        ({"mean": float("nan")}, "is invalid"),
+        ({"size": None}, "is invalid"),
+        ({"classes": [1] * 10}, "is invalid"),
+        ({"classes": ["a"] * 11}, "has 11 class names, but the network has 10 outputs"),
+        (None, "does not describe its images"),
+        ({}, "does not describe its images"),
+        (torch.zeros(3), "does not describe its images"),
     ],
 )
-def test_a_checkpoint_that_says_what_cannot_be_is_refused(run, tmp_path, change, message):
+def test_checkpoint_with_an_invalid_task_state_is_refused(run, tmp_path, change, message):
     state = load_checkpoint(find_checkpoint(run / "run"))
     path = tmp_path / "odd.pt"
-    path.write_bytes(to_bytes({**state, **change}))
+    task = {**state["task"], **change} if isinstance(change, dict) and change else change
+    path.write_bytes(to_bytes({**state, "task": task}))
     with pytest.raises(UserError, match=message):
         Predictor(path)
 
 
-def test_weights_that_are_not_finite_predict_nothing(run, tmp_path):
+def test_weights_that_are_not_finite_are_refused(run, tmp_path):
     state = load_checkpoint(find_checkpoint(run / "run"))
     path = tmp_path / "odd.pt"
     path.write_bytes(
         to_bytes({**state, "model": {k: torch.full_like(v, torch.nan) for k, v in state["model"].items()}})
     )
-    with pytest.raises(UserError, match="not all of them finite"):
+    with pytest.raises(UserError, match="outputs are not finite"):
         Predictor(path)

@@ -8,9 +8,10 @@ import yaml
 from conftest import REPO, run_command
 
 from distlenet.config.loading import load_config, to_yaml
-from distlenet.report.charts import POINTS, _thin
+from distlenet.report.__main__ import main
+from distlenet.report.charts import MAX_POINTS, thin
 from distlenet.report.page import write_report
-from distlenet.report.runs import class_accuracies, differences, read_run
+from distlenet.report.runs import differences, read_run
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -19,7 +20,7 @@ PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kc
 
 
 def make_run(folder, settings=(), steps=20, **details):
-    """Write a run folder by hand: ``steps`` training records and one test."""
+    """Write a run directory with ``steps`` training records and one test record."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(load_config([], settings)))
     records = []
@@ -38,7 +39,7 @@ def make_run(folder, settings=(), steps=20, **details):
     return folder
 
 
-def test_a_page_of_one_run_has_everything_in_it(tmp_path):
+def test_page_of_one_run_is_complete_and_self_contained(tmp_path):
     page = tmp_path / "run" / "report.html"
     write_report([read_run(make_run(tmp_path / "run"))], page)
     text = page.read_text()
@@ -47,12 +48,12 @@ def test_a_page_of_one_run_has_everything_in_it(tmp_path):
     assert text.count("<svg") == 9
     assert len(list((tmp_path / "run/report").glob("*.png"))) == 9
     assert "87.50%" in text
-    assert "dog, 90 % sure; is cat" in text
+    assert "predicted dog (90 %), label cat" in text
     assert page.stat().st_size < 2_000_000
-    assert not re.search(r"""(src|href)=["'](?!data:|#)""", text)  # nothing is fetched
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", text)  # loads nothing
 
 
-def test_several_runs_stand_side_by_side_with_what_differs(tmp_path):
+def test_page_of_several_runs_compares_them(tmp_path):
     folders = [make_run(tmp_path / name, [f"optim.lr={lr}", f"seed={seed}"]) for name, lr, seed in RUNS]
     runs = [read_run(folder) for folder in folders]
     assert differences(runs) == [("seed", ["0", "0", "2"]), ("optim.lr", ["0.1", "0.2", "0.1"])]
@@ -65,7 +66,7 @@ def test_several_runs_stand_side_by_side_with_what_differs(tmp_path):
 RUNS = (("a", 0.1, 0), ("b", 0.2, 0), ("c", 0.1, 2))
 
 
-def test_what_a_run_is_called_and_noted_is_text(tmp_path):
+def test_names_and_notes_are_escaped(tmp_path):
     evil = "<img src=x onerror=alert(1)>$x_{"
     folder = make_run(tmp_path / evil, [f"wandb.notes={json.dumps(evil)}"], classes=[evil, "dog"])
     other = make_run(tmp_path / "plain")
@@ -77,7 +78,7 @@ def test_what_a_run_is_called_and_noted_is_text(tmp_path):
 
 
 @pytest.mark.parametrize("gone", ["starts.jsonl", "test.json", "summary.json"])
-def test_a_run_under_way_has_a_report_too(tmp_path, gone):
+def test_incomplete_run_has_a_report(tmp_path, gone):
     folder = make_run(tmp_path / "run")
     (folder / gone).unlink(missing_ok=True)
     (folder / "metrics.jsonl").write_text("")
@@ -88,14 +89,14 @@ def test_a_run_under_way_has_a_report_too(tmp_path, gone):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.yaml", None, "is not a run folder"),
+        ("config.yaml", None, "is not a run directory"),
         ("config.yaml", "- 1\n", "expected a mapping of settings"),
         ("config.yaml", "a: [", "config.yaml: not valid YAML"),
-        ("metrics.jsonl", "nonsense\n", "line 1 is no record"),
-        ("metrics.jsonl", 0, "is not a run folder"),
+        ("metrics.jsonl", "nonsense\n", "metrics.jsonl: line 1 is "),
+        ("metrics.jsonl", 0, "is not a run directory"),
     ],
 )
-def test_what_is_no_run_is_told(tmp_path, file, content, message):
+def test_unreadable_run_is_refused(tmp_path, file, content, message):
     folder = make_run(tmp_path / "run")
     if isinstance(content, str):
         (folder / file).write_text(content)
@@ -111,7 +112,7 @@ DAMAGED_STARTS = ['{"time": "x"}', '{"time": "2027-01-15T08:00:00Z", "run_id": 3
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "warned"),
     [
         ("test.json", "{", True),
         ("test.json", "[1]", True),
@@ -134,7 +135,7 @@ DAMAGED_STARTS = ['{"time": "x"}', '{"time": "2027-01-15T08:00:00Z", "run_id": 3
         ("metrics.jsonl", '{"step": 1, "split": "train", "lr": 1' + "0" * 400 + ', "images_per_s": true}\n', False),
     ],
 )
-def test_a_damaged_part_is_left_out(tmp_path, capsys, file, content, told):
+def test_damaged_part_is_left_out(tmp_path, capsys, file, content, warned):
     folder = make_run(tmp_path / "run")
     if content == 0:
         (folder / file).unlink()
@@ -143,46 +144,68 @@ def test_a_damaged_part_is_left_out(tmp_path, capsys, file, content, told):
         (folder / file).write_text(content)
     write_report([read_run(folder)], tmp_path / "report.html")
     assert "<svg" in (tmp_path / "report.html").read_text() or file == "metrics.jsonl"
-    said = capsys.readouterr().err
-    assert said.count("the report leaves it out") == told
-    assert (f"{folder / file}: " in said) == told
+    stderr = capsys.readouterr().err
+    assert stderr.count("the report leaves it out") == warned
+    assert (f"{folder / file}: " in stderr) == warned
 
 
-def test_a_page_of_many_runs_stays_small(tmp_path):
+def test_page_of_many_runs_is_small(tmp_path):
     """60 runs of 500 records."""
     first = make_run(tmp_path / "0", steps=500)
-    runs = [replace(read_run(first), folder=tmp_path / str(number)) for number in range(60)]
+    runs = [replace(read_run(first), directory=tmp_path / str(number)) for number in range(60)]
     write_report(runs, tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
 
 
-def test_long_lines_keep_their_mean():
+def test_thinning_keeps_the_mean():
     xs = list(range(1000))
-    thin_xs, thin_ys = _thin(xs, [2.0 * x for x in xs])
-    assert len(thin_xs) <= POINTS
+    thin_xs, thin_ys = thin(xs, [2.0 * x for x in xs])
+    assert len(thin_xs) <= MAX_POINTS
     assert thin_ys == [2 * x for x in thin_xs]
-    assert _thin([1, 2], [3, 4]) == ([1, 2], [3, 4])
-    assert len(_thin(xs, xs, lines=40)[0]) <= POINTS // 5
+    assert thin([1, 2], [3, 4]) == ([1, 2], [3, 4])
+    assert len(thin(xs, xs, lines=40)[0]) <= MAX_POINTS // 5
 
 
-def test_a_class_without_images_has_no_accuracy():
-    assert class_accuracies({"classes": ["a", "b"], "confusion": [[3, 1], [0, 0]]}) == [("a", 0.75), ("b", None)]
+def test_class_without_images_has_no_accuracy(tmp_path):
+    write_report([read_run(make_run(tmp_path / "run"))], tmp_path / "report.html")
+    chart = (tmp_path / "report.html").read_text().split("<figcaption>Accuracy of each class")[1]
+    assert chart.count(">cat</text>") == chart.count(">75.0%</text>") == 1
+    assert ">dog</text>" not in chart
 
 
-def test_the_command_says_where_the_page_is(tmp_path):
+def test_command_prints_the_path_of_the_page(tmp_path, monkeypatch, capsys, fails):
     folder = make_run(tmp_path / "run")
-    command = (sys.executable, "-m", "distlenet.report")
-    ended = run_command(*command, folder).succeeded()
-    assert ended.stdout == f"Report: {folder}/report.html\n"
-    both = run_command(*command, folder, folder, "--output", tmp_path / "both.html").succeeded()
-    assert both.stdout == f"Report: {tmp_path}/both.html\n"
-    for words in ((tmp_path,), (folder, "--output", "page.txt"), ()):
-        ended = run_command(*command, *words)
-        assert ended.status == 2
-        assert len(ended.stderr.splitlines()) == 1
+
+    def report(*arguments):
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+        main()
+
+    report(folder)
+    assert capsys.readouterr().out == f"Report: {folder}/report.html\n"
+    report(folder, folder, "--output", tmp_path / "both.html")
+    assert capsys.readouterr().out == f"Report: {tmp_path}/both.html\n"
+    assert "is not a run directory" in fails(lambda: report(tmp_path))
+    assert "page.txt: expected a name that ends in .html" in fails(lambda: report(folder, "--output", "page.txt"))
+    assert "the following arguments are required: RUN" in fails(lambda: report())
 
 
-def test_the_settings_of_a_run_are_those_that_yaml_says(tmp_path):
+WITHOUT_MATPLOTLIB = """
+import sys
+sys.modules["matplotlib"] = None
+from distlenet.distributed.entry_point import run_entry
+from distlenet.report.__main__ import main
+run_entry(main)
+"""
+
+
+def test_missing_package_is_one_line(tmp_path):
+    """In a fresh interpreter: the command must not import matplotlib before it checks that it is installed."""
+    ended = run_command(sys.executable, "-c", WITHOUT_MATPLOTLIB, make_run(tmp_path / "run"))
+    assert ended.status == 2
+    assert ended.stderr == "distlenet: matplotlib: not installed; pip install 'distlenet[report]'\n"
+
+
+def test_settings_are_yaml_values(tmp_path):
     run = read_run(make_run(tmp_path / "run", ["data.drop_last=true"]))
     assert run.settings["data.drop_last"] == "true"
     assert run.settings["train.max_steps"] == "null"
@@ -190,7 +213,7 @@ def test_the_settings_of_a_run_are_those_that_yaml_says(tmp_path):
     assert (REPO / "distlenet/report/page.html").exists()
 
 
-def test_a_torn_line_of_starts_is_passed_over(tmp_path):
+def test_damaged_line_of_starts_is_skipped(tmp_path):
     folder = make_run(tmp_path / "run")
     whole = (folder / "starts.jsonl").read_text()
     (folder / "starts.jsonl").write_text('{"time": "20\nnull\n' + whole)
