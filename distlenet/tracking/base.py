@@ -1,54 +1,54 @@
-"""Where the numbers of a run go: one protocol, and a tracker that passes them on to several.
+"""The ``Tracker`` interface, and ``Trackers``, which passes everything on to several trackers.
 
-A record is one measurement, a flat dict: ``split`` (train, train_epoch or test), ``step`` (optimizer
-steps done), ``epoch`` (from 1), ``batch`` (steps done in it), ``loss`` (nats per image), ``accuracy``
-(0 to 1), ``count`` (images behind it), ``lr``, ``time`` (seconds since 1970); for train also ``grad_norm`` of
-the last step, ``loss_scale`` with fp16, ``gpu_memory_gib`` (the most of rank 0's GPU that was ever taken), and
-what ``distlenet.training.throughput`` measures.
+A record is one measurement, a flat dict: ``split`` (train, train_epoch or test), ``step`` (completed optimizer steps),
+``epoch`` (from 1), ``batch`` (completed steps of the epoch), ``loss`` (nats per image), ``accuracy`` (0 to 1),
+``count`` (number of images), ``lr``, ``time`` (seconds since 1970). Train records also have ``grad_norm`` of the last
+step, ``loss_scale`` with fp16, ``gpu_memory_gib`` (peak memory of rank 0's GPU), and what
+``distlenet.training.throughput`` measures.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 Record = dict[str, Any]
 
 TEST_FILE = "test.json"
-"""What a run's last test says beyond its two numbers; see ``distlenet.training.error_analysis``."""
+"""Details of a run's last test; see ``distlenet.training.error_analysis``."""
 
 SPLITS = ("train", "train_epoch", "test")
-"""The kinds of records, in the order in which they come after a step."""
+"""The kinds of records, in the order in which they are logged after a step."""
 
 NONDETERMINISTIC_KEYS = {
     *("time", "images_per_s", "load", "compute", "wait", "slowest_rank", "slowest_host", "gpu_memory_gib"),
     *(f"rank_images_per_s_{name}" for name in ("min", "median", "max")),
 }
-"""What a record says of the machine; all else in it a second run says again."""
+"""Keys of a record that depend on the machine; all others are equal in a second run."""
 
 
-class Tracker(Protocol):
-    """What a trainer tells. Ranks other than 0 hold a tracker that tells nobody."""
+class Tracker:
+    """What rank 0's trainer reports to. Methods that a subclass does not define do nothing."""
 
     def start(self, run_info: Record) -> None:
-        """Open: the run_info of the run, and ``step``, from which it goes on."""
+        """Begin a run, or resume it from ``run_info["step"]``."""
 
     def log(self, record: Record) -> None:
-        """Take one record."""
+        """Log one record."""
 
     def sync(self) -> None:
-        """Make what was told so far as durable as the checkpoint that is saved next."""
+        """Make the logged records as durable as the checkpoint that is saved next."""
 
     def finish(self, summary: Record) -> None:
-        """Take the summary of a run that reached its end."""
+        """Log the summary of a complete run."""
 
     def close(self) -> None:
-        """Let go of terminals and files; called once, on every path."""
+        """Release terminals and files. Called once, on every path."""
 
 
-class Trackers:
-    """Pass everything on to each of several trackers, in their order; with none, to nobody."""
+class Trackers(Tracker):
+    """Call each of several trackers in order. Ranks other than 0 have none."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
-        """Pass on to ``trackers``."""
+        """Combine ``trackers``."""
         self.trackers = trackers
 
     def start(self, run_info: Record) -> None:

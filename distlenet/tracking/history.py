@@ -1,40 +1,36 @@
-"""``config.yaml``, ``metrics.jsonl`` and ``summary.json``: the run's own record of itself."""
+"""``config.yaml``, ``metrics.jsonl`` and ``summary.json`` in the run directory."""
 
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from distlenet.tracking.base import Record
+from distlenet.tracking.base import Record, Tracker
 from distlenet.utils.errors import UserError
 from distlenet.utils.files import LineFile, replace_text, told
 
 
-class History:
-    """Keep the settings, append each record to ``metrics.jsonl``, one JSON object a line, and a summary at the end.
+class History(Tracker):
+    """Write the settings, append each record to ``metrics.jsonl`` as a line of JSON, and write the summary at the end.
 
-    Numbers that are not finite are null: JSON has none. Raises UserError where a file cannot be written, but for
-    ``metrics.jsonl`` on the way: its lines wait for the disk in memory.
+    Numbers that are not finite become null. Raises UserError if a file cannot be written, except while training: then
+    the lines of ``metrics.jsonl`` are kept in memory until they can be written.
     """
 
-    def __init__(self, folder: Path, settings: str) -> None:
-        """Write into ``folder``, which exists; ``settings`` is what ``config.yaml`` is to hold."""
-        self.folder = folder
-        self.path = folder / "metrics.jsonl"
-        self.summary_path = folder / "summary.json"
-        self.settings = settings
+    def __init__(self, directory: Path, settings_yaml: str) -> None:
+        """Write to ``directory``, which exists; ``settings_yaml`` is the content of ``config.yaml``."""
+        self.directory, self.settings_yaml = directory, settings_yaml
+        self.path = directory / "metrics.jsonl"
+        self.summary_path = directory / "summary.json"
         self.lines: LineFile | None = None
-        self.complete = False
+        self.was_complete = False
 
     def start(self, run_info: Record) -> None:
-        """Go on after step ``run_info["step"]``: what an interrupted run wrote beyond it is cut off.
-
-        Those steps are trained and recorded again, so the history has each step once.
-        """
-        self.complete = run_info["complete"]
-        with told(self.folder):
-            kept = [line for line, record in read_records(self.path) if self._belongs(record, run_info)]
-            replace_text(self.folder / "config.yaml", self.settings)
+        """Resume after step ``run_info["step"]``, and remove later records: those steps are trained again."""
+        self.was_complete = run_info["complete"]
+        with told(self.directory):
+            kept = [line for line, record in read_records(self.path) if _is_in_checkpoint(record, run_info)]
+            replace_text(self.directory / "config.yaml", self.settings_yaml)
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
             self.lines = LineFile(self.path)
 
@@ -44,19 +40,19 @@ class History:
         self.lines.add(to_json(record))
 
     def sync(self) -> None:
-        """Have all records on the disk, so that no checkpoint outlives the records before it."""
+        """Flush all records to disk, so that no checkpoint outlives the records before it."""
         if self.lines is not None:
-            with told(self.folder):
+            with told(self.directory):
                 self.lines.sync()
 
     def finish(self, summary: Record) -> None:
-        """Write ``summary.json``; a run that was complete before keeps the one that measured its training."""
-        if self.complete and self.summary_path.exists():
+        """Write ``summary.json``. A run that was complete at its start keeps the existing one, with its speed."""
+        if self.was_complete and self.summary_path.exists():
             return
         if self.lines is not None:
             self.lines.flush()
         self.sync()
-        with told(self.folder):
+        with told(self.directory):
             replace_text(self.summary_path, to_json(summary, indent=2) + "\n")
 
     def close(self) -> None:
@@ -64,17 +60,17 @@ class History:
         if self.lines is not None:
             self.lines.close()
 
-    @staticmethod
-    def _belongs(record: Record, run_info: Record) -> bool:
-        """Say whether a record is of what the checkpoint holds; after its step it may not have been evaluated yet."""
-        last = run_info["step"] if record["split"] == "train" else run_info["evaluated"]
-        return bool(record["step"] <= last)
+
+def _is_in_checkpoint(record: Record, run_info: Record) -> bool:
+    """Return whether the checkpoint includes a record; it may be older than the evaluation after its step."""
+    last_step = run_info["step"] if record["split"] == "train" else run_info["evaluated"]
+    return bool(record["step"] <= last_step)
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """Yield the whole lines of ``metrics.jsonl`` and what they say; a last one without its end was cut by a kill.
+    """Yield each complete line of ``metrics.jsonl`` and its record. A kill may have cut the last line short.
 
-    Raises UserError for a line that is no record.
+    Raises UserError if a line is no record.
     """
     if not path.exists():
         return
@@ -91,6 +87,6 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def to_json(record: Record, indent: int | None = None) -> str:
-    """Write a flat record as JSON, with null for numbers that are not finite."""
+    """Convert a flat record to JSON, with null for numbers that are not finite."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, indent=indent, allow_nan=False)

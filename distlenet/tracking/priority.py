@@ -1,4 +1,4 @@
-"""How a process beside a training leaves the processors to the ranks."""
+"""Leave the CPUs to the ranks while the sidecar and W&B's own process run next to them."""
 
 import os
 import time
@@ -9,37 +9,34 @@ import psutil
 
 
 def lower_priority() -> None:
-    """Leave the processors to the ranks: have all threads here, and in W&B's processes, run where those are idle."""
-    for process in process_tree():
-        with suppress(OSError, psutil.Error):
-            for thread in process.threads():
-                with suppress(OSError):  # it has just ended
-                    os.setpriority(os.PRIO_PROCESS, thread.id, 19)
-                    os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
-    set_session_share(19)
+    """Run the calling thread only when a CPU is idle. Threads and processes that it starts later inherit this."""
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def set_session_share(nice: int) -> None:
-    """Have the sessions of this process and of W&B's take the share of the processors that ``nice`` (0 to 19) gives.
+    """Give the sessions of this process's children the CPU share of ``nice``: 19 is the least, 0 the default.
 
-    Where Linux groups by sessions (sched_autogroup_enabled), all have the same share, whatever the priorities within.
-    Source: https://man7.org/linux/man-pages/man7/sched.7.html
+    Linux divides the CPU time among sessions first, and W&B's process starts its own session, in which its low
+    priority has no effect on the ranks. Source: https://man7.org/linux/man-pages/man7/sched.7.html, autogroup
     """
-    for process in process_tree():
+    for child in process_tree(os.getpid())[1:]:
         for _ in range(3):
             try:
-                Path(f"/proc/{process.pid}/autogroup").write_text(str(nice), encoding="ascii")
-            except BlockingIOError:  # 0.1 s must lie between two such changes, whoever makes them
+                Path(f"/proc/{child.pid}/autogroup").write_text(str(nice), encoding="ascii")
+                break
+            except BlockingIOError:  # Linux allows one change in 0.1 s, of all users
                 time.sleep(0.15)
-            except OSError:  # Linux does not group by sessions
-                break
-            else:
+            except OSError:  # Linux does not group by session, or the process has ended
                 break
 
 
-def process_tree() -> list[psutil.Process]:
-    """Return this process, and those below it as far as they can be seen."""
-    me = psutil.Process()
-    with suppress(OSError, psutil.Error):
-        return [me, *me.children(recursive=True)]
-    return [me]
+def process_tree(pid: int) -> list[psutil.Process]:
+    """Return a process and all its descendants, as far as they are visible; none if it has ended."""
+    try:
+        root = psutil.Process(pid)
+        with suppress(OSError, psutil.Error):
+            return [root, *root.children(recursive=True)]
+        return [root]
+    except psutil.Error:
+        return []

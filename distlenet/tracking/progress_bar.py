@@ -1,4 +1,4 @@
-"""What a person sees of a run: on a terminal a progress bar, else plain lines (see ``lines``)."""
+"""Console output for a terminal: a progress bar, with a table of the evaluations above it."""
 
 import sys
 
@@ -9,13 +9,13 @@ from distlenet.tracking.base import Record, Tracker
 from distlenet.tracking.text import TextLogger, TutorialLogger, time_left
 
 NARROW = 60
-"""Columns below which there is room for the loss and the time left alone."""
+"""Columns of a terminal; below, the bar has room only for the loss and the remaining time."""
 WIDE = 78
-"""Columns from which a progress bar has room for the speed, too."""
+"""From this width it also has the speed."""
 VERY_WIDE = 110
-"""And for the learning rate and the number of ranks."""
+"""From this width it also has the learning rate and the number of ranks."""
 CELL = 9
-"""Letters of a cell in the table of evaluations, or more where its heading has more."""
+"""Minimum width of a column of the table."""
 
 
 def make_console(style: str) -> Tracker:
@@ -26,13 +26,13 @@ def make_console(style: str) -> Tracker:
 
 
 class ProgressBar(TextLogger):
-    """A live progress bar for training; a table of all evaluations, and the other lines, scroll above it.
+    """Show a live progress bar for training; the table of evaluations and the other lines scroll above it.
 
-    A narrow terminal gets less of it, each on one line. rich writes no colours where NO_COLOR is set.
+    On a narrow terminal they show fewer numbers, so that each still fits on a line. rich respects NO_COLOR.
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        """Print to the terminal of standard output, or to ``console``."""
+        """Print to standard output, or to ``console``."""
         super().__init__()
         self.console = console or Console(highlight=False)
         self.progress = Progress(
@@ -43,78 +43,75 @@ class ProgressBar(TextLogger):
             expand=True,
         )
         self.task: TaskID | None = None
-        self.last: Record = {}  # of training
-        self.trained: Record = {}  # the last epoch's training
-        self.columns: list[str] = []  # of the table; none before its first row
+        self.last_train: Record = {}
+        self.last_train_epoch: Record = {}
+        self.columns: list[str] = []  # of the table; empty before its first row
 
     def start(self, run_info: Record) -> None:
-        """Print what runs where and show the bar."""
+        """Print the configuration and show the bar."""
         super().start(run_info)
         if not run_info["complete"]:
             self.task = self.progress.add_task("", total=run_info["steps"], completed=run_info["step"], numbers="")
             self.progress.start()
 
     def log(self, record: Record) -> None:
-        """Move the bar, or print a row of the table above it."""
-        if record["split"] == "train" and self.task is not None:
-            self.watch(record)
-            self.last = record
-            self.show(record)
+        """Update the bar, or print a row of the table above it."""
+        if record["split"] == "train":
+            self.report_slow_rank(record)
+            self.last_train = record
+            self._update_bar(record)
         elif record["split"] == "train_epoch":
-            self.trained = record
-        elif record["split"] == "test":
-            self._row(record)
+            self.last_train_epoch = record
+        else:
+            self._print_row(record)
 
-    def show(self, record: Record) -> None:
-        """Move the bar to a training record."""
-        assert self.task is not None
-        epoch = f"{record['epoch']}/{self.run_info['epochs']}"
-        self.progress.update(
-            self.task,
-            completed=record["step"],
-            description=f"epoch {epoch}" if self.console.width >= WIDE else epoch,
-            numbers="  ".join(self._numbers(record)),
-        )
-
-    def _numbers(self, record: Record) -> list[str]:
-        """Write what stands beside the bar; on a narrow terminal, less of it."""
-        width = self.console.width
+    def _update_bar(self, record: Record) -> None:
+        if self.task is None:
+            return
+        width, info = self.console.width, self.run_info
         numbers = [f"loss {record['loss']:.3f}"]
         if width >= NARROW:
-            numbers = [f"{record['step']}/{self.run_info['steps']}", *numbers, f"acc {record['accuracy']:.1%}"]
+            numbers = [f"{record['step']}/{info['steps']}", *numbers, f"acc {record['accuracy']:.1%}"]
         if width >= WIDE:
             numbers.append(f"{record['images_per_s']:,.0f} images/s")
         if width >= VERY_WIDE:
-            numbers += [f"lr {record['lr']:.2g}", f"{self.run_info['world_size']} ranks"]
-        return [*numbers, f"{time_left(record, self.run_info)} left"]
+            numbers += [f"lr {record['lr']:.2g}", f"{info['world_size']} ranks"]
+        numbers.append(f"{time_left(record, info)} left")
+        self.progress.update(
+            self.task,
+            completed=record["step"],
+            description="epoch " * (width >= WIDE) + f"{record['epoch']}/{info['epochs']}",
+            numbers="  ".join(numbers),
+        )
 
-    def _row(self, tested: Record) -> None:
-        """Print an evaluation, under a heading where it is the first."""
-        trained = self.trained if self.trained.get("step") == tested["step"] else {}
+    def _print_row(self, test: Record) -> None:
+        """Print an evaluation, the first one under a heading."""
+        train = self.last_train_epoch
+        if train.get("step") != test["step"]:  # tested within an epoch
+            train = {}
         cells = {
-            "epoch": f"{tested['epoch']}/{self.run_info['epochs']}",
-            "step": f"{tested['step']}",
-            "train loss": f"{trained['loss']:.4f}" if trained else "",  # of no part of an epoch
-            "train acc": f"{trained['accuracy']:.2%}" if trained else "",
-            "test loss": f"{tested['loss']:.4f}",
-            "test acc": f"{tested['accuracy']:.2%}",
-            "test images": f"{tested['count']}",
+            "epoch": f"{test['epoch']}/{self.run_info['epochs']}",
+            "step": f"{test['step']}",
+            "train loss": f"{train['loss']:.4f}" if train else "",
+            "train acc": f"{train['accuracy']:.2%}" if train else "",
+            "test loss": f"{test['loss']:.4f}",
+            "test acc": f"{test['accuracy']:.2%}",
+            "test images": f"{test['count']}",
         }
         if not self.columns:
-            few = self.console.width < WIDE
-            self.columns = ["epoch", "test loss", "test acc"] if few else list(cells)
+            self.columns = list(cells) if self.console.width >= WIDE else ["epoch", "test loss", "test acc"]
             self.print("  ".join(f"{name:>{CELL}}" for name in self.columns))
         self.print("  ".join(f"{cells[name]:>{max(CELL, len(name))}}" for name in self.columns))
 
     def finish(self, summary: Record) -> None:
         """Complete the bar and print the result below it."""
-        if self.task is not None and self.last:
-            self.show({**self.last, "step": summary["steps"]})
+        if self.last_train:
+            self._update_bar({**self.last_train, "step": summary["steps"]})
         self.close()
         super().finish(summary)
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Restore the terminal."""
         self.progress.stop()
 
     def print(self, line: str) -> None:

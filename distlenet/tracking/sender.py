@@ -1,7 +1,7 @@
-"""``python -m distlenet.tracking.sender RUN NAME...``: send a run's records on; ``distlenet.tracking.sidecar`` starts it.
+"""``python -m distlenet.tracking.sender RUN NAME...``: send a run's records on. ``Sidecar`` starts this process.
 
-Standard input says, a line each: what to do (JSON), that there is more, and how the run ended. Its end without such a
-line says that the training is gone.
+Standard input has two lines: what to send (JSON), when the training starts, and its outcome (finished, preempted or
+failed). End of file means that the training process is gone.
 """
 
 import importlib
@@ -9,45 +9,51 @@ import json
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import SimpleQueue
+from threading import Thread, Timer
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
 from distlenet.tracking.base import TEST_FILE, Record
 from distlenet.tracking.priority import lower_priority, set_session_share
-from distlenet.tracking.sidecar import NAMES
+from distlenet.tracking.sidecar import EXIT_S, NAMES
 from distlenet.tracking.tensorboard import TensorBoard
-from distlenet.tracking.wandb import Wandb
+from distlenet.tracking.wandb import Wandb, one_line
 from distlenet.utils.errors import warn
+
+POLL_S = 0.5
+"""Seconds between two reads of ``metrics.jsonl``."""
+
+IMPORTS = {"wandb": ["wandb", "wandb.sdk.launch"], "tensorboard": ["tensorboard.summary"]}
+"""Modules to import early; ``wandb.init`` imports ``wandb.sdk.launch``."""
 
 
 class Sink(Protocol):
-    """Where records go."""
+    """A service that receives records."""
 
     def put(self, record: Record) -> None:
         """Take one record."""
 
     def mark_replayed(self) -> None:
-        """All is there that was recorded before this start."""
+        """Note that all records from before this start were put."""
 
     def finish(self, outcome: str, summary: Record, details: Record | None) -> None:
-        """The run has ended: finished, preempted or failed."""
+        """End the run; ``outcome`` is finished, preempted or failed."""
 
 
 class JsonlTail:
-    """The records of a file to which lines are being added."""
+    """The records of a file to which lines are being appended."""
 
     def __init__(self, path: Path) -> None:
         """Begin at the start of ``path``."""
         self.path, self.offset = path, 0
 
-    def more(self) -> Iterator[Record]:
-        """Yield the whole lines since the last call."""
+    def new_records(self) -> Iterator[Record]:
+        """Yield the complete lines since the last call."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             for line in file:
@@ -58,148 +64,122 @@ class JsonlTail:
 
 
 class Sinks:
-    """Several, of which one that fails is left out, and said so once."""
+    """Several sinks. One that fails is dropped with a warning; the others continue."""
 
-    def __init__(self, makers: dict[str, Callable[[], Sink]]) -> None:
-        """Make each sink."""
+    def __init__(self, factories: dict[str, Callable[[], Sink]]) -> None:
+        """Create each sink."""
         self.sinks: dict[str, Sink] = {}
-        for name, make in makers.items():
-            self._guard(name, lambda name=name, make=make: self.sinks.update({name: make()}))  # type: ignore[misc]
-
-    def put(self, record: Record) -> None:
-        """Give each sink a record."""
-        self.each(lambda sink: sink.put(record))
+        for name, factory in factories.items():
+            with self._drop_on_error(name):
+                self.sinks[name] = factory()
 
     def each(self, action: Callable[[Sink], None]) -> None:
-        """Do something with each sink that is left."""
+        """Call ``action`` with each sink."""
         for name, sink in list(self.sinks.items()):
-            self._guard(name, lambda sink=sink: action(sink))  # type: ignore[misc]
+            with self._drop_on_error(name):
+                action(sink)
 
-    def _guard(self, name: str, action: Callable[[], None]) -> None:
+    @contextmanager
+    def _drop_on_error(self, name: str) -> Iterator[None]:
         try:
-            action()
-        except Exception as error:  # whatever it is, training and the other sinks go on
+            yield
+        except Exception as error:  # any: training and the other sinks continue
             self.sinks.pop(name, None)
-            reason = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())[:300]
-            warn(f"{NAMES.get(name, name)}: {reason}; nothing more is sent there, metrics.jsonl has everything")
+            warn(
+                f"{NAMES.get(name, name)}: {one_line(error)}; nothing more is sent there, metrics.jsonl has everything"
+            )
 
 
-def make_sinks(folder: Path, start: Record) -> Sinks:
-    """Make what ``start`` asks for."""
-    makers: dict[str, Callable[[], Sink]] = {
-        "tensorboard": lambda: TensorBoard(folder),
-        "wandb": lambda: Wandb(folder, start["config"], start["run_info"], start["wandb_mode"]),
+def make_sinks(run_dir: Path, job: Record) -> Sinks:
+    """Create the sinks that ``job`` names."""
+    factories: dict[str, Callable[[], Sink]] = {
+        "tensorboard": lambda: TensorBoard(run_dir),
+        "wandb": lambda: Wandb(run_dir, job["config"], job["run_info"], job["wandb_mode"]),
     }
-    return Sinks({name: make for name, make in makers.items() if name in start["sinks"]})
+    return Sinks({name: factory for name, factory in factories.items() if name in job["sinks"]})
 
 
-def send(folder: Path, sinks: Sinks, told: Iterator[str]) -> dict[str, Sink]:
-    """Send ``sinks`` what is there, then more whenever ``told``, until it says how the run ended.
+def send(run_dir: Path, sinks: Sinks, statuses: Iterator[str]) -> dict[str, Sink]:
+    """Send the records to ``sinks``, new ones at each status "running", until a status is the run's outcome.
 
-    Returns the sinks that took it, by their names.
+    Returns the sinks that did not fail, by name.
     """
-    tail = JsonlTail(folder / "metrics.jsonl")
+    tail = JsonlTail(run_dir / "metrics.jsonl")
 
-    def catch_up() -> None:
-        for record in tail.more():
-            sinks.put(record)
+    def put_new_records() -> None:
+        for record in tail.new_records():
+            sinks.each(lambda sink: sink.put(record))  # noqa: B023
 
-    catch_up()
+    put_new_records()
     sinks.each(lambda sink: sink.mark_replayed())
-    outcome = "failed"
-    for line in told:
-        if line != "more":
-            outcome = line
-            break
-        catch_up()
-    catch_up()
-    summary = read_json(folder / "summary.json") if outcome == "finished" else None
-    sinks.each(lambda sink: sink.finish(outcome, summary or {}, read_json(folder / TEST_FILE)))
+    outcome = "running"
+    while outcome == "running":
+        outcome = next(statuses, "failed")
+        put_new_records()
+    summary = (read_json(run_dir / "summary.json") if outcome == "finished" else None) or {}
+    details = read_json(run_dir / TEST_FILE)
+    sinks.each(lambda sink: sink.finish(outcome, summary, details))
     return sinks.sinks
 
 
 def read_json(path: Path) -> Record | None:
-    """Read a JSON file; None where it is not there."""
+    """Read a JSON file; return None if there is none."""
     if not path.exists():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
 
-def listen(lines: Iterator[str], at_start: Callable[[], None], at_end: Callable[[str], None]) -> Iterator[str]:
-    """Yield ``lines``, which a thread takes at once, whatever is under way.
+def receive(lines: Iterator[str], job: "Future[Record]", outcome: "Future[str]") -> None:
+    """Receive what the training process sends. Runs in a thread, since W&B may block the main thread for minutes.
 
-    So the training never finds its pipe full, and its start and its end are known also while W&B does not answer:
-    then ``at_start`` is called, and ``at_end`` with the first line; with none, where there was no start.
+    Exits the process if the training ends before its start, or if sending takes too long after its end.
     """
-    heard: SimpleQueue[str | None] = SimpleQueue()
-
-    def take() -> None:
-        try:
-            if first := next(lines, ""):
-                heard.put(first)
-                at_start()
-                for line in lines:
-                    heard.put(line)
-                    if line != "more":
-                        break
-            at_end(first)
-        finally:
-            heard.put(None)
-
-    threading.Thread(target=take, daemon=True).start()
-    return iter(heard.get, None)
+    first = next(lines, "")
+    if not first:
+        os._exit(0)  # W&B's process then exits, too
+    job.set_result(json.loads(first))
+    outcome.set_result(next(lines, "failed").strip())
+    # Sidecar.close ends this process earlier, unless the training process was killed.
+    timer = Timer(job.result()["config"]["wandb"]["finish_timeout_s"] + EXIT_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+    set_session_share(0)
 
 
-def get_ready(packages: list[str]) -> None:
-    """Import what W&B's client will need, and start its process. What fails here is tried again where it is told."""
-    names = {"wandb": ["wandb", "wandb.sdk.launch"], "tensorboard": ["tensorboard.summary"]}  # init imports launch
-    for package in packages:
+def statuses(outcome: "Future[str]") -> Iterator[str]:
+    """Yield "running" every POLL_S, then the outcome."""
+    while not wait([outcome], POLL_S).done:
+        yield "running"
+    yield outcome.result()
+
+
+def warm_up(names: list[str]) -> None:
+    """Import what the sinks need, and start W&B's process. Errors are reported when the sinks are created."""
+    for name in names:
         with suppress(Exception):
-            for name in names[package]:
-                importlib.import_module(name)
-            if package == "wandb":
-                importlib.import_module("wandb").setup()
+            modules = [importlib.import_module(module) for module in IMPORTS[name]]
+            if name == "wandb":
+                modules[0].setup()
 
 
 def main() -> None:
-    """Get ready while the ranks meet; then send, with the least claim to the processors.
-
-    Never for longer than allowed after the training's end.
-    """
+    """Warm up while the ranks initialize, then send."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # the training takes them; its end says all
-
-    turn, ended = threading.Lock(), threading.Event()
-
-    def make_way() -> None:
-        """Leave the processors to the ranks, unless they have ended."""
-        with turn:
-            if not ended.is_set():
-                lower_priority()
-
-    def limit(first: str) -> None:
-        if not first:  # the training has ended before it began
-            os._exit(0)  # W&B's process sees that, too
-        timer = threading.Timer(
-            json.loads(first)["config"]["wandb"]["finish_timeout_s"], os.killpg, (0, signal.SIGKILL)
-        )
-        timer.daemon = True
-        timer.start()
-        with turn:
-            ended.set()
-            set_session_share(0)
-
-    told = listen((line.strip() for line in sys.stdin), make_way, limit)
-    get_ready(sys.argv[2:])
-    start, folder = json.loads(next(told)), Path(sys.argv[1])
-    make_way()  # also W&B's process
-    lock = FileLock(folder / ".sidecar.lock")
-    with suppress(Timeout):  # that of an earlier start ends by itself soon; on another node it may hold the lock
-        lock.acquire(start["config"]["wandb"]["finish_timeout_s"] + 5)
-    sinks = make_sinks(folder, start)
-    make_way()  # and what that has started
-    send(folder, sinks, told)
+        signal.signal(number, signal.SIG_IGN)  # they are for the training; its outcome arrives on standard input
+    lower_priority()
+    run_dir, names = Path(sys.argv[1]), sys.argv[2:]
+    job: Future[Record] = Future()
+    outcome: Future[str] = Future()
+    Thread(target=receive, args=(iter(sys.stdin), job, outcome), daemon=True).start()
+    warm_up(names)
+    if not outcome.done():
+        set_session_share(19)
+    finish_timeout_s = job.result()["config"]["wandb"]["finish_timeout_s"]
+    lock = FileLock(run_dir / ".sidecar.lock")
+    with suppress(Timeout):  # the sidecar of an earlier start ends soon, unless a lost node holds the lock
+        lock.acquire(finish_timeout_s + 2 * EXIT_S)
+    send(run_dir, make_sinks(run_dir, job.result()), statuses(outcome))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written anew from ``metrics.jsonl`` at each start of a run."""
+"""TensorBoard's event files, rewritten from ``metrics.jsonl`` at each start of a run."""
 
 import shutil
 from pathlib import Path
@@ -7,15 +7,15 @@ from distlenet.tracking.base import Record
 
 
 class TensorBoard:
-    """Writes each number of each record as a scalar over optimizer steps, below ``RUN/tensorboard``."""
+    """Write each number of each record as a scalar over optimizer steps, to ``RUN/tensorboard``."""
 
-    def __init__(self, folder: Path) -> None:
-        """Begin with no file: those of an earlier start may hold steps that are trained again."""
+    def __init__(self, run_dir: Path) -> None:
+        """Remove the files of earlier starts: they may contain steps that are trained again."""
         from tensorboard.summary import Writer
 
-        target = folder / "tensorboard"
-        shutil.rmtree(target, ignore_errors=True)
-        self.writer = Writer(str(target))
+        directory = run_dir / "tensorboard"
+        shutil.rmtree(directory, ignore_errors=True)
+        self.writer = Writer(str(directory))
 
     def put(self, record: Record) -> None:
         """Write one record."""
@@ -25,7 +25,7 @@ class TensorBoard:
                 self.writer.add_scalar(tag, value, record["step"], wall_time=record.get("time"))
 
     def mark_replayed(self) -> None:
-        """Show what there is."""
+        """Make the records visible."""
         self.writer.flush()
 
     def finish(self, outcome: str, summary: Record, details: Record | None) -> None:  # noqa: ARG002

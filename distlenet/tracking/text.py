@@ -1,83 +1,86 @@
-"""What a person reads of a run in a file or a pipe: plain lines, or the tutorial's."""
+"""Console output for files and pipes: plain lines, or the lines of PyTorch's tutorial."""
 
 import os
 import sys
 import time
 from datetime import timedelta
 
-from distlenet.tracking.base import Record
+from distlenet.tracking.base import Record, Tracker
 from distlenet.utils.errors import warn
 
-SECONDS_BETWEEN_LINES = 5.0
-SLOW = 1.15
-"""How many times longer than the median a rank must compute, for PATIENCE records in a row, to be named."""
-PATIENCE = 5
+LINE_INTERVAL_S = 5.0
+"""Seconds between two lines of training."""
+
+SLOW_RATIO = 1.15
+"""A rank is reported as slow if it computes this many times longer than the median, for SLOW_RECORDS in a row."""
+SLOW_RECORDS = 5
 
 
-class TextLogger:
-    """One plain line for the start, for each test, and for training at most every few seconds."""
+class TextLogger(Tracker):
+    """Print a line at the start, for each test, and for training at most every LINE_INTERVAL_S."""
 
     def __init__(self) -> None:
         """Print to standard output."""
         self.run_info: Record = {}
-        self.printed = float("-inf")
-        self.slow: list[int] = []  # the slowest rank of the last records, where it was slow
-        self.named: set[int] = set()
+        self.last_line_time = float("-inf")
+        self.slow_ranks: list[int] = []  # the slowest rank of each of the last records, if it was slow
+        self.reported_ranks: set[int] = set()
 
     def start(self, run_info: Record) -> None:
-        """Print what runs where."""
+        """Print the configuration of the run."""
         self.run_info = run_info
-        for line in opening(run_info):
+        for line in opening_lines(run_info):
             self.print(line)
 
     def log(self, record: Record) -> None:
-        """Print a record, unless a training line was printed a moment ago."""
-        self.watch(record)
+        """Print a record; a training record only if no other was printed just before."""
+        self.report_slow_rank(record)
         if record["split"] == "test":
-            self.print(_test_line(record, self.run_info))
-        elif record["split"] == "train" and time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
-            self.printed = time.monotonic()
+            self.print(
+                f"epoch {record['epoch']}/{self.run_info['epochs']}  test loss {record['loss']:.4f}  "
+                f"test accuracy {record['accuracy']:.2%} of {record['count']} images"
+            )
+        elif record["split"] == "train" and time.monotonic() - self.last_line_time >= LINE_INTERVAL_S:
+            self.last_line_time = time.monotonic()
             self.print(
                 f"epoch {record['epoch']}/{self.run_info['epochs']}  step {record['step']}/{self.run_info['steps']}  "
                 f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.1%}  lr {record['lr']:.4g}  "
                 f"{record['images_per_s']:,.0f} images/s  {time_left(record, self.run_info)} left"
             )
 
-    def watch(self, record: Record) -> None:
-        """Name a rank that is slow all the time, once."""
-        if record.get("slowest_rank") is None:
+    def report_slow_rank(self, record: Record) -> None:
+        """Print a line, once, about a rank that is slow for SLOW_RECORDS records in a row."""
+        rank = record.get("slowest_rank")
+        if rank is None:
             return
-        times = record["rank_images_per_s_median"] / record["rank_images_per_s_min"]
-        self.slow = [*self.slow, record["slowest_rank"]][-PATIENCE:] if times >= SLOW else []
-        if len(self.slow) == PATIENCE and len(set(self.slow)) == 1 and self.slow[0] not in self.named:
-            self.named.add(self.slow[0])
+        ratio = record["rank_images_per_s_median"] / record["rank_images_per_s_min"]
+        self.slow_ranks = [*self.slow_ranks, rank][-SLOW_RECORDS:] if ratio >= SLOW_RATIO else []
+        if self.slow_ranks == [rank] * SLOW_RECORDS and rank not in self.reported_ranks:
+            self.reported_ranks.add(rank)
             self.print(
-                f"rank {self.slow[0]} on {record['slowest_host']} computes {times - 1:.0%} longer than the median, "
-                "and all wait for it"
+                f"rank {rank} on {record['slowest_host']} computes {ratio - 1:.0%} longer than the median, "
+                "and all ranks wait for it"
             )
 
-    def sync(self) -> None:
-        """Nothing is kept."""
-
     def finish(self, summary: Record) -> None:
-        """Print the result and where the files are."""
-        for line in _closing(summary):
-            self.print(line)
-
-    def close(self) -> None:
-        """Nothing is held."""
+        """Print the result, the times and the run directory."""
+        speed = summary["train_images_per_s"]  # None if the run was complete at its start
+        trained = f"trained at {speed:,.0f} images/s, " if speed else ""
+        self.print(accuracy_line(summary["test_accuracy"], summary["test_count"]))
+        self.print(f"{summary['start_s']:.1f} s to start, {trained}{summary['wall_s']:.1f} s in all")
+        self.print(f"Files of this run: {summary['folder']}")
 
     def print(self, line: str) -> None:
-        """Print one line, at once. When nobody reads any more (``| head``, a full disk), training goes on unheard."""
+        """Print one line immediately. If nothing can be written (``| head``, a full disk), training continues."""
         try:
             print(line, flush=True)
         except OSError as error:
-            warn(f"standard output is gone ({error.strerror}); see metrics.jsonl")
+            warn(f"standard output cannot be written ({error.strerror}); see metrics.jsonl")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class TutorialLogger(TextLogger):
-    """What PyTorch's "Training a Classifier" tutorial prints: ``[1,  2000] loss: 1.234``."""
+    """Print what PyTorch's "Training a Classifier" tutorial prints: ``[1,  2000] loss: 1.234``."""
 
     def log(self, record: Record) -> None:
         """Print the mean loss of the batches since the last line."""
@@ -90,49 +93,32 @@ class TutorialLogger(TextLogger):
         super().finish(summary)
 
 
-def opening(run_info: Record) -> list[str]:
-    """Write what runs where, how its batches are cut, and from which step it goes on."""
-    f = run_info
+def opening_lines(run_info: Record) -> list[str]:
+    """Return the lines about the run's configuration, and about the step from which it resumes."""
+    i = run_info
     lines = [
-        f"distlenet {f['version']}: {f['model']} on {f['data']} ({f['train_count']} images, {f['data_source']})",
-        f"world size {f['world_size']}, {f['backend']}, {f['device']}, {f['precision']}, "
-        f"threads per rank {f['threads']}, reduction {f['reduction']}, W&B {f['wandb']}",
-        f"epochs {f['epochs']}, steps {f['steps']}, global batch {f['global_batch_size']} = "
-        f"ranks {f['world_size']} × micro-batches {f['micro_batches']} × images {f['micro_batch_size']}",
+        f"distlenet {i['version']}: {i['model']} on {i['data']} ({i['train_count']} images, {i['data_source']})",
+        f"world size {i['world_size']}, {i['backend']}, {i['device']}, {i['precision']}, "
+        f"threads per rank {i['threads']}, reduction {i['reduction']}, W&B {i['wandb']}",
+        f"epochs {i['epochs']}, steps {i['steps']}, global batch {i['global_batch_size']} = "
+        f"ranks {i['world_size']} × micro-batches {i['micro_batches']} × images {i['micro_batch_size']}",
     ]
-    if run_info["complete"]:
+    if i["complete"]:
         lines.append(
-            f"this run is complete; to train on: run.name={f['run']} checkpoint.allow_changed=[train.epochs] "
-            "and more train.epochs; to train anew: another run.name"
+            f"this run is complete; to continue training: run.name={i['run']} "
+            "checkpoint.allow_changed=[train.epochs] and more train.epochs; to train anew: another run.name"
         )
-    elif run_info["step"]:
-        lines.append(f"resumed at step {f['step']} of {f['steps']} from {f['resumed_from']}")
+    elif i["step"]:
+        lines.append(f"resumed at step {i['step']} of {i['steps']} from {i['resumed_from']}")
     return lines
 
 
-def _test_line(record: Record, run_info: Record) -> str:
-    return (
-        f"epoch {record['epoch']}/{run_info['epochs']}  test loss {record['loss']:.4f}  "
-        f"test accuracy {record['accuracy']:.2%} of {record['count']} images"
-    )
-
-
-def _closing(summary: Record) -> list[str]:
-    speed = summary["train_images_per_s"]  # None where the run was complete already
-    trained = f"trained at {speed:,.0f} images/s, " if speed else ""
-    return [
-        accuracy_line(summary["test_accuracy"], summary["test_count"]),
-        f"{summary['start_s']:.1f} s to start, {trained}{summary['wall_s']:.1f} s in all",
-        f"Files of this run: {summary['folder']}",
-    ]
-
-
 def accuracy_line(accuracy: float, count: int) -> str:
-    """Write a test accuracy (0 to 1) the way PyTorch's tutorial does."""
+    """Format a test accuracy (0 to 1) like PyTorch's tutorial."""
     return f"Accuracy of the network on the {count} test images: {100 * accuracy:.1f} %"
 
 
 def time_left(record: Record, run_info: Record) -> timedelta:
-    """Return how long the rest of the run takes at the speed of ``record``, in whole seconds."""
+    """Return the remaining time of the run at the speed of ``record``, in full seconds."""
     images = (run_info["steps"] - record["step"]) * run_info["train_count"] / run_info["steps_per_epoch"]
     return timedelta(seconds=round(images / max(record["images_per_s"], 1e-9)))

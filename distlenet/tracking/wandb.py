@@ -1,7 +1,7 @@
-"""Weights & Biases: one run per job, in which each line of ``metrics.jsonl`` is a row.
+"""Weights & Biases: one W&B run per job, in which each line of ``metrics.jsonl`` is a row.
 
-A row's number is made from the optimizer step and the kind of record, so a row that W&B has already is known. Each
-has its optimizer step in it, the axis of all charts. Source: https://docs.wandb.ai/models/ref/python
+The row's number follows from the step and the split, so rows that W&B already has are recognized. Every row contains
+its optimizer step, the x-axis of all charts. Source: https://docs.wandb.ai/models/ref/python
 """
 
 import base64
@@ -21,18 +21,17 @@ from urllib.parse import urlsplit
 from distlenet.tracking.base import SPLITS, Record
 from distlenet.utils.errors import UserError, warn
 
-INIT_S = 30.0
-"""Seconds that W&B has to answer at the start, before the run is kept offline."""
-
+INIT_TIMEOUT_S = 30.0
+"""Seconds that W&B has to answer at the start; then the run is kept offline."""
 
 MODES = {name: name for name in ("online", "offline", "disabled")} | {"dryrun": "offline", "run": "online"}
-"""What WANDB_MODE says; the last two are W&B's older words."""
+"""Values of WANDB_MODE; the last two are W&B's old names."""
 
 
 def wandb_mode(mode: str, environ: Mapping[str, str]) -> str:
-    """Resolve ``wandb.mode``: auto follows WANDB_MODE, else is online where a key is configured, else offline.
+    """Resolve ``wandb.mode``: auto follows WANDB_MODE, else is online if a key is configured, else offline.
 
-    Raises UserError for a WANDB_MODE that says nothing.
+    Raises UserError if WANDB_MODE is invalid.
     """
     if mode != "auto":
         return mode
@@ -44,75 +43,73 @@ def wandb_mode(mode: str, environ: Mapping[str, str]) -> str:
 
 
 def has_key(environ: Mapping[str, str]) -> bool:
-    """Say whether W&B's client will find a key without asking: in the environment or in a netrc file."""
+    """Return whether W&B's client finds an API key without a prompt: in the environment or in a netrc file."""
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    places: list[str | Path | None] = [environ.get("NETRC")]
-    with suppress(RuntimeError):  # a user without a home
-        home = Path(environ.get("HOME", "~")).expanduser()
-        places += [home / ".netrc", home / "_netrc"]
-    for path in places:
-        with suppress(OSError, ValueError, netrc.NetrcParseError):  # a file or an address that is none
-            if path and netrc.netrc(path).authenticators(urlsplit(base_url(environ)).hostname or ""):
+    paths = [Path(environ["NETRC"])] if environ.get("NETRC") else []
+    with suppress(RuntimeError):  # the user has no home directory
+        paths += [_home(environ) / ".netrc", _home(environ) / "_netrc"]
+    for path in paths:
+        with suppress(OSError, ValueError, netrc.NetrcParseError):  # an unreadable file, or an invalid address
+            if netrc.netrc(path).authenticators(urlsplit(base_url(environ)).hostname or ""):
                 return True
     return False
 
 
 def base_url(environ: Mapping[str, str]) -> str:
-    """Return the address of W&B's server: from the environment, or where ``wandb login --host`` wrote it."""
+    """Return the address of W&B's server: from the environment, or as ``wandb login --host`` saved it."""
     if given := environ.get("WANDB_BASE_URL"):
         return given
-    written = configparser.ConfigParser(interpolation=None)
+    saved = configparser.ConfigParser(interpolation=None)
     with suppress(OSError, RuntimeError, UnicodeDecodeError, configparser.Error):
-        home = Path(environ.get("HOME", "~")).expanduser()
-        written.read(Path(environ.get("WANDB_CONFIG_DIR") or home / ".config/wandb") / "settings", encoding="utf-8")
-    return written.get("default", "base_url", fallback="https://api.wandb.ai")
+        directory = environ.get("WANDB_CONFIG_DIR") or _home(environ) / ".config/wandb"
+        saved.read(Path(directory) / "settings", encoding="utf-8")
+    return saved.get("default", "base_url", fallback="https://api.wandb.ai")
+
+
+def _home(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("HOME", "~")).expanduser()
 
 
 class Wandb:
-    """Sends a run's records to W&B, or keeps them in its offline format below ``RUN/wandb``."""
+    """Send a run's records to W&B, or keep them in its offline format in ``RUN/wandb``."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], run_info: Record, mode: str) -> None:
-        """Begin or continue the run ``run_info["run_id"]``. What fails online is kept offline, and said once."""
+    def __init__(self, run_dir: Path, config: dict[str, Any], run_info: Record, mode: str) -> None:
+        """Begin or resume the run ``run_info["run_id"]``. If that fails online, warn and keep the run offline."""
         import wandb
 
-        self.wandb, self.folder, self.settings = wandb, folder, config["wandb"]
-        before = set((folder / "wandb").glob(f"offline-run-*-{run_info['run_id']}"))
-        self.run: Any = None
-        self.online = False
-        if mode == "online":
+        self.wandb, self.run_dir, self.config, self.run_info = wandb, run_dir, config, run_info
+        earlier = list((run_dir / "wandb").glob(f"offline-run-*-{run_info['run_id']}"))
+        self.online = mode == "online"
+        if self.online:
             try:
-                self.run = self._init(config, run_info, "online")
-                self.online = True
-            except Exception as error:  # whatever it is: a wrong key, no network, a server's mistake
-                warn(f"W&B: {in_a_line(error)}; this run is kept offline, wandb sync sends it later")
-                wandb.teardown()  # else what is left of the failed start holds the run's id
-        if self.run is None:
-            self.run = self._init(config, run_info, "offline")
+                self.run = self._init("online")
+            except Exception as error:  # any: a wrong key, no network, an error of the server
+                self.online = False
+                warn(f"W&B: {one_line(error)}; this run is kept offline, wandb sync sends it later")
+                wandb.teardown()  # the rest of the failed start would keep the run's id
+        if not self.online:
+            self.run = self._init("offline")
         self.run.define_metric("step", hidden=True)
         for split in SPLITS:
             self.run.define_metric(f"{split}/*", step_metric="step")
-        self.next_row = self.run.step  # W&B has the rows before; offline it has none
-        self.stale = [path for path in before if not list(path.glob("*.synced"))]
+        self.next_row = self.run.step  # W&B has the rows before; offline, 0
+        self.replaced = [path for path in earlier if not list(path.glob("*.synced"))]
         self.last: Record | None = None
 
-    def _init(self, config: dict[str, Any], run_info: Record, mode: Literal["online", "offline"]) -> Any:
-        given = self.settings
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
+        settings = {key: self.config["wandb"][key] for key in ("project", "entity", "group", "tags", "notes")}
         return self.wandb.init(
             mode=mode,
-            id=run_info["run_id"],
+            id=self.run_info["run_id"],
             resume="allow",
-            name=self.folder.name,
-            project=given["project"],
-            entity=given["entity"],
-            group=given["group"],
-            tags=given["tags"],
-            notes=given["notes"],
-            dir=str(self.folder),
-            config={**config, "environment": environment(run_info)},
+            name=self.run_dir.name,
+            dir=str(self.run_dir),
+            config={**self.config, "environment": environment(self.run_info)},
             settings=self.wandb.Settings(
-                silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_S
+                silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_TIMEOUT_S
             ),
+            **settings,
         )
 
     def put(self, record: Record) -> None:
@@ -124,82 +121,83 @@ class Wandb:
             self.next_row = number + 1
 
     def mark_replayed(self) -> None:
-        """All that was recorded before this start is sent: offline files that hold parts of it are not needed."""
-        for path in self.stale:
+        """Remove the offline files of earlier starts: this one has all of their records."""
+        for path in self.replaced:
             shutil.rmtree(path, ignore_errors=True)
-        self.stale = []
+        self.replaced = []
 
     def finish(self, outcome: str, summary: Record, details: Record | None) -> None:
         """End the run; ``outcome`` is finished, preempted or failed."""
         if outcome == "finished":
             if details is not None and self.last is not None and self.next_row == row_number(self.last) + 1:
                 try:
-                    tables = self._tables(details)
-                    self.run.log({"step": self.last["step"], **tables}, step=self.next_row)
-                except Exception as error:  # the numbers are worth more than the pictures
-                    warn(f"W&B: {in_a_line(error)}; this run has no tables there, report.html has them")
+                    self.run.log({"step": self.last["step"], **self._tables(details)}, step=self.next_row)
+                except Exception as error:  # any: the numbers are more important than the tables
+                    warn(f"W&B: {one_line(error)}; this run has no tables there, report.html has them")
             self.run.summary.update({k: v for k, v in summary.items() if v is not None})
-            best = self.folder / "checkpoints" / "best.pt"
-            if self.settings["log_checkpoints"] and best.exists():
-                artifact = self.wandb.Artifact(f"{self.folder.name}-best", type="model")
-                artifact.add_file(str(best))
-                self.run.log_artifact(artifact)
+            best = self.run_dir / "checkpoints" / "best.pt"
+            if self.config["wandb"]["log_checkpoints"] and best.exists():
+                self.run.log_artifact(str(best), name=f"{self.run_dir.name}-best", type="model")
         elif outcome == "preempted":
             self.run.mark_preempting()
         self.run.finish(exit_code=0 if outcome == "finished" else 1)
 
     def _tables(self, details: Record) -> dict[str, Any]:
+        """Return the confusion matrix, and a table of the mistakes with their images."""
         from PIL import Image
 
-        wandb, names = self.wandb, details["classes"]
-        cells = [
-            [names[label], names[predicted], count]
+        classes = details["classes"]
+        pairs = [
+            (label, predicted)
             for label, counts in enumerate(details["confusion"])
             for predicted, count in enumerate(counts)
+            for _ in range(count)
         ]
-        columns = ["Actual", "Predicted", "nPredictions"]
-        mistakes = wandb.Table(columns=["image", "label", "predicted", "confidence", "index"])
-        for found in details["mistakes"]:
-            picture = wandb.Image(Image.open(io.BytesIO(base64.b64decode(found["png"]))))
-            label, predicted = names[found["label"]], names[found["predicted"]]
-            mistakes.add_data(picture, label, predicted, found["confidence"], found["index"])
-        confusion = wandb.plot_table(
-            "wandb/confusion_matrix/v1",
-            wandb.Table(columns=columns, data=cells),
-            {name: name for name in columns},
-            {"title": "Test set"},
+        confusion = self.wandb.plot.confusion_matrix(
+            y_true=[label for label, _ in pairs],
+            preds=[predicted for _, predicted in pairs],
+            class_names=classes,
+            title="Test set",
         )
-        return {"test/confusion_matrix": confusion, "test/surest_mistakes": mistakes}
+        mistakes = self.wandb.Table(columns=["image", "label", "predicted", "confidence", "index"])
+        for mistake in details["mistakes"]:
+            image = self.wandb.Image(Image.open(io.BytesIO(base64.b64decode(mistake["png"]))))
+            label, predicted = classes[mistake["label"]], classes[mistake["predicted"]]
+            mistakes.add_data(image, label, predicted, mistake["confidence"], mistake["index"])
+        return {"test/confusion_matrix": confusion, "test/most_confident_mistakes": mistakes}
 
 
-def in_a_line(error: Exception) -> str:
-    """Say what went wrong."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def one_line(error: Exception) -> str:
+    """Return an error's type and message as one line."""
+    return " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())[:300]
 
 
 def row_number(record: Record) -> int:
-    """Number a record: those of one step in the order of ``SPLITS``, then one of pictures."""
+    """Return the row of a record. Each step has a row for each split, and one for the tables."""
     return (len(SPLITS) + 1) * int(record["step"]) + SPLITS.index(record["split"])
 
 
 def row(record: Record) -> Record:
-    """Write a record as W&B's row: ``train/loss`` and so on, without what is null."""
-    axis = {key: record[key] for key in ("step", "epoch")}
-    rest = {k: v for k, v in record.items() if k not in ("split", "step", "epoch", "time") and v is not None}
-    return {**axis, **{f"{record['split']}/{key}": value for key, value in rest.items()}}
+    """Return a record as W&B's row: keys like ``train/loss``, without null values."""
+    values = {k: v for k, v in record.items() if k not in ("split", "step", "epoch", "time") and v is not None}
+    return {
+        "step": record["step"],
+        "epoch": record["epoch"],
+        **{f"{record['split']}/{key}": value for key, value in values.items()},
+    }
 
 
 def environment(run_info: Record) -> Record:
-    """Say where a run computes and with what: hosts, device, versions, git commit, SLURM's job id. No secrets."""
-    found: Record = {key: run_info[key] for key in ("world_size", "backend", "device", "precision") if key in run_info}
-    found["hosts"] = sorted(set(run_info.get("hosts", [])))
+    """Return the hosts, device, versions, git commit and SLURM job id of a run. No secrets."""
+    info: Record = {key: run_info[key] for key in ("world_size", "backend", "device", "precision") if key in run_info}
+    info["hosts"] = sorted(set(run_info.get("hosts", [])))
     for package in ("distlenet", "torch", "torchvision", "wandb"):
         with suppress(PackageNotFoundError):
-            found[f"{package}_version"] = version(package)
+            info[f"{package}_version"] = version(package)
     with suppress(OSError, subprocess.SubprocessError):
-        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True)
-        found["git_commit"] = answer.stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        git = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        info["git_commit"] = git.stdout.strip()
     if job := os.environ.get("SLURM_JOB_ID"):
-        found["slurm_job_id"] = job
-    return found
+        info["slurm_job_id"] = job
+    return info
