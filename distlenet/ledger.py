@@ -1,67 +1,66 @@
-"""``python -m distlenet.ledger RUN``: did each epoch use each training image exactly once?"""
+"""``python -m distlenet.ledger RUN``: check that each epoch used each training sample exactly once."""
 
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from distlenet.config.arguments import Parser
-from distlenet.data.sample_log import read_starts
+from distlenet.data.sample_log import Start, read_starts
 from distlenet.distributed.entry_point import run_entry
 from distlenet.utils.errors import UserError
 
 
 def main() -> None:
-    """Print one line per epoch, and leave with status 1 where one is wrong."""
+    """Print one line per epoch; exit with status 1 if an epoch is wrong."""
     parser = Parser("python -m distlenet.ledger", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, trained with data.ledger=true")
-    lines, right = report(parser.parse_args().run)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, trained with data.ledger=true")
+    lines, correct = check_run(parser.parse_args().run)
     print("\n".join(lines))
-    if not right:
+    if not correct:
         sys.exit(1)
 
 
-def report(run: Path) -> tuple[list[str], bool]:
-    """Check the ledger of a run folder: a line per epoch, and whether all are right.
-
-    Raises UserError where there is no ledger, or what is in it is not as a run writes it.
-    """
-    history = read_starts(run)
-    if not history:
-        raise UserError(f"{run}: has no ledger; give a run folder, trained with data.ledger=true")
-    facts = history[-1].facts()
-    samples, batch, steps = facts["samples"], facts["global_batch_size"], facts["steps_per_epoch"]
-    used: dict[int, Counter[int]] = defaultdict(Counter)
-    for number, start in enumerate(history):
-        # What a later start trained again was lost with the process that had trained it first.
-        end = min((later.step for later in history[number + 1 :]), default=sys.maxsize)
-        for line in start.lines():
-            if line["step"] < end:
-                used[line["epoch"]].update(line["indices"])
-    lines, right = [], True
-    dropped = max(0, samples - batch * steps)
-    for epoch in range(max(used, default=-1) + 1):
-        counts = used[epoch]
-        wanted = samples - dropped
-        if epoch == max(used) and counts.total() < wanted and max(counts.values(), default=1) == 1:
-            lines.append(f"epoch {epoch + 1}: under way, {counts.total()} of {wanted} images, each once")
+def check_run(run_dir: Path) -> tuple[list[str], bool]:
+    """Return a line per epoch, and whether every epoch is correct. Raise UserError if the log is missing or damaged."""
+    starts = read_starts(run_dir)
+    if not starts:
+        raise UserError(f"{run_dir}: has no ledger; give a run directory, trained with data.ledger=true")
+    info = starts[-1].read_info()
+    samples = info["samples"]
+    dropped = max(0, samples - info["global_batch_size"] * info["steps_per_epoch"])
+    counts = count_uses(starts)
+    lines, correct = [], True
+    last = max(counts, default=-1)
+    for epoch in range(last + 1):
+        used = counts[epoch]
+        repeated = sorted(index for index, count in used.items() if count > 1)
+        if epoch == last and not repeated and len(used) < samples - dropped:
+            lines.append(f"epoch {epoch + 1}: incomplete, {len(used)} of {samples} samples so far, each once")
             continue
-        repeated = sorted(index for index, times in counts.items() if times > 1)
-        left = sorted(set(range(samples)) - counts.keys())
-        right &= not repeated and len(left) == dropped
-        told = f"epoch {epoch + 1}: {len(counts)} of {samples} images used, {len(repeated)} more than once"
+        unused = sorted(set(range(samples)) - used.keys())
+        correct &= not repeated and len(unused) == dropped
+        text = f"epoch {epoch + 1}: {len(used)} of {samples} samples used, {len(repeated)} more than once"
         if repeated:
-            told += f" (such as {repeated[0]})"
+            text += f" (such as {repeated[0]})"
         if dropped:
-            told += f", {len(left)} left out, of which {dropped} are the dropped last batch: {_some(left)}"
-        elif left:
-            told += f", {len(left)} left out (such as {left[0]})"
-        lines.append(told)
-    lines.append(f"{len(history)} starts: " + ("every epoch is right" if right else "NOT every epoch is right"))
-    return lines, right
+            shown = ", ".join(map(str, unused[:20])) + ", ..." * (len(unused) > 20)
+            text += f", {len(unused)} not used, {dropped} of them in the dropped last batch: {shown}"
+        elif unused:
+            text += f", {len(unused)} not used (such as {unused[0]})"
+        lines.append(text)
+    lines.append(f"{len(starts)} starts: " + ("every epoch is correct" if correct else "NOT every epoch is correct"))
+    return lines, correct
 
 
-def _some(indices: list[int]) -> str:
-    return ", ".join(map(str, indices[:20])) + (", ..." if len(indices) > 20 else "")
+def count_uses(starts: list[Start]) -> dict[int, Counter[int]]:
+    """Count how often each epoch used each sample; steps that a later start repeated count only there."""
+    counts: dict[int, Counter[int]] = defaultdict(Counter)
+    for number, start in enumerate(starts, 1):
+        end = min((later.step for later in starts[number:]), default=sys.maxsize)
+        for line in start.read_lines():
+            if line["step"] < end:
+                counts[line["epoch"]].update(line["indices"])
+    return counts
 
 
 if __name__ == "__main__":

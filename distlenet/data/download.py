@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from distlenet.data.idx import FILES, find_files
 from distlenet.utils.errors import UserError
@@ -23,7 +23,7 @@ LOCK_TIMEOUT_S = 1800.0  # how long a process waits for another one's download
 
 def locate(name: str, root: Path) -> dict[str, Path] | None:
     """Return the four files in ``root``, torchvision's directory below it, or Debian's package; None if in none."""
-    if os.path.lexists(root) and not os.path.isdir(root):
+    if os.path.lexists(root) and not (os.path.isdir(root) and os.access(root, os.R_OK | os.X_OK)):
         raise UserError(f"data.root={root}: is not a readable directory; give another")
     directories = [root, torchvision_directory(name, root), DEBIAN_DIRECTORY.get(name)]
     return next((files for directory in directories if directory and (files := find_files(directory))), None)
@@ -51,11 +51,7 @@ def locate_or_download(name: str, root: Path, debian: bool = False) -> dict[str,
         if created:  # data.root may be mistyped
             shutil.rmtree(root, ignore_errors=True)
         raise
-    except Timeout as error:
-        raise UserError(
-            f"data {error.lock_file}: is locked by another process; wait for it, or remove the file if there is none"
-        ) from error
-    except OSError as error:
+    except OSError as error:  # also a timeout of the lock
         raise UserError(f"data.root={root}: cannot be written: {error.strerror or error}; give another") from error
 
 

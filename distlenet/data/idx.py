@@ -2,7 +2,7 @@
 
 import gzip
 import math
-import stat
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -42,22 +42,12 @@ SHA256 = {name: dict(zip(FILES, digests, strict=True)) for name, digests in _DIG
 
 
 def find_files(directory: Path) -> dict[str, Path] | None:
-    """Return the four files in ``directory``, plain or .gz; None if it contains none of them.
-
-    Raise UserError if it contains only some of them, or if one is unreadable or not a regular file.
-    """
+    """Return the four files in ``directory``, plain or .gz, or None. Raise UserError if only some of them exist."""
     paths: dict[str, Path] = {}
     for name in FILES:
         for path in (directory / f"{name}.gz", directory / name):  # a plain file takes precedence
-            try:
-                is_regular = stat.S_ISREG(path.stat().st_mode)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except OSError as error:
-                raise UserError(f"data {path}: cannot be read: {error.strerror}; give another data.root") from error
-            if not is_regular:  # opening a pipe would block
-                raise UserError(f"data {path}: is not a regular file; give another data.root")
-            paths[name] = path
+            if os.path.lexists(path):
+                paths[name] = path
     if paths and (missing := [name for name in FILES if name not in paths]):
         raise UserError(f"data {directory}: lacks {', '.join(missing)} (plain or .gz); add the rest or remove all")
     return paths or None
@@ -66,12 +56,13 @@ def find_files(directory: Path) -> dict[str, Path] | None:
 def open_verified(path: Path, sha256: str) -> SharedFile:
     """Open one file, decompressed into memory if it is a .gz. Raise UserError unless its contents match ``sha256``."""
     try:
+        if not path.is_file():  # opening a pipe would block
+            raise OSError("not a regular file")
         file = in_memory(_decompress(path)) if path.suffix == ".gz" else on_disk(path)
         digest = file.sha256()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"data {path}: is damaged: {error}; remove it and run again") from error
-    except OSError as error:
-        raise UserError(f"data {path}: cannot be read: {error.strerror}; give another data.root") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data {path}: cannot be read: {reason}; remove it, or give another data.root") from error
     if digest != sha256:
         raise UserError(
             f"data {path}: is not the published file (SHA-256 {digest[:12]}..., expected {sha256[:12]}...); "

@@ -1,8 +1,8 @@
-"""Which samples each rank consumed, on disk, so that anyone can check that an epoch used each of them once.
+"""Record which samples each rank uses, so that ``distlenet.ledger`` can check that an epoch uses each of them once.
 
-``RUN/ledger/0002-from-00000040/`` belongs to the second start of a run, which went on after step 40. In it
-``start.json`` has the facts of that start, and ``rank-00003.jsonl`` one line per optimizer step of rank 3.
-Lines are only ever added. A step that a later start trained again counts in that start alone.
+``RUN/ledger/0002-from-00000040/`` belongs to the second start of a run, which resumed after step 40: ``start.json``
+describes that start, and ``rank-00003.jsonl`` has one line per optimizer step of rank 3. Lines are only appended; if a
+later start repeats a step, only its lines count.
 """
 
 import json
@@ -20,31 +20,36 @@ from distlenet.utils.errors import UserError
 from distlenet.utils.files import LineFile, told
 from distlenet.utils.structure import check_same_structure
 
-START = re.compile(r"(\d+)-from-(\d+)")
+START_DIRECTORY = re.compile(r"(\d+)-from-(\d+)")
+START_INFO = {"samples": 0, "steps_per_epoch": 0, "global_batch_size": 0, "world_size": 0}
+"""The structure of ``start.json``."""
 
 
 class NoSampleLog:
     """Records nothing."""
 
-    has_unwritten_lines = False
+    @property
+    def has_unwritten_lines(self) -> bool:
+        """Whether lines are not on the disk yet: a run that resumed from a checkpoint saved now would miss them."""
+        return False
 
     def record(self, epoch: int, step: int, indices: Tensor) -> None:
-        """Do nothing."""
+        """Append a line at once: the samples ``indices`` (n,) of the optimizer step after ``step`` other steps."""
 
     def close(self) -> None:
-        """Do nothing."""
+        """Close the file."""
 
 
 class SampleLog(NoSampleLog):
-    """Record the samples of one rank."""
+    """Records the samples of one rank."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        """Write into ``folder``, which ``open_start`` made."""
-        self.lines = LineFile(folder / f"rank-{rank:05d}.jsonl")
+    def __init__(self, directory: Path, rank: int) -> None:
+        """Write into ``directory``, as returned by ``create_start``."""
+        self.lines = LineFile(directory / f"rank-{rank:05d}.jsonl")
 
     @property
-    def has_unwritten_lines(self) -> bool:  # type: ignore[override]
-        """Whether lines are not on the disk: a checkpoint saved now could go on from where they are missing."""
+    def has_unwritten_lines(self) -> bool:
+        """Try to write all lines; return whether that failed."""
         self.lines.flush()
         try:
             self.lines.sync()
@@ -53,7 +58,7 @@ class SampleLog(NoSampleLog):
         return False
 
     def record(self, epoch: int, step: int, indices: Tensor) -> None:
-        """Add a line, at once: the samples ``indices`` (n,) of the optimizer step that comes after ``step`` others."""
+        """Append a line, or keep it in memory as long as the disk is full."""
         self.lines.add(json.dumps({"epoch": epoch, "step": step, "indices": indices.tolist()}))
 
     def close(self) -> None:
@@ -61,75 +66,67 @@ class SampleLog(NoSampleLog):
         self.lines.close()
 
 
-def open_start(run: Path, step: int, facts: dict[str, Any]) -> Path:
-    """Make the folder of a start that goes on after ``step`` steps, with its facts. Rank 0 alone calls it."""
-    number = 1 + max((start.number for start in read_starts(run)), default=0)
-    folder = run / "ledger" / f"{number:04d}-from-{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "start.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    return folder
-
-
-def open_sample_log(run: Path, step: int, facts: dict[str, Any], rank: int) -> SampleLog:
-    """Open this rank's ledger of the samples it takes from now on, after ``step`` steps. A collective."""
-    folder: Path | None = None
-    with raise_on_all_ranks():
+def open_sample_log(run_dir: Path, step: int, info: dict[str, Any], rank: int) -> SampleLog:
+    """Open the log of a rank for a start after ``step`` steps, described by ``info``. A collective."""
+    directory: Path | None = None
+    with raise_on_all_ranks():  # a collective
         if rank == 0:
-            with told(run):
-                folder = open_start(run, step, facts)
-    folder = broadcast_object(folder)
-    assert folder is not None
-    with raise_on_all_ranks(), told(run):
-        return SampleLog(folder, rank)
+            with told(run_dir):
+                directory = create_start(run_dir, step, info)
+    directory = broadcast_object(directory)  # a collective
+    assert directory is not None
+    with raise_on_all_ranks(), told(run_dir):  # a collective
+        return SampleLog(directory, rank)
 
 
-@dataclass(frozen=True)
+def create_start(run_dir: Path, step: int, info: dict[str, Any]) -> Path:
+    """Create the directory of a start after ``step`` steps. Only rank 0 calls it."""
+    number = 1 + max((start.number for start in read_starts(run_dir)), default=0)
+    directory = run_dir / "ledger" / f"{number:04d}-from-{step:08d}"
+    directory.mkdir(parents=True)
+    (directory / "start.json").write_text(json.dumps(info) + "\n", encoding="utf-8")
+    return directory
+
+
+@dataclass(frozen=True, order=True)
 class Start:
-    """One start of a run, as its ledger has it."""
+    """One start of a run: its number from 1, the steps before it, and its directory."""
 
-    folder: Path
     number: int
     step: int
+    directory: Path
 
-    def facts(self) -> dict[str, Any]:
-        """Return the facts that ``open_start`` was given. Raises UserError where they are not there."""
-        path = self.folder / "start.json"
-        with _read(path):
-            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            check_same_structure({name: facts[name] for name in FACTS}, FACTS, "facts")
-        return facts
+    def read_info(self) -> dict[str, Any]:
+        """Return the contents of ``start.json``. Raise UserError if it is unreadable or damaged."""
+        path = self.directory / "start.json"
+        with _name_file(path):
+            info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            check_same_structure({key: info[key] for key in START_INFO}, START_INFO, "start")
+        return info
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of all ranks; a last line that a kill cut short is none. Raises UserError."""
-        for path in sorted(self.folder.glob("rank-*.jsonl")):
-            with _read(path):
-                lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    def read_lines(self) -> Iterator[dict[str, Any]]:
+        """Yield the complete lines of all ranks. Raise UserError if a file is unreadable or damaged."""
+        for path in sorted(self.directory.glob("rank-*.jsonl")):
+            with _name_file(path):
+                complete = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may truncate the last line
+                lines = [json.loads(line) for line in complete]
                 for line in lines:
-                    like = {"epoch": 0, "step": 0, "indices": [0] * len(line["indices"])}
-                    check_same_structure(line, like, "line")
+                    expected = {"epoch": 0, "step": 0, "indices": [0] * len(line["indices"])}
+                    check_same_structure(line, expected, "line")
             yield from lines
 
 
-FACTS = {"samples": 0, "steps_per_epoch": 0, "global_batch_size": 0, "world_size": 0}
-"""What a ledger's facts are like."""
+def read_starts(run_dir: Path) -> list[Start]:
+    """Return the starts of a run in order."""
+    matches = [(START_DIRECTORY.fullmatch(path.name), path) for path in (run_dir / "ledger").glob("*-from-*")]
+    return sorted(Start(int(match[1]), int(match[2]), path) for match, path in matches if match)
 
 
 @contextmanager
-def _read(path: Path) -> Iterator[None]:
-    """Raise UserError that names ``path`` where it cannot be read, or holds something else."""
+def _name_file(path: Path) -> Iterator[None]:
+    """Raise UserError that names ``path`` if it cannot be read or parsed."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}; restore that file") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: is not as a run writes it ({reason}); restore that file") from error
-
-
-def read_starts(run: Path) -> list[Start]:
-    """Return a run's starts in their order."""
-    found = []
-    for folder in (run / "ledger").glob("*-from-*"):
-        if match := START.fullmatch(folder.name):
-            found.append(Start(folder, int(match[1]), int(match[2])))
-    return sorted(found, key=lambda start: start.number)
+        raise UserError(f"{path}: cannot be read or is damaged ({reason}); restore the file") from error

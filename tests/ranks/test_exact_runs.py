@@ -91,9 +91,9 @@ def test_restarts_on_other_numbers_of_ranks_and_the_ledger_of_them(tmp_path, alo
     assert_equal(alone, out)
     told = run_command(sys.executable, "-m", "distlenet.ledger", out / "run").succeeded().stdout.splitlines()
     assert told == [
-        "epoch 1: 315 of 315 images used, 0 more than once",
-        "epoch 2: 315 of 315 images used, 0 more than once",
-        "4 starts: every epoch is right",
+        "epoch 1: 315 of 315 samples used, 0 more than once",
+        "epoch 2: 315 of 315 samples used, 0 more than once",
+        "4 starts: every epoch is correct",
     ]
 
 
