@@ -1,4 +1,4 @@
-"""Helpers that all tests share: real data, a group of one, and running commands under a hard time limit."""
+"""Shared helpers: data, a process group of one, and commands with a hard time limit."""
 
 import contextlib
 import os
@@ -16,23 +16,23 @@ import torch.distributed as dist
 
 from distlenet.data.download import locate
 
-os.environ["WANDB_MODE"] = "disabled"  # but in the tests that are about it
+os.environ["WANDB_MODE"] = "disabled"  # except in the tests of W&B
 
-LIMIT_S = 90.0  # of one wait for a command under way; several times what it needs on two cores
+LIMIT_S = 90.0  # for one wait on a running command; several times what it takes on two cores
 REPO = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended, with everything that it and its ranks printed."""
+class CommandResult:
+    """Exit status and output of a command."""
 
     command: str
     status: int
     stdout: str
     stderr: str
 
-    def succeeded(self) -> "Ended":
-        """Fail the test, showing all output, unless the status is 0."""
+    def succeeded(self) -> "CommandResult":
+        """Fail the test and show all output unless the status is 0."""
         assert self.status == 0, str(self)
         return self
 
@@ -40,17 +40,15 @@ class Ended:
         return f"{self.command}\nstatus {self.status}\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
 
 
-def run_command(*words: object, timeout: float = 120, env: dict[str, str] | None = None, cwd: Path = REPO) -> Ended:
-    """Run a command; at the time limit, kill it and all that it started, and fail with its output.
-
-    They are told to abort first, which makes Python's fault handler print where each of them is.
-    """
+def run_command(
+    *words: object, timeout: float = 120, env: dict[str, str] | None = None, cwd: Path = REPO
+) -> CommandResult:
+    """Run a command. At the time limit, kill it and its descendants, and fail with its output and Python stacks."""
     command = [str(word) for word in words]
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
     process = subprocess.Popen(
         command,
         cwd=cwd,
-        env={**plain, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **(env or {})},
+        env=clean_environment(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -59,42 +57,48 @@ def run_command(*words: object, timeout: float = 120, env: dict[str, str] | None
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        doomed = tree(process.pid)
-        signal_all(doomed[1:], signal.SIGABRT)
+        pids = process_tree(process.pid)
+        signal_all(pids[1:], signal.SIGABRT)  # Python's fault handler prints the stacks
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
-        signal_all(doomed, signal.SIGKILL)
+        signal_all(pids, signal.SIGKILL)
         stdout, stderr = process.communicate()
-        pytest.fail(f"still running after {timeout} s: " + str(Ended(" ".join(command), -9, stdout, stderr)))
-    return Ended(" ".join(command), process.returncode, stdout, stderr)
+        pytest.fail(f"still running after {timeout} s: " + str(CommandResult(" ".join(command), -9, stdout, stderr)))
+    return CommandResult(" ".join(command), process.returncode, stdout, stderr)
 
 
-def tree(pid: int) -> list[int]:
-    """List a process and its descendants, whatever sessions they are in (torchrun gives each rank its own)."""
+def clean_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a command: without launcher variables, one thread, fault handler on."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
+    return {**plain, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **(extra or {})}
+
+
+def process_tree(pid: int) -> list[int]:
+    """Return the process and its descendants in all sessions; torchrun starts a session for each rank."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone in the meantime
+        with contextlib.suppress(OSError):  # has exited
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for parent in found:
-        found += [child for child, its_parent in parents.items() if its_parent == parent]
-    return found
+    pids = [pid]
+    for ancestor in pids:
+        pids += [child for child, parent in parents.items() if parent == ancestor]
+    return pids
 
 
 def signal_all(pids: list[int], number: signal.Signals) -> None:
-    """Send a signal to each process that is still there."""
+    """Send a signal to each process that still exists."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
-class Running:
-    """A command under way; ended, with all that it started, at the end of its ``with`` block."""
+class Job:
+    """A command in the background; its ``with`` block ends by killing it and its descendants."""
 
-    def __init__(self, folder: Path, *words: object, env: dict[str, str] | None = None) -> None:
-        self.command, self.out = [str(word) for word in words], folder / f"out-{time.monotonic_ns()}.txt"
-        self.run = folder / "run"
-        with self.out.open("w") as out:
+    def __init__(self, directory: Path, *words: object, env: dict[str, str] | None = None) -> None:
+        self.command, self.output_file = [str(word) for word in words], directory / f"out-{time.monotonic_ns()}.txt"
+        self.run = directory / "run"
+        with self.output_file.open("w") as out:
             self.process = subprocess.Popen(
                 self.command,
                 cwd=REPO,
@@ -103,60 +107,63 @@ class Running:
                 stderr=out,
             )
 
-    def __enter__(self) -> "Running":
+    def __enter__(self) -> "Job":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
 
     def kill(self) -> None:
-        """End it at once, with all that it has started."""
-        signal_all(tree(self.process.pid), signal.SIGKILL)
+        """Kill the command and its descendants."""
+        signal_all(process_tree(self.process.pid), signal.SIGKILL)
         self.process.wait()
 
-    def printed(self) -> str:
-        return self.out.read_text()
+    def output(self) -> str:
+        """Return everything printed so far."""
+        return self.output_file.read_text()
 
-    def ends(self, timeout: float = LIMIT_S) -> Ended:
-        """Wait for the end."""
+    def wait(self, timeout: float = LIMIT_S) -> CommandResult:
+        """Wait until the command exits."""
         try:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            signal_all(tree(self.process.pid)[1:], signal.SIGABRT)
-            time.sleep(1)  # for the fault handler to print
-            pytest.fail(f"still running after {timeout} s: {self.printed()}")
-        return Ended(" ".join(self.command), status, self.printed(), "")
+            signal_all(process_tree(self.process.pid)[1:], signal.SIGABRT)
+            time.sleep(1)  # the fault handler prints the stacks
+            pytest.fail(f"still running after {timeout} s: {self.output()}")
+        return CommandResult(" ".join(self.command), status, self.output(), "")
 
-    def until(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait until ``condition`` holds, while the command runs."""
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until ``condition`` is true; fail if the command exits first."""
         deadline = time.monotonic() + LIMIT_S
         while not condition():
-            assert self.process.poll() is None, f"ended before {what}: {self.printed()}"
-            assert time.monotonic() < deadline, f"waited for {what}: {self.printed()}"
+            assert self.process.poll() is None, f"exited before {what}: {self.output()}"
+            assert time.monotonic() < deadline, f"timed out waiting for {what}: {self.output()}"
             time.sleep(0.02)
 
-    def trains(self, more: int = 1) -> None:
-        """Wait until ``more`` records were told from now on."""
-        path = self.run / "metrics.jsonl"
-        count = lambda: path.read_text().count("\n") if path.exists() else 0  # noqa: E731
-        wanted = count() + more
-        self.until(lambda: count() >= wanted, "a record")
+    def wait_for_records(self, count: int = 1) -> None:
+        """Wait for ``count`` new records of the training run."""
+        target = self._records() + count
+        self.wait_until(lambda: self._records() >= target, "a record")
 
-    def ranks(self) -> list[int]:
-        """Return the ranks' processes, in the order of their start."""
+    def _records(self) -> int:
+        path = self.run / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def rank_pids(self) -> list[int]:
+        """Return the pids of torchrun's ranks, in rank order."""
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in path.read_text().split()]
 
 
-def run_torchrun(ranks: int, *words: object, timeout: float = 120, env: dict[str, str] | None = None) -> Ended:
-    """Run ``-m MODULE ...`` or ``SCRIPT ...`` on several ranks of this machine."""
+def run_torchrun(ranks: int, *words: object, timeout: float = 120, env: dict[str, str] | None = None) -> CommandResult:
+    """Run ``-m MODULE ...`` or ``SCRIPT ...`` under torchrun."""
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
     return run_command(sys.executable, *launcher, *words, timeout=timeout, env=env)
 
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group of this process only."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -164,22 +171,22 @@ def group() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def fashion_mnist() -> dict[str, Path]:
-    """The four files of the real Fashion-MNIST, which ``make test`` puts in place."""
+    """The four files of Fashion-MNIST; ``make test`` downloads them."""
     files = locate("fashion_mnist", REPO / "data")
-    assert files is not None, "Fashion-MNIST is not here: run `make data`, as `make test` does"
+    assert files is not None, "Fashion-MNIST is missing: run `make data`"
     return files
 
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[], None]], str]:
-    """Run an entry's main that must end with status 2 and one line on standard error; return the line."""
+    """Run a main function that must exit with status 2 and one line on standard error; return the line."""
     from distlenet.distributed.entry_point import run_entry
 
     def check(main: Callable[[], None]) -> str:
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             run_entry(main)
         error = capsys.readouterr().err
-        assert ended.value.code == 2, error
+        assert exit_info.value.code == 2, error
         lines = error.splitlines()
         assert len(lines) == 1, error
         assert lines[0].startswith("distlenet: ")
@@ -190,5 +197,5 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[], None]], 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Two cores may run several ranks at once."""
+    """Several tests run at once on two cores."""
     torch.set_num_threads(1)

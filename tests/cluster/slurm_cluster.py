@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import Ended, run_command
+from conftest import CommandResult, run_command
 
 PREFIX = "distlenet-slurm-"  # of the temporary folder, which is on the command line of each host and daemon
 SLURM_PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "munged")
@@ -159,14 +159,14 @@ class SlurmCluster:
         timeout: float = 60,
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
-    ) -> Ended:
+    ) -> CommandResult:
         """Run a command on a host, to its end or to the time limit, where the test fails with its output."""
         command = self.hosts[host].enter(*words, cwd=cwd or self.folder)
         return run_command(*command, timeout=timeout, env={**self._environment(), **(env or {})}, cwd=self.folder)
 
     def srun(
         self, *words: object, timeout: float = 60, env: dict[str, str] | None = None, cwd: Path | None = None
-    ) -> Ended:
+    ) -> CommandResult:
         """Run a job from the controller, each line of output with its task before it: ``0: text``."""
         return self.run(CONTROLLER, "srun", "--label", *words, timeout=timeout, env=env, cwd=cwd)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, Running, run_command
+from conftest import REPO, Job, run_command
 
 from cluster.slurm_cluster import SlurmCluster
 from distlenet.checkpoint.format import load_checkpoint
@@ -39,9 +39,9 @@ def test_machines_that_leave_and_join(slurm: SlurmCluster, tmp_path: Path, head:
     """The head by its address, in which torchrun alone would not recognise it."""
     line = (REPO / "launch/node.sh", "--nodes", "1:2", "--head", head, "--interface", "eth0", "-n", "1", *SETTINGS)
 
-    def on(machine: str) -> Running:
+    def on(machine: str) -> Job:
         words = slurm.hosts[machine].enter("env", f"PYTHON={sys.executable}", *line, f"run.dir={tmp_path}", cwd=REPO)
-        return Running(tmp_path, *words)
+        return Job(tmp_path, *words)
 
     def env() -> int:
         path = tmp_path / "run/starts.jsonl"
@@ -50,18 +50,18 @@ def test_machines_that_leave_and_join(slurm: SlurmCluster, tmp_path: Path, head:
 
     with on("n1") as first:
         with on("n2") as second:
-            first.until(lambda: env() == 2, "a env of two")
-            first.trains()
+            first.wait_until(lambda: env() == 2, "a env of two")
+            first.wait_for_records()
             second.kill()  # agent and ranks at once
-        first.until(lambda: env() == 1, "a env of one")
-        first.trains()
+        first.wait_until(lambda: env() == 1, "a env of one")
+        first.wait_for_records()
         with on("n2") as second:
             try:
-                first.until(lambda: env() == 2, "a env of two again")
+                first.wait_until(lambda: env() == 2, "a env of two again")
             except AssertionError:
-                pytest.fail(f"{first.printed()}\n--- the other\n{second.printed()}")
-            ended = first.ends()
-            second.ends()
+                pytest.fail(f"{first.output()}\n--- the other\n{second.output()}")
+            ended = first.wait()
+            second.wait()
     assert ended.status == 0, str(ended)
     run_command(sys.executable, "-m", "distlenet.ledger", tmp_path / "run").succeeded()
     alone = tmp_path / "alone"

@@ -8,7 +8,7 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 
 import pytest
-from conftest import Ended
+from conftest import CommandResult
 
 from cluster.slurm_cluster import SlurmCluster
 
@@ -45,13 +45,13 @@ def mounted(slurm: SlurmCluster, host: str, *mount: object) -> Iterator[None]:
 
 def look(
     slurm: SlurmCluster, *words: object, nodes: int = 2, each: int = 1, env: dict[str, str] | None = None
-) -> Ended:
+) -> CommandResult:
     """Run preflight on ``each`` ranks of some nodes."""
     tasks = (f"-N{nodes}", f"-n{each * nodes}", f"--ntasks-per-node={each}")
     return slurm.srun(*tasks, *words, timeout=LIMIT_S, env=env)
 
 
-def failed(ended: Ended) -> list[str]:
+def failed(ended: CommandResult) -> list[str]:
     """Return the failed lines of the one table that was printed, without the number of its task."""
     assert ended.status == 2, str(ended)
     assert ended.stdout.count("a job would not start") == 1, str(ended)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ended
+from conftest import CommandResult
 
 from cluster.slurm_cluster import SlurmCluster
 
@@ -92,7 +92,7 @@ def test_two_jobs_on_the_same_nodes_do_not_meet(slurm: SlurmCluster, tmp_path: P
     # Each task waits until the other job runs, too: jobs one after the other could not meet.
     wait = 'touch "$1.runs"; until [ -e "$2.runs" ]; do sleep 0.1; done; shift 2; exec "$@"'
 
-    def train(name: str, other: str) -> Ended:
+    def train(name: str, other: str) -> CommandResult:
         shell = ("bash", "-c", wait, "task", name, other)
         return slurm.srun("-N2", "-n2", *shell, *TRAIN, *settings(tmp_path, name), timeout=LIMIT_S, cwd=tmp_path)
 

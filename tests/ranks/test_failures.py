@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Running, run_torchrun
+from conftest import Job, run_torchrun
 
 pytestmark = pytest.mark.ranks
 
@@ -49,16 +49,16 @@ def test_a_rank_says_where_it_is_when_asked(tmp_path):
     words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "distlenet.train")
     words = (sys.executable, *words, *SETTINGS, "train.epochs=1000", "train.log_every=5", f"run.dir={tmp_path}")
     log = tmp_path / "run/logs/rank-00001.log"
-    with Running(tmp_path, *words) as job:
-        job.trains(2)
-        os.kill(job.ranks()[1], signal.SIGSTOP)  # so that the other one hangs in a collective
+    with Job(tmp_path, *words) as job:
+        job.wait_for_records(2)
+        os.kill(job.rank_pids()[1], signal.SIGSTOP)  # so that the other one hangs in a collective
         try:
-            os.kill(job.ranks()[0], signal.SIGURG)
+            os.kill(job.rank_pids()[0], signal.SIGURG)
             other = log.with_name("rank-00000.log")
-            job.until(lambda: "most recent call first" in other.read_text(), "stacks")
+            job.wait_until(lambda: "most recent call first" in other.read_text(), "stacks")
         finally:
-            os.kill(job.ranks()[1], signal.SIGCONT)
-        job.trains(1)  # and goes on
+            os.kill(job.rank_pids()[1], signal.SIGCONT)
+        job.wait_for_records(1)  # and goes on
         assert "Thread 0x" in other.read_text()
         assert "trainer.py" in other.read_text()
         assert "most recent call first" not in log.read_text()

@@ -7,7 +7,7 @@ import socket
 import sys
 
 import pytest
-from conftest import Running, run_torchrun
+from conftest import Job, run_torchrun
 from test_failures import newest_weights
 
 pytestmark = pytest.mark.ranks
@@ -57,11 +57,11 @@ def test_ranks_that_nobody_ends_end_when_one_is_killed(tmp_path):
     for rank in range(2):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
         env = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        jobs.append(Running(tmp_path, *words, f"run.dir={tmp_path}", env=env))
+        jobs.append(Job(tmp_path, *words, f"run.dir={tmp_path}", env=env))
     with jobs[0] as first, jobs[1] as second:
-        first.trains(2)
+        first.wait_for_records(2)
         os.kill(second.process.pid, signal.SIGKILL)
-        ended = first.ends(timeout=30)
+        ended = first.wait(timeout=30)
     assert ended.status == 1, str(ended)
     # Nearly always it waits for a gradient; where the kill falls into a record's few numbers, Gloo says it.
     assert re.search("rank 1: remote process exited|closed by peer|reset by peer", ended.stdout), str(ended)

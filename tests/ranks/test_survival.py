@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, Running, run_command, run_torchrun, tree
+from conftest import REPO, Job, process_tree, run_command, run_torchrun
 
 from distlenet.checkpoint.format import load_checkpoint
 from distlenet.checkpoint.store import CheckpointStore
@@ -66,10 +66,10 @@ def assert_same(run: Path, whole: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_one_process_that_is_asked_to_stop_saves_and_says_so(tmp_path, whole, number):
     words = (sys.executable, *TRAIN, f"run.dir={tmp_path}", "data.num_workers=1")
-    with Running(tmp_path, *words) as job:
-        job.trains()
+    with Job(tmp_path, *words) as job:
+        job.wait_for_records()
         job.process.send_signal(number)
-        ended = job.ends()
+        ended = job.wait()
     assert ended.status == 75, str(ended)
     (told,) = [line for line in ended.stdout.splitlines() if line.startswith("distlenet: ")]
     newest = CheckpointStore(tmp_path / "run/checkpoints", keep=1).newest()
@@ -84,10 +84,10 @@ def test_one_process_that_is_asked_to_stop_saves_and_says_so(tmp_path, whole, nu
 def test_torchrun_hands_the_signal_on_and_the_next_job_ends_in_the_same_bytes(tmp_path, whole):
     words = (*TORCHRUN, *TRAIN, f"run.dir={tmp_path}")
     for _ in range(2):
-        with Running(tmp_path, *words) as job:
-            job.trains()
+        with Job(tmp_path, *words) as job:
+            job.wait_for_records()
             job.process.terminate()
-            ended = job.ends(20)  # well before the 30 s after which torchrun kills
+            ended = job.wait(20)  # well before the 30 s after which torchrun kills
         assert ended.status == 1, str(ended)  # torchrun's own
         assert ended.stdout.count("stopped by SIGTERM after step") == 1, str(ended)
     run_command(*words).succeeded()
@@ -96,10 +96,10 @@ def test_torchrun_hands_the_signal_on_and_the_next_job_ends_in_the_same_bytes(tm
 
 def test_one_rank_that_is_asked_stops_all(tmp_path, whole):
     words = (*TORCHRUN, *TRAIN, f"run.dir={tmp_path}")
-    with Running(tmp_path, *words) as job:
-        job.trains()
-        os.kill(job.ranks()[1], signal.SIGUSR2)
-        ended = job.ends()
+    with Job(tmp_path, *words) as job:
+        job.wait_for_records()
+        os.kill(job.rank_pids()[1], signal.SIGUSR2)
+        ended = job.wait()
     assert ended.stdout.count("stopped by a signal to another rank after step") == 1, str(ended)
     assert "exitcode  : 75" in ended.stdout, str(ended)
     run_command(*words).succeeded()
@@ -140,13 +140,13 @@ def test_a_stop_within_an_evaluation_doubles_and_loses_no_record(tmp_path, whole
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_stops_answering_ends_the_job_and_is_named(tmp_path, rank):
     words = (*TRAIN, "distributed.step_timeout_s=4", f"run.dir={tmp_path}")
-    with Running(tmp_path, *TORCHRUN, *words) as job:
-        job.trains()
-        os.kill(job.ranks()[rank], signal.SIGSTOP)
+    with Job(tmp_path, *TORCHRUN, *words) as job:
+        job.wait_for_records()
+        os.kill(job.rank_pids()[rank], signal.SIGSTOP)
         # 4 s without a step, 1 s to ask; then torchrun gives the stopped one 30 s to end by itself.
-        job.until(lambda: "no step ended for 4 s" in job.printed(), "the message")
-        os.kill(job.ranks()[rank], signal.SIGKILL)
-        ended = job.ends()
+        job.wait_until(lambda: "no step ended for 4 s" in job.output(), "the message")
+        os.kill(job.rank_pids()[rank], signal.SIGKILL)
+        ended = job.wait()
     assert ended.status == 1
     told = [line for line in ended.stdout.splitlines() if "no step ended" in line]
     assert len(told) == 1, str(ended)
@@ -161,12 +161,12 @@ def test_a_stopped_rank_that_holds_the_store_is_named_too(tmp_path):
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     words = (sys.executable, *TRAIN, "distributed.step_timeout_s=4", f"run.dir={tmp_path}")
     with (
-        Running(tmp_path, *words, env={**place, "RANK": "0", "LOCAL_RANK": "0"}) as first,
-        Running(tmp_path, *words, env={**place, "RANK": "1", "LOCAL_RANK": "1"}) as second,
+        Job(tmp_path, *words, env={**place, "RANK": "0", "LOCAL_RANK": "0"}) as first,
+        Job(tmp_path, *words, env={**place, "RANK": "1", "LOCAL_RANK": "1"}) as second,
     ):
-        first.trains()
+        first.wait_for_records()
         first.process.send_signal(signal.SIGSTOP)
-        ended = second.ends()
+        ended = second.wait()
     assert ended.status == 1, str(ended)
     assert f"rank 0 on {socket.gethostname()} does not answer (says rank 1 on" in ended.stdout, str(ended)
 
@@ -184,9 +184,9 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
 
 
 def test_a_killed_agent_leaves_no_process(tmp_path):
-    with Running(tmp_path, *TORCHRUN, *TRAIN, "data.num_workers=1", f"run.dir={tmp_path}") as job:
-        job.trains()
-        started = tree(job.process.pid)
+    with Job(tmp_path, *TORCHRUN, *TRAIN, "data.num_workers=1", f"run.dir={tmp_path}") as job:
+        job.wait_for_records()
+        started = process_tree(job.process.pid)
         assert len(started) == 5, started  # the agent, two ranks, a worker each
         job.process.kill()
         job.process.wait()
@@ -198,10 +198,10 @@ def test_a_killed_agent_leaves_no_process(tmp_path):
 
 def test_a_rank_that_dies_is_started_again_inside_the_job(tmp_path, whole):
     words = (*TORCHRUN, "--max-restarts=3", *TRAIN, "checkpoint.every_steps=3", f"run.dir={tmp_path}")
-    with Running(tmp_path, *words) as job:
-        job.trains(4)
-        os.kill(job.ranks()[1], signal.SIGKILL)
-        ended = job.ends()
+    with Job(tmp_path, *words) as job:
+        job.wait_for_records(4)
+        os.kill(job.rank_pids()[1], signal.SIGKILL)
+        ended = job.wait()
     assert ended.status == 0, str(ended)
     assert_same(tmp_path / "run", whole)
     assert json.loads((tmp_path / "run/summary.json").read_text())["restarts"] == 1
@@ -245,18 +245,18 @@ def fill(disk: Path) -> None:
 
 def test_a_full_disk_stops_saving_not_training_and_nothing_is_lost_when_there_is_room_again(small_disk, whole):
     words = (*TORCHRUN, *TRAIN, "checkpoint.every_steps=5", "checkpoint.keep_last=1", f"run.dir={small_disk}")
-    with Running(small_disk.parent, *words) as job:
+    with Job(small_disk.parent, *words) as job:
         job.run = small_disk / "run"
-        job.trains()
-        job.until(lambda: any(job.run.glob("checkpoints/step-*.pt")), "a checkpoint")
+        job.wait_for_records()
+        job.wait_until(lambda: any(job.run.glob("checkpoints/step-*.pt")), "a checkpoint")
         fill(small_disk)
-        job.until(lambda: "saves again when the next checkpoint is due" in job.printed(), "the warning")
+        job.wait_until(lambda: "saves again when the next checkpoint is due" in job.output(), "the warning")
         before = load_checkpoint(next(job.run.glob("checkpoints/step-*.pt")))["step"]
         (small_disk / "filler").unlink()
-        job.until(
+        job.wait_until(
             lambda: max(int(p.stem[5:]) for p in job.run.glob("checkpoints/step-*.pt")) > before, "a later checkpoint"
         )
-        ended = job.ends()
+        ended = job.wait()
     assert ended.status == 0, str(ended)
     assert ended.stdout.count("saves again when the next checkpoint is due") == 1, str(ended)
     assert_same(small_disk / "run", whole)
@@ -278,11 +278,11 @@ def test_a_disk_that_stays_full_fails_the_job_at_its_end(small_disk):
 
 def test_a_folder_that_becomes_read_only_leaves_the_older_checkpoints(small_disk, whole):
     words = (*TORCHRUN, *TRAIN, "checkpoint.every_steps=5", "checkpoint.keep_last=1", f"run.dir={small_disk}")
-    with Running(small_disk.parent, *words) as job:
+    with Job(small_disk.parent, *words) as job:
         job.run = small_disk / "run"
-        job.until(lambda: any(job.run.glob("checkpoints/step-*.pt")), "a checkpoint")
+        job.wait_until(lambda: any(job.run.glob("checkpoints/step-*.pt")), "a checkpoint")
         run_command("mount", "--bind", "-o", "ro", small_disk, small_disk).succeeded()
-        ended = job.ends()
+        ended = job.wait()
     run_command("umount", small_disk).succeeded()
     assert ended.status == 1, str(ended)  # torchrun's own; the rank's is 2
     assert ended.stdout.count("Read-only file system; training goes on") == 1, str(ended)

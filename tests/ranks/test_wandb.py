@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Running, run_command
+from conftest import Job, run_command
 from wandb_server import WandbServer
 
 from distlenet.tracking.base import NONDETERMINISTIC_KEYS
@@ -167,12 +167,12 @@ def test_a_run_that_is_preempted_says_so_and_sends_its_best_checkpoint_at_its_en
         "wandb.finish_timeout_s=60",
         "checkpoint.preemption_grace_s=60",
     )
-    with Running(
+    with Job(
         tmp_path, sys.executable, "-m", "distlenet.train", *words, "train.epochs=40", env=server.environ
     ) as job:
-        job.trains()
+        job.wait_for_records()
         job.process.send_signal(signal.SIGUSR2)
-        assert job.ends().status == 75
+        assert job.wait().status == 75
     (run_id,) = server.rows
     assert server.endings[run_id]["preempting"] is True
     assert not any("CreateArtifact" in query for query in server.asked)
