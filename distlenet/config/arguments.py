@@ -2,50 +2,68 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from distlenet.config.fields import FIELDS, default, describe
+from distlenet.config.fields import FIELDS, to_yaml_value
 from distlenet.utils.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and exit."""
+    """An ArgumentParser that raises UserError instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong."""
-        found = re.search(r"unrecognized arguments: --([\w.]+)", message)
-        hint = f"; a setting is written {found[1]}=VALUE, without --" if found else ""
+        """Raise UserError."""
+        match = re.search(r"unrecognized arguments: --([\w.]+)", message)
+        hint = f"; a setting is written {match[1]}=VALUE or --{match[1]}=VALUE" if match else ""
         raise UserError(f"{self.prog}: {message.removeprefix('argument ')}{hint}")
 
 
-def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
-    """Read ``[--config FILE]... [key=value]...`` into the files and the overrides, each in order.
+class SettingsParser(Parser):
+    """A Parser that reads ``--key=value`` as ``key=value``; the sweep agents of W&B write settings so."""
 
-    Raises UserError for anything else; ``--help`` prints all settings and exits.
+    def parse_known_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse ``args``, with options and settings in any order."""
+        args = [self._setting(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_intermixed_args(args, namespace)
+
+    def _setting(self, word: str) -> str:
+        name, equals, _ = word.partition("=")
+        is_setting = equals and re.fullmatch(r"--\w.*", name) and name not in self._option_string_actions
+        return word[2:] if is_setting else word
+
+
+def settings_parser(prog: str, description: str) -> SettingsParser:
+    """Return the parser of a command that takes settings. A command may add its own options."""
+    settings = [
+        f"  {key:30}[{to_yaml_value(field.default)}] {field.describe()}. {field.help}" for key, field in FIELDS.items()
+    ]
+    parser = SettingsParser(
+        f"python -m {prog}",
+        description=description,
+        epilog="\n".join(["settings:", *settings]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="settings as YAML; the last file wins"
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="a setting; it wins over all files")
+    return parser
+
+
+def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    """Read ``[--config FILE]... [key=value]...``; return the files and the overrides, each in order.
+
+    Raises UserError for anything else. ``--help`` prints all settings and exits.
     """
     arguments = settings_parser(prog, description).parse_intermixed_args(argv)
     return arguments.config, arguments.overrides
 
 
-def settings_parser(prog: str, description: str) -> Parser:
-    """Make the parser of a command that takes settings; it may have options of its own, too."""
-    parser = Parser(
-        f"python -m {prog}",
-        description=description,
-        epilog="settings:\n"
-        + "\n".join(f"  {key:30}[{default(key)}] {describe(key)}. {f.metadata['help']}" for key, f in FIELDS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", action="append", default=[], help="settings as YAML; later files win"
-    )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="a setting, over all files")
-    return parser
-
-
 def positive_int(text: str) -> int:
-    """Read an option's value, at least 1, for argparse."""
+    """Return the value of an option as an integer of at least 1, for argparse."""
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer, at least 1")
     return int(text)

@@ -43,7 +43,7 @@ DIGITS = ("data.name=digits", "device=cpu")
     ("words", "part"),
     [
         (["optim.lrr=1"], "did you mean optim.lr?"),
-        (["train.epochs=many"], "expected a whole number"),
+        (["train.epochs=many"], "expected an integer"),
         (["train.epochs=-3"], "at least 1"),
         (["--config", "none.yaml"], "--config none.yaml: cannot be read: No such file or directory"),
         (["--config", "broken.yaml"], "--config broken.yaml: not valid YAML"),
@@ -56,7 +56,7 @@ DIGITS = ("data.name=digits", "device=cpu")
         ([*DIGITS, "train.global_batch_size=7", "train.accumulation_steps=2"], "; give 6 or 8"),
         ([*DIGITS, "checkpoint.resume=nowhere"], "checkpoint nowhere: no such file"),
         ([*DIGITS, "checkpoint.resume=other.pt"], "another architecture"),
-        ([*DIGITS, "checkpoint.resume=broken.yaml"], "is damaged or not a checkpoint"),
+        ([*DIGITS, "checkpoint.resume=broken.yaml"], "cannot be read: its bytes do not match"),
         ([*DIGITS, "checkpoint.resume=seed-1.pt"], "seed (was 1, now 0)"),
         ([*DIGITS, "checkpoint.path=seed-1.pt"], "checkpoint.resume"),
         ([*DIGITS, "run.dir=broken.yaml"], "run folder broken.yaml"),
@@ -149,8 +149,8 @@ def test_a_missing_gpu(given):
     ("words", "part"),
     [
         ([], "checkpoint: none is given"),
-        (["checkpoint=nowhere"], "checkpoint nowhere: no such file or run folder"),
-        (["checkpoint=."], "holds no checkpoints"),
+        (["checkpoint=nowhere"], "checkpoint nowhere: no such file or directory"),
+        (["checkpoint=."], "has no checkpoints"),
         (["checkpoint=c.pt", "data.nam=digits"], "did you mean data.name?"),
         (["checkpoint=other.pt"], "another architecture"),
     ],

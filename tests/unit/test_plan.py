@@ -76,7 +76,7 @@ def test_what_needs_a_gpu_is_told():
     ("words", "part"),
     [
         (["--world-size", "3"], "is for --dry-run"),
-        (["--dry-run", "--world-size", "0"], "--world-size: 0: expected a whole number, at least 1"),
+        (["--dry-run", "--world-size", "0"], "--world-size: 0: expected an integer, at least 1"),
         (["--dry-run", "--world-size", "2000000"], "expected at most 1,000,000"),
         (["--dry-run", "--world-size", "3"], "does not divide by 3 ranks"),
         (["--dry-run", "data.name=fashion_mnist", "data.root=none"], "python -m distlenet.data"),
