@@ -1,4 +1,4 @@
-"""``python -m distlenet.train``, alone or under torchrun or srun: compose a run, train, tear down."""
+"""``python -m distlenet.train``, alone or under torchrun or srun: compose a run, train, clean up."""
 
 from distlenet.utils.process import exit_with_agent
 
@@ -9,7 +9,8 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,13 +19,15 @@ from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.arguments import positive_int, settings_parser
 from distlenet.config.loading import load_config, run_folder, to_yaml
 from distlenet.config.schema import Config
-from distlenet.data.sources import load_on_node
+from distlenet.data.sources import ImageData, load_on_node
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
 from distlenet.distributed.environment import read_environment
 from distlenet.distributed.preemption import Preemption, handle_preemption
-from distlenet.reduction import micro_batch_size
+from distlenet.reduction.batch_size import micro_batch_size
+from distlenet.task import Task
+from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Record, Trackers
 from distlenet.tracking.history import History
 from distlenet.tracking.progress_bar import make_console
@@ -34,19 +37,20 @@ from distlenet.training.starts import is_restart, process_age_s
 from distlenet.training.trainer import Trainer
 from distlenet.utils.errors import UserError, warn
 
-REPORT_S = 120.0
-"""Seconds that a report may take."""
+REPORT_TIMEOUT_S = 120.0
+"""Seconds that writing a report may take."""
 
-MOST_RANKS = 1_000_000
-"""For how many ranks a dry run plans."""
+MAX_DRY_RUN_RANKS = 1_000_000
+
+MakeTask = Callable[[Config, ImageData], Task]
 
 
 def main() -> None:
-    """Train as the arguments say, or tell what training would do."""
+    """Train as the arguments say, or print the plan of a dry run."""
     parser = settings_parser("distlenet.train", "Train the network, on this process's share of the data.")
-    parser.add_argument("--dry-run", action="store_true", help="compose and check everything, print the plan, and end")
+    parser.add_argument("--dry-run", action="store_true", help="compose and check everything, print the plan, and exit")
     parser.add_argument(
-        "--world-size", metavar="N", type=positive_int, help="ranks of the job that --dry-run plans (1)"
+        "--world-size", metavar="N", type=positive_int, help="ranks of the job to plan, with --dry-run (1)"
     )
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
@@ -54,20 +58,90 @@ def main() -> None:
         dry_run(config, arguments.world_size or 1)
         return
     if arguments.world_size is not None:
-        raise UserError("--world-size: is for --dry-run; how many ranks train, torchrun or srun says")
+        raise UserError("--world-size: is for --dry-run; torchrun or srun sets how many ranks train")
     summary = train(config)
     if summary["rank"] == 0 and wants_report(config.run.report, summary):
-        report(summary["folder"])
+        write_report(summary["folder"])
 
 
 def dry_run(config: Config, world_size: int) -> None:
-    """Print what a job of ``world_size`` ranks would do. Raises UserError as that job would."""
-    if world_size > MOST_RANKS:
-        raise UserError(f"--world-size {world_size}: expected at most {MOST_RANKS:,}")
+    """Print what a job of ``world_size`` ranks would do. Raise UserError if that job would."""
+    if world_size > MAX_DRY_RUN_RANKS:
+        raise UserError(f"--world-size {world_size}: expected at most {MAX_DRY_RUN_RANKS:,}")
     if read_environment(os.environ).world_size > 1:
         raise UserError("--dry-run composes the whole job in one process: start it alone, and give --world-size")
     for name, text in plan(config, world_size):
         print(f"{name:18} {text}")
+
+
+def train(config: Config, make_task: MakeTask = ImageClassification, trainer_class: type[Trainer] = Trainer) -> Record:
+    """Train one run as one rank, and return its summary.
+
+    Raise UserError for every mistake that the user can fix, if possible before the ranks meet.
+    """
+    if config.checkpoint.path is not None:
+        raise UserError(
+            f"checkpoint.path={config.checkpoint.path}: is for distlenet.evaluate; to resume from a file give "
+            "checkpoint.resume"
+        )
+    run_dir = run_folder(config)
+    with ExitStack() as stack:
+        preemption = stack.enter_context(handle_preemption(config.checkpoint.preemption_grace_s))
+        sidecar = stack.enter_context(closing(make_sidecar(config, run_dir, preemption)))
+        context = stack.enter_context(init_distributed(config, run_dir))
+        rank_0 = context.env.rank == 0
+        micro_batch_size(config, context.env.world_size)  # before the data: it is the most frequent mistake
+        with raise_on_all_ranks():
+            if rank_0 and config.checkpoint.resume not in ("auto", "never"):
+                find_checkpoint(Path(config.checkpoint.resume))
+        data = load_on_node(config.data, context.env)
+        with raise_on_all_ranks():
+            if rank_0:
+                stack.callback(lock_run_dir(run_dir, config.distributed.init_timeout_s).release)
+        context.log.open(run_dir)
+        with raise_on_all_ranks():
+            consoles = [make_console(config.run.console), History(run_dir, to_yaml(config)), sidecar] if rank_0 else []
+        tracker = stack.enter_context(closing(Trackers(consoles)))
+        with closing(trainer_class(config, context, make_task(config, data), run_dir, tracker, preemption)) as trainer:
+            summary = trainer.fit()
+        summary |= {"wall_s": process_age_s(), "folder": str(run_dir)}
+        tracker.finish(summary)
+    return {**summary, "rank": context.env.rank}
+
+
+def make_sidecar(config: Config, run_dir: Path, preemption: Preemption) -> Sidecar:
+    """Make the tracker that sends records to W&B; on rank 0 its process starts to import what it needs.
+
+    Raise UserError, on every rank, if a package is missing that the settings ask for.
+    """
+
+    def seconds_left() -> float:
+        return preemption.seconds_left() if preemption.stop_requested else math.inf
+
+    sidecar = Sidecar(run_dir, config.to_dict(), seconds_left)
+    if read_environment(os.environ).rank == 0:
+        sidecar.launch()
+    return sidecar
+
+
+def lock_run_dir(run_dir: Path, init_timeout_s: float) -> FileLock:
+    """Make the run directory and lock it. Raise UserError if it cannot be written, or another job uses it.
+
+    A restart waits for the lock: a lost node releases it after a while. Otherwise a second job fails at once.
+    """
+    lock = FileLock(run_dir / ".lock", timeout=init_timeout_s / 2 if is_restart() else 0)
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"run folder {run_dir}: another job is writing there; give another run.name, or wait"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"run folder {run_dir}: cannot be written: {error.strerror or error}; give another run.dir or run.name"
+        ) from error
+    return lock
 
 
 def wants_report(wanted: str, summary: Record) -> bool:
@@ -75,88 +149,13 @@ def wants_report(wanted: str, summary: Record) -> bool:
     return wanted == "always" or (wanted == "auto" and (sys.stdout.isatty() or summary["wall_s"] >= 60))
 
 
-def report(folder: str) -> None:
-    """Write a run's report, as ``python -m distlenet.report`` does. The training is done: what fails is but told."""
-    command = [sys.executable, "-m", "distlenet.report", folder]
+def write_report(run_dir: str) -> None:
+    """Run ``python -m distlenet.report``. The training is complete: a failure only warns."""
+    command = [sys.executable, "-m", "distlenet.report", run_dir]
     try:
-        subprocess.run(command, check=True, timeout=REPORT_S)
+        subprocess.run(command, check=True, timeout=REPORT_TIMEOUT_S)
     except (OSError, subprocess.SubprocessError) as error:
-        warn(f"no report: {error}; python -m distlenet.report {folder} writes it")
-
-
-def train(config: Config) -> Record:
-    """Train one run as one rank, and return its summary.
-
-    Raises UserError for everything that the user can mend, where possible before the ranks meet.
-    """
-    if config.checkpoint.path is not None:
-        raise UserError(
-            f"checkpoint.path={config.checkpoint.path}: is for distlenet.evaluate; to go on from a file give "
-            "checkpoint.resume"
-        )
-    folder = run_folder(config)
-    preemption_grace_s = config.checkpoint.preemption_grace_s
-    with (
-        handle_preemption(preemption_grace_s) as preemption,
-        closing(make_sidecar(config, folder, preemption)) as sidecar,
-        init_distributed(config, folder) as context,
-    ):
-        rank_0 = context.env.rank == 0
-        micro_batch_size(config, context.env.world_size)  # before the data: it is what users get wrong most
-        with raise_on_all_ranks():
-            if rank_0 and config.checkpoint.resume not in ("auto", "never"):
-                find_checkpoint(Path(config.checkpoint.resume))
-        # What a lost node still holds it lets go of in a while; a person who starts a second job is told at once.
-        lock = FileLock(folder / ".lock", timeout=config.distributed.init_timeout_s / 2 if is_restart() else 0)
-        data = load_on_node(config.data, context.env)
-        with raise_on_all_ranks():
-            if rank_0:
-                claim_folder(folder, lock)
-        context.log.open(folder)
-        with raise_on_all_ranks():
-            tracker = make_trackers(config, folder, sidecar) if rank_0 else Trackers()
-        try:
-            trainer = Trainer(config, context, data, folder, tracker, preemption)
-            try:
-                summary = trainer.fit()
-            finally:
-                trainer.checkpointer.close()
-                trainer.take_step.close()
-            summary |= {"wall_s": process_age_s(), "folder": str(folder)}
-            tracker.finish(summary)
-        finally:
-            tracker.close()
-            lock.release()
-    return {**summary, "rank": context.env.rank}
-
-
-def make_sidecar(config: Config, folder: Path, preemption: Preemption) -> Sidecar:
-    """Make what sends a run's history on, to W&B say; on rank 0 it begins to get ready.
-
-    Raises UserError, on every rank, where a package is missing that the settings ask for.
-    """
-    sidecar = Sidecar(folder, config.to_dict(), lambda: preemption.seconds_left() if preemption.asked else math.inf)
-    if read_environment(os.environ).rank == 0:
-        sidecar.launch()
-    return sidecar
-
-
-def make_trackers(config: Config, folder: Path, sidecar: Sidecar) -> Trackers:
-    """Make what rank 0 tells: the console, the run's history, and then what mirrors that."""
-    return Trackers([make_console(config.run.console), History(folder, to_yaml(config)), sidecar])
-
-
-def claim_folder(folder: Path, lock: FileLock) -> None:
-    """Make the run folder and take its lock. Raises UserError where it cannot be written, or another job has it."""
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"run folder {folder}: another job is writing there; give another run.name, or wait") from error
-    except OSError as error:
-        raise UserError(
-            f"run folder {folder}: cannot be written: {error.strerror or error}; give another run.dir or run.name"
-        ) from error
+        warn(f"no report: {error}; python -m distlenet.report {run_dir} writes it")
 
 
 if __name__ == "__main__":

@@ -1,108 +1,110 @@
-"""When a trainer's state is saved and taken up again: rank 0 reads and writes, all ranks decide together."""
+"""When a training state is saved and restored: rank 0 reads and writes, all ranks decide together."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-import torch
+from torch import nn
 
 from distlenet.checkpoint.compatibility import choose_resumable
 from distlenet.checkpoint.format import State, load_model
 from distlenet.checkpoint.store import CheckpointStore
 from distlenet.config.schema import Config
-from distlenet.data.sample_log import NoSampleLog
-from distlenet.distributed.collectives import any_rank, broadcast_object, raise_on_all_ranks
+from distlenet.distributed.collectives import broadcast_object, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import Preemption
-from distlenet.tracking.base import Tracker
-from distlenet.training.state import TrainState
 from distlenet.utils.errors import Preempted, UserError
 
 
-class Trainable(Protocol):
-    """What is saved: a trainer."""
-
-    at: TrainState
-    ledger: NoSampleLog
-
-    @property
-    def net(self) -> torch.nn.Module:
-        """The bare network."""
+class Stateful(Protocol):
+    """What is saved."""
 
     def state_dict(self) -> State:
         """Return everything that the rest of the run depends on. A collective."""
 
     def load_state_dict(self, state: State) -> None:
-        """Take it up."""
+        """Load a saved state, except the weights of the model, which are loaded before. A collective."""
 
 
 class CheckpointManager:
-    """Saves and restores one trainer; every method is a collective."""
+    """Saves and restores one training state. All methods but ``close`` are collectives."""
 
-    def __init__(self, config: Config, context: DistributedContext, folder: Path, tracker: Tracker) -> None:
-        """Keep checkpoints in the run folder ``folder``."""
-        self.config, self.context, self.tracker = config, context, tracker
-        self.rank = context.env.rank
-        self.files = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last)
-        self.skipped: str | None = None  # why the last one was not even tried
+    def __init__(
+        self,
+        config: Config,
+        context: DistributedContext,
+        run_dir: Path,
+        model: nn.Module,
+        blocker: Callable[[], str | None],
+        before_write: Callable[[], None],
+    ) -> None:
+        """Keep checkpoints in the run directory ``run_dir``; ``model`` is the bare module.
 
-    def restore(self, trainer: Trainable) -> Path | None:
-        """Go on from where ``checkpoint.resume`` says: rank 0 reads, all take it. None says: from scratch.
-
-        Raises UserError, on every rank, where the checkpoint is not one to go on from.
+        ``blocker``, a collective, returns the reason not to write a checkpoint now, or None. ``before_write`` is called
+        before each write, in the background.
         """
-        found: tuple[Path, State] | None = None
+        self.config, self.context, self.model = config, context, model
+        self.blocker, self.before_write = blocker, before_write
+        self.rank = context.env.rank
+        self.store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)
+        self.not_saved: str | None = None  # why the last checkpoint was not written
+
+    def restore(self, target: Stateful) -> Path | None:
+        """Load the checkpoint that ``checkpoint.resume`` selects: rank 0 reads it. Return None without one.
+
+        Raise UserError, on every rank, if training cannot resume from it.
+        """
+        selected: tuple[Path, State] | None = None
         with raise_on_all_ranks():
             if self.rank == 0:
-                self.files.remove_temporary_files()
-                found = choose_resumable(self.config, self.files, trainer.net)
-        found = broadcast_object(found)
-        if found is None:
+                self.store.remove_temporary_files()
+                selected = choose_resumable(self.config, self.store, self.model)
+        selected = broadcast_object(selected)
+        if selected is None:
             return None
-        path, state = found
-        load_model(trainer.net, state, path)
+        path, state = selected
+        load_model(self.model, state, path)
         try:
-            trainer.load_state_dict(state)
+            target.load_state_dict(state)
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise UserError(
-                f"checkpoint {path}: holds a network, but no state that training can go on from "
+                f"checkpoint {path}: holds a network, but no state from which training can resume "
                 f"({type(error).__name__}: {error}); give another, or only evaluate it"
             ) from error
-        trainer.at.restarts += 1
         return path
 
-    def save(self, trainer: Trainable, best: bool = False, must: bool = True) -> bool:
-        """Have rank 0 write a checkpoint in the background; say whether it will.
+    def save(self, source: Stateful, best: bool = False, optional: bool = False) -> None:
+        """Have rank 0 write a checkpoint in the background.
 
-        One that need not be (``must=False``) is left out where the one before is still being written. None is
-        written where lines of a ledger wait for a disk: a run that went on from it would miss them for ever.
+        An ``optional`` one is left out while the previous one is being written.
         """
-        state = trainer.state_dict()
-        if self.config.data.ledger and any_rank(trainer.ledger.has_unwritten_lines, self.context.device):
-            self.skipped = "lines of a rank's ledger could not be written"
-            return False
-        self.skipped = None
-        if self.rank == 0 and (must or not self.files.busy):
-            self.files.save(state, best, before=self.tracker.sync)
-        return True
+        state = source.state_dict()  # collective
+        self.not_saved = self.blocker()  # collective
+        if self.not_saved is None and self.rank == 0 and not (optional and self.store.busy):
+            self.store.save(state, best, before=self.before_write)
 
-    def stop(self, trainer: Trainable, preemption: Preemption) -> NoReturn:
-        """Save, and end the run as a signal asked. Raises Preempted on every rank."""
-        self.context.watchdog.set_timeout(self.config.distributed.init_timeout_s, "distributed.init_timeout_s")
-        self.save(trainer)
-        failure = self.skipped
+    def save_and_exit(self, source: Stateful, step: int, preemption: Preemption) -> NoReturn:
+        """Save after ``step`` steps, and end the run as a signal requested. Raise Preempted on every rank."""
+        self._extend_timeout()
+        self.save(source)
+        failure = self.not_saved
         if self.rank == 0:
-            failure = failure or self.files.wait(preemption.seconds_left())
+            failure = failure or self.store.wait(preemption.seconds_left())
         failure, by = broadcast_object((failure, preemption.requested_by or "a signal to another rank"))
         outcome = f"NOT saved ({failure})" if failure else "saved"
-        raise Preempted(f"stopped by {by} after step {trainer.at.step}, {outcome}; run the same command again to go on")
+        raise Preempted(f"stopped by {by} after step {step}, {outcome}; run the same command again to resume")
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is on the disk. Raises UserError, on every rank, where it is not."""
-        self.context.watchdog.set_timeout(self.config.distributed.init_timeout_s, "distributed.init_timeout_s")
-        failure = broadcast_object(self.skipped or (self.files.wait() if self.rank == 0 else None))
+        """Wait until the last checkpoint is on the disk. Raise UserError, on every rank, if it cannot be written."""
+        self._extend_timeout()
+        failure = broadcast_object(self.not_saved or (self.store.wait() if self.rank == 0 else None))
         if failure:
-            raise UserError(f"the trained network is not saved: {failure}; mend that and run the same command again")
+            raise UserError(f"the trained network is not saved: {failure}; fix that and run the same command again")
+
+    def _extend_timeout(self) -> None:
+        """Let the watchdog wait for a write as long as for the start."""
+        self.context.watchdog.set_timeout(self.config.distributed.init_timeout_s, "distributed.init_timeout_s")
 
     def close(self) -> None:
-        """Let a write under way end, also after an error. The one method that is no collective."""
-        self.files.wait(self.config.checkpoint.preemption_grace_s)
+        """Let a write in progress end, also after an error. Not a collective."""
+        self.store.wait(self.config.checkpoint.preemption_grace_s)

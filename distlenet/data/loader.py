@@ -1,109 +1,173 @@
-"""Batches for one rank, on its device: a sampler says which samples, one gather fetches them."""
+"""Batches for one rank, on its device."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from distlenet.data.sources import ImageData, ImageDataset
+from distlenet.data.sampler import GlobalBatchSampler, evaluation_chunks
+from distlenet.data.sources import ImageDataset
 from distlenet.distributed.preemption import block_signals, worker_init_fn
+from distlenet.task import Batch, Data, Datasets, MapDataset, SampleKeys
 from distlenet.utils.errors import UserError
+from distlenet.utils.nested import map_tensors
 
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Images uint8 (n, H, W), labels int64 (n,), and the samples' indices int64 (n,)."""
+GPU_SHARE = 0.25
+"""The share of a GPU's free memory that a dataset may take to be kept there (``data.device=auto``)."""
 
-SHARE_OF_GPU = 0.25
-"""How much of a GPU's free memory a data set may take to stay there (``data.device=auto``)."""
+Fetched = tuple[Data, Tensor, Tensor]
+"""Samples, and their int64 indices (n,): on the host, and on the device of the samples."""
 
 
-class BatchedDataset(Dataset[Batch]):
-    """A data set whose item is a whole batch: it is asked with a tensor of indices, not with one index."""
+class BatchedDataset(Dataset[Fetched]):
+    """A dataset whose item is a whole batch: its index is a tensor of indices."""
 
-    def __init__(self, split: ImageDataset) -> None:
-        """Serve the samples of ``split``."""
-        self.split = split
+    def __init__(self, dataset: MapDataset) -> None:
+        """Serve the samples of ``dataset``, from the GPU if an ``ImageDataset`` was placed there."""
+        self.dataset = dataset
+        self.device = dataset.images.device if isinstance(dataset, ImageDataset) else torch.device("cpu")
 
-    def __getitem__(self, indices: Tensor) -> Batch:
-        """Fetch the samples at ``indices``, int64 (n,), from where the set lies; n may be 0."""
-        images, labels = self.split.images, self.split.labels
-        if images.is_cuda:
-            indices = indices.pin_memory().to(images.device, non_blocking=True)
-        return images.index_select(0, indices), labels.index_select(0, indices).long(), indices
+    def __getitem__(self, indices: Tensor) -> Fetched:
+        """Fetch the samples at ``indices``, int64 (n,); n may be 0. No host sync."""
+        on_device = indices if self.device.type == "cpu" else indices.pin_memory().to(self.device, non_blocking=True)
+        return self.dataset.__getitems__(on_device), indices, on_device
+
+
+class _EpochSampler(Sampler[Tensor]):
+    """Hands a DataLoader the index tensors of one epoch: persistent workers need one DataLoader for all epochs."""
+
+    def __init__(self) -> None:
+        self.batches: Iterator[Tensor] = iter(())
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.batches
 
 
 class Loader:
-    """A DataLoader whose batches come on the rank's device, and whose workers no signal to stop ends."""
+    """Load a rank's share of the global batches, in any epoch and from any batch on."""
 
-    def __init__(self, split: ImageDataset, sampler: Iterable[Tensor], workers: int, device: torch.device) -> None:
-        """Load what ``sampler`` names, a tensor of indices at a time.
+    def __init__(
+        self, dataset: MapDataset, sampler: GlobalBatchSampler, num_workers: int, device: torch.device
+    ) -> None:
+        """Load what ``sampler`` chooses.
 
-        ``batch_size=None`` turns the DataLoader's own batching off: the sampler's tensors arrive at the data
-        set whole (https://docs.pytorch.org/docs/stable/data.html#disable-automatic-batching).
+        ``batch_size=None`` disables the DataLoader's own batching: the index tensors reach the dataset whole
+        (https://docs.pytorch.org/docs/stable/data.html#disable-automatic-batching).
         """
-        self.device = device
-        self.copies = device.type == "cuda" and not split.images.is_cuda
+        self.sampler, self.device = sampler, device
+        self.batched = BatchedDataset(dataset)
+        self.copies = device != self.batched.device
+        self.epoch_sampler = _EpochSampler()
         self.loader = DataLoader(
-            BatchedDataset(split),
+            self.batched,
             batch_size=None,
-            sampler=sampler,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            sampler=self.epoch_sampler,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
             pin_memory=self.copies,
             worker_init_fn=worker_init_fn,
             generator=torch.Generator(),  # the loader draws a seed per epoch: not from the global generator
         )
 
+    def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Yield the global batches ``start`` to ``stop`` - 1 of an epoch; the first call starts the workers."""
+        self.epoch_sampler.batches = self.sampler.batches(epoch, start, stop)
+        with block_signals():  # a signal to stop must not end a worker while it starts
+            fetched: Iterator[Fetched] = iter(self.loader)
+        if self.copies:
+            fetched = prefetch_to_device(fetched, self.device)
+        for number, samples in enumerate(fetched, start):
+            yield self._batch(samples, epoch, number)
+
+    def batch(self, epoch: int, number: int) -> Batch:
+        """Load one global batch, without the workers."""
+        (indices,) = self.sampler.batches(epoch, number, number + 1)
+        return self._batch(self.batched[indices], epoch, number)
+
+    def empty_batch(self) -> Batch:
+        """Return a batch without samples."""
+        return self._batch(self.batched[torch.empty(0, dtype=torch.int64)], 0, 0)
+
+    def _batch(self, fetched: Fetched, epoch: int, number: int) -> Batch:
+        data, indices, on_device = fetched
+        if self.copies:  # does nothing for what was prefetched
+            data, on_device = map_tensors(lambda tensor: tensor.to(self.device), (data, on_device))
+        keys = SampleKeys(self.sampler.seed, epoch, on_device)
+        return Batch(data, indices, keys, epoch, number, self.sampler.global_size(number))
+
+
+class EvaluationLoader:
+    """Load a rank's share of a set: every sample once, ``chunk`` at a time, in the order of the set."""
+
+    def __init__(self, dataset: MapDataset, chunk: int, rank: int, world_size: int, device: torch.device) -> None:
+        """Load the chunks of ``rank``."""
+        self.batched, self.device = BatchedDataset(dataset), device
+        self.samples, self.chunk, self.rank, self.world_size = len(dataset), chunk, rank, world_size
+
     def __iter__(self) -> Iterator[Batch]:
-        """Begin an epoch; the first one starts the workers."""
-        with block_signals():
-            batches = iter(self.loader)
-        return ahead(batches, self.device) if self.copies else batches
+        """Yield the batches."""
+        chunks = evaluation_chunks(self.samples, self.chunk, self.rank, self.world_size)
+        fetched: Iterator[Fetched] = map(self.batched.__getitem__, chunks)
+        if self.device != self.batched.device:
+            pinned = (map_tensors(lambda tensor: tensor.pin_memory(), samples) for samples in fetched)
+            fetched = prefetch_to_device(pinned, self.device)
+        for number, (data, indices, _) in enumerate(fetched):
+            yield Batch(data, indices, None, 0, number, len(indices))
+
+    @property
+    def batches_of_every_rank(self) -> int:
+        """How many batches each rank has at least."""
+        return -(-self.samples // self.chunk) // self.world_size
 
 
-def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Copy each batch to a GPU while the one before it is computed, on a stream of its own.
+def prefetch_to_device(batches: Iterator[Fetched], device: torch.device) -> Iterator[Fetched]:
+    """Copy each batch to a GPU while the previous one is computed, on a separate stream.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-streams
     """
-    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    under_way: deque[tuple[Batch, torch.cuda.Event]] = deque()
-    for images, labels, indices in batches:
-        with torch.cuda.stream(copying):
-            images, labels, indices = (part.to(device, non_blocking=True) for part in (images, labels, indices))
-            under_way.append(((images, labels, indices), copying.record_event()))
-        if len(under_way) == 2:
-            yield _arrived(*under_way.popleft(), computing)
-    while under_way:
-        yield _arrived(*under_way.popleft(), computing)
+    copy_stream, compute_stream = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    in_flight: deque[tuple[Fetched, torch.cuda.Event]] = deque()
+
+    def wait(fetched: Fetched, copied: torch.cuda.Event) -> Fetched:
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(compute_stream)  # its memory is not reused before that stream is done with it
+            return tensor
+
+        compute_stream.wait_event(copied)
+        map_tensors(record, (fetched[0], fetched[2]))
+        return fetched
+
+    for data, indices, _ in batches:
+        with torch.cuda.stream(copy_stream):
+            data, on_device = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), (data, indices))
+            in_flight.append(((data, indices, on_device), copy_stream.record_event()))
+        if len(in_flight) == 2:
+            yield wait(*in_flight.popleft())
+    while in_flight:
+        yield wait(*in_flight.popleft())
 
 
-def _arrived(batch: Batch, event: torch.cuda.Event, stream: torch.cuda.Stream) -> Batch:
-    """Have ``stream`` wait for a batch, and its memory not be used again before ``stream`` is done with it."""
-    stream.wait_event(event)
-    for part in batch:
-        part.record_stream(stream)
-    return batch
+def place_datasets(datasets: Datasets, wanted: str, num_workers: int, device: torch.device) -> Datasets:
+    """Return ``datasets`` with their images on the GPU, if one is used and they fit, else unchanged.
 
-
-def place_dataset(data: ImageData, wanted: str, workers: int, device: torch.device) -> ImageData:
-    """Put a data set where batches are gathered from: on the GPU, where one is used and it fits, or left as it is.
-
-    ``wanted`` is auto, cpu or cuda. Raises UserError for cuda where that cannot be.
+    ``wanted`` is auto, cpu or cuda. Raise UserError if it is cuda and the images cannot be there.
     """
-    if wanted == "cuda" and (device.type != "cuda" or workers):
-        reason = (
-            f"data.num_workers={workers}: they have no GPU; give data.num_workers=0"
-            if workers
-            else "this rank has no GPU"
-        )
+    if wanted == "cuda" and (device.type != "cuda" or num_workers):
+        reason = "this rank has no GPU"
+        if num_workers:
+            reason = f"data.num_workers={num_workers}: they have no GPU; give data.num_workers=0"
         raise UserError(f"data.device=cuda: {reason}, or give data.device=auto")
-    if wanted == "cpu" or device.type == "cpu" or workers:
-        return data
-    needed, free = data.nbytes, torch.cuda.mem_get_info(device)[0]
-    if needed <= free * SHARE_OF_GPU or (wanted == "cuda" and needed <= free):
-        return data.to(device)
+    train, test = datasets.train, datasets.test
+    if not (isinstance(train, ImageDataset) and isinstance(test, ImageDataset)):
+        return datasets
+    if wanted == "cpu" or device.type == "cpu" or num_workers:
+        return datasets
+    needed, free = train.nbytes + test.nbytes, torch.cuda.mem_get_info(device)[0]
+    if needed <= free * GPU_SHARE or (wanted == "cuda" and needed <= free):
+        return replace(datasets, train=train.to(device), test=test.to(device))
     if wanted == "cuda":
         raise UserError(f"data.device=cuda: the images take {needed:,} bytes of {free:,} free; give data.device=auto")
-    return data
+    return datasets

@@ -1,109 +1,97 @@
-"""Which samples a rank takes, and when: a function of seed, epoch, global batch and rank alone."""
+"""The samples of each rank and step: a pure function of seed, epoch, global batch and rank."""
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from distlenet.data.permutation import Permutation
-from distlenet.data.sources import ImageDataset
 from distlenet.utils.errors import UserError
 
-AT_ONCE = 4096
-"""Indices that a rank computes together: some milliseconds' work, in a few dozen calls."""
+INDICES_AT_ONCE = 4096
+"""How many indices a rank computes in one vectorised call: a few milliseconds of work."""
 
 
 class GlobalBatchSampler(DistributedSampler[Tensor]):
     """Give a rank its share of every global batch, as one tensor of indices per optimizer step.
 
-    Position p of an epoch's permutation belongs to global batch p // B and, as in ``DistributedSampler``,
-    to rank p % W. So global batch t is positions tB to (t+1)B-1 for every world size W, and nothing is
-    padded: the last batch of an epoch is as short as what is left, or is left out (``drop_last``).
-    With V virtual shards, p belongs to shard p % V, and that to rank p % V % W: the same, where W divides V.
+    Position p of an epoch's permutation belongs to global batch p // B and, as in ``DistributedSampler``, to rank
+    p % W. Global batch t therefore consists of positions tB to (t+1)B-1 for every world size W, without padding: the
+    last batch of an epoch is shorter, or is left out (``drop_last``). With V virtual shards, p belongs to shard p % V,
+    and the shard to rank p % V % W, which is the same if W divides V.
 
-    Yields int64 tensors (n,), where n = B/W where W divides B, but for the last batch, in which ranks may
-    differ and may get nothing (n = 0). All ranks yield equally often.
+    Index tensors are int64 (n,), with n = B/W if W divides B; in the last batch ranks may differ, down to n = 0. All
+    ranks have equally many batches.
     """
 
     def __init__(
         self,
-        data: ImageDataset,
-        global_batch: int,
+        dataset: Sized,
+        global_batch_size: int,
         rank: int,
         world_size: int,
         seed: int,
         drop_last: bool = False,
-        shards: int | None = None,
+        virtual_shards: int | None = None,
     ) -> None:
-        """Order ``data`` for this rank; ``shards`` divides B. Raises UserError where an epoch would have no step."""
-        super().__init__(data, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self.samples = len(data)
-        self.global_batch = global_batch
-        self.steps = self.samples // global_batch if drop_last else -(-self.samples // global_batch)
-        self.start, self.stop = 0, self.steps
-        place = torch.arange(min(global_batch, self.samples))
-        self.mine = ((place % (shards or global_batch)) % world_size == rank).nonzero().squeeze(1)  # int64 (B/W,)
-        self.steps_at_once = max(1, AT_ONCE // max(1, len(self.mine)))
+        """Order ``dataset`` for this rank; ``virtual_shards`` divides B. Raise UserError if an epoch has no step."""
+        as_dataset: Any = dataset
+        super().__init__(as_dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+        self.samples = len(dataset)
+        self.global_batch_size = global_batch_size
+        self.steps = self.samples // global_batch_size if drop_last else -(-self.samples // global_batch_size)
+        offsets = torch.arange(min(global_batch_size, self.samples))
+        shards = offsets % (virtual_shards or global_batch_size)
+        self.rank_offsets = (shards % world_size == rank).nonzero().squeeze(1)  # int64 (B/W,)
         if self.steps == 0:
             raise UserError(
                 f"data.drop_last=true: drops all {self.samples} images of the training set, which do not fill "
-                f"train.global_batch_size={global_batch}; give a smaller one, or data.drop_last=false"
+                f"train.global_batch_size={global_batch_size}; give a smaller one, or data.drop_last=false"
             )
 
-    def set_position(self, epoch: int, start: int, most: int | None = None) -> None:
-        """Choose the epoch, how many of its global batches are already done, and how many at most are to come."""
-        self.set_epoch(epoch)
-        self.start = start
-        self.stop = self.steps if most is None else min(self.steps, start + most)
+    def global_size(self, number: int) -> int:
+        """Return how many samples global batch ``number`` of an epoch has, over all ranks."""
+        return min(self.global_batch_size, self.samples - number * self.global_batch_size)
 
-    def count(self, step: int) -> int:
-        """Return how many samples global batch ``step`` of an epoch holds, over all ranks."""
-        return min(self.global_batch, self.samples - step * self.global_batch)
+    def batches(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Yield this rank's indices of the global batches ``start`` to ``stop`` - 1 of an epoch."""
+        order = permutation(self.samples, self.seed, epoch)
+        stop = self.steps if stop is None else min(stop, self.steps)
+        at_once = max(1, INDICES_AT_ONCE // max(1, len(self.rank_offsets)))
+        for first in range(start, stop, at_once):
+            starts = torch.arange(first, min(first + at_once, stop)) * self.global_batch_size
+            positions = starts[:, None] + self.rank_offsets  # (batches, B/W)
+            lengths = (positions < self.samples).sum(1).tolist()
+            yield from order(positions[positions < self.samples]).split(lengths)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield this rank's indices of each global batch, from ``start`` to before ``stop``."""
-        order = permutation(self.samples, self.seed, self.epoch)
-        for first in range(self.start, self.stop, self.steps_at_once):
-            starts = torch.arange(first, min(first + self.steps_at_once, self.stop)) * self.global_batch
-            places = starts[:, None] + self.mine  # (steps, B/W)
-            lengths = (places < self.samples).sum(1).tolist()
-            yield from order(places[places < self.samples]).split(lengths)
+        """Yield the batches of the epoch chosen by ``set_epoch``, as ``DistributedSampler`` does."""
+        return self.batches(self.epoch)
 
     def __len__(self) -> int:
-        """Return how many global batches are left."""
-        return self.stop - self.start
+        """Return the number of global batches of an epoch."""
+        return self.steps
 
 
-class ShardSampler:
-    """Split a set over ranks for evaluation: every sample once, no padding, the last chunk short.
+def evaluation_chunks(samples: int, chunk: int, rank: int, world_size: int) -> Iterator[Tensor]:
+    """Yield a rank's share of a set for evaluation, int64 (n,) each: every sample once, without padding.
 
-    Chunk k, of ``chunk`` neighbouring samples, belongs to rank k % W. So which samples are computed
-    together does not depend on W. Yields int64 tensors (n,), n <= ``chunk``.
+    Chunk k, of ``chunk`` consecutive samples, belongs to rank k % W. Which samples are computed together does
+    therefore not depend on W. The last chunk is shorter; a rank may have no chunk.
     """
-
-    def __init__(self, samples: int, chunk: int, rank: int, world_size: int) -> None:
-        """Choose the chunks of ``rank``."""
-        self.samples, self.chunk = samples, chunk
-        self.starts = range(rank * chunk, samples, world_size * chunk)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield the indices of each of this rank's chunks."""
-        for start in self.starts:
-            yield torch.arange(start, min(start + self.chunk, self.samples))
-
-    def __len__(self) -> int:
-        """Return how many chunks this rank has; it may be none."""
-        return len(self.starts)
+    for start in range(rank * chunk, samples, world_size * chunk):
+        yield torch.arange(start, min(start + chunk, samples))
 
 
 def permutation(samples: int, seed: int, epoch: int) -> Permutation:
-    """Shuffle 0 to ``samples``-1 for an epoch.
+    """Shuffle 0 to ``samples`` - 1 for an epoch.
 
-    Seed and epoch are hashed together: with their sum, as in ``DistributedSampler``, epoch 1 of seed 0
-    would be epoch 0 of seed 1.
+    Seed and epoch are hashed together: with their sum, as in ``DistributedSampler``, epoch 1 of seed 0 equals epoch 0
+    of seed 1.
     """
     digest = hashlib.sha256(f"order of seed {seed} in epoch {epoch}".encode()).digest()
     return Permutation(samples, struct.unpack("<8I", digest))

@@ -1,7 +1,7 @@
-"""DistributedDataParallel's reduction, with one number more in it."""
+"""Gradient reduction by DistributedDataParallel, with a stop flag in its all-reduce."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,24 +13,24 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.distributed.preemption import StopFlag
-from distlenet.reduction.micro_batching import Marks, MicroBatch
+from distlenet.reduction.reducer import EmptyLoss, MicroBatch, ReductionResult, ReductionStep
 from distlenet.reduction.shared_memory import AllReduce
+from distlenet.task import Data
+from distlenet.utils.clock import Clock
+from distlenet.utils.nested import select_samples, tensors_in
 
-# DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import
-# (seen with torch 2.15) keeps every frame under way alive, with the trainer and the process group in them.
-# Imported up here, it finds no such frames: the group can end when its ``with`` block does.
-
+# DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import (seen
+# with torch 2.15) keeps all frames of that moment alive, with the trainer and the process group in them. Imported
+# here, it finds no such frames: the group can end when its ``with`` block does.
 
 OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True}
 """Chosen by measurement: ``benchmarks/reduction_cost.py`` also tries smaller buckets and ``static_graph``."""
 
+CommHook = Callable[[Any, dist.GradBucket], Future[Tensor]]  # type: ignore[name-defined]
 
-Hook = Callable[[Any, dist.GradBucket], Future[Tensor]]  # type: ignore[name-defined]
 
-
-def add_with(all_reduce: AllReduce) -> Hook:
-    """Have DistributedDataParallel add a bucket of gradients over ranks with ``all_reduce``, and not average it."""
+def sum_comm_hook(all_reduce: AllReduce) -> CommHook:
+    """Return a communication hook that sums a bucket of gradients with ``all_reduce``, without averaging."""
 
     def hook(_: Any, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         gradients = bucket.buffer()
@@ -42,117 +42,127 @@ def add_with(all_reduce: AllReduce) -> Hook:
     return hook
 
 
-class _WithFlag(nn.Module):
-    """A network, beside it a parameter that is always 0 and that nothing uses: only its gradient is meant."""
+class _ModelWithStopFlag(nn.Module):
+    """A model and a parameter that is always 0: only the gradient of the parameter matters."""
 
-    def __init__(self, net: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__()
-        self.net = net
+        self.model = model
         self.flag = nn.Parameter(torch.zeros((), device=device))
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        logits: Tensor = self.net(inputs)
-        return logits
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class _ReadyMark:
+    """The last time that a gradient was complete."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.mark = clock, clock.mark()
+
+    def set(self, _: Tensor) -> None:
+        self.mark = self.clock.mark()
 
 
 class DdpReducer:
-    """DistributedDataParallel: floats, added over ranks in whatever order ``all_reduce`` does."""
+    """Floats, summed over ranks in the order that DistributedDataParallel and ``all_reduce`` choose."""
 
     def __init__(
         self,
-        net: nn.Module,
+        model: nn.Module,
         env: DistributedEnvironment,
         accumulation_steps: int,
-        micro_batch: int,
+        micro_batch_size: int,
         all_reduce: AllReduce = dist.all_reduce,
         compress: bool = False,
     ) -> None:
-        """Wrap ``net``; a rank's share is cut into ``accumulation_steps`` parts of up to ``micro_batch`` images.
+        """Wrap ``model``; a rank takes ``accumulation_steps`` micro-batches of up to ``micro_batch_size`` samples.
 
-        With ``compress`` gradients travel as bf16, through the process group.
+        With ``compress``, gradients travel as bf16 through the process group. A collective.
         """
-        self.net = net
-        device = next(net.parameters()).device
-        with_flag = _WithFlag(net, device)
-        self.flag = with_flag.flag
-        self.asked, self.answer = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.bad = torch.zeros((), dtype=torch.bool, device=device)
-        self.heard = StopFlag(device)
-        self.hook: Hook | None = None
-        self.weight = env.world_size  # DistributedDataParallel divides by it, and so does its hook
+        device = next(model.parameters()).device
+        self.rank, self.micro_batch_size, self.micro_batches_per_rank = env.rank, micro_batch_size, accumulation_steps
+        self.bare_model, self.clock = model, Clock(device)
+        self.comm_hook: CommHook | None = None
+        self.loss_multiplier = env.world_size  # DistributedDataParallel divides by it, and so does bf16_compress_hook
         if compress:
-            self.hook = bf16_compress_hook
+            self.comm_hook = bf16_compress_hook
         elif all_reduce is not dist.all_reduce:
-            self.hook, self.weight = add_with(all_reduce), 1
-        self.model = self.wrap(with_flag)
-        self.marks = Marks()
-        marks = self.marks  # not self: a hook's references are hidden from the collector, and the group would never go
-        next(net.parameters()).register_post_accumulate_grad_hook(lambda _: marks.ready())  # the first is the last
-        self.rank, self.micro_batch_size, self.micro_batches_per_rank = env.rank, micro_batch, accumulation_steps
+            self.comm_hook, self.loss_multiplier = sum_comm_hook(all_reduce), 1
+        self.model = self._wrap(_ModelWithStopFlag(model, device))
+        # The first parameter's gradient is the last one of a backward pass. The hook does not refer to the reducer:
+        # the garbage collector does not see a hook's references, and the process group would never end.
+        self.ready = _ReadyMark(self.clock)
+        next(model.parameters()).register_post_accumulate_grad_hook(self.ready.set)
 
-    def wrap(self, with_flag: nn.Module) -> DistributedDataParallel:
-        """Have the gradients of ``with_flag`` averaged. A collective."""
-        model = DistributedDataParallel(with_flag, **OPTIONS)
-        if self.hook is not None:
-            model.register_comm_hook(None, self.hook)
-        return model
+    def _wrap(self, model: _ModelWithStopFlag) -> DistributedDataParallel:
+        self.flag = model.flag
+        wrapped = DistributedDataParallel(model, **OPTIONS)
+        if self.comm_hook is not None:
+            wrapped.register_comm_hook(None, self.comm_hook)
+        return wrapped
 
-    def settle(self, empty: Tensor) -> None:
-        """Step once on no images, an ``empty`` batch (0, ...), and throw the gradients away. A collective.
+    def warm_up(self, empty_loss: EmptyLoss) -> None:
+        """Run two steps on no samples, and discard the gradients. A collective.
 
-        After its first backward DistributedDataParallel orders its buckets anew. With three ranks or more the place
-        in a bucket decides in which order floats are added; so a run that goes on must have the order that one
-        without a stop has by then.
+        After its first backward pass DistributedDataParallel reorders its buckets; the new order applies from the
+        second forward pass on. With three or more ranks the position in a bucket decides in which order floats are
+        added: a resumed run needs the order that an uninterrupted run has by then.
         """
-        self.net.eval()
-        for _ in range(2):  # the new order comes with the second forward
-            self.backward(self.model(empty).sum())
-        self.net.train()
+        self.bare_model.eval()
+        for _ in range(2):
+            (empty_loss(self.model) + self.flag * 0).backward()
+        self.bare_model.train()
         self.model.zero_grad(set_to_none=True)
 
-    def micro_batches(self, *tensors: Tensor) -> list[MicroBatch]:
-        """Cut a rank's share (n, ...) into neighbours; an empty share is one empty micro-batch."""
-        parts = zip(*(tensor.split(self.micro_batch_size) for tensor in tensors), strict=True)
-        return list(enumerate(parts, start=self.rank * self.micro_batches_per_rank))
+    def reset(self, empty_loss: EmptyLoss) -> None:
+        """Wrap the model again: DistributedDataParallel would wait for the missing gradients. A collective."""
+        model = self.model.module
+        del self.model  # removes its hooks from the parameters
+        self.model = self._wrap(model)
+        self.warm_up(empty_loss)
 
-    def limit_micro_batch(self, images: int) -> None:
-        """Take no micro-batch of more than ``images``, with more of them: fewer ranks need no more memory each."""
+    def cap_micro_batch_size(self, limit: int) -> None:
+        """Use micro-batches of at most ``limit`` samples."""
         share = self.micro_batch_size * self.micro_batches_per_rank
-        if images < self.micro_batch_size:
-            self.micro_batch_size, self.micro_batches_per_rank = images, -(-share // images)
+        if limit < self.micro_batch_size:
+            self.micro_batch_size, self.micro_batches_per_rank = limit, -(-share // limit)
 
-    def begin(self, asked: bool) -> None:
-        """Begin a step; ``asked`` says that this rank was asked to stop."""
-        self.asked.fill_(asked)
-
-    def begin_again(self, empty: Tensor) -> None:
-        """Forget a step that broke off anywhere; ``empty`` is as for ``settle``. A collective.
-
-        DistributedDataParallel would wait for the rest of that step's gradients: so it is made anew.
-        """
-        with_flag = self.model.module
-        del self.model  # takes its hooks from the parameters
-        self.model = self.wrap(with_flag)
-        self.settle(empty)
+    def split(self, data: Data) -> list[MicroBatch]:
+        """Split a rank's share into runs of consecutive samples; an empty share is one empty micro-batch."""
+        samples, size = len(next(tensors_in(data))), self.micro_batch_size
+        starts = range(0, max(1, samples), size)
+        first = self.rank * self.micro_batches_per_rank
+        return [MicroBatch(first + k, select_samples(data, slice(s, s + size))) for k, s in enumerate(starts)]
 
     @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        """Surround forward and backward of one micro-batch. With the last one, a collective."""
-        with nullcontext() if last else self.model.no_sync():
-            yield
+    def step(self, global_size: int, stop: Tensor) -> Iterator[ReductionStep]:
+        """Reduce one step. A collective."""
+        step = _DdpStep(self, self.loss_multiplier / global_size, stop)
+        yield step
+        step.end()
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``; one that is not finite turns the flag's into NaN, for all ranks."""
-        (loss + self.flag * (self.asked + loss.detach() * 0)).backward()
 
-    def finish(self) -> None:
-        """Keep what all ranks said: the last backward has reduced."""
-        self.marks.reduced()
-        assert self.flag.grad is not None
-        self.answer.copy_(self.flag.grad)
-        torch.ne(self.answer, self.answer, out=self.bad)  # NaN is not itself
-        self.flag.grad = None
+class _DdpStep(ReductionStep):
+    def __init__(self, reducer: DdpReducer, loss_factor: float, stop: Tensor) -> None:
+        self.reducer, self.loss_factor, self.stop = reducer, loss_factor, stop
 
-    def hear(self) -> None:
-        """Look, at the end of a step, whether any rank was asked to stop."""
-        self.heard.put(self.answer)
+    def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
+        *others, last = self.reducer.split(data)
+        for micro_batch in others:
+            with self.reducer.model.no_sync():
+                yield micro_batch
+        yield last
+
+    def backward(self, loss_sum: Tensor) -> None:
+        loss = loss_sum * self.loss_factor
+        # The gradient of the flag is ``stop``, or NaN if the loss is not finite.
+        (loss + self.reducer.flag * (self.stop + loss.detach() * 0)).backward()
+
+    def end(self) -> None:
+        """Read what all ranks contributed: the last backward pass has reduced it."""
+        flag, reduced = self.reducer.flag, self.reducer.clock.mark()
+        assert flag.grad is not None, "no backward in this step"
+        stop = flag.grad.clone()
+        flag.grad = None
+        self._result = ReductionResult(stop, stop.isnan(), self.reducer.ready.mark, reduced)

@@ -1,143 +1,170 @@
-"""A training step as a CUDA graph: recorded once, then replayed with one launch instead of a hundred.
+"""A training step as a CUDA graph: captured once, then replayed with one launch instead of a hundred.
 
-A replay does to the memory what the recorded step did to it, and runs no Python. So what differs from step to step
-(images, labels, indices, epoch, learning rate) is copied to fixed places first, and nothing in the step may ask
-the device for a value. Sources: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, for
-DistributedDataParallel its section "Usage with DistributedDataParallel", and for NCCL
-https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/cudagraph.html
+A replay repeats the captured kernels on the same memory, and runs no Python. Values that differ from step to step
+(samples, indices, epoch, learning rate) are therefore copied to fixed memory first, and nothing in the step may read a
+value of the device. Sources: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, its section "Usage with
+DistributedDataParallel", and https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/cudagraph.html
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from distlenet.distributed.collectives import any_rank
+from distlenet.task import Batch
 from distlenet.utils.errors import warn
+from distlenet.utils.nested import map_tensors, tensors_in
 
-WARM_UP = 11
-"""Steps before the recording: DistributedDataParallel times some of its first ten with events of its own."""
+if TYPE_CHECKING:
+    from distlenet.training.train_step import DeviceResult
 
-
-class Step(Protocol):
-    """What is recorded."""
-
-    def compute(
-        self, images: Tensor, labels: Tensor, indices: Tensor, epoch: int | Tensor, step: int, count: int
-    ) -> None:
-        """Do the device's part of step ``step``, on a rank's share of a global batch of ``count`` images."""
-
-    def seed(self, step: int) -> None:
-        """Seed the generator for a step of one micro-batch."""
-
-    def begin_again(self) -> None:
-        """Forget a step that broke off anywhere. A collective."""
+WARM_UP_STEPS = 11
+"""Steps before the capture: DistributedDataParallel times some of its first ten with events."""
 
 
-class Recorded(Protocol):
-    """What was recorded."""
+class Capturable(Protocol):
+    """A training step that can be captured."""
 
-    def replay(self) -> None:
-        """Do it."""
+    def compute(self, batch: Batch, step: int, want_grad_norm: bool) -> "DeviceResult":
+        """Run the part of a step that a CUDA graph can capture."""
+
+    def seed(self, step: int, micro_batch: int) -> None:
+        """Seed the generator of the device."""
 
     def reset(self) -> None:
-        """Forget it."""
+        """Recover from a step that an exception ended. A collective."""
 
 
-def record_cuda_graph(work: Callable[[], None]) -> Recorded:
-    """Record ``work`` on the present stream, without doing it; return what does it.
+class CapturedGraph(Protocol):
+    """A captured step."""
 
-    The stream must not be the default one, and must be the one on which the network and what wraps it were made
+    def replay(self) -> None:
+        """Run it."""
+
+    def reset(self) -> None:
+        """Release it."""
+
+
+def capture_cuda_graph(work: Callable[[], None]) -> CapturedGraph:
+    """Capture ``work`` on the current stream, without running it.
+
+    The stream must not be the default stream, and must be the one on which the model and its wrapper were made
     (``use_side_stream``). Mode thread_local: a loader's thread may pin memory meanwhile.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         work()
-    recorded: Recorded = graph
-    return recorded
+    captured: CapturedGraph = graph
+    return captured
 
 
-def is_recorded(device: torch.device) -> bool:
-    """Say whether what is done now on ``device`` is only recorded."""
+def is_capturing(device: torch.device) -> bool:
+    """Return whether work on ``device`` is being captured rather than run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class GraphedStep:
-    """A step, recorded at the first full global batch after ``WARM_UP`` others; shorter ones run as they are.
+    """A step, captured at the first full global batch after ``WARM_UP_STEPS`` others; shorter batches run eagerly.
 
-    NCCL wants a collective to be recorded by all ranks or by none: so which steps are replayed depends only on what
-    all of them know, and when recording fails on one of them, all go on without.
+    NCCL requires that all ranks capture a collective or none does. Which steps are replayed therefore depends only on
+    what all ranks know, and if a capture fails on one rank, all continue without.
     """
 
     def __init__(
         self,
+        step: Capturable,
         optimizer: Optimizer,
-        full: int,
+        batch_size: int,
         device: torch.device,
-        record: Callable[[Callable[[], None]], Recorded] = record_cuda_graph,
+        micro_batch: int = 0,
+        capture: Callable[[Callable[[], None]], CapturedGraph] = capture_cuda_graph,
     ) -> None:
-        """Record steps of ``optimizer`` on global batches of ``full`` images."""
-        self.optimizer, self.full, self.record = optimizer, full, record
-        self.warm_up = WARM_UP
+        """Capture ``step`` for global batches of ``batch_size`` samples; ``micro_batch`` is the number of its one."""
+        self.step, self.optimizer, self.batch_size, self.micro_batch = step, optimizer, batch_size, micro_batch
+        self.capture = capture
+        self.warm_up_left = WARM_UP_STEPS
         self.failed = False
-        self.recorded: Recorded | None = None
-        self.inputs: list[Tensor] = []
-        self.epoch = torch.zeros((), dtype=torch.int64, device=device)
+        self.graph: CapturedGraph | None = None
+        self.static_batch: Batch | None = None
+        self.result: DeviceResult | None = None
         self.lr = torch.zeros((), device=device)  # float32: what fused optimizers read
 
-    def take(
-        self, of: Step, images: Tensor, labels: Tensor, indices: Tensor, epoch: int, step: int, count: int
-    ) -> None:
-        """Take one step, as ``of.compute`` would."""
+    def run(self, batch: Batch, step: int, want_grad_norm: bool) -> "DeviceResult":
+        """Take one step, with the same effect as ``Capturable.compute``."""
         self.lr.fill_(self.optimizer.param_groups[0]["lr"])
-        with self.settings_on_device():
-            if count == self.full and not self.failed and self.warm_up == 0:
-                if self.recorded is None:
-                    self.prepare(of, (images, labels, indices), step)
-                if self.recorded is not None:
-                    for place, part in zip(self.inputs, (images, labels, indices), strict=True):
-                        place.copy_(part, non_blocking=True)
-                    self.epoch.fill_(epoch)
-                    of.seed(step)
-                    self.recorded.replay()
-                    return
-            self.warm_up = max(0, self.warm_up - 1)
-            of.compute(images, labels, indices, epoch, step, count)
+        with self._settings_on_device():
+            if batch.global_size == self.batch_size and not self.failed and self.warm_up_left == 0:
+                if self.graph is None:
+                    self._capture(batch, step)
+                if self.graph is not None:
+                    return self._replay(self.graph, batch, step)
+            self.warm_up_left = max(0, self.warm_up_left - 1)
+            return self.step.compute(batch, step, want_grad_norm)
 
-    def prepare(self, of: Step, batch: tuple[Tensor, Tensor, Tensor], step: int) -> None:
-        """Record the step. A collective."""
-        self.inputs = [torch.zeros_like(part) for part in batch]
-        images, labels, indices = self.inputs
+    def _capture(self, batch: Batch, step: int) -> None:
+        """Capture the step, or note that it cannot be captured. A collective."""
+        assert batch.keys is not None
+        keys = replace(
+            batch.keys,
+            epoch=torch.zeros((), dtype=torch.int64, device=self.lr.device),
+            indices=torch.zeros_like(batch.keys.indices),
+        )
+        static = replace(batch, data=map_tensors(torch.zeros_like, batch.data), keys=keys)
         reason = ""
+
+        def work() -> None:
+            self.result = self.step.compute(static, step, True)
+
         try:
-            self.recorded = self.record(lambda: of.compute(images, labels, indices, self.epoch, step, self.full))
-        except RuntimeError as error:  # what cannot be recorded: a look at a value on the device, say
+            self.graph = self.capture(work)
+        except RuntimeError as error:  # such as reading a value of the device
             reason = f": {error}".splitlines()[0]
-        if any_rank(self.recorded is None, self.lr.device):
-            warn(f"train.cuda_graph=auto: the step cannot be recorded on every rank, so it runs as it is{reason}")
+        self.static_batch = static
+        if any_rank(self.graph is None, self.lr.device):  # collective, host sync
+            warn(f"train.cuda_graph=auto: the step cannot be captured on every rank, so it runs eagerly{reason}")
             self.close()
             self.failed = True
-            of.begin_again()
+            self.step.reset()
+
+    def _replay(self, graph: CapturedGraph, batch: Batch, step: int) -> "DeviceResult":
+        static = self.static_batch
+        assert static is not None
+        assert static.keys is not None
+        assert self.result is not None
+        for target, source in zip(_inputs(static), _inputs(batch), strict=True):
+            target.copy_(source, non_blocking=True)
+        assert isinstance(static.keys.epoch, Tensor)
+        static.keys.epoch.fill_(batch.epoch)
+        self.step.seed(step, self.micro_batch)
+        graph.replay()
+        return self.result
 
     def close(self) -> None:
-        """Forget what was recorded: NCCL's communicators wait for the graphs that they are in before they end."""
-        if self.recorded is not None:
+        """Release the graph: NCCL's communicators do not end before the graphs they are in."""
+        if self.graph is not None:
             if self.lr.is_cuda:
                 torch.cuda.synchronize(self.lr.device)
-            self.recorded.reset()
-            self.recorded = None
+            self.graph.reset()
+            self.graph = None
 
     @contextmanager
-    def settings_on_device(self) -> Iterator[None]:
+    def _settings_on_device(self) -> Iterator[None]:
         """Let the optimizer read the learning rate on the device, in all steps: float32 rounds it."""
         (group,) = self.optimizer.param_groups
-        on_device = {"lr": self.lr, "capturable": True}  # SGD has no "capturable", and needs none
+        on_device = {"lr": self.lr, "capturable": True}  # SGD neither has nor needs "capturable"
         before: dict[str, Any] = {key: group[key] for key in on_device if key in group}
         group.update({key: on_device[key] for key in before})
         try:
             yield
         finally:
             group.update(before)
+
+
+def _inputs(batch: Batch) -> list[Tensor]:
+    assert batch.keys is not None
+    return [*tensors_in(batch.data), batch.keys.indices]

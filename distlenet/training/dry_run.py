@@ -1,7 +1,7 @@
 """``train --dry-run --world-size N``: what each of N ranks would do, composed in this process alone.
 
-The trainer of rank 0 is built as for a job, on the CPU and with torch's fake process group, whose collectives give
-back what they get. So every check that training makes of settings, data and ranks is made, and no step is taken.
+The trainer of rank 0 is built as for a job, on the CPU and with torch's fake process group, whose collectives return
+their input. So every check that training makes of settings, data and ranks is made, and no step is taken.
 """
 
 import os
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
@@ -20,7 +19,6 @@ from distlenet.checkpoint.format import to_bytes
 from distlenet.config.loading import run_folder
 from distlenet.config.schema import Config
 from distlenet.data.sources import load_data, require_local_data
-from distlenet.data.transforms import SIZE
 from distlenet.distributed.context import DistributedContext, set_threads
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.precision import resolve_precision
@@ -28,44 +26,47 @@ from distlenet.distributed.preemption import Preemption
 from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.rendezvous import host_key
 from distlenet.distributed.watchdog import Watchdog
-from distlenet.models.registry import make_model
-from distlenet.reduction import micro_batch_size
+from distlenet.reduction.batch_size import micro_batch_size
+from distlenet.task import Data
+from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
 from distlenet.training.trainer import Trainer
+from distlenet.utils.nested import map_tensors, tensors_in
+
+Row = tuple[str, str]
 
 
-def plan(config: Config, world_size: int) -> list[tuple[str, str]]:
-    """Compose the job of ``world_size`` ranks, and return its plan as (what, how much) in words.
+def plan(config: Config, world_size: int) -> list[Row]:
+    """Compose the job of ``world_size`` ranks, and return its plan as rows of (name, text).
 
-    Raises UserError where training would, and where the data set is not on this machine: nothing is downloaded.
+    Raise UserError if training would, or if the dataset is not on this machine: nothing is downloaded.
     """
-    micro_batch_size(config, world_size)  # before the data: it is what users get wrong most
+    micro_batch_size(config, world_size)  # before the data: it is the most frequent mistake
     require_local_data(config.data)
-    config, left_out = on_this_machine(config)
-    started_with = resident_bytes()
-    with pretend(config, world_size) as context:
+    config, not_checked = _for_this_machine(config)
+    resident_before = _resident_bytes()
+    with fake_process_group(config, world_size) as context:
         data = load_data(config.data)
-        trainer = Trainer(config, context, data, run_folder(config), Trackers(), Preemption(0.0))
-        for parameter in trainer.net.parameters():
+        task = ImageClassification(config, data)
+        trainer = Trainer(config, context, task, run_folder(config), Trackers(), Preemption(0.0))
+        for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        trainer.take_step.optimizer.step()  # makes its state; what it does to the network is thrown away with it
-        checkpoint = len(to_bytes(trainer.state_dict()))
-        rows = in_words(trainer, checkpoint, started_with, data.nbytes)
-    return [*rows, ("not looked at here", left_out)] if left_out else rows
+        trainer.train_step.optimizer.step()  # creates its state; the changed model is discarded
+        rows = _describe(trainer, len(to_bytes(trainer.state_dict())))
+    rows.append(("besides", f"images {_size(data.nbytes)}, once per node; on a GPU that keeps them, once per GPU"))
+    rows.append(("", f"PyTorch itself {_size(resident_before)} on this machine"))
+    return [*rows, ("not checked here", not_checked)] if not_checked else rows
 
 
-def resident_bytes() -> int:
-    """Return how much memory this process has in use (proc(5): the second field of statm, in pages)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def on_this_machine(config: Config) -> tuple[Config, str]:
-    """Return settings with which the CPU here can compose, and those of the given ones that need a GPU, in words."""
-    left_out = [f"device={config.device}"] * (config.device == "cuda")
-    left_out += [f"precision={config.precision}"] * (config.precision == "fp16")
-    left_out += ["distributed.backend=nccl"] * (config.distributed.backend == "nccl")
-    left_out += ["data.device=cuda"] * (config.data.device == "cuda")
-    left_out += ["train.cuda_graph=auto"] * (config.train.cuda_graph == "auto")
+def _for_this_machine(config: Config) -> tuple[Config, str]:
+    """Return settings that the CPU can compose, and the given ones that need a GPU."""
+    gpu_settings = {
+        "device=cuda": config.device == "cuda",
+        "precision=fp16": config.precision == "fp16",
+        "distributed.backend=nccl": config.distributed.backend == "nccl",
+        "data.device=cuda": config.data.device == "cuda",
+        "train.cuda_graph=auto": config.train.cuda_graph == "auto",
+    }
     changed = replace(
         config,
         device="cpu",
@@ -74,12 +75,12 @@ def on_this_machine(config: Config) -> tuple[Config, str]:
         data=replace(config.data, device="cpu", num_workers=0),
         train=replace(config.train, cuda_graph="off"),
     )
-    return changed, ", ".join(left_out)
+    return changed, ", ".join(setting for setting, given in gpu_settings.items() if given)
 
 
 @contextmanager
-def pretend(config: Config, world_size: int) -> Iterator[DistributedContext]:
-    """Be rank 0 of ``world_size`` that do not exist, for the length of a ``with`` block."""
+def fake_process_group(config: Config, world_size: int) -> Iterator[DistributedContext]:
+    """Be rank 0 of ``world_size`` ranks that do not exist, within a ``with`` block."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     env, device = DistributedEnvironment(world_size=world_size), torch.device("cpu")
@@ -95,72 +96,69 @@ def pretend(config: Config, world_size: int) -> Iterator[DistributedContext]:
         dist.destroy_process_group()
 
 
-def in_words(trainer: Trainer, checkpoint: int, started_with: int, data: int) -> list[tuple[str, str]]:
-    """Write the plan of a trainer that was composed."""
-    config, sampler, reduction = trainer.config, trainer.feed.sampler, trainer.reduction
-    share, ranks = len(sampler.mine), trainer.env.world_size
-    last = sampler.count(sampler.steps - 1)
-    left = sampler.samples - sampler.steps * sampler.global_batch
-    ends = f"drops {left:,} images" if left > 0 else f"ends with a batch of {last:,}; drops none"
+def _describe(trainer: Trainer, checkpoint: int) -> list[Row]:
+    """Return the plan of a composed trainer; ``checkpoint`` is the size of one in bytes."""
+    config, sampler, reducer = trainer.config, trainer.sampler, trainer.train_step.reducer
+    ranks = trainer.env.world_size
+    batch, share = sampler.global_batch_size, len(sampler.rank_offsets)
+    shares = f"ranks {ranks:,} × {share:,}" if batch == share * ranks else f"{ranks:,} ranks with up to {share:,} each"
+    dropped = sampler.samples - sampler.steps * batch
+    last = sampler.global_size(sampler.steps - 1)
+    end = f"drops {dropped:,} images" if dropped > 0 else f"ends with a batch of {last:,}; drops none"
     shards = f", {config.distributed.virtual_shards} virtual shards" * (config.distributed.reduction == "exact")
     epochs = f"{trainer.total_steps / sampler.steps:g} epochs of {sampler.steps:,}"
-    kept = config.checkpoint.keep_last + 1
-    rows = [
-        ("run", str(trainer.folder)),
+    kept, tested = config.checkpoint.keep_last + 1, trainer.test_loader.samples
+    memory = _memory(trainer)
+    return [
+        ("run", str(trainer.run_dir)),
         ("ranks", f"{ranks:,}: {config.distributed.reduction} reduction{shards}"),
-        ("data", f"{config.data.name}: {sampler.samples:,} images to train on, {trainer.feed.test_count:,} to test"),
-        ("global batch", f"{sampler.global_batch:,} images = {_shares(sampler.global_batch, share, ranks)}"),
-        ("micro-batches", f"{reduction.micro_batches_per_rank} a step, of up to {reduction.micro_batch_size:,} images"),
-        ("steps", f"{trainer.total_steps:,} ({epochs}); each epoch {ends}"),
-        ("test", f"{-(-trainer.feed.test_count // ranks):,} images a rank or so, after each epoch"),
+        ("data", f"{config.data.name}: {sampler.samples:,} images to train on, {tested:,} to test"),
+        ("global batch", f"{batch:,} images = {shares}"),
+        ("micro-batches", f"{reducer.micro_batches_per_rank} a step, of up to {reducer.micro_batch_size:,} images"),
+        ("steps", f"{trainer.total_steps:,} ({epochs}); each epoch {end}"),
+        ("test", f"about {-(-tested // ranks):,} images a rank, after each epoch"),
         ("checkpoint", f"{_size(checkpoint)}, {_size(checkpoint * kept)} for the {kept} that are kept"),
-        ("memory of a rank", f"about {_size(sum(size for _, size in memory(trainer)))} of its own:"),
+        ("memory of a rank", f"about {_size(sum(memory.values()))}:"),
+        *((f"  {name}", _size(size)) for name, size in memory.items()),
     ]
-    rows += [(f"  {name}", _size(size)) for name, size in memory(trainer)]
-    rows.append(("beside that", f"images {_size(data)}, once per node; on a GPU that keeps them, once per GPU"))
-    rows.append(("", f"PyTorch itself {_size(started_with)} on this machine"))
-    return rows
 
 
-def memory(trainer: Trainer) -> list[tuple[str, int]]:
-    """Return what a rank keeps in memory for training: (what, bytes)."""
-    weights = sum(p.nbytes for p in trainer.net.parameters())
-    states = trainer.take_step.optimizer.state.values()
-    of_optimizer = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
-    elements = sum(p.numel() for p in trainer.net.parameters())
-    exact = trainer.config.distributed.reduction == "exact"
-    rows = [("weights", weights), ("gradients", weights), ("optimizer", of_optimizer)]
-    rows += [("exact sums", 2 * 8 * elements)] * exact
-    share = len(trainer.feed.sampler.mine)
-    rows.append(("batch", share * SIZE * SIZE * (1 + 4)))  # as bytes, and as float32
-    return [*rows, ("activations", activations(trainer.config, trainer.reduction.micro_batch_size))]
+def _memory(trainer: Trainer) -> dict[str, int]:
+    """Return the bytes that a rank keeps for training."""
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    states = trainer.train_step.optimizer.state.values()
+    memory = {"weights": weights, "gradients": weights}
+    memory["optimizer"] = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+    if trainer.config.distributed.reduction == "exact":
+        memory["exact sums"] = 2 * 8 * sum(p.numel() for p in trainer.model.parameters())
+    stored = trainer.task.datasets().train.__getitems__(torch.tensor([0]))
+    inputs = trainer.task.transform(stored, None)
+    per_sample = sum(tensor.nbytes for tensor in tensors_in((stored, inputs)))
+    memory["batch"] = len(trainer.sampler.rank_offsets) * per_sample
+    return memory | {"activations": _activations(trainer, inputs)}
 
 
-def activations(config: Config, images: int) -> int:
-    """Return the bytes that forward keeps for backward on a micro-batch, in float32; none are allocated for it."""
-    meta = torch.device("meta")
-    net = make_model(config.model.name, config.model.channels_last, meta)
-    known = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
-    kept: dict[int, int] = {}
+def _activations(trainer: Trainer, sample: Data) -> int:
+    """Return the bytes that forward keeps for backward on a micro-batch, in float32; nothing is allocated."""
+    size = trainer.train_step.reducer.micro_batch_size
+    data = map_tensors(lambda t: torch.empty(size, *t.shape[1:], dtype=t.dtype, device="meta"), sample)
+    model = trainer.task.model().to("meta")
+    saved: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage.nbytes()
+        saved[storage._cdata] = storage  # kept: the address of a released storage is used again
         return tensor
 
-    inputs = torch.empty(images, 1, SIZE, SIZE, device=meta)
-    labels = torch.empty(images, dtype=torch.int64, device=meta)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = F.cross_entropy(net(inputs), labels)
-        total = sum(kept.values())
-    del loss  # until here: the addresses of what is freed come again
-    return total
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        trainer.task.loss(model, data)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    return sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
 
 
-def _shares(batch: int, share: int, ranks: int) -> str:
-    even = batch == share * ranks
-    return f"ranks {ranks:,} × {share:,}" if even else f"{ranks:,} ranks with up to {share:,} each"
+def _resident_bytes() -> int:
+    """Return how much memory this process uses (proc(5): the second field of statm, in pages)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _size(count: int) -> str:

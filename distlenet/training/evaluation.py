@@ -1,53 +1,43 @@
-"""Loss and accuracy over samples: summed on the device, added over ranks when they are read."""
+"""Evaluation of a model on a dataset: every sample once, over all ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from distlenet.data.loader import Batch
-from distlenet.training.error_analysis import Details
+from distlenet.distributed.context import DistributedContext
+from distlenet.task import Batch, ErrorAnalysis, Task
 from distlenet.training.meter import Meter, Metrics
-
-EVAL_BATCH = 250
-"""Images that are evaluated together; fixed, so that results do not depend on the number of ranks."""
+from distlenet.training.train_step import values_per_sample
 
 
 @torch.no_grad()
 def evaluate(
-    net: nn.Module,
-    loader: Iterable[Batch],
-    prepare: Callable[[Tensor], Tensor],
-    autocast: torch.autocast,
-    device: torch.device,
+    task: Task,
+    model: nn.Module,
+    batches: Iterable[Batch],
     expected: int,
-    each: Callable[[int], bool] | None = None,
-    details: Details | None = None,
-) -> Metrics | None:
-    """Measure ``net`` over a set of ``expected`` images, of which each rank's loader gives its shard.
+    context: DistributedContext,
+    analysis: ErrorAnalysis | None = None,
+) -> Metrics:
+    """Return the metrics of ``model`` over a set of ``expected`` samples; each rank has its share as ``batches``.
 
-    ``net`` is the bare module, not its DDP wrapper: ranks may have different numbers of batches. ``each`` is asked
-    before each batch k that every rank has; where it says true, on every rank, there is no result: None.
-    ``details`` takes what there is beyond the metrics. A collective, then a host sync. Raises RuntimeError where the
-    shards are not the set, once each.
+    ``model`` is the bare module, not its DDP wrapper: ranks may have different numbers of batches. ``analysis``
+    receives all outputs. A collective, then a host sync. Raise RuntimeError if not every sample was counted once.
     """
-    net.eval()
-    meter = Meter(device)
-    every_rank_has = -(-expected // EVAL_BATCH) // dist.get_world_size()
-    for k, (images, labels, indices) in enumerate(loader):
-        if each is not None and k < every_rank_has and each(k):
-            net.train()
-            return None
-        with autocast:
-            logits = net(prepare(images))
-            loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
-        meter.update(loss_sum.view(1), logits, labels)
-        if details is not None:
-            details.update(logits, labels, indices)
-    net.train()
-    metrics = meter.total()
+    meter = Meter(task.metric_names, context.device)
+    model.eval()
+    try:
+        for batch in batches:
+            data = task.transform(batch.data, None)
+            with context.autocast():
+                losses, outputs = task.loss(model, data)
+            meter.update(values_per_sample(task, losses, outputs, data))
+            if analysis is not None:
+                analysis.update(outputs, data, batch.indices)
+    finally:
+        model.train()
+    metrics = meter.total()  # collective, host sync
     if metrics.count != expected:
-        raise RuntimeError(f"evaluation counted {metrics.count} images of a set of {expected}")
+        raise RuntimeError(f"evaluation counted {metrics.count} samples of a set of {expected}")
     return metrics

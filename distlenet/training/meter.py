@@ -1,6 +1,7 @@
 """Loss and metrics over samples: summed on the device, added over ranks when they are read."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,66 +12,58 @@ from distlenet.utils.exact_sums import LOSS_BITS, round_to_grid
 
 @dataclass(frozen=True)
 class Metrics:
-    """Mean loss (nats per image), accuracy (0 to 1) and the number of images behind them."""
+    """Means over samples by name (``loss``, then the task's metrics), and the number of samples."""
 
-    loss: float
-    accuracy: float
+    means: dict[str, float]
     count: int
 
-    def to_dict(self) -> dict[str, float]:
-        """Return the three as a dict."""
-        return asdict(self)
-
-    def named(self, split: str) -> dict[str, float]:
-        """Return the three as ``test_loss`` and so on."""
-        return {f"{split}_{name}": value for name, value in self.to_dict().items()}
+    def to_dict(self, prefix: str = "") -> dict[str, float]:
+        """Return means and count, with ``prefix`` before each name."""
+        return {f"{prefix}{name}": value for name, value in {**self.means, "count": self.count}.items()}
 
 
 class Meter:
-    """Sums of loss, correct answers and images, of a window of steps and of the whole epoch.
+    """Sums of loss and metrics, over a window of steps and over the epoch.
 
-    The sums are exact (see ``distlenet.utils.exact_sums``): they do not depend on who adds what, nor in which order.
+    The sums are exact (see ``distlenet.utils.exact_sums``): they do not depend on the order of samples and ranks.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, metric_names: Sequence[str], device: torch.device) -> None:
         """Start at zero."""
-        self.epoch = torch.zeros(3, dtype=torch.float64, device=device)
+        self.names = ("loss", *metric_names)
+        self.epoch = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device)  # the last is the count
         self.window_start = self.epoch.clone()
 
-    def update(self, loss_sums: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count the summed losses (m,) of m micro-batches, with their logits (n, C) and labels (n,). No host sync."""
-        self.epoch[0] += round_to_grid(loss_sums.double(), LOSS_BITS).sum()
-        self.epoch[1] += (logits.argmax(1) == labels).sum()
-        self.epoch[2] += len(labels)
+    def update(self, values: Tensor) -> None:
+        """Add the values of n samples, float (number of names, n). No host sync."""
+        self.epoch[:-1] += round_to_grid(values.double(), LOSS_BITS).sum(1)
+        self.epoch[-1] += values.shape[1]
 
     def window(self) -> Metrics:
-        """Return the metrics since the last call, over all ranks. A collective, then a host sync."""
-        metrics = _metrics(self.epoch - self.window_start)
+        """Return the means since the last call, over all ranks. A collective, then a host sync."""
+        metrics = self._metrics(self.epoch - self.window_start)
         self.window_start.copy_(self.epoch)
         return metrics
 
     def total(self) -> Metrics:
-        """Return the metrics since the last reset, over all ranks. A collective, then a host sync."""
-        return _metrics(self.epoch)
+        """Return the means since the last reset, over all ranks. A collective, then a host sync."""
+        return self._metrics(self.epoch)
 
     def reset(self) -> None:
-        """Start anew."""
+        """Start a new epoch."""
         self.epoch.zero_()
         self.window_start.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the sums over all ranks, from which any number of ranks can go on. A collective."""
-        return {
-            "epoch": sum_over_ranks(self.epoch).cpu(),
-            "window_start": sum_over_ranks(self.window_start).cpu(),
-        }
+        """Return the sums over all ranks, from which any number of ranks can resume. A collective."""
+        return {"epoch": sum_over_ranks(self.epoch).cpu(), "window_start": sum_over_ranks(self.window_start).cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor], rank: int) -> None:
-        """Take up saved sums: rank 0 carries them, the others start at zero."""
-        for mine, saved in ((self.epoch, state["epoch"]), (self.window_start, state["window_start"])):
-            mine.copy_(saved if rank == 0 else torch.zeros_like(saved))
+        """Load saved sums: rank 0 holds them, the others start at zero."""
+        for name in ("epoch", "window_start"):
+            getattr(self, name).copy_(state[name] if rank == 0 else torch.zeros_like(state[name]))
 
-
-def _metrics(sums: Tensor) -> Metrics:
-    loss, correct, count = sum_over_ranks(sums).tolist()
-    return Metrics(loss / max(count, 1), correct / max(count, 1), int(count))
+    def _metrics(self, sums: Tensor) -> Metrics:
+        *totals, count = sum_over_ranks(sums).tolist()
+        means = {name: total / max(count, 1) for name, total in zip(self.names, totals, strict=True)}
+        return Metrics(means, int(count))

@@ -11,16 +11,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from distlenet.config.schema import OptimConfig
 
 
-def make_optimizer(config: OptimConfig, net: nn.Module, loss_scaling: bool = False) -> Optimizer:
-    """Make SGD or AdamW (with PyTorch's betas) over all parameters of ``net``.
+def make_optimizer(config: OptimConfig, model: nn.Module, loss_scaling: bool = False) -> Optimizer:
+    """Make SGD or AdamW (with PyTorch's betas) over all parameters of ``model``.
 
-    With ``loss_scaling`` SGD is not fused: where the first step is skipped for an overflow, the fused kernel keeps
-    momentum buffers that nobody has filled (seen with torch 2.15).
+    With ``loss_scaling`` SGD is not fused: if the first step is skipped because of an overflow, the fused kernel keeps
+    momentum buffers that were never initialised (seen with torch 2.15).
     """
     if config.name == "adamw":
-        return AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        return AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     return SGD(
-        net.parameters(),
+        model.parameters(),
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
@@ -39,19 +39,18 @@ def make_schedule(config: OptimConfig, optimizer: Optimizer, total_steps: int) -
 
 
 def load_optimizer(optimizer: Optimizer, schedule: LambdaLR, state: dict[str, Any]) -> None:
-    """Take up the state of optimizer and schedule, but not the settings in it: those are the present run's.
+    """Load the state of optimizer and schedule, but keep the settings of the present run.
 
-    They differ only where ``checkpoint.allow_changed`` names them.
+    They differ only if ``checkpoint.allow_changed`` names them.
     """
     settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     base_lrs = schedule.base_lrs
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     schedule.base_lrs = base_lrs
-    for group, own, base_lr, factor in zip(
-        optimizer.param_groups, settings, base_lrs, schedule.lr_lambdas, strict=True
-    ):
-        group.update(own)
+    groups = zip(optimizer.param_groups, settings, base_lrs, schedule.lr_lambdas, strict=True)
+    for group, own_settings, base_lr, factor in groups:
+        group.update(own_settings)
         group["lr"] = base_lr * factor(schedule.last_epoch)
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
@@ -59,10 +58,9 @@ def load_optimizer(optimizer: Optimizer, schedule: LambdaLR, state: dict[str, An
 def lr_factor(schedule: str, warmup: int, total_steps: int, step: int) -> float:
     """Return the learning rate of optimizer step ``step`` (from 0), as a fraction of the peak.
 
-    constant: 1, after a linear rise over ``warmup`` steps. cosine: the same rise, then half a cosine to
-    0 (Loshchilov & Hutter, https://arxiv.org/abs/1608.03983). one_cycle: half a cosine from 1/25 to 1,
-    then half a cosine to 4e-6 (Smith & Topin, https://arxiv.org/abs/1708.07120, with the constants of
-    ``torch.optim.lr_scheduler.OneCycleLR``).
+    constant: 1, after a linear rise over ``warmup`` steps. cosine: the same rise, then half a cosine to 0 (Loshchilov &
+    Hutter, https://arxiv.org/abs/1608.03983). one_cycle: half a cosine from 1/25 to 1, then half a cosine to 4e-6
+    (Smith & Topin, https://arxiv.org/abs/1708.07120, with the constants of ``torch.optim.lr_scheduler.OneCycleLR``).
     """
     if schedule == "one_cycle":
         low, end = 1 / 25, 1 / 25 / 1e4

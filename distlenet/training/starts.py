@@ -1,4 +1,4 @@
-"""The starts of a run: its id, and how often it was started without progress."""
+"""The starts of a run: its id, and how often it restarted without progress."""
 
 import contextlib
 import json
@@ -7,47 +7,48 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from distlenet.distributed.environment import number
+from distlenet.distributed.environment import read_int
 from distlenet.utils.errors import UserError
-from distlenet.utils.files import LineFile, told
+from distlenet.utils.files import LineFile, told as convert_io_errors
 
 RUN_ID = re.compile(r"[0-9a-z]{8}")
-"""What names a run among trackers."""
+"""The format of a run's id."""
+
+STARTS_FILE = "starts.jsonl"
 
 
 def process_age_s() -> float:
-    """Return the seconds since this process was started, its imports among them (proc(5): field 22 of stat)."""
+    """Return the seconds since this process started, its imports included (proc(5): field 22 of stat)."""
     started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
-    """Say whether torchrun or SLURM has by itself started this process again."""
+    """Return whether torchrun or SLURM restarted this process automatically."""
     counts = [name for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT") if environ.get(name)]
-    return any(number(environ, name) > 0 for name in counts)
+    return any(read_int(environ, name) > 0 for name in counts)
 
 
-def run_id(run: Path, saved: str, settings: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Return the id of a run: the ``saved`` one, or that of a start that left no checkpoint, or a new one.
+def choose_run_id(run_dir: Path, saved: str, settings: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Return the id of a run: the ``saved`` one, or that of a start without a checkpoint, or a new one.
 
-    Only torchrun or SLURM goes on with a start that left none, and only with the same ``settings`` (see
-    ``config.identity``): a person may have changed anything since, and trackers would show both as one.
+    A start without a checkpoint is continued only by an automatic restart with the same ``settings`` (see
+    ``config.loading.identity``): a person may have changed anything since, and W&B would show both as one run.
     """
-    path = run / "starts.jsonl"
-    if not saved and is_restart(environ) and path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                start = json.loads(line)
-                found = str(start["run_id"])
-                saved = found if start["settings"] == settings and RUN_ID.fullmatch(found) else ""
+    if not saved and is_restart(environ):
+        for start in _read_starts(run_dir):
+            with contextlib.suppress(TypeError, KeyError):
+                run_id = str(start["run_id"])
+                saved = run_id if start["settings"] == settings and RUN_ID.fullmatch(run_id) else ""
     return saved or secrets.token_hex(4)
 
 
 def record_start(
-    run: Path,
+    run_dir: Path,
     step: int,
     world_size: int,
     limit: int,
@@ -55,30 +56,26 @@ def record_start(
     settings: str = "",
     environ: Mapping[str, str] = os.environ,
 ) -> None:
-    """Note in ``starts.jsonl`` that a run starts on ``world_size`` ranks, after ``step`` steps. For rank 0 alone.
+    """Append to ``starts.jsonl`` that a run starts on ``world_size`` ranks, after ``step`` steps. Rank 0 only.
 
-    ``settings`` are the result-changing ones (see ``config.identity``). Raises UserError where torchrun or SLURM has by
-    itself started it ``limit`` times in a row at the same step, and it would be the next: what ends it there would end
-    it again.
+    ``settings`` is as in ``choose_run_id``. Raise UserError if this would be more than ``limit`` automatic restarts in
+    a row at the same step: whatever ended them would end this one too.
     """
-    path = run / "starts.jsonl"
     automatic = is_restart(environ)
-    in_vain = 0
-    if automatic and path.exists():
-        for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a line that a power cut tore
-                start = json.loads(line)
-                if start["step"] != step or not start["automatic"]:
-                    break
-                in_vain += 1
-    if in_vain >= limit:
+    without_progress = 0
+    for start in reversed(list(_read_starts(run_dir)) if automatic else []):
+        with contextlib.suppress(TypeError, KeyError):
+            if start["step"] != step or not start["automatic"]:
+                break
+            without_progress += 1
+    if without_progress >= limit:
         raise UserError(
-            f"run {run}: restarted {in_vain} times from step {step} and never reached the next checkpoint "
-            f"(checkpoint.max_restarts_without_progress={limit}); look at {run / 'logs'} for what ends it, then start it by hand"
+            f"run {run_dir}: restarted {without_progress} times from step {step} and never reached the next checkpoint "
+            f"(checkpoint.max_restarts_without_progress={limit}); see {run_dir / 'logs'} for the cause, then start it "
+            "by hand"
         )
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    facts = {
-        "time": now,
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "run_id": run_id,
         "settings": settings,
         "step": step,
@@ -86,10 +83,20 @@ def record_start(
         "host": socket.gethostname(),
         "automatic": automatic,
     }
-    with told(run):
+    path = run_dir / STARTS_FILE
+    with convert_io_errors(run_dir):
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         file = LineFile(path)
-    if torn:  # by a power cut: what is left of that line stays alone
+    if torn:  # by a power cut: the rest of that line stays on its own line
         file.add("")
-    file.add(json.dumps(facts))
+    file.add(json.dumps(start))
     file.close()
+
+
+def _read_starts(run_dir: Path) -> Iterator[Any]:
+    """Yield the starts so far, without lines that a power cut tore."""
+    path = run_dir / STARTS_FILE
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                yield json.loads(line)

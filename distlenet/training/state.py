@@ -1,49 +1,65 @@
-"""How far a run has come, and how often it was started."""
+"""How far a run has come: the plain values of every checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from distlenet.tracking.base import Record
 from distlenet.training.meter import Metrics
 from distlenet.training.starts import RUN_ID
 from distlenet.utils.structure import check_same_structure
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainState:
-    """Where a run stands; part of every checkpoint, as plain values."""
+    """Progress of a run; each change returns a new state."""
 
-    step: int = 0  # optimizer steps done, over all epochs
+    step: int = 0  # optimizer steps done, over all epochs, skipped ones included
     epoch: int = 0  # epochs done
-    batch: int = 0  # global batches done in the epoch under way
+    batch: int = 0  # global batches done in the current epoch
     lr: float = 0.0  # of the last step
     evaluated: int = 0  # the step after which the last evaluation was made
-    test: Record = field(default_factory=dict)  # its metrics
+    test: dict[str, float] = field(default_factory=dict)  # its metrics: test_loss and so on
     best_accuracy: float = -1.0
-    skipped: int = 0  # steps that were not taken, since not finite
-    restarts: int = 0  # how often the run went on from a checkpoint
-    micro_batch: int = 0  # images of a rank's micro-batch when the run began
-    started_from: str | None = None  # the checkpoint.resume=PATH it began with
-    run_id: str = ""  # the run's name among trackers, of 8 letters and digits
+    skipped: int = 0  # steps that were not taken because of a non-finite loss or gradient
+    restarts: int = 0  # how often the run was resumed
+    micro_batch: int = 0  # samples of a rank's micro-batch when the run began
+    started_from: str | None = None  # the checkpoint.resume=PATH that the run began with
+    run_id: str = ""  # the run's id in W&B: 8 lower-case letters and digits
 
-    def take_test(self, metrics: Metrics) -> bool:
-        """Note an evaluation after the present step; return whether it is the best yet."""
-        self.evaluated = self.step
-        self.test = metrics.named("test")
-        best = metrics.accuracy > self.best_accuracy
-        self.best_accuracy = max(metrics.accuracy, self.best_accuracy)
-        return best
+    def advance(self, lr: float, skipped: bool) -> "TrainState":
+        """Return the state after one more step."""
+        return replace(self, step=self.step + 1, batch=self.batch + 1, lr=lr, skipped=self.skipped + skipped)
+
+    def with_test(self, metrics: Metrics) -> "TrainState":
+        """Return the state after an evaluation."""
+        best = max(self.best_accuracy, metrics.means["accuracy"])
+        return replace(self, evaluated=self.step, test=metrics.to_dict("test_"), best_accuracy=best)
+
+    def next_epoch(self) -> "TrainState":
+        """Return the state at the start of the next epoch."""
+        return replace(self, epoch=self.epoch + 1, batch=0)
+
+    def after_resume(self) -> "TrainState":
+        """Return the state with one more restart."""
+        return replace(self, restarts=self.restarts + 1)
+
+    def with_run_id(self, run_id: str) -> "TrainState":
+        """Return the state with another ``run_id``."""
+        return replace(self, run_id=run_id)
+
+    def with_origin(self, started_from: str | None) -> "TrainState":
+        """Return the state with ``started_from``, unless that is None."""
+        return replace(self, started_from=started_from or self.started_from)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all values."""
         return asdict(self)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up saved values. Raises KeyError where one is missing, ValueError where one cannot be."""
-        like = asdict(TrainState()) | {"test": Metrics(0.0, 0.0, 0).named("test") if state["test"] else {}}
-        check_same_structure({name: state[name] for name in like}, like, "progress")
-        if state["run_id"] and not RUN_ID.fullmatch(state["run_id"]):  # it names a folder
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "TrainState":
+        """Read saved values. Raise KeyError if one is missing, ValueError if one is invalid."""
+        expected = cls().state_dict() | {"test": dict.fromkeys(state["test"], 0.0)}
+        check_same_structure({name: state[name] for name in expected}, expected, "state")
+        if state["run_id"] and not RUN_ID.fullmatch(state["run_id"]):  # it names a directory
             raise ValueError(f"run_id {state['run_id']!r}: expected 8 letters and digits")
-        for each in fields(self):
-            setattr(self, each.name, state[each.name])
+        return cls(**{each.name: state[each.name] for each in fields(cls)})

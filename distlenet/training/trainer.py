@@ -1,241 +1,298 @@
-"""The training loop, and the state that one checkpoint holds."""
+"""The training loop."""
 
+import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from distlenet import __version__
 from distlenet.checkpoint.format import State
 from distlenet.checkpoint.manager import CheckpointManager
 from distlenet.config.loading import identity
 from distlenet.config.schema import Config
+from distlenet.data.loader import EvaluationLoader, Loader, place_datasets
 from distlenet.data.sample_log import NoSampleLog, open_sample_log
-from distlenet.data.sources import ImageData
+from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.distributed.collectives import any_rank, hosts_of_ranks, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import Preemption
 from distlenet.reduction.replica_check import check_replicas
-from distlenet.tracking.base import Record, Tracker
+from distlenet.task import Batch, Task
+from distlenet.tracking.base import TEST_FILE, Record, Tracker
 from distlenet.tracking.wandb import wandb_mode
-from distlenet.training.data_pipeline import Feed
-from distlenet.training.error_analysis import Details, write_details
 from distlenet.training.evaluation import evaluate
 from distlenet.training.meter import Metrics
-from distlenet.training.nonfinite_report import stop_or_skip
-from distlenet.training.starts import process_age_s, record_start, run_id
+from distlenet.training.nonfinite_report import handle_nonfinite
+from distlenet.training.starts import choose_run_id, process_age_s, record_start
 from distlenet.training.state import TrainState
 from distlenet.training.throughput import Throughput
-from distlenet.training.train_step import TrainStep
+from distlenet.training.train_step import StepResult, TrainStep
+from distlenet.utils.errors import warn
+from distlenet.utils.files import replace_text
 
-ASK_EVERY = 16
-"""Batches of an evaluation between two looks whether any rank was asked to stop."""
+STOP_CHECK_INTERVAL = 16
+"""Batches of an evaluation between two checks whether a rank was asked to stop."""
 
 
 class Trainer:
-    """Train ``config.model`` on ``data`` as one rank of ``context``."""
+    """Train ``task`` as one rank of ``context``."""
 
     def __init__(
         self,
         config: Config,
         context: DistributedContext,
-        data: ImageData,
-        folder: Path,
+        task: Task,
+        run_dir: Path,
         tracker: Tracker,
         preemption: Preemption,
     ) -> None:
-        """Build every part. Raises UserError for settings that do not fit each other, data or ranks."""
-        self.config, self.context, self.folder, self.tracker = config, context, folder, tracker
-        self.preemption, self.watchdog = preemption, context.watchdog
-        self.env, self.device = context.env, context.device
-        self.feed = feed = Feed(config, context, data)
-        self.sampler = feed.sampler
-        train = config.train
-        epochs_steps = train.epochs * feed.sampler.steps
-        self.total_steps = min(epochs_steps, train.max_steps or epochs_steps)
-        self.take_step = TrainStep(config, context, feed.prepare, self.total_steps)
-        self.net, self.reduction, self.meter = self.take_step.net, self.take_step.reduction, self.take_step.meter
-        self.hosts = hosts_of_ranks()
-        self.speed = Throughput(self.device, self.hosts)
-        self.reduction.marks.ready, self.reduction.marks.reduced = self.speed.ready, self.speed.reduced
-        self.checkpoint_every = config.checkpoint.every_steps or self.total_steps
-        self.check_replicas_every = train.check_replicas_every or self.total_steps
-
-        self.checkpointer = CheckpointManager(config, context, folder, tracker)
-        self.ledger = NoSampleLog()
+        """Build all parts. Raise UserError for settings that do not fit each other, data or ranks. A collective."""
+        self.config, self.context, self.task, self.run_dir = config, context, task, run_dir
+        self.tracker, self.preemption = tracker, preemption
+        self.env, self.device, self.watchdog = context.env, context.device, context.watchdog
+        self._make_loaders()
+        epochs_steps = config.train.epochs * self.sampler.steps
+        self.total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
+        self.train_step = TrainStep(config, context, task, self.total_steps)
+        self.model, self.meter = self.train_step.model, self.train_step.meter
+        self.throughput = Throughput(self.device, hosts_of_ranks())
+        self.checkpoints = CheckpointManager(
+            config, context, run_dir, self.model, blocker=self._unwritten_sample_log, before_write=tracker.sync
+        )
+        self.sample_log = NoSampleLog()
         self.resumed_from: Path | None = None
         resume = config.checkpoint.resume
-        self.at = TrainState(
-            micro_batch=self.reduction.micro_batch_size,
+        self.state = TrainState(
+            micro_batch=self.train_step.reducer.micro_batch_size,
             started_from=resume if resume not in ("auto", "never") else None,
         )
 
-    def fit(self) -> Record:
-        """Train from the newest checkpoint, or from scratch, to the last step; return the results.
+    def _make_loaders(self) -> None:
+        config, env = self.config, self.env
+        datasets = self.task.datasets()
+        self.sampler = GlobalBatchSampler(
+            datasets.train,
+            config.train.global_batch_size,
+            env.rank,
+            env.world_size,
+            config.seed,
+            config.data.drop_last,
+            config.distributed.virtual_shards if config.distributed.reduction == "exact" else None,
+        )
+        with raise_on_all_ranks():  # a GPU may have less memory left than the others
+            datasets = place_datasets(datasets, config.data.device, config.data.num_workers, self.device)
+        self.data_source = datasets.source
+        self.loader = Loader(datasets.train, self.sampler, config.data.num_workers, self.device)
+        chunk = self.task.eval_batch_size
+        self.test_loader = EvaluationLoader(datasets.test, chunk, env.rank, env.world_size, self.device)
 
-        Raises Preempted where the job was asked to stop: then a checkpoint holds all that was done.
+    def fit(self) -> Record:
+        """Train from the newest checkpoint, or from scratch, to the last step; return the summary.
+
+        Raise Preempted if the job was asked to stop: then a checkpoint holds everything done so far.
         """
         self.start()
-        at = self.at
-        while at.evaluated < self.total_steps:
-            self.sampler.set_position(at.epoch, at.batch, most=self.total_steps - at.step)
-            self.speed.start()
-            for batch in self.speed.loading(self.feed.train):
-                self.train_step(*batch)
-                if at.step % self.check_replicas_every == 0:
-                    check_replicas(self.net)  # collective, host sync
-                if at.batch % self.config.train.log_every == 0:
-                    self.check()  # host sync
-                    self.log("train", self.meter.window(), **self.measured())  # collective, host sync
-                if self.reduction.heard.yes:
-                    self.checkpointer.stop(self, self.preemption)  # collective
-                if at.step % self.checkpoint_every == 0 and at.batch < self.sampler.steps:
-                    self.checkpointer.save(self, must=False)  # collective; an epoch's end is saved below
-            self.check()  # host sync
-            trained = self.meter.total()  # collective, host sync
-            self.speed.stop()
-            tested = self.evaluate()  # collective, host sync
-            if complete := at.batch == self.sampler.steps:  # else train.max_steps ended it
-                self.log("train_epoch", trained)
-                self.meter.reset()
-            self.log("test", tested)
-            best = at.take_test(tested)
-            if complete:
-                at.epoch, at.batch = at.epoch + 1, 0
-            self.checkpointer.save(self, best)  # collective
-        self.checkpointer.finish()  # collective
-        progress = {"epochs": at.epoch, "steps": at.step, "skipped_steps": at.skipped, "restarts": at.restarts}
-        times = {"train_images_per_s": self.speed.mean(), "train_s": self.speed.seconds, "start_s": self.start_s}
-        return {**at.test, **progress, **times, **self.context.describe()}
+        while self.state.evaluated < self.total_steps:
+            self.train_epoch()
+            self.finish_epoch()
+        self.checkpoints.finish()  # collective
+        return self.summary()
+
+    def train_epoch(self) -> None:
+        """Train to the end of the epoch, or of the run."""
+        first, config = self.state.batch, self.config
+        batches = self.loader.epoch(self.state.epoch, start=first, stop=first + self.total_steps - self.state.step)
+        self.throughput.start()
+        for batch in self.throughput.time_loading(batches):
+            result = self.step(batch)  # collective
+            if self.due(config.train.check_replicas_every):
+                check_replicas(self.model)  # collective, host sync
+            if self.logs_after(batch):
+                self.check_finite()  # host sync
+                self.log("train", self.meter.window(), **self.measurements(result))  # collective, host sync
+            if result.stop:
+                self.checkpoints.save_and_exit(self, self.state.step, self.preemption)  # collective
+            if self.due(config.checkpoint.every_steps) and self.state.batch < self.sampler.steps:
+                self.checkpoints.save(self, optional=True)  # collective; the end of an epoch is saved below
+        self.check_finite()  # host sync
+        self.throughput.stop()
+
+    def step(self, batch: Batch) -> StepResult:
+        """Take one optimizer step on this rank's share of a global batch. A collective."""
+        step, stop = self.state.step, self.preemption.stop_requested
+        self.sample_log.record(batch.epoch, step, batch.indices)
+        result = self.train_step(batch, step, stop, want_grad_norm=self.logs_after(batch))
+        self.throughput.add(batch, result)
+        self.state = self.state.advance(result.lr, result.skipped)
+        if result.skipped:
+            handle_nonfinite(self.train_step, batch, step, self.state.skipped, self.run_dir)  # collective
+        self.watchdog.heartbeat(self.state.step)
+        return result
+
+    def finish_epoch(self) -> None:
+        """Log, evaluate and save at the end of an epoch, or of the run. A collective."""
+        trained = self.meter.total()  # collective, host sync
+        tested = self.evaluate()  # collective, host sync
+        if complete := self.state.batch == self.sampler.steps:  # otherwise train.max_steps ended it
+            self.log("train_epoch", trained)
+            self.meter.reset()
+        self.log("test", tested)
+        best = tested.means["accuracy"] > self.state.best_accuracy
+        self.state = self.state.with_test(tested)
+        if complete:
+            self.state = self.state.next_epoch()
+        self.checkpoints.save(self, best)  # collective
 
     def start(self) -> None:
-        """Go on from a checkpoint, or begin; tell everybody. A collective."""
-        self.resumed_from = self.checkpointer.restore(self)
-        own = self.resumed_from is None or self.folder.resolve() in self.resumed_from.resolve().parents
+        """Resume from a checkpoint, or start from scratch; report it. A collective."""
+        self.resumed_from = self.checkpoints.restore(self)
+        if self.resumed_from is not None:
+            self.state = self.state.after_resume()
+        own = self.resumed_from is None or self.run_dir.resolve() in self.resumed_from.resolve().parents
         settings = identity(self.config)
-        self.at.run_id = run_id(self.folder, self.at.run_id if own else "", settings)
-        self.take_step.settle(self.feed.no_images)
-        check_replicas(self.net)  # all start alike, whatever their seeds or disks say
+        self.state = self.state.with_run_id(choose_run_id(self.run_dir, self.state.run_id if own else "", settings))
+        empty = self.loader.empty_batch()
+        self.train_step.warm_up(self.task.transform(empty.data, empty.keys))  # collective
+        check_replicas(self.model)  # collective: all ranks start with the same weights
         if self.config.data.ledger:
-            facts = {"samples": self.sampler.samples, "steps_per_epoch": self.sampler.steps}
-            facts |= {"global_batch_size": self.sampler.global_batch, "world_size": self.env.world_size}
-            self.ledger = open_sample_log(self.folder, self.at.step, facts, self.env.rank)
+            sizes = {"samples": self.sampler.samples, "steps_per_epoch": self.sampler.steps}
+            sizes |= {"global_batch_size": self.sampler.global_batch_size, "world_size": self.env.world_size}
+            self.sample_log = open_sample_log(self.run_dir, self.state.step, sizes, self.env.rank)  # collective
         with raise_on_all_ranks():
             if self.env.rank == 0:
                 limit = self.config.checkpoint.max_restarts_without_progress
-                record_start(self.folder, self.at.step, self.env.world_size, limit, self.at.run_id, settings)
-            self.tracker.start(self.facts())
-        self.watchdog.expect(self.config.distributed.step_timeout_s, "distributed.step_timeout_s")
+                record_start(self.run_dir, self.state.step, self.env.world_size, limit, self.state.run_id, settings)
+            self.tracker.start(self.run_info())
+        self.watchdog.set_timeout(self.config.distributed.step_timeout_s, "distributed.step_timeout_s")
         self.start_s = process_age_s()
-        self.preemption.listen()  # before, there is nothing to save, and a signal ends the rank
+        self.preemption.install()  # before, there is nothing to save, and a signal ends the rank
 
-    def train_step(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:
-        """Take one optimizer step on this rank's share of the next global batch.
+    def due(self, interval: int | None) -> bool:
+        """Return whether something is due after this step; without an interval it is due after the last step."""
+        return self.state.step % (interval or self.total_steps) == 0
 
-        Images are uint8 (n, H, W), labels and indices int64 (n,); n is B/W, but in an epoch's last batch.
-        """
-        at = self.at
-        count = self.sampler.count(at.batch)  # images of the global batch, over all ranks
-        self.ledger.record(at.epoch, at.step, indices)
-        self.take_step.measure = (at.batch + 1) % self.config.train.log_every == 0
-        at.lr = self.take_step(images, labels, indices, at.epoch, at.step, count, self.preemption.asked)
-        self.speed.done(count, len(labels))
-        if self.take_step.refused:
-            stop_or_skip(self.take_step, (images, labels, indices), at, at.step, count, self.folder)  # collective
-        at.step += 1
-        at.batch += 1
-        self.watchdog.beat(at.step)
+    def logs_after(self, batch: Batch) -> bool:
+        """Return whether a training record follows the step on ``batch``."""
+        return (batch.number + 1) % self.config.train.log_every == 0
 
-    def check(self) -> None:
-        """Stop the run where the device has seen what is not finite. A host sync; where it has, a collective."""
-        if (bad := self.take_step.guard.found()) is not None:
-            place = self.at.batch - (self.at.step - bad)
-            batch = self.feed.again(self.at.epoch, place)
-            stop_or_skip(self.take_step, batch, self.at, bad, self.sampler.count(place), self.folder)
-        self.take_step.check()
+    def check_finite(self) -> None:
+        """Raise UserError, on every rank, if something is not finite. A host sync; if so, a collective."""
+        if (bad_step := self.train_step.guard.first_bad_step()) is not None:
+            number = self.state.batch - (self.state.step - bad_step)
+            batch = self.loader.batch(self.state.epoch, number)
+            handle_nonfinite(self.train_step, batch, bad_step, self.state.skipped + 1, self.run_dir)
+        self.train_step.check_finite()
 
     def evaluate(self) -> Metrics:
-        """Measure the bare network on the test set. A collective."""
-
-        def asked(batch: int) -> bool:
-            self.watchdog.beat(self.at.step)
-            return batch % ASK_EVERY == ASK_EVERY - 1 and any_rank(self.preemption.asked, self.device)
-
-        feed, autocast = self.feed, self.context.autocast()
-        details = Details(len(feed.data.classes), self.device) if self.at.step >= self.total_steps else None
-        metrics = evaluate(self.net, feed.test, feed.prepare, autocast, self.device, feed.test_count, asked, details)
-        if metrics is None:
-            self.checkpointer.stop(self, self.preemption)
-        if details is not None:
-            confusion, mistakes = details.reduce()  # collective, host sync
+        """Evaluate the bare model on the test set. A collective."""
+        loader = self.test_loader
+        analysis = self.task.error_analysis(self.device) if self.state.step >= self.total_steps else None
+        metrics = evaluate(self.task, self.model, self._interruptible(loader), loader.samples, self.context, analysis)
+        if analysis is not None:
+            report = analysis.report()  # collective, host sync
             if self.env.rank == 0:
-                write_details(self.folder, confusion, mistakes, feed.data.test.images, feed.data.classes)
+                self._write_error_analysis(report)
         return metrics
 
-    def measured(self) -> Record:
-        """Return what a training record says beside loss and accuracy. A collective, then a host sync."""
-        record = {**self.speed.window(), "grad_norm": float(self.take_step.grad_norm)}  # host sync
-        if self.take_step.scaler.is_enabled():
-            record["loss_scale"] = self.take_step.scaler.get_scale()
+    def _interruptible(self, loader: EvaluationLoader) -> Iterator[Batch]:
+        """Yield the batches of an evaluation; now and then save and exit if a rank was asked to stop. A collective."""
+        for number, batch in enumerate(loader):
+            self.watchdog.heartbeat(self.state.step)
+            check = number < loader.batches_of_every_rank and (number + 1) % STOP_CHECK_INTERVAL == 0
+            if check and any_rank(self.preemption.stop_requested, self.device):  # collective, host sync
+                self.checkpoints.save_and_exit(self, self.state.step, self.preemption)
+            yield batch
+
+    def _write_error_analysis(self, report: Record) -> None:
+        path = self.run_dir / TEST_FILE
+        try:
+            replace_text(path, json.dumps(report) + "\n")
+        except OSError as error:  # training does not fail because of its report
+            warn(f"{path}: cannot be written: {error.strerror or error}; the report has no confusion matrix")
+
+    def _unwritten_sample_log(self) -> str | None:
+        """Return why no checkpoint may be written: a run resumed from it would miss lines for ever. A collective."""
+        unwritten = self.config.data.ledger and any_rank(self.sample_log.has_unwritten_lines, self.device)
+        return "lines of a rank's ledger could not be written" if unwritten else None
+
+    def measurements(self, result: StepResult) -> Record:
+        """Return what a training record holds besides loss and metrics. A collective, then a host sync."""
+        record = self.throughput.window()
+        if result.grad_norm is not None:
+            record["grad_norm"] = float(result.grad_norm)  # host sync
+        if self.train_step.scaler.is_enabled():
+            record["loss_scale"] = self.train_step.scaler.get_scale()
         if self.device.type == "cuda":
             record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return record
 
-    def log(self, split: str, metrics: Metrics, **more: Any) -> None:
-        """Tell the tracker one record; see ``distlenet.tracking.base``."""
-        place = {"split": split, "step": self.at.step, "epoch": self.at.epoch + 1, "batch": self.at.batch}
-        place["time"] = round(time.time(), 3)
-        self.tracker.log({**place, **metrics.to_dict(), "lr": self.at.lr, **more})
+    def log(self, split: str, metrics: Metrics, **more: float) -> None:
+        """Log one record; see ``distlenet.tracking.base``."""
+        record = {"split": split, "step": self.state.step, "epoch": self.state.epoch + 1, "batch": self.state.batch}
+        record["time"] = round(time.time(), 3)
+        self.tracker.log({**record, **metrics.to_dict(), "lr": self.state.lr, **more})
+
+    def summary(self) -> Record:
+        """Return the results of the run."""
+        state, speed = self.state, self.throughput
+        progress = {"epochs": state.epoch, "steps": state.step, "skipped_steps": state.skipped}
+        times = {"train_images_per_s": speed.mean(), "train_s": speed.seconds, "start_s": self.start_s}
+        return {**state.test, **progress, "restarts": state.restarts, **times, **self.context.describe()}
+
+    def run_info(self) -> Record:
+        """Return what a tracker receives before the first step."""
+        reducer = self.train_step.reducer
+        return {
+            "version": __version__,
+            "run": self.run_dir.name,
+            "run_id": self.state.run_id,
+            "hosts": list(self.throughput.hosts),
+            "model": self.config.model.name,
+            "data": self.config.data.name,
+            "step": self.state.step,
+            "steps": self.total_steps,
+            "evaluated": self.state.evaluated,
+            "complete": self.state.evaluated >= self.total_steps,
+            "epochs": self.config.train.epochs,
+            "global_batch_size": self.config.train.global_batch_size,
+            "micro_batches": reducer.micro_batches_per_rank,
+            "micro_batch_size": reducer.micro_batch_size,
+            "reduction": self.config.distributed.reduction,
+            "resumed_from": self.resumed_from and str(self.resumed_from),
+            "wandb": wandb_mode(self.config.wandb.mode, os.environ),
+            "train_count": self.sampler.samples,
+            "data_source": self.data_source,
+            "steps_per_epoch": self.sampler.steps,
+            **self.context.describe(),
+        }
 
     def state_dict(self) -> State:
         """Return everything that the rest of the run depends on: tensors and plain values. A collective.
 
-        Raises UserError where it is not finite: that is never saved.
+        Raise UserError if it is not finite: such a state is never saved.
         """
-        self.check()  # host sync
-        prepare, data = self.feed.prepare, self.feed.data
+        self.check_finite()  # host sync
         return {
-            **self.at.state_dict(),
-            **self.take_step.state_dict(),
+            **self.state.state_dict(),
+            **self.train_step.state_dict(),
             "config": self.config.to_dict(),
-            "input": {"mean": prepare.mean, "std": prepare.std, "size": data.test.images.shape[1]},
-            "classes": list(data.classes),
+            "task": self.task.state_dict(),
             "versions": {"distlenet": __version__, "torch": str(torch.__version__)},
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take up a saved state, of any number of ranks."""
-        self.take_step.load_state_dict(state)
-        started_from = self.at.started_from
-        self.at.load_state_dict(state)
-        self.at.started_from = started_from or self.at.started_from
-        if self.at.batch > self.sampler.steps or self.at.micro_batch < 1:
-            raise ValueError(f"batch {self.at.batch} of {self.sampler.steps}, micro-batches of {self.at.micro_batch}")
-        self.reduction.limit_micro_batch(self.at.micro_batch)
+        """Load a saved state, of any number of ranks, except the weights. A collective."""
+        self.train_step.load_state_dict(state)
+        self.state = TrainState.from_state_dict(state).with_origin(self.state.started_from)
+        if self.state.batch > self.sampler.steps or self.state.micro_batch < 1:
+            sizes = f"batch {self.state.batch} of {self.sampler.steps}, micro-batches of {self.state.micro_batch}"
+            raise ValueError(sizes)
+        self.train_step.reducer.cap_micro_batch_size(self.state.micro_batch)
 
-    def facts(self) -> Record:
-        """Return what a tracker tells about the run before its first step."""
-        return {
-            "version": __version__,
-            "run": self.folder.name,
-            "run_id": self.at.run_id,
-            "hosts": self.hosts,
-            "model": self.config.model.name,
-            "data": self.config.data.name,
-            "step": self.at.step,
-            "steps": self.total_steps,
-            "evaluated": self.at.evaluated,
-            "complete": self.at.evaluated >= self.total_steps,
-            "epochs": self.config.train.epochs,
-            "global_batch_size": self.config.train.global_batch_size,
-            "micro_batches": self.reduction.micro_batches_per_rank,
-            "micro_batch_size": self.reduction.micro_batch_size,
-            "reduction": self.config.distributed.reduction,
-            "resumed_from": self.resumed_from and str(self.resumed_from),
-            "wandb": wandb_mode(self.config.wandb.mode, os.environ),
-            **self.feed.describe(),
-            **self.context.describe(),
-        }
+    def close(self) -> None:
+        """Release what the process group must not outlive, and let a write in progress end. Not a collective."""
+        self.checkpoints.close()
+        self.train_step.close()

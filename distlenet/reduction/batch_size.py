@@ -1,41 +1,20 @@
-"""How a global batch is cut into micro-batches, and what all reductions say alike."""
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NoReturn
-
-from torch import Tensor
+"""How a global batch divides into ranks and micro-batches."""
 
 from distlenet.config.schema import Config
 from distlenet.utils.errors import UserError
 
-MicroBatch = tuple[int, tuple[Tensor, ...]]
-"""A micro-batch's number within the global batch, and its part of each tensor."""
-
-
-def _nobody() -> None:
-    """Nobody wants to know."""
-
-
-@dataclass
-class Marks:
-    """Who is told when, in each step: for a clock."""
-
-    ready: Callable[[], None] = _nobody  # this rank's gradient is there
-    reduced: Callable[[], None] = _nobody  # those of all ranks are added
-
 
 def micro_batch_size(config: Config, world_size: int) -> int:
-    """Return the largest micro-batch of a rank.
+    """Return the largest micro-batch of a rank, in samples.
 
-    Raises UserError, with the nearest values that work, where the global batch does not divide evenly.
+    Raise UserError, with the nearest values that work, if the global batch does not divide evenly.
     """
     batch, shards = config.train.global_batch_size, config.distributed.virtual_shards
     accumulation, uneven = config.train.accumulation_steps, config.distributed.allow_uneven_batches
     if config.distributed.reduction == "ddp":
         parts = world_size * accumulation
         if batch % parts and not uneven:
-            _refuse(batch, parts, f"{world_size} ranks × {accumulation} accumulation steps")
+            raise _does_not_divide(batch, parts, f"{world_size} ranks × {accumulation} accumulation steps")
         return -(-batch // parts)
     if world_size > shards or (shards % world_size and not uneven):
         sizes = " or ".join(str(size) for size in range(1, shards + 1) if shards % size == 0)
@@ -49,11 +28,11 @@ def micro_batch_size(config: Config, world_size: int) -> int:
             "takes one micro-batch per virtual shard; for smaller ones raise distributed.virtual_shards"
         )
     if batch % shards:
-        _refuse(batch, shards, f"distributed.virtual_shards={shards}")
+        raise _does_not_divide(batch, shards, f"distributed.virtual_shards={shards}")
     return batch // shards
 
 
-def _refuse(batch: int, divisor: int, divisor_in_words: str) -> NoReturn:
+def _does_not_divide(batch: int, divisor: int, description: str) -> UserError:
     below = batch // divisor * divisor
     sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
-    raise UserError(f"train.global_batch_size={batch}: does not divide by {divisor_in_words}; give {sizes}")
+    return UserError(f"train.global_batch_size={batch}: does not divide by {description}; give {sizes}")

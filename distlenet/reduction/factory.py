@@ -1,0 +1,31 @@
+"""Make the reducer that the settings name."""
+
+from torch import nn
+
+from distlenet.config.schema import Config
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.reduction.batch_size import micro_batch_size
+from distlenet.reduction.ddp import DdpReducer
+from distlenet.reduction.exact import ExactReducer
+from distlenet.reduction.reducer import Reducer
+from distlenet.reduction.shared_memory import resolve_all_reduce
+from distlenet.utils.errors import UserError
+
+
+def make_reducer(config: Config, model: nn.Module, env: DistributedEnvironment, check_finite: bool) -> Reducer:
+    """Make the reducer of ``distributed.reduction``. A collective.
+
+    ``check_finite=False`` is for loss scaling, which expects overflows. Raise UserError if settings or model do not
+    allow it.
+    """
+    size, settings = micro_batch_size(config, env.world_size), config.distributed
+    if settings.reduction == "exact" and settings.gradient_compression != "none":
+        raise UserError(
+            "distributed.gradient_compression=bf16: rounds what distributed.reduction=exact does not; give "
+            "distributed.reduction=ddp, or distributed.gradient_compression=none"
+        )
+    all_reduce = resolve_all_reduce(settings.shared_memory, env, next(model.parameters()).device)
+    if settings.reduction == "ddp":
+        compress = settings.gradient_compression == "bf16"
+        return DdpReducer(model, env, config.train.accumulation_steps, size, all_reduce, compress)
+    return ExactReducer(model, env, settings.virtual_shards, size, check_finite, all_reduce)

@@ -1,0 +1,94 @@
+"""The protocol of gradient reduction.
+
+    with reducer.step(batch.global_size, stop) as step:
+        for micro_batch in step.micro_batches(inputs):
+            losses, _ = task.loss(reducer.model, micro_batch.data)
+            step.backward(losses.sum())
+    step.result
+
+At the end of the ``with`` block each parameter's ``grad`` is the gradient of the mean loss over the global batch.
+Losses are summed, not averaged, and divided by the size of the global batch: so neither a short last batch, nor a short
+micro-batch, nor a rank with fewer samples changes the gradient. Two more values travel in the same all-reduce: whether
+any rank was asked to stop, and whether the loss of any rank is not finite.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from distlenet.task import Data
+from distlenet.utils.clock import Mark
+
+EmptyLoss = Callable[[nn.Module], Tensor]
+"""Returns the loss, a scalar, of a model on a batch without samples."""
+
+
+class MicroBatch(NamedTuple):
+    """A part of a rank's share of a global batch."""
+
+    number: int  # within the global batch, unique over all ranks
+    data: Data
+
+
+@dataclass(frozen=True)
+class ReductionResult:
+    """What all ranks know after a step."""
+
+    stop: Tensor  # scalar, positive if any rank was asked to stop
+    nonfinite: Tensor  # bool scalar: a loss, or with ``exact`` a gradient, is not finite or too large to sum exactly
+    gradient_ready: Mark  # this rank's gradient was complete
+    reduced: Mark  # the gradients of all ranks were summed
+
+
+class ReductionStep(ABC):
+    """One step, valid within the ``with`` block of ``Reducer.step``."""
+
+    _result: ReductionResult | None = None
+
+    @abstractmethod
+    def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of a rank's share; each needs one ``backward`` before the next."""
+
+    @abstractmethod
+    def backward(self, loss_sum: Tensor) -> None:
+        """Add the gradient of a micro-batch, whose losses sum to ``loss_sum``. In ``ddp``, the last is a collective."""
+
+    @property
+    def result(self) -> ReductionResult:
+        """The result; after the ``with`` block only."""
+        if self._result is None:
+            raise RuntimeError("a step has no result before its with block ends")
+        return self._result
+
+
+class Reducer(Protocol):
+    """Sums gradients over micro-batches and ranks."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model for the forward pass of a step."""
+
+    micro_batch_size: int  # samples, at most
+    micro_batches_per_rank: int
+
+    def warm_up(self, empty_loss: EmptyLoss) -> None:
+        """Get into the state that a run without interruption has after its first steps. A collective."""
+
+    def reset(self, empty_loss: EmptyLoss) -> None:
+        """Recover from a step that an exception ended. A collective."""
+
+    def cap_micro_batch_size(self, limit: int) -> None:
+        """Use no micro-batch of more than ``limit`` samples, but more of them: fewer ranks need no more memory each."""
+
+    def split(self, data: Data) -> list[MicroBatch]:
+        """Return the micro-batches of a rank's share."""
+
+    def step(self, global_size: int, stop: Tensor) -> AbstractContextManager[ReductionStep]:
+        """Reduce the gradients of a global batch of ``global_size`` samples. A collective.
+
+        ``stop`` is a scalar on the device, 1 if this rank was asked to stop. No host sync.
+        """
