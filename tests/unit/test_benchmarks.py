@@ -1,9 +1,10 @@
-"""The benchmarks, as far as they answer without measuring, and the arithmetic in them."""
+"""The benchmarks: their --help and their arithmetic, without measurements."""
 
 import sys
 
 import pytest
-from conftest import REPO, run_command
+from conftest import REPO
+from forked import run_python
 
 pytestmark = pytest.mark.unit
 
@@ -11,22 +12,22 @@ sys.path.append(str(REPO / "benchmarks"))
 import scaling  # noqa: E402
 import throughput  # noqa: E402
 
-PROGRAMS = sorted(path for path in (REPO / "benchmarks").glob("*.py") if path.name != "scaling.py")  # takes no words
+PROGRAMS = sorted(path for path in (REPO / "benchmarks").glob("*.py") if path.name != "scaling.py")  # needs a launcher
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
 def test_help(program):
-    assert "usage: " in run_command(sys.executable, program, "--help").succeeded().stdout
+    assert "usage: " in run_python(program, "--help").succeeded().stdout
 
 
-def test_the_batch_for_an_efficiency():
-    """9 s of step beside 1 s of all-reduce: 1 s, and 8 images of a little more than 1 s."""
+def test_batch_size_for_an_efficiency():
+    """For 90 % efficiency and 1 s of all-reduce, a step must take 9 s: 1 s overhead and 8 images of 1.01 s."""
     assert scaling.batch_for(0.9, all_reduce=1.0, s=1.0, c=1.01) == 8
 
 
-def test_ratios_are_taken_within_rounds():
+def test_ratios_are_computed_within_rounds():
     speeds = {"distlenet": [10.0, 20.0, 30.0], "peer": [5.0, 20.0, 10.0]}
-    figures = {name: list(map(throughput.Figures, mine, (2.0, 9.0, 3.0))) for name, mine in speeds.items()}
+    figures = {name: list(map(throughput.Figures, values, (2.0, 9.0, 3.0))) for name, values in speeds.items()}
     lines = throughput.table(figures)
     assert lines[2] == "| distlenet | 20 | 10 to 30 |  | 3.0 s |"
     assert lines[3] == "| peer | 10 | 5 to 20 | 2.00 × (1.00 to 3.00) | 3.0 s |"

@@ -1,12 +1,11 @@
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
+from forked import run_python
 from PIL import Image
 
 from distlenet.checkpoint.format import load_checkpoint, to_bytes
@@ -26,7 +25,7 @@ def run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("predict")
     settings = ("data.name=digits", "train.epochs=12", "optim.lr=0.05", f"run.dir={folder}", "run.name=run")
-    run_command(sys.executable, "-m", "distlenet.train", *settings).succeeded()
+    run_python("-m", "distlenet.train", *settings).succeeded()
     (folder / "images").mkdir()
     for number, image in enumerate(load_data(load_config([], ["data.name=digits"]).data).test.images):
         Image.fromarray(image.numpy()).save(folder / f"images/{number:03d}.png")
@@ -34,7 +33,7 @@ def run(tmp_path_factory):
 
 
 def predict(folder, *words):
-    return run_command(sys.executable, "-m", "distlenet.predict", f"checkpoint={folder}/run", *words)
+    return run_python("-m", "distlenet.predict", f"checkpoint={folder}/run", *words)
 
 
 def test_predictions_agree_with_evaluation(run):
