@@ -1,12 +1,12 @@
-"""Ranks that die, and runs that go on."""
+"""Killed ranks, and runs that resume."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, run_command, run_torchrun
+from conftest import REPO, run_torchrun
+from forked import run_python, run_ranks
 
 from distlenet.tracking.base import NONDETERMINISTIC_KEYS
 
@@ -31,37 +31,37 @@ def history(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(("ranks", "die_at"), [(2, 7), (4, 23), (2, 30)])
-def test_a_dying_rank_ends_the_job_and_the_next_one_goes_on_to_the_same_bytes(tmp_path, ranks, die_at):
-    """Mid-epoch, at the first step of the second epoch, and in it; 23 steps make an epoch."""
+def test_killed_rank_ends_the_job_and_the_next_job_resumes_to_the_same_bits(tmp_path, ranks, die_at):
+    """Within the first epoch, at the start of the second, and within it; an epoch has 23 steps."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    run_torchrun(ranks, PROGRAM, whole, *SETTINGS, f"run.dir={whole}").succeeded()
-    # The limit is the promise: within seconds, not after the 120 s of distributed.step_timeout_s. It includes the start.
+    run_ranks(ranks, PROGRAM, whole, *SETTINGS, f"run.dir={whole}").succeeded()
+    # The time limit is the promise: the job ends long before distributed.step_timeout_s (120 s).
     died = run_torchrun(ranks, PROGRAM, broken, "--die-at", die_at, *SETTINGS, f"run.dir={broken}", timeout=60)
     assert died.status != 0, str(died)
     assert not (broken / "run/summary.json").exists()
-    went_on = run_torchrun(ranks, PROGRAM, broken, *SETTINGS, f"run.dir={broken}").succeeded()
-    resumed_at = die_at // 4 * 4 if die_at != 23 else 23  # the end of an epoch is saved too
-    assert f"resumed at step {resumed_at} of 46" in went_on.stdout, str(went_on)
+    resumed = run_ranks(ranks, PROGRAM, broken, *SETTINGS, f"run.dir={broken}").succeeded()
+    resumed_at = die_at // 4 * 4 if die_at != 23 else 23  # the end of an epoch is saved as well
+    assert f"resumed at step {resumed_at} of 46" in resumed.stdout, str(resumed)
     a, b = (torch.load(folder / "rank0.pt", weights_only=True) for folder in (whole, broken))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert history(whole) == history(broken)
 
 
 @pytest.mark.parametrize("every", [1, 23])
-def test_a_death_at_the_end_of_an_epoch_doubles_no_record(tmp_path, every):
+def test_kill_at_the_end_of_an_epoch_duplicates_no_record(tmp_path, every):
     settings = (*SETTINGS, f"run.dir={tmp_path}", f"checkpoint.every_steps={every}")
-    died = run_torchrun(2, PROGRAM, tmp_path, "--die-after-records", *settings, timeout=60)
+    died = run_ranks(2, PROGRAM, tmp_path, "--die-after-records", *settings, timeout=60)
     assert died.status != 0, str(died)
     assert history(tmp_path)[-1]["split"] == "test"
-    run_torchrun(2, PROGRAM, tmp_path, *settings).succeeded()
-    told = [(record["split"], record["step"]) for record in history(tmp_path)]
-    assert len(set(told)) == len(told)
-    assert [step for split, step in told if split == "test"] == [23, 46]
+    run_ranks(2, PROGRAM, tmp_path, *settings).succeeded()
+    records = [(record["split"], record["step"]) for record in history(tmp_path)]
+    assert len(set(records)) == len(records)
+    assert [step for split, step in records if split == "test"] == [23, 46]
 
 
-def test_a_user_error_under_torchrun_is_one_line_from_one_rank(tmp_path):
+def test_user_error_under_torchrun_is_one_line(tmp_path):
     ended = run_torchrun(3, "-m", "distlenet.train", "data.name=digits", "train.global_batch_size=64", timeout=60)
     assert ended.status != 0
     ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
@@ -71,7 +71,7 @@ def test_a_user_error_under_torchrun_is_one_line_from_one_rank(tmp_path):
     assert "UserError" not in ended.stderr, str(ended)
 
 
-BAD_ON_ONE_RANK = """
+ERROR_ON_RANK_1 = """
 import os, sys
 from distlenet import train
 from distlenet.data import sources
@@ -79,33 +79,33 @@ from distlenet.distributed.entry_point import run_entry
 from distlenet.utils.errors import UserError
 def map_data(name, refs):
     if os.environ["RANK"] == "1":
-        raise UserError("my disk is gone")
+        raise UserError("disk not readable")
     return original(name, refs)
 original, sources.map_data = sources.map_data, map_data
 run_entry(train.main)
 """
 
 
-def test_what_one_rank_sees_ends_all_and_names_the_rank(tmp_path):
-    script = tmp_path / "bad.py"
-    script.write_text(BAD_ON_ONE_RANK)
-    ended = run_torchrun(2, script, "data.name=digits", f"run.dir={tmp_path}", timeout=60)
+def test_error_on_one_rank_ends_the_job_and_names_the_rank(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(ERROR_ON_RANK_1)
+    ended = run_ranks(2, script, "data.name=digits", f"run.dir={tmp_path}", timeout=60)
     assert ended.status != 0
     ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
-    assert ours == ["distlenet: rank 1: my disk is gone"], str(ended)
+    assert ours == ["distlenet: rank 1: disk not readable"], str(ended)
 
 
-def test_a_complete_run_is_not_trained_again_and_evaluates_to_the_same(tmp_path):
+def test_complete_run_is_not_trained_again_and_evaluates_to_the_same_loss(tmp_path):
     words = ("-m", "distlenet.train", "--config", REPO / "configs/ci.yaml", "train.epochs=1", f"run.dir={tmp_path}")
-    run_command(sys.executable, *words, "run.name=run").succeeded()
+    run_python(*words, "run.name=run").succeeded()
     summary = (tmp_path / "run/summary.json").read_bytes()
-    again = run_command(sys.executable, *words, "run.name=run").succeeded()
+    again = run_python(*words, "run.name=run").succeeded()
     assert "this run is complete" in again.stdout
     assert (tmp_path / "run/summary.json").read_bytes() == summary
-    told = f"test loss {json.loads(summary)['test_loss']:.6f}"
+    loss = f"test loss {json.loads(summary)['test_loss']:.6f}"
     for ended in (
-        run_command(sys.executable, "-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run'}"),
-        run_torchrun(3, "-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run/checkpoints/best.pt'}"),
+        run_python("-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run'}"),
+        run_ranks(3, "-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run/checkpoints/best.pt'}"),
     ):
-        assert told in ended.succeeded().stdout, str(ended)
+        assert loss in ended.succeeded().stdout, str(ended)
         assert ended.stdout.count("Accuracy of the network on the 360 test images") == 1, str(ended)

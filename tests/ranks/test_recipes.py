@@ -1,12 +1,12 @@
-"""The shipped recipes, whole, on the real data: what the README promises of them."""
+"""The complete recipes on the real data reach the accuracy that the documentation promises."""
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO, run_command, run_torchrun
+from conftest import REPO, run_torchrun
+from forked import run_python
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
 
@@ -16,7 +16,7 @@ def summary(folder: Path) -> dict:
 
 
 @pytest.mark.usefixtures("fashion_mnist")
-def test_the_default_recipe_on_two_ranks(tmp_path):
+def test_default_recipe_on_two_ranks(tmp_path):
     words = ("-m", "distlenet.train", "device=cpu", f"run.dir={tmp_path}", "run.name=run", "run.report=never")
     ended = run_torchrun(2, *words, timeout=600).succeeded()
     result = summary(tmp_path / "run")
@@ -32,7 +32,7 @@ def test_the_default_recipe_on_two_ranks(tmp_path):
     percent = f"{100 * result['test_accuracy']:.1f}"
     assert f"Accuracy of the network on the 10000 test images: {percent} %\n" in ended.stdout
     assert ended.stdout.rstrip().endswith(str(tmp_path / "run"))
-    assert "\x1b" not in ended.stdout  # no terminal, no escape codes
+    assert "\x1b" not in ended.stdout  # no escape codes without a terminal
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         ".lock",
         "config.yaml",
@@ -43,26 +43,26 @@ def test_the_default_recipe_on_two_ranks(tmp_path):
         "test.json",
         "logs",
     }
-    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4  # three newest and the best
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4  # the three newest and the best
 
 
 @pytest.mark.usefixtures("fashion_mnist")
-def test_the_tutorials_recipe_in_one_process(tmp_path):
+def test_tutorial_recipe_in_one_process(tmp_path):
     words = ("-m", "distlenet.train", "--config", REPO / "configs/tutorial.yaml", f"run.dir={tmp_path}", "run.name=run")
-    ended = run_command(sys.executable, *words, "device=cpu", timeout=600).succeeded()
-    # With 5 seeds: mean 87.5 %, from 86.4 to 88.2, standard deviation 0.7 (benchmarks/RESULTS.md); three of them.
+    ended = run_python(*words, "device=cpu", timeout=600).succeeded()
+    # Over 5 seeds: mean 87.5 %, 86.4 to 88.2, standard deviation 0.7 (benchmarks/RESULTS.md); 3 deviations either way.
     assert 0.855 <= summary(tmp_path / "run")["test_accuracy"] <= 0.895
-    shown = re.findall(r"^\[(\d), +(\d+)\] loss: (\d\.\d{3})$", ended.stdout, re.M)
-    assert [(int(epoch), int(batch)) for epoch, batch, _ in shown] == [
+    losses = re.findall(r"^\[(\d), +(\d+)\] loss: (\d\.\d{3})$", ended.stdout, re.M)
+    assert [(int(epoch), int(batch)) for epoch, batch, _ in losses] == [
         (epoch, batch) for epoch in (1, 2) for batch in range(2000, 15000, 2000)
     ]
-    assert float(shown[0][2]) > 2 * float(shown[-1][2])
+    assert float(losses[0][2]) > 2 * float(losses[-1][2])
     assert "\nFinished Training\nAccuracy of the network on the 10000 test images: 8" in ended.stdout
 
 
-def test_the_ci_recipe_in_one_process(tmp_path):
+def test_ci_recipe_in_one_process(tmp_path):
     words = ("-m", "distlenet.train", "--config", REPO / "configs/ci.yaml", f"run.dir={tmp_path}", "run.name=run")
-    run_command(sys.executable, *words, timeout=30).succeeded()  # the limit is the promise
+    run_python(*words, timeout=30).succeeded()  # the time limit is the promise
     result = summary(tmp_path / "run")
     assert result["test_accuracy"] >= 0.95
     assert (result["test_count"], result["world_size"], result["backend"]) == (360, 1, "gloo")

@@ -18,14 +18,14 @@ SETTINGS = ("data.name=digits", "device=cpu", "train.global_batch_size=64", "run
 HIDDEN = """
 import os
 from distlenet import train
-from distlenet.utils.mapped_file import Place
+from distlenet.utils.mapped_file import FileRef
 from distlenet.distributed.entry_point import run_entry
-original = Place.map
+original = FileRef.map
 def hidden(self, shared=False):
     if shared and os.environ["RANK"] == "1":
         raise FileNotFoundError("hidden by the test")
     return original(self, shared)
-Place.map = hidden
+FileRef.map = hidden
 run_entry(train.main)
 """
 
@@ -66,4 +66,4 @@ def test_killed_rank_ends_the_others_without_a_launcher(tmp_path):
     assert ended.status == 1, str(ended)
     # Usually it waits in shared memory; during the collective of a record, Gloo reports the failure.
     assert re.search("rank 1: remote process exited|closed by peer|reset by peer", ended.stdout), str(ended)
-    assert "another rank has gone without a word" in ended.stdout
+    assert "another rank has exited without a report" in ended.stdout
