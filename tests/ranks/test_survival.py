@@ -1,4 +1,4 @@
-"""Signals, stopped ranks, dead agents, full disks, machines that come and go."""
+"""Signals, stopped and killed ranks, killed agents, full and read-only disks."""
 
 import contextlib
 import json
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, Job, process_tree, run_command, run_torchrun
+from conftest import REPO, Job, process_tree, run_command
+from forked import run_python, run_ranks
 
 from distlenet.checkpoint.format import load_checkpoint
 from distlenet.checkpoint.store import CheckpointStore
@@ -44,57 +45,57 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def records(run: Path) -> list[dict]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in NONDETERMINISTIC_KEYS} for record in found]
+    content = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in NONDETERMINISTIC_KEYS} for record in content]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A run that nothing disturbed, in one process."""
-    folder = tmp_path_factory.mktemp("whole")
-    run_command(sys.executable, *TRAIN, f"run.dir={folder}").succeeded()
-    return folder / "run"
+def reference(tmp_path_factory) -> Path:
+    """An uninterrupted run in one process."""
+    directory = tmp_path_factory.mktemp("reference")
+    run_python(*TRAIN, f"run.dir={directory}").succeeded()
+    return directory / "run"
 
 
-def assert_same(run: Path, whole: Path) -> None:
-    a, b = weights(run), weights(whole)
+def assert_same(run: Path, reference: Path) -> None:
+    a, b = weights(run), weights(reference)
     assert all(torch.equal(a[name], b[name]) for name in a | b)
-    assert records(run) == records(whole)
-    run_command(sys.executable, "-m", "distlenet.ledger", run).succeeded()
+    assert records(run) == records(reference)
+    run_python("-m", "distlenet.ledger", run).succeeded()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_one_process_that_is_asked_to_stop_saves_and_says_so(tmp_path, whole, number):
-    words = (sys.executable, *TRAIN, f"run.dir={tmp_path}", "data.num_workers=1")
-    with Job(tmp_path, *words) as job:
+def test_signal_to_one_process_saves_and_exits(tmp_path, reference, number):
+    settings = (f"run.dir={tmp_path}", "data.num_workers=1")
+    with Job(tmp_path, sys.executable, *TRAIN, *settings) as job:
         job.wait_for_records()
         job.process.send_signal(number)
         ended = job.wait()
     assert ended.status == 75, str(ended)
-    (told,) = [line for line in ended.stdout.splitlines() if line.startswith("distlenet: ")]
+    (message,) = [line for line in ended.stdout.splitlines() if line.startswith("distlenet: ")]
     newest = CheckpointStore(tmp_path / "run/checkpoints", keep=1).newest()
     step = load_checkpoint(newest)["step"]
-    assert told == (
-        f"distlenet: stopped by {number.name} after step {step}, saved; run the same command again to go on"
+    assert message == (
+        f"distlenet: stopped by {number.name} after step {step}, saved; run the same command again to resume"
     )
-    run_command(*words).succeeded()
-    assert_same(tmp_path / "run", whole)
+    run_python(*TRAIN, *settings).succeeded()
+    assert_same(tmp_path / "run", reference)
 
 
-def test_torchrun_hands_the_signal_on_and_the_next_job_ends_in_the_same_bytes(tmp_path, whole):
+def test_torchrun_forwards_the_signal_and_the_next_job_ends_with_the_same_bits(tmp_path, reference):
     words = (*TORCHRUN, *TRAIN, f"run.dir={tmp_path}")
     for _ in range(2):
         with Job(tmp_path, *words) as job:
             job.wait_for_records()
             job.process.terminate()
             ended = job.wait(20)  # well before the 30 s after which torchrun kills
-        assert ended.status == 1, str(ended)  # torchrun's own
+        assert ended.status == 1, str(ended)  # torchrun's
         assert ended.stdout.count("stopped by SIGTERM after step") == 1, str(ended)
-    run_command(*words).succeeded()
-    assert_same(tmp_path / "run", whole)
+    run_ranks(2, *TRAIN, f"run.dir={tmp_path}").succeeded()
+    assert_same(tmp_path / "run", reference)
 
 
-def test_one_rank_that_is_asked_stops_all(tmp_path, whole):
+def test_signal_to_one_rank_stops_all_ranks(tmp_path, reference):
     words = (*TORCHRUN, *TRAIN, f"run.dir={tmp_path}")
     with Job(tmp_path, *words) as job:
         job.wait_for_records()
@@ -102,119 +103,118 @@ def test_one_rank_that_is_asked_stops_all(tmp_path, whole):
         ended = job.wait()
     assert ended.stdout.count("stopped by a signal to another rank after step") == 1, str(ended)
     assert "exitcode  : 75" in ended.stdout, str(ended)
-    run_command(*words).succeeded()
-    assert_same(tmp_path / "run", whole)
+    run_ranks(2, *TRAIN, f"run.dir={tmp_path}").succeeded()
+    assert_same(tmp_path / "run", reference)
 
 
 IN_EVALUATION = """
-import os, signal, sys
+import os, signal
 from distlenet import train
-from distlenet.training import data_pipeline as feed, evaluation as metrics, trainer
 from distlenet.distributed.entry_point import run_entry
-trainer.ASK_EVERY = 1
-metrics.EVAL_BATCH = feed.EVAL_BATCH = 20
-real, seen = trainer.evaluate, []
-def evaluate(net, loader, *more):
-    def batches():
-        for number, batch in enumerate(loader):
-            if len(seen) == 1 and number == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-    seen.append(1)
-    return real(net, batches(), *more)
-trainer.evaluate = evaluate
-run_entry(train.main)
+from distlenet.tasks.image_classification import ImageClassification
+from distlenet.training.trainer import Trainer
+class Task(ImageClassification):
+    eval_batch_size = 20
+    batches = 0
+    def transform(self, data, keys):
+        self.batches += keys is None
+        if keys is None and self.batches == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().transform(data, keys)
+class ChecksOften(Trainer):
+    stop_check_interval = 1
+run_entry(lambda: train.main(Task, ChecksOften))
 """
 
 
-def test_a_stop_within_an_evaluation_doubles_and_loses_no_record(tmp_path, whole):
+def test_stop_during_an_evaluation_duplicates_and_loses_no_record(tmp_path, reference):
     script = tmp_path / "script.py"
     script.write_text(IN_EVALUATION)
-    ended = run_torchrun(2, script, *SETTINGS, f"run.dir={tmp_path}")
+    ended = run_ranks(2, script, *SETTINGS, f"run.dir={tmp_path}")
     assert "after step 23, saved" in ended.stderr, str(ended)
     assert {record["split"] for record in records(tmp_path / "run")} == {"train"}
-    run_torchrun(2, *TRAIN, f"run.dir={tmp_path}").succeeded()
-    assert_same(tmp_path / "run", whole)
+    run_ranks(2, *TRAIN, f"run.dir={tmp_path}").succeeded()
+    assert_same(tmp_path / "run", reference)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_stops_answering_ends_the_job_and_is_named(tmp_path, rank):
+def test_unresponsive_rank_ends_the_job_and_is_named(tmp_path, rank):
     words = (*TRAIN, "distributed.step_timeout_s=4", f"run.dir={tmp_path}")
     with Job(tmp_path, *TORCHRUN, *words) as job:
         job.wait_for_records()
         os.kill(job.rank_pids()[rank], signal.SIGSTOP)
-        # 4 s without a step, 1 s to ask; then torchrun gives the stopped one 30 s to end by itself.
+        # After 4 s without a step and 1 s of queries, torchrun waits up to 30 s for the stopped rank.
         job.wait_until(lambda: "no step ended for 4 s" in job.output(), "the message")
         os.kill(job.rank_pids()[rank], signal.SIGKILL)
         ended = job.wait()
     assert ended.status == 1
-    told = [line for line in ended.stdout.splitlines() if "no step ended" in line]
-    assert len(told) == 1, str(ended)
-    assert told[0].endswith(f"; no answer from rank {rank} on {socket.gethostname()}"), told
+    messages = [line for line in ended.stdout.splitlines() if "no step ended" in line]
+    assert len(messages) == 1, str(ended)
+    assert messages[0].endswith(f"; no answer from rank {rank} on {socket.gethostname()}"), messages
 
 
-def test_a_stopped_rank_that_holds_the_store_is_named_too(tmp_path):
-    """Ranks without torchrun: the store is in rank 0."""
+def test_unresponsive_rank_with_the_store_is_named(tmp_path):
+    """Without torchrun, rank 0 holds the store."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     words = (sys.executable, *TRAIN, "distributed.step_timeout_s=4", f"run.dir={tmp_path}")
     with (
-        Job(tmp_path, *words, env={**place, "RANK": "0", "LOCAL_RANK": "0"}) as first,
-        Job(tmp_path, *words, env={**place, "RANK": "1", "LOCAL_RANK": "1"}) as second,
+        Job(tmp_path, *words, env={**common, "RANK": "0", "LOCAL_RANK": "0"}) as first,
+        Job(tmp_path, *words, env={**common, "RANK": "1", "LOCAL_RANK": "1"}) as second,
     ):
         first.wait_for_records()
         first.process.send_signal(signal.SIGSTOP)
         ended = second.wait()
     assert ended.status == 1, str(ended)
-    assert f"rank 0 on {socket.gethostname()} does not answer (says rank 1 on" in ended.stdout, str(ended)
+    assert f"rank 0 on {socket.gethostname()} does not respond to rank 1" in ended.stdout, str(ended)
 
 
-def test_a_rank_that_never_comes_is_named(tmp_path):
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}
+def test_missing_rank_is_named(tmp_path):
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place["MASTER_PORT"] = str(free.getsockname()[1])
+        env["MASTER_PORT"] = str(free.getsockname()[1])
     words = (*TRAIN, "distributed.init_timeout_s=2", f"run.dir={tmp_path}")
-    ended = run_command(sys.executable, *words, env=place)
+    ended = run_python(*words, env=env)
     assert ended.status == 2, str(ended)
-    assert "ranks 1, 2 did not come in time (distributed.init_timeout_s)" in ended.stderr, str(ended)
+    assert "ranks 1, 2 did not join in time (distributed.init_timeout_s)" in ended.stderr, str(ended)
     assert "Traceback" not in ended.stderr
 
 
-def test_a_killed_agent_leaves_no_process(tmp_path):
+def test_killed_agent_leaves_no_process(tmp_path):
     with Job(tmp_path, *TORCHRUN, *TRAIN, "data.num_workers=1", f"run.dir={tmp_path}") as job:
         job.wait_for_records()
-        started = process_tree(job.process.pid)
-        assert len(started) == 5, started  # the agent, two ranks, a worker each
+        pids = process_tree(job.process.pid)
+        assert len(pids) == 5, pids  # the agent, two ranks, and one loader worker each
         job.process.kill()
         job.process.wait()
         deadline = time.monotonic() + 10
-        while left := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
+        while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
             assert time.monotonic() < deadline, f"left: {left}"
             time.sleep(0.02)
 
 
-def test_a_rank_that_dies_is_started_again_inside_the_job(tmp_path, whole):
+def test_killed_rank_is_restarted_within_the_job(tmp_path, reference):
     words = (*TORCHRUN, "--max-restarts=3", *TRAIN, "checkpoint.every_steps=3", f"run.dir={tmp_path}")
     with Job(tmp_path, *words) as job:
         job.wait_for_records(4)
         os.kill(job.rank_pids()[1], signal.SIGKILL)
         ended = job.wait()
     assert ended.status == 0, str(ended)
-    assert_same(tmp_path / "run", whole)
+    assert_same(tmp_path / "run", reference)
     assert json.loads((tmp_path / "run/summary.json").read_text())["restarts"] == 1
-    assert "RuntimeError" in (tmp_path / "run/logs/rank-00000.log").read_text()  # what the other rank saw
+    assert "RuntimeError" in (tmp_path / "run/logs/rank-00000.log").read_text()  # the failure that the other rank saw
 
 
-def test_restarts_in_vain_come_to_an_end(tmp_path):
-    script = tmp_path / "dies.py"
+def test_restarts_without_progress_end(tmp_path):
+    script = tmp_path / "fails.py"
     script.write_text(
-        "import os, sys\nfrom distlenet import train\nfrom distlenet.training import trainer\n"
+        "from distlenet import train\nfrom distlenet.training.trainer import Trainer\n"
         "from distlenet.distributed.entry_point import run_entry\n"
-        "class Dies(trainer.Trainer):\n    def train_step(self, *batch):\n        raise MemoryError('every time')\n"
-        "train.Trainer = Dies\nrun_entry(train.main)\n"
+        "class Failing(Trainer):\n    def step(self, batch):\n        raise MemoryError('every time')\n"
+        "run_entry(lambda: train.main(trainer_class=Failing))\n"
     )
     settings = (*SETTINGS, "checkpoint.max_restarts_without_progress=2", f"run.dir={tmp_path}")
     words = (*TORCHRUN, "--max-restarts=20", script, *settings)
@@ -226,7 +226,7 @@ def test_restarts_in_vain_come_to_an_end(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A disk of 3 MB: a checkpoint is 0.65 MB."""
+    """A file system of 3 MB; a checkpoint has 0.65 MB."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root")
     folder = tmp_path / "disk"
@@ -237,13 +237,13 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    """Leave no room at all."""
+    """Fill the file system completely."""
     with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
 
 
-def test_a_full_disk_stops_saving_not_training_and_nothing_is_lost_when_there_is_room_again(small_disk, whole):
+def test_training_continues_on_a_full_disk_and_saves_when_there_is_space_again(small_disk, reference):
     words = (*TORCHRUN, *TRAIN, "checkpoint.every_steps=5", "checkpoint.keep_last=1", f"run.dir={small_disk}")
     with Job(small_disk.parent, *words) as job:
         job.run = small_disk / "run"
@@ -259,40 +259,39 @@ def test_a_full_disk_stops_saving_not_training_and_nothing_is_lost_when_there_is
         ended = job.wait()
     assert ended.status == 0, str(ended)
     assert ended.stdout.count("saves again when the next checkpoint is due") == 1, str(ended)
-    assert_same(small_disk / "run", whole)
+    assert_same(small_disk / "run", reference)
 
 
-def test_a_disk_that_stays_full_fails_the_job_at_its_end(small_disk):
-    words = (*TORCHRUN, *TRAIN, "train.epochs=3", f"run.dir={small_disk}")
+def test_disk_that_stays_full_fails_the_job_at_its_end(small_disk):
+    words = (*TRAIN, "train.epochs=3", f"run.dir={small_disk}")
     fill(small_disk)
     os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - 100_000)
-    ended = run_command(*words)
-    assert ended.status == 1  # torchrun's own; the rank's is 2
+    ended = run_ranks(2, *words)
+    assert ended.status == 2
     assert "epoch 3/3  test loss" in ended.stdout, str(ended)
     ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
     assert len(ours) == 2, str(ended)
-    assert "No space left on device; training goes on" in ours[0]
+    assert "No space left on device; training continues" in ours[0]
     assert ours[1].startswith("distlenet: the trained network is not saved: ")
-    assert "exitcode  : 2" in ended.stderr
 
 
-def test_a_folder_that_becomes_read_only_leaves_the_older_checkpoints(small_disk, whole):
-    words = (*TORCHRUN, *TRAIN, "checkpoint.every_steps=5", "checkpoint.keep_last=1", f"run.dir={small_disk}")
-    with Job(small_disk.parent, *words) as job:
+def test_read_only_directory_keeps_the_older_checkpoints(small_disk, reference):
+    words = (*TRAIN, "checkpoint.every_steps=5", "checkpoint.keep_last=1", f"run.dir={small_disk}")
+    with Job(small_disk.parent, *TORCHRUN, *words) as job:
         job.run = small_disk / "run"
         job.wait_until(lambda: any(job.run.glob("checkpoints/step-*.pt")), "a checkpoint")
         run_command("mount", "--bind", "-o", "ro", small_disk, small_disk).succeeded()
         ended = job.wait()
     run_command("umount", small_disk).succeeded()
-    assert ended.status == 1, str(ended)  # torchrun's own; the rank's is 2
-    assert ended.stdout.count("Read-only file system; training goes on") == 1, str(ended)
+    assert ended.status == 1, str(ended)  # torchrun's; the rank's is 2
+    assert ended.stdout.count("Read-only file system; training continues") == 1, str(ended)
     assert "the trained network is not saved" in ended.stdout, str(ended)
-    run_command(*words).succeeded()  # what is there is whole, and the same command goes on from it
-    assert_same(small_disk / "run", whole)
+    run_ranks(2, *words).succeeded()  # the saved files are intact; the same command resumes
+    assert_same(small_disk / "run", reference)
 
 
-def test_the_local_launcher(tmp_path, whole):
-    line = (REPO / "launch/local.sh", "-n", 2, *SETTINGS, f"run.dir={tmp_path}")
-    run_command(*line, env={"PYTHON": sys.executable}).succeeded()
+def test_local_launcher(tmp_path, reference):
+    command = (REPO / "launch/local.sh", "-n", 2, *SETTINGS, f"run.dir={tmp_path}")
+    run_command(*command, env={"PYTHON": sys.executable}).succeeded()
     assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2
-    assert_same(tmp_path / "run", whole)
+    assert_same(tmp_path / "run", reference)
