@@ -1,1 +1,4 @@
-"""Checkpoints: their format, the folder that keeps them, and which one a run goes on from."""
+"""Checkpoints: ``format`` is one file, ``store`` the directory that keeps a run's files.
+
+``compatibility`` chooses the checkpoint from which a run resumes, ``manager`` saves and restores on all ranks.
+"""

@@ -1,0 +1,107 @@
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_states import lenet_state, tiny_state
+from conftest import run_command
+
+from distlenet.checkpoint.format import load_checkpoint, load_model, write_atomically
+from distlenet.models.lenet import Net
+from distlenet.utils.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_tutorials_code_loads_a_checkpoint(tmp_path):
+    saved, loaded = Net(), Net()
+    write_atomically(lenet_state(1, model=saved), tmp_path / "c.pt")
+    loaded.load_state_dict(torch.load(tmp_path / "c.pt", weights_only=True)["model"])
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_checkpoint_is_a_valid_zip_archive(tmp_path):
+    write_atomically(tiny_state(1), tmp_path / "c.pt")
+    with zipfile.ZipFile(tmp_path / "c.pt") as archive:
+        assert archive.testzip() is None
+        assert archive.comment.startswith(b"sha256:")
+    assert torch.load(tmp_path / "c.pt", weights_only=True, mmap=True)["step"] == 1
+
+
+def test_checkpoints_have_the_permissions_of_the_umask(tmp_path):
+    program = "import pathlib; from distlenet.checkpoint.format import *; write_atomically({}, pathlib.Path('c.pt'))"
+    run_command("sh", "-c", f'umask 027; exec "$0" -c "{program}"', sys.executable, cwd=tmp_path).succeeded()
+    assert (tmp_path / "c.pt").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_archive_without_a_checksum_is_refused(tmp_path):
+    torch.save(tiny_state(1), tmp_path / "c.pt")
+    with pytest.raises(UserError, match="do not match its checksum"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("payload-ran",)
+
+
+def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_atomically({**tiny_state(1), "model": Payload()}, Path("malicious.pt"))
+    with pytest.raises(UserError, match=r"torch\.load refuses it"):
+        load_checkpoint(Path("malicious.pt"))
+    assert not (tmp_path / "payload-ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"root:x:0:0", b"\x80\x02}q\x00."])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "c.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        load_checkpoint(path)
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    path = tmp_path / "c.pt"
+    write_atomically(lenet_state(1), path)
+    content = path.read_bytes()
+    for percent in range(0, 100, 5):
+        path.write_bytes(content[: len(content) * percent // 100])
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": 3},
+        {"model": {"conv1.weight": 3}},
+        {"model": {1: torch.zeros(1)}},
+        {"config": [1]},
+        {"config": None},
+        {"step": "x"},
+        {"step": -5},
+        {"epoch": 1.5},
+    ],
+)
+def test_a_state_of_another_structure_is_refused(tmp_path, change):
+    write_atomically({**tiny_state(1), **change}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="is not one of distlenet"):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_another_architecture_is_refused_with_the_differences(tmp_path):
+    other = Net()
+    other.fc3 = torch.nn.Linear(84, 100)
+    del other.conv1
+    other.extra = torch.nn.Linear(1, 1, bias=False)
+    with pytest.raises(UserError) as error:
+        load_model(Net(), lenet_state(1, model=other), tmp_path / "c.pt")
+    message = str(error.value)
+    assert "\n" not in message
+    for part in ("c.pt: is of another architecture than Net", "conv1.bias", "extra.weight"):
+        assert part in message
+    assert re.search(r"fc3\.weight: .*\[100, 84\].*\[10, 84\]", message)
