@@ -1,25 +1,25 @@
 # shellcheck shell=bash
-# What the launch scripts share.
+# Shared by the launch scripts.
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
-refuse() {
+usage_error() {
     echo "$(basename "$0"): $*; --help lists all options" >&2
     exit 2
 }
 
-# argument OPTION VALUE ...: the value, or a refusal where there is none.
+# argument OPTION VALUE ...: print the value; exit if it is missing.
 argument() {
-    [ $# -ge 2 ] || refuse "$1: a value is missing"
+    [ $# -ge 2 ] || usage_error "$1: a value is missing"
     echo "$2"
 }
 
-whole_number() {
+integer() {
     local value
     value=$(argument "$@") || exit 2
-    [[ $value =~ ^[0-9]+$ ]] || refuse "$1 $value: expected a whole number"
+    [[ $value =~ ^[0-9]+$ ]] || usage_error "$1 $value: expected an integer"
     echo "$value"
 }
 
-# Ranks for this machine: one for every GPU, or else 2 on the CPU.
-ranks_here() { "$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)'; }
+# Print the default number of ranks: one per GPU, or 2 on the CPU.
+default_ranks() { "$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)'; }

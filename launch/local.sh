@@ -5,8 +5,8 @@ usage() {
     cat <<'TEXT'
 launch/local.sh [-n NPROC] [-r RESTARTS] [--config FILE]... [key=value]...
     Train on this machine, with NPROC processes.
-    -n NPROC      ranks to start (one for every GPU, or else 2)
-    -r RESTARTS   how often ranks that die are started again, from the newest checkpoint (0)
+    -n NPROC      number of ranks (one per GPU, or 2 without GPUs)
+    -r RESTARTS   how often to restart failed ranks from the newest checkpoint (0)
     -h, --help    this text
     Environment: PYTHON, the interpreter (.venv/bin/python, else python3)
 TEXT
@@ -18,13 +18,13 @@ nproc='' restarts=0
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage && exit 0 ;;
-        -n) nproc=$(whole_number "$@"); shift 2 ;;
-        -r) restarts=$(whole_number "$@"); shift 2 ;;
+        -n) nproc=$(integer "$@"); shift 2 ;;
+        -r) restarts=$(integer "$@"); shift 2 ;;
         --config) break ;;
-        -*) refuse "unknown option $1" ;;
+        -*) usage_error "unknown option $1" ;;
         *) break ;;
     esac
 done
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as distlenet and torchrun do where nothing is said; torchrun with a warning
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="${nproc:-$(ranks_here)}" \
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would set the same, with a warning
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="${nproc:-$(default_ranks)}" \
     --max-restarts="$restarts" -m distlenet.train "$@"

@@ -1,11 +1,12 @@
-"""All-reduces: are their sums right, and how long do they take?"""
+"""Check the sums of all-reduces, and time all-reduces and pairs of nodes."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,36 +14,32 @@ from torch import Tensor
 from distlenet.distributed.collectives import broadcast_object
 
 SIZES = [4**k for k in range(1, 14)]
-"""Bytes: 4 B to 64 MiB."""
+"""Message sizes in bytes, 4 B to 64 MiB."""
 
 PAIR_BYTES = 1 << 20
-SLOW = 2.0
-"""How many times the median a pair of nodes takes that is called slow."""
+SLOW_FACTOR = 2.0
+"""A pair of nodes is slow if it takes longer than this multiple of the median."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of all-reduces by their size in bytes, and the line through them."""
+    """The median time of all-reduces by size in bytes, and the line fitted to it."""
 
     ranks: int
     seconds: dict[int, float]
-    latency_s: float  # of one of no bytes
+    latency_s: float
     seconds_per_byte: float
 
-    def to_dict(self) -> dict[str, object]:
-        """Return all of it in plain values."""
-        return asdict(self)
 
-
-def wrong_sums(rank: int, ranks: int, device: torch.device) -> int:
-    """All-reduce numbers whose sum is known, and count the elements that are wrong on any rank. A collective."""
-    places = torch.arange(1 << 16, device=device)
-    mine = ((places * 31 + rank * 17) % 1024).double()  # float64 adds whole numbers exactly
-    dist.all_reduce(mine)
-    expected = sum(((places * 31 + other * 17) % 1024 for other in range(ranks)), torch.zeros_like(places))
-    count = (mine != expected).sum().double()
-    dist.all_reduce(count, dist.ReduceOp.MAX)
-    return int(count)
+def wrong_sums(rank: int, world_size: int, device: torch.device) -> int:
+    """All-reduce 65,536 numbers with known sums; return the largest number of wrong sums on a rank. A collective."""
+    index = torch.arange(1 << 16, device=device)
+    values = ((index * 31 + rank * 17) % 1024).double()  # float64 adds integers exactly
+    dist.all_reduce(values)
+    expected = sum(((index * 31 + other * 17) % 1024 for other in range(world_size)), torch.zeros_like(index))
+    wrong = (values != expected).sum().double()
+    dist.all_reduce(wrong, dist.ReduceOp.MAX)
+    return int(wrong)
 
 
 def time_all_reduces(sizes: Sequence[int], device: torch.device) -> Timing:
@@ -50,86 +47,74 @@ def time_all_reduces(sizes: Sequence[int], device: torch.device) -> Timing:
     seconds = {}
     for size in sizes:
         values = torch.zeros(max(1, size // 4), device=device)
-        seconds[size] = median_s(lambda values=values: dist.all_reduce(values))  # type: ignore[misc]
+        seconds[size] = median_s(partial(dist.all_reduce, values))
     seconds = broadcast_object(seconds)
-    intercept, slope = fit_line(list(seconds), list(seconds.values()))
-    return Timing(dist.get_world_size(), seconds, intercept, slope)
+    latency_s, seconds_per_byte = fit_line(list(seconds), list(seconds.values()))
+    return Timing(dist.get_world_size(), seconds, latency_s, seconds_per_byte)
 
 
-def median_s(action: Callable[[], object], times: int = 15, together: bool = True) -> float:
-    """Return the median time of ``action``, seconds; with ``together`` all ranks begin at once."""
+def median_s(action: Callable[[], object], repetitions: int = 15, barrier: bool = True) -> float:
+    """Return the median time of ``action`` in seconds; with ``barrier``, all ranks start each repetition together."""
     seconds = []
-    for _ in range(times + 3):
-        if together:
+    for _ in range(repetitions + 3):
+        if barrier:
             dist.barrier()
-        _sync()
+        _synchronize()
         started = time.perf_counter()
         action()
-        _sync()
+        _synchronize()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[3:])
+    return statistics.median(seconds[3:])  # without the warm-up
 
 
 def slow_pairs(leaders: Sequence[int], rank: int, device: torch.device) -> list[tuple[int, int, float]]:
-    """Send 1 MiB to and fro between each two of ``leaders``, one rank a node; return those that are slow. A collective.
+    """Send 1 MiB back and forth between each pair of ``leaders``, one rank per node. A collective.
 
-    In rounds of a tournament, in which each leader meets one other. Returns (rank, rank, times the median).
+    Return the slow pairs as (rank, rank, time relative to the median).
     """
-    found: dict[tuple[int, int], float] = {}
+    own_seconds: dict[tuple[int, int], float] = {}
     buffer = torch.zeros(PAIR_BYTES // 4, device=device)
-    for pairs in rounds(leaders):
+    for pairs in tournament_rounds(leaders):
         dist.barrier()
-        for one, other in pairs:
-            if rank in (one, other):
-                there = other if rank == one else one
-                exchange = lambda there=there, first=rank == one: _to_and_fro(buffer, there, first)  # noqa: E731
-                found[one, other] = median_s(exchange, times=5, together=False)
+        for pair in pairs:
+            if rank in pair:
+                exchange = partial(_ping_pong, buffer, peer=sum(pair) - rank, first=rank == pair[0])
+                own_seconds[pair] = median_s(exchange, repetitions=5, barrier=False)
     gathered: list[dict[tuple[int, int], float]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
-    times = {pair: seconds for each in gathered for pair, seconds in each.items()}
-    if not times:
-        return []
-    middle = statistics.median(times.values())
-    return [(*pair, seconds / middle) for pair, seconds in sorted(times.items()) if seconds > SLOW * middle]
+    dist.all_gather_object(gathered, own_seconds)
+    seconds = {pair: value for by_pair in gathered for pair, value in by_pair.items()}
+    median = statistics.median(seconds.values())
+    return [(*pair, value / median) for pair, value in sorted(seconds.items()) if value > SLOW_FACTOR * median]
 
 
-def rounds(players: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Pair all with all, in rounds in which nobody plays twice (the circle method)."""
+def tournament_rounds(players: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Return all pairs in rounds in which each player occurs at most once (the circle method)."""
     circle: list[int | None] = [*players, *([None] * (len(players) % 2))]
-    found = []
+    half = len(circle) // 2
+    rounds = []
     for _ in range(len(circle) - 1):
-        half = len(circle) // 2
         pairs = zip(circle[:half], reversed(circle[half:]), strict=True)
-        found.append([(min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None])
+        rounds.append([(min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None])
         circle = [circle[0], circle[-1], *circle[1:-1]]
-    return found
+    return rounds
 
 
 def fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """Fit y = intercept + slope x with equal relative errors; both at least 0."""
-    best = (math.inf, 0.0, 0.0)
-    x, y = torch.tensor(xs, dtype=torch.float64), torch.tensor(ys, dtype=torch.float64)
-    for columns in ([1, 0], [0], [1]):  # both, the intercept alone, the slope alone
-        design = torch.stack([torch.ones_like(x), x])[columns].T / y[:, None]
-        solution = torch.linalg.lstsq(design, torch.ones_like(y)).solution
-        found = [0.0, 0.0]
-        for column, value in zip(columns, solution.tolist(), strict=True):
-            found[column] = value
-        error = float(((found[0] + found[1] * x) / y - 1).square().sum())
-        if min(found) >= 0 and error < best[0]:
-            best = (error, found[0], found[1])
-    return best[1], best[2]
+    """Fit y = intercept + slope x with equal relative errors; return intercept and slope, both at least 0."""
+    x, y = np.array(xs, float), np.array(ys, float)
+    slope, intercept = np.polyfit(x, y, deg=1, w=1 / y)
+    if intercept < 0:
+        return 0.0, float((x / y).sum() / ((x / y) ** 2).sum())
+    if slope < 0:
+        return float((1 / y).sum() / (1 / y**2).sum()), 0.0
+    return float(intercept), float(slope)
 
 
-def _to_and_fro(buffer: Tensor, there: int, first: bool) -> None:
-    if first:
-        dist.send(buffer, there)
-        dist.recv(buffer, there)
-    else:
-        dist.recv(buffer, there)
-        dist.send(buffer, there)
+def _ping_pong(buffer: Tensor, peer: int, first: bool) -> None:
+    for send in (first, not first):
+        dist.send(buffer, peer) if send else dist.recv(buffer, peer)
 
 
-def _sync() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

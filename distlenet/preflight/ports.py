@@ -1,6 +1,8 @@
-"""Can nodes open connections to each other, on ports that nobody has named? Gloo and NCCL need just that."""
+"""Check that nodes can connect to each other on arbitrary ports, as Gloo and NCCL do."""
 
 import contextlib
+import json
+import secrets
 import socket
 import threading
 from collections.abc import Sequence
@@ -8,65 +10,63 @@ from datetime import timedelta
 
 from torch.distributed.distributed_c10d import Store
 
-CONNECT_S = 5.0
-ALL_PAIRS = 32
-"""Nodes up to which each tries each; beyond, those 1, 2, 4, ... places on."""
+CONNECT_TIMEOUT_S = 5.0
+ALL_PAIRS_LIMIT = 32
+"""Up to this many nodes, every node connects to every other; beyond, to those at distances 1, 2, 4, ..."""
 
 
-class Listener:
-    """Answers whoever connects with a word, from a thread."""
+def publish_listener(store: Store, node_rank: int, address: str) -> socket.socket | None:
+    """Listen at ``address`` until the returned socket is closed; send a nonce to whoever connects.
 
-    def __init__(self, address: str, word: str) -> None:
-        """Listen at ``address`` on a port that the system chooses. Raises OSError."""
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self.server = socket.create_server((address, 0), family=family, backlog=128)
-        self.port = self.server.getsockname()[1]
-        self.word = word
-        threading.Thread(target=self._answer, name="preflight", daemon=True).start()
-
-    def _answer(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                connection, _ = self.server.accept()
-                with connection, contextlib.suppress(OSError):
-                    connection.sendall(self.word.encode())
-
-    def close(self) -> None:
-        """Listen no more."""
-        self.server.close()
-
-
-def peers_of(node: int, nodes: int) -> list[int]:
-    """Choose to which nodes one connects."""
-    if nodes <= ALL_PAIRS:
-        return [other for other in range(nodes) if other != node]
-    return [(node + 2**k) % nodes for k in range((nodes - 1).bit_length())]
-
-
-def try_peers(store: Store, places: Sequence[int], wait_s: float) -> list[str]:
-    """Connect to each of ``places``, node numbers, and say to which that failed, and why.
-
-    Each node has put ``HOST ADDRESS PORT WORD`` into ``listen/NODE`` of the store, or ``HOST - - REASON``.
+    Publish host, address, port and nonce under ``listener/NODE_RANK``, or host, address, None and the error.
     """
+    host, nonce = socket.gethostname(), secrets.token_hex(8)
+    try:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        server = socket.create_server((address, 0), family=family, backlog=128)
+    except OSError as error:
+        store.set(f"listener/{node_rank}", json.dumps([host, address, None, error.strerror or str(error)]))
+        return None
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # raised by accept after close
+            while True:
+                connection, _ = server.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.sendall(nonce.encode())
+
+    threading.Thread(target=serve, name="preflight", daemon=True).start()
+    store.set(f"listener/{node_rank}", json.dumps([host, address, server.getsockname()[1], nonce]))
+    return server
+
+
+def peers_of(node_rank: int, num_nodes: int) -> list[int]:
+    """Choose the nodes that one node connects to."""
+    if num_nodes <= ALL_PAIRS_LIMIT:
+        return [peer for peer in range(num_nodes) if peer != node_rank]
+    return [(node_rank + 2**k) % num_nodes for k in range((num_nodes - 1).bit_length())]
+
+
+def try_peers(store: Store, peers: Sequence[int], wait_s: float) -> list[str]:
+    """Connect to the published listener of each node in ``peers``; describe each failure."""
     failures = []
-    for other in places:
-        store.wait([f"listen/{other}"], timedelta(seconds=wait_s))
-        host, address, port, word = store.get(f"listen/{other}").decode().split(" ", 3)
-        if address == "-":
-            failures.append(f"{host} cannot listen: {word}")
-            continue
-        if reason := _try(address, int(port), word):
+    for peer in peers:
+        store.wait([f"listener/{peer}"], timedelta(seconds=wait_s))
+        host, address, port, nonce_or_error = json.loads(store.get(f"listener/{peer}"))
+        if port is None:
+            failures.append(f"{host} (cannot listen at {address}): {nonce_or_error}")
+        elif reason := _connect(address, port, nonce_or_error):
             failures.append(f"{host} ({address} port {port}): {reason}")
     return failures
 
 
-def _try(address: str, port: int, word: str) -> str:
+def _connect(address: str, port: int, nonce: str) -> str:
+    """Connect and read; return an error, or "" if the nonce was received."""
     try:
-        with socket.create_connection((address, port), timeout=CONNECT_S) as connection:
-            connection.settimeout(CONNECT_S)
-            heard = b""
-            while part := connection.recv(1024):
-                heard += part
+        with socket.create_connection((address, port), timeout=CONNECT_TIMEOUT_S) as connection:
+            received = b""
+            while data := connection.recv(1024):
+                received += data
     except OSError as error:
         return str(error.strerror or error)
-    return "" if heard.decode(errors="replace") == word else "something else answers there"
+    return "" if received == nonce.encode() else "another program answers on this port"

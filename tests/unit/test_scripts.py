@@ -1,4 +1,4 @@
-"""The launch and batch scripts, as far as they answer without training."""
+"""The launch and batch scripts: syntax, shellcheck, help and usage errors."""
 
 import shutil
 import subprocess
@@ -12,11 +12,11 @@ SCRIPTS = sorted([*REPO.glob("launch/*.sh"), *REPO.glob("slurm/*.sbatch"), *REPO
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_bash_reads_it_and_shellcheck_finds_nothing(script):
+def test_bash_and_shellcheck_accept_the_script(script):
     run_command("bash", "-n", script).succeeded()
     if shutil.which("shellcheck") is not None:  # from the extra ``dev``
-        found = subprocess.run(["shellcheck", "-x", script], cwd=REPO, capture_output=True, text=True, check=False)
-        assert found.returncode == 0, found.stdout
+        result = subprocess.run(["shellcheck", "-x", script], cwd=REPO, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("name", ["local.sh", "node.sh"])
@@ -26,23 +26,27 @@ def test_help(name):
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
+    ("arguments", "message"),
     [
         (["local.sh", "-n"], "-n: a value is missing"),
-        (["local.sh", "-n", "two"], "-n two: expected a whole number"),
+        (["local.sh", "-n", "two"], "-n two: expected an integer"),
         (["local.sh", "--bogus"], "unknown option --bogus"),
-        (["node.sh", "--head", "localhost"], "--nodes is missing: how many machines train"),
+        (["node.sh", "--head", "localhost"], "--nodes is missing: give the number of machines"),
         (["node.sh", "--nodes", "2"], "--head is missing"),
         (["node.sh", "--nodes", "0", "--head", "localhost"], "--nodes 0: expected N or MIN:MAX"),
-        (["node.sh", "--nodes", "4:2", "--head", "localhost"], "--nodes 4:2: MIN is above MAX"),
-        (["node.sh", "--nodes", "2", "--head", "no.such.host.invalid"], "--head no.such.host.invalid: no such host"),
+        (["node.sh", "--nodes", "4:2", "--head", "localhost"], "--nodes 4:2: MIN is larger than MAX"),
+        (
+            ["node.sh", "--nodes", "2", "--head", "no.such.host.invalid"],
+            "--head no.such.host.invalid: the name",
+        ),
         (["node.sh", "--nodes", "2", "--head", "localhost", "--interface", "no0"], "--interface no0: this machine has"),
     ],
 )
-def test_a_mistake_is_one_line(words, part):
-    ended = run_command(REPO / "launch" / words[0], *words[1:])
+def test_a_usage_error_is_one_line(arguments, message):
+    script, *options = arguments
+    ended = run_command(REPO / "launch" / script, *options)
     assert ended.status == 2, str(ended)
     assert ended.stdout == ""
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"{words[0]}: {part}"), line
+    assert line.startswith(f"{script}: {message}"), line
     assert line.endswith("; --help lists all options")

@@ -1,0 +1,35 @@
+"""Run preflight with a simulated fault, ``faulty_preflight.py FAULT ...``, on the last rank.
+
+``gpu`` applies to all ranks, and ``pair`` to the first two: a message between them takes 0.1 s.
+"""
+
+import os
+import sys
+import time
+
+from distlenet.distributed.entry_point import run_entry
+from distlenet.preflight import __main__ as preflight
+from distlenet.preflight import allreduce, exchange, rank_info
+
+fault = sys.argv.pop(1)
+rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
+world_size = int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"])
+if fault == "gpu":  # on every rank: the same card under different indices
+    rank_info.gpu_uuid = lambda _: "GPU-8d2f"
+elif fault == "pair" and rank < 2:
+    ping_pong = allreduce._ping_pong
+
+    def slow_ping_pong(buffer, peer, first):
+        time.sleep(0.1 if peer < 2 else 0)
+        ping_pong(buffer, peer, first)
+
+    allreduce._ping_pong = slow_ping_pong
+elif rank == world_size - 1:
+    versions, read_clock = rank_info.versions, rank_info.read_clock
+    if fault == "torch":
+        rank_info.versions = lambda: {**versions(), "torch": "2.0.1"}
+    elif fault == "clock":
+        exchange.read_clock = lambda: read_clock() + 300
+    elif fault == "settings":
+        sys.argv.append("optim.lr=0.3")
+run_entry(preflight.main)
