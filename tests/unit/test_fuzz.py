@@ -24,7 +24,7 @@ from distlenet.config.fields import FIELDS
 from distlenet.config.loading import load_config
 from distlenet.data import idx
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
-from distlenet.preflight.rank_info import look
+from distlenet.preflight.rank_info import collect_rank_info
 from distlenet.report.runs import read_run
 from distlenet.serving.image_files import UnreadableImage, read_image
 from distlenet.serving.predictor import Predictor
@@ -373,7 +373,7 @@ def test_environments(tmp_path_factory, environ):
     with pytest.MonkeyPatch.context() as patch, answers():
         for name, value in environ.items():
             patch.setenv(name, value)
-        assert look(load_config([], []), DistributedEnvironment()).threads >= 1
+        assert collect_rank_info(load_config([], []), DistributedEnvironment()).threads >= 1
         words = [f"{key}={value}" for key, value in FIXED.items()] + [f"run.dir={folder}", "run.name=run"]
         train.train(load_config([], words))
 
