@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from distlenet.utils.errors import UserError
-from distlenet.utils.mapped_file import CHUNK, SharedFile, in_memory, on_disk
+from distlenet.utils.mapped_file import CHUNK, SharedFile, create_shared, open_shared
 
 UINT8 = 8  # the type code of unsigned bytes
 MAX_BYTES = 16 + 60_000 * 28 * 28  # size of the largest published file, the training images
@@ -58,7 +58,7 @@ def open_verified(path: Path, sha256: str) -> SharedFile:
     try:
         if not path.is_file():  # opening a pipe would block
             raise OSError("not a regular file")
-        file = in_memory(_decompress(path)) if path.suffix == ".gz" else on_disk(path)
+        file = create_shared(_decompress(path)) if path.suffix == ".gz" else open_shared(path)
         digest = file.sha256()
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error

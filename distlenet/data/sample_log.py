@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distlenet.distributed.collectives import broadcast_object, raise_on_all_ranks
 from distlenet.utils.errors import UserError
-from distlenet.utils.files import LineFile, told
+from distlenet.utils.files import LineFile, convert_io_errors
 from distlenet.utils.structure import check_same_structure
 
 START_DIRECTORY = re.compile(r"(\d+)-from-(\d+)")
@@ -71,11 +71,11 @@ def open_sample_log(run_dir: Path, step: int, info: dict[str, Any], rank: int) -
     directory: Path | None = None
     with raise_on_all_ranks():  # a collective
         if rank == 0:
-            with told(run_dir):
+            with convert_io_errors(run_dir):
                 directory = create_start(run_dir, step, info)
     directory = broadcast_object(directory)  # a collective
     assert directory is not None
-    with raise_on_all_ranks(), told(run_dir):  # a collective
+    with raise_on_all_ranks(), convert_io_errors(run_dir):  # a collective
         return SampleLog(directory, rank)
 
 

@@ -17,7 +17,7 @@ from distlenet.data.synthetic import open_synthetic
 from distlenet.distributed.collectives import broadcast_from_local_rank_0, raise_on_all_ranks
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.utils.errors import UserError, warn
-from distlenet.utils.mapped_file import Place, SharedFile, in_memory
+from distlenet.utils.mapped_file import FileRef, SharedFile, create_shared
 
 DIGITS = tuple("0123456789")
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -72,7 +72,7 @@ class OpenData(NamedTuple):
     """The open files of a data set, by their names in ``idx.FILES``: all that other ranks need to map them."""
 
     source: str
-    refs: dict[str, Place]
+    refs: dict[str, FileRef]
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def open_data(config: DataConfig, debian: bool = False) -> Iterator[OpenData]:
     with ExitStack() as stack:
         for file in files.values():
             stack.enter_context(closing(file))
-        yield OpenData(source, {name: file.place for name, file in files.items()})
+        yield OpenData(source, {name: file.ref for name, file in files.items()})
 
 
 def require_local_data(config: DataConfig) -> None:
@@ -145,6 +145,6 @@ def _digits() -> dict[str, SharedFile]:
     is_test = torch.arange(len(rows)) % 5 == 0
     parts = (images[~is_test], rows[~is_test, 64], images[is_test], rows[is_test, 64])
     return {
-        name: in_memory((idx.header(tuple(part.shape)), part.numpy().tobytes()))
+        name: create_shared((idx.header(tuple(part.shape)), part.numpy().tobytes()))
         for name, part in zip(idx.FILES, parts, strict=True)
     }

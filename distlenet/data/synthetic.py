@@ -12,7 +12,7 @@ from typing_extensions import Buffer
 
 from distlenet.data import idx
 from distlenet.utils.errors import UserError
-from distlenet.utils.mapped_file import SharedFile, in_memory, on_disk
+from distlenet.utils.mapped_file import SharedFile, create_shared, open_shared
 
 IMAGE_SIZE = 28  # height and width in pixels
 CHUNK_IMAGES = 2**16  # images generated at a time
@@ -27,7 +27,7 @@ def open_synthetic(root: Path, train: int, test: int) -> dict[str, SharedFile]:
     images = (IMAGE_SIZE, IMAGE_SIZE)
     shapes = dict(zip(idx.FILES, ((train, *images), (train,), (test, *images), (test,)), strict=True))
     if train + test <= MAX_IMAGES_IN_MEMORY:
-        return {name: in_memory(_random_file(shape)) for name, shape in shapes.items()}
+        return {name: create_shared(_random_file(shape)) for name, shape in shapes.items()}
     directory = root / f"synthetic-{train}-{test}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def open_synthetic(root: Path, train: int, test: int) -> dict[str, SharedFile]:
                             file.flush()
                             os.fsync(file.fileno())
                     complete.rename(directory)
-        return {name: on_disk(directory / name) for name in shapes}
+        return {name: open_shared(directory / name) for name in shapes}
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"data {directory}: cannot be written: {reason}; give another data.root") from error

@@ -1,33 +1,34 @@
-"""What every command that computes does first: find its place, its device, its precision, and the others."""
+"""The start of every command that computes: environment, device, precision, rendezvous and process group."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.distributed.distributed_c10d import Store
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distlenet.config.schema import Config
 from distlenet.distributed.device import resolve_backend, resolve_device, use_side_stream
 from distlenet.distributed.environment import DistributedEnvironment, read_environment, threads_from_environ
 from distlenet.distributed.failures import report_failures
 from distlenet.distributed.precision import autocast, resolve_precision, use_deterministic_kernels
-from distlenet.distributed.process_group import process_group
 from distlenet.distributed.rank_log import RankLog
-from distlenet.distributed.rendezvous import rendezvous
+from distlenet.distributed.rendezvous import convert_rendezvous_errors, rendezvous
 from distlenet.distributed.watchdog import Watchdog, run_watchdog
-from distlenet.utils.allocator import tune_malloc
-from distlenet.utils.errors import warn
+from distlenet.utils.errors import Preempted, UserError, warn
+from distlenet.utils.process import tune_malloc
 
-BACKSTOP_S = 60.0
-"""How much later than the watchdog, who can say more, the backend's own timeout ends a collective."""
+BACKEND_MARGIN_S = 60.0  # between the watchdog's timeout, whose message says more, and the backend's
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """One rank of a job whose process group is joined."""
+    """One rank of a job that has joined the process group."""
 
     env: DistributedEnvironment
     device: torch.device
@@ -37,16 +38,16 @@ class DistributedContext:
     log: RankLog
 
     def autocast(self) -> torch.autocast:
-        """Return autocast for the forward pass in this session's precision."""
+        """Return autocast for forward pass and loss in this job's precision."""
         return autocast(self.precision, self.device)
 
     def describe(self) -> dict[str, str | int]:
-        """Say where and how this job computes, in plain values."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        """Return the ranks, devices and precision of the job as plain values."""
+        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
         return {
             "world_size": self.env.world_size,
             "backend": self.backend,
-            "device": f"{self.device.type} ({name})" if name else self.device.type,
+            "device": self.device.type + name,
             "precision": self.precision,
             "threads": torch.get_num_threads(),
         }
@@ -56,17 +57,17 @@ class DistributedContext:
 def init_distributed(
     config: Config, run_dir: Path | None = None, store: Store | None = None
 ) -> Iterator[DistributedContext]:
-    """Join the job for the length of a ``with`` block; a hang is noted in ``run_dir``.
+    """Join the job until the end of the block. NCCL's trace of a hang is written to ``run_dir``.
 
-    ``store`` is what ``rendezvous`` has returned, where the ranks have met before.
-    Raises UserError, before the ranks meet, for an environment, device, backend or precision that cannot be.
+    ``store`` is the result of ``rendezvous``, if the ranks have met before. Raise UserError, before the ranks meet, if
+    environment, device, backend or precision are invalid.
     """
     env = read_environment(os.environ)
     device = resolve_device(config.device, env, torch.cuda.device_count())
     if config.device == "auto" and device.type == "cpu" and torch.cuda.device_count() > 0 and env.local_rank == 0:
         warn(
             f"device=auto: training on the CPU, since {env.local_world_size} ranks on this node share "
-            f"{torch.cuda.device_count()} GPUs; start a rank per GPU to use them"
+            f"{torch.cuda.device_count()} GPUs; start one rank per GPU to use them"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -77,28 +78,63 @@ def init_distributed(
     precision = resolve_precision(config.precision, device)
     set_threads(config.distributed.threads)
     tune_malloc()
-    start_s, step_s = config.distributed.init_timeout_s, config.distributed.step_timeout_s
-    trace = run_dir / "flight-recorder" if run_dir is not None and backend == "nccl" else None
-    if trace is not None:  # before the group is made; see distlenet.distributed.watchdog
-        for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # as of torch 2.9, and before
+    trace_dir = run_dir / "flight-recorder" if run_dir is not None and backend == "nccl" else None
+    if trace_dir is not None:  # before the group is created
+        for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # since torch 2.9, and before
             os.environ.setdefault(name, "2000")
-    store = store if store is not None else rendezvous(env, start_s)
+    init_s, step_s = config.distributed.init_timeout_s, config.distributed.step_timeout_s
+    if store is None:
+        store = rendezvous(env, init_s)
     with (
-        process_group(store, env, backend, device, max(start_s, step_s) + BACKSTOP_S),
+        process_group(store, env, backend, device, max(init_s, step_s) + BACKEND_MARGIN_S),
         closing(RankLog(env, device)) as log,
-        run_watchdog(store, env, start_s, trace) as watchdog,
+        run_watchdog(store, env, init_s, trace_dir) as watchdog,
         report_failures(store, env, log),
     ):
         yield DistributedContext(env, device, backend, precision, watchdog, log)
 
 
-def set_threads(threads: int | None) -> None:
-    """Choose the CPU threads of this process.
+@contextmanager
+def process_group(
+    store: Store, env: DistributedEnvironment, backend: str, device: torch.device, timeout_s: float
+) -> Iterator[None]:
+    """Join the default process group, with the ``store`` of ``rendezvous``; leave it on every path out of the block.
 
-    One where nothing is said: the batches of a rank are small, and results on CPU depend on how a sum is
-    cut into threads, so a number taken from the machine would change them with the machine.
-    Raises RankError for an OMP_NUM_THREADS that is no number.
+    ``timeout_s`` limits each collective. Raise RankError if the ranks cannot connect.
     """
-    given = threads_from_environ(os.environ)
-    if threads is not None or given is None:
+    with convert_rendezvous_errors(env):
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", store),
+            rank=env.rank,
+            world_size=env.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if backend == "nccl" else None,
+        )
+    try:
+        yield
+    except (UserError, Preempted):  # raised on all ranks
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # let the collective that reported it finish
+        raise
+    except BaseException:
+        # Other ranks may be in a collective: NCCL's destroy waits for them forever, its abort does not.
+        if backend == "nccl" and hasattr(dist.distributed_c10d, "_abort_process_group"):
+            dist.distributed_c10d._abort_process_group()
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        # Gloo's threads end with the last reference to the group, which DistributedDataParallel holds in a cycle. A
+        # thread that outlives the interpreter aborts it: exit status 134 after a successful run.
+        gc.collect()
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the number of CPU threads: ``threads``, else OMP_NUM_THREADS, else 1.
+
+    Not torch's default: the batches of a rank are small, and results on CPU depend on the number of threads, so they
+    would differ between machines. Raise RankError if OMP_NUM_THREADS is invalid.
+    """
+    if threads is not None or threads_from_environ(os.environ) is None:
         torch.set_num_threads(threads or 1)

@@ -13,7 +13,7 @@ from distlenet.config.loading import read_yaml
 from distlenet.tracking.base import TEST_FILE, Record
 from distlenet.tracking.history import read_records
 from distlenet.utils.errors import UserError, printable, warn
-from distlenet.utils.structure import MOST, check_same_structure
+from distlenet.utils.structure import MAX_COUNT, check_same_structure
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ def _parse_error_analysis(text: str) -> Record:
 
 def to_number(value: Any) -> float | None:
     """Return ``value`` if it is a number that a chart can show, else None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and -MOST < value < MOST
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and -MAX_COUNT < value < MAX_COUNT
     return value if is_number else None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distlenet.tracking.base import Record, Tracker
 from distlenet.utils.errors import UserError
-from distlenet.utils.files import LineFile, replace_text, told
+from distlenet.utils.files import LineFile, convert_io_errors, replace_text
 
 
 class History(Tracker):
@@ -28,7 +28,7 @@ class History(Tracker):
     def start(self, run_info: Record) -> None:
         """Resume after step ``run_info["step"]``, and remove later records: those steps are trained again."""
         self.was_complete = run_info["complete"]
-        with told(self.directory):
+        with convert_io_errors(self.directory):
             kept = [line for line, record in read_records(self.path) if _is_in_checkpoint(record, run_info)]
             replace_text(self.directory / "config.yaml", self.settings_yaml)
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
@@ -42,7 +42,7 @@ class History(Tracker):
     def sync(self) -> None:
         """Flush all records to disk, so that no checkpoint outlives the records before it."""
         if self.lines is not None:
-            with told(self.directory):
+            with convert_io_errors(self.directory):
                 self.lines.sync()
 
     def finish(self, summary: Record) -> None:
@@ -52,7 +52,7 @@ class History(Tracker):
         if self.lines is not None:
             self.lines.flush()
         self.sync()
-        with told(self.directory):
+        with convert_io_errors(self.directory):
             replace_text(self.summary_path, to_json(summary, indent=2) + "\n")
 
     def close(self) -> None:

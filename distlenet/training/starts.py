@@ -13,7 +13,7 @@ from typing import Any
 
 from distlenet.distributed.environment import read_int
 from distlenet.utils.errors import UserError
-from distlenet.utils.files import LineFile, told as convert_io_errors
+from distlenet.utils.files import LineFile, convert_io_errors
 
 RUN_ID = re.compile(r"[0-9a-z]{8}")
 """The format of a run's id."""

@@ -1,46 +1,46 @@
-"""The exceptions that an entry turns into one line, and the one way to warn."""
+"""The exceptions that an entry point reports in one line, and warnings."""
 
 import contextlib
 import logging
 import sys
 
 LOGGER = logging.getLogger("distlenet")
-"""Hears every warning: a rank's log listens."""
+"""Receives every warning. A rank's log adds a handler to it."""
 LOGGER.setLevel(logging.INFO)
 LOGGER.propagate = False
 LOGGER.addHandler(logging.NullHandler())
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: a config key, a file, an environment variable.
+    """A mistake in the user's input: a setting, a file, an environment variable.
 
-    Its text is one line that names what was given, the rule it breaks and the mend. The entries
-    print that line once for the whole job, without a traceback, and exit with status 2.
+    Its text is one line that names what was given, what is wrong and how to fix it. The entry points print that line
+    once per job, without a traceback, and exit with status 2.
     """
 
 
 class RankError(UserError):
-    """A mistake that one node or rank alone may see, such as in its environment."""
+    """A UserError that may occur on a single node or rank, such as a wrong environment variable."""
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and has. Its text says after which step, and what is saved."""
+    """The run has stopped on request. The text contains the last step and the saved checkpoint."""
 
 
 def warn(text: str) -> None:
-    """Print one line to standard error, and tell ``LOGGER``."""
+    """Print one line to standard error and log it to ``LOGGER``."""
     line = printable(" ".join(text.split()))
     LOGGER.info(line)
     print_error(f"distlenet: {line}")
 
 
 def printable(text: str) -> str:
-    """Write what a terminal would obey, or no file can hold, as an escape: names of files and classes may have any."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    """Escape control characters and what cannot be encoded; names of files and classes may contain both."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def print_error(text: str) -> None:
-    """Print to standard error, as a whole; where nobody hears it (a full disk, a closed terminal), work goes on."""
+    """Print to standard error in one write. Ignore a failure, such as a full disk or a closed terminal."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()

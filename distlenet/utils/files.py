@@ -1,4 +1,4 @@
-"""Text files that a full disk, a kill or a power cut leaves whole."""
+"""Text files that stay consistent through a full disk, a kill or a power cut."""
 
 import os
 from collections.abc import Iterator
@@ -9,73 +9,76 @@ from distlenet.utils.errors import UserError, warn
 
 
 class LineFile:
-    """Append whole lines to a file. Where a line cannot be written, it waits in memory for the next try.
+    """A file to which complete lines are appended.
 
-    So a disk that is full for a while costs nothing, and no line stands in the file without those before it.
+    Lines that cannot be written stay in memory until the next attempt. So a temporarily full disk loses no line, and
+    the file never contains a line without its predecessors.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open ``path`` for appending; make it where it is not there. Raises OSError."""
+        """Open ``path`` for appending, and create it if needed. Raises OSError."""
         self.path = path
         self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self.size = os.fstat(self.descriptor).st_size
-        self.waiting = b""
-        self.failure: OSError | None = None  # why they wait
+        self.pending = b""
+        self.failure: OSError | None = None  # why lines are pending
 
     def add(self, line: str) -> None:
-        """Append ``line``, whose end is added, or keep it waiting; the first time, say so."""
-        self.waiting += line.encode() + b"\n"
+        """Append ``line`` and a newline, or keep them pending."""
+        self.pending += line.encode() + b"\n"
         self.flush()
 
     def flush(self) -> None:
-        """Try to write what waits; the first time that it has to wait on, say so."""
-        if not self.waiting:
+        """Try to write the pending lines. Warn at the first failure."""
+        if not self.pending:
             return
-        told = self.failure is not None
         try:
-            self._write(self.waiting)
+            self._write(self.pending)
         except OSError as error:
+            if self.failure is None:
+                warn(f"{self.path}: cannot be written: {error.strerror}; its lines stay in memory, training continues")
             self.failure = error
-            if not told:
-                warn(f"{self.path}: cannot be written: {error.strerror}; its lines wait in memory, training goes on")
         else:
-            self.waiting, self.failure = b"", None
+            self.pending, self.failure = b"", None
 
     def _write(self, content: bytes) -> None:
         rest = memoryview(content)
         try:
-            while rest:  # a disk may take a part first, and only then say why not the rest
+            while rest:  # a full disk may accept a part before it reports the error
                 rest = rest[os.write(self.descriptor, rest) :]
         except OSError:
-            os.ftruncate(self.descriptor, self.size)  # no half line
+            os.ftruncate(self.descriptor, self.size)  # remove the incomplete line
             raise
         self.size += len(content)
 
     def sync(self) -> None:
-        """Have everything on the disk; any thread may call it. Raises OSError where lines wait."""
+        """Write all lines to the disk. Raises OSError if lines are pending. Any thread may call it."""
         if (failure := self.failure) is not None:
             raise failure
         os.fsync(self.descriptor)
 
     def close(self) -> None:
-        """Close the file, after a last try."""
+        """Flush and close the file."""
         self.flush()
         os.close(self.descriptor)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never half. Raises OSError."""
+    """Write a text file atomically: a reader gets the old or the new text. Raises OSError."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.unlink(missing_ok=True)  # what a kill has left, or a link to somewhere else
+    temporary.unlink(missing_ok=True)  # left by a killed process, or a link to another file
     with open(temporary, "x", encoding="utf-8") as file:
         file.write(text)
     os.replace(temporary, path)
 
 
 @contextmanager
-def told(folder: Path) -> Iterator[None]:
-    """Turn an OSError into a UserError that names the run folder."""
+def convert_io_errors(run_dir: Path) -> Iterator[None]:
+    """Convert an OSError to a UserError that names the run directory."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"run folder {folder}: cannot be written: {error.strerror or error}; mend that") from error
+        reason = error.strerror or error
+        raise UserError(
+            f"run directory {run_dir}: cannot be written: {reason}; check its disk and permissions"
+        ) from error

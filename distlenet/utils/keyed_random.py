@@ -1,4 +1,4 @@
-"""Random-looking numbers that are functions of what they are for, not of who draws them, nor when."""
+"""Random numbers that are functions of a key, such as (seed, epoch, index), and of no generator's state."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ BITS_32 = 0xFFFFFFFF
 
 
 def mix32(state: Tensor) -> Tensor:
-    """Scramble 32-bit numbers, held in int64, one to one.
+    """Apply a bijective mixer to 32-bit numbers, stored in int64.
 
-    The "lowbias32" mixer (https://nullprogram.com/blog/2018/07/31/).
+    It is the "lowbias32" mixer of https://nullprogram.com/blog/2018/07/31/.
     """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         state = ((state ^ (state >> shift)) * factor) & BITS_32
@@ -17,7 +17,7 @@ def mix32(state: Tensor) -> Tensor:
 
 
 def hash32(values: Tensor, *words: int | Tensor) -> Tensor:
-    """Hash (value, words...) to 32 random-looking bits, as int64 of the shape of ``values``."""
+    """Hash (value, words...) to 32 random bits, as int64 in the shape of ``values``."""
     state = mix32(values & BITS_32)
     for word in words:
         state = mix32((state ^ word) & BITS_32)
@@ -25,9 +25,10 @@ def hash32(values: Tensor, *words: int | Tensor) -> Tensor:
 
 
 def seed_micro_batch(device: torch.device, seed: int, step: int, shard: int) -> None:
-    """Seed ``device``'s generator for one micro-batch, so that dropout in it depends on these three alone.
+    """Seed the generator of ``device`` for one micro-batch, such as for its dropout.
 
-    Then no generator's state needs to be saved, and ranks can share the shards in any way.
+    The random numbers then depend only on (seed, step, shard): no generator state has to be saved, and any rank can
+    process any shard.
     """
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
     generator.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + shard + 1) % 2**63)

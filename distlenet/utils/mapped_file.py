@@ -1,8 +1,8 @@
-"""Files that all processes of a node map: one copy in memory, however many ranks there are.
+"""Files that all processes of a node map into memory: one copy, for any number of ranks.
 
-A plain file is mapped as it is. What has to be made first, such as a .gz file's contents, goes into a file that
-lives in memory only (memfd_create), which other processes open through /proc. It takes no room on any disk nor in
-/dev/shm, and is gone with the last process that maps it, however that ends.
+A plain file is mapped directly. Generated content, such as a decompressed .gz file, goes into an anonymous file
+(memfd_create) that other processes open through /proc. It needs no space on a disk or in /dev/shm, and disappears with
+the last process that maps it, even after a kill.
 """
 
 import hashlib
@@ -19,54 +19,54 @@ CHUNK = 2**20  # bytes read or written at a time
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a process of this node finds a file, and which one it must be: its device and inode numbers."""
+class FileRef:
+    """A reference to a file, valid in every process of a node: its path, and its device and inode for verification."""
 
     path: str
     device: int
     inode: int
 
     def map(self, shared: bool = False) -> Tensor:
-        """Return the file's bytes, uint8 (n,), in memory that all who map it share; writing is private, or ``shared``.
+        """Return the bytes of the file, as uint8 (n,). Writes are private unless ``shared``.
 
-        Raises OSError where it is not there, or another file is: in a container that sees other processes; also where
-        there is no memory for it.
+        Raises OSError if there is no memory, or if the path leads to no file or to another file, as in a container
+        with a separate process namespace.
         """
-        found = os.stat(self.path)
-        if (found.st_dev, found.st_ino) != (self.device, self.inode):
-            raise FileNotFoundError(f"{self.path} is another file here")
+        status = os.stat(self.path)
+        if (status.st_dev, status.st_ino) != (self.device, self.inode):
+            raise FileNotFoundError(f"{self.path} is another file in this process")
         try:
-            return torch.from_file(self.path, shared=shared, size=found.st_size, dtype=torch.uint8)
+            return torch.from_file(self.path, shared=shared, size=status.st_size, dtype=torch.uint8)
         except RuntimeError as error:
             raise OSError(" ".join(str(error).split())) from error
 
 
 class SharedFile:
-    """An open file; others can map it as long as it is not closed."""
+    """An open file that other processes can map until it is closed."""
 
     def __init__(self, descriptor: int) -> None:
-        """Own the open file ``descriptor``."""
+        """Take ownership of the open file ``descriptor``."""
         self.descriptor = descriptor
         status = os.fstat(descriptor)
-        self.place = Place(f"/proc/{os.getpid()}/fd/{descriptor}", status.st_dev, status.st_ino)
+        self.ref = FileRef(f"/proc/{os.getpid()}/fd/{descriptor}", status.st_dev, status.st_ino)
 
     def sha256(self) -> str:
-        """Hash the contents."""
-        with open(self.place.path, "rb") as file:
+        """Return the SHA-256 of the content, as hex digits."""
+        with open(self.ref.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def close(self) -> None:
-        """Let go; what is mapped stays."""
+        """Close the file. Existing mappings stay valid."""
         os.close(self.descriptor)
 
 
-def on_disk(path: Path) -> SharedFile:
-    """Open a plain file. Raises OSError where that cannot be."""
+def open_shared(path: Path) -> SharedFile:
+    """Open a plain file. Raises OSError."""
     return SharedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
 
-def in_memory(chunks: Iterable[Buffer]) -> SharedFile:
-    """Make a file in memory of ``chunks``."""
+def create_shared(chunks: Iterable[Buffer]) -> SharedFile:
+    """Create an anonymous file in memory from ``chunks``."""
     descriptor = os.memfd_create("distlenet")
     with open(descriptor, "wb", closefd=False) as file:
         for chunk in chunks:

@@ -1,6 +1,6 @@
-"""No rank outlives the agent that started it, and no loader's worker its rank.
+"""Settings of this process in the kernel and the C library: when it exits, and how it allocates memory.
 
-Imports nothing heavy: an entry calls it before importing torch, which takes seconds in which an agent may die.
+This module imports only the standard library: entry points use it before they import torch, which takes seconds.
 """
 
 import ctypes
@@ -9,23 +9,39 @@ import signal
 import sys
 from collections.abc import Mapping
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # prctl(2)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+MMAP_THRESHOLD_MAX = 32 * 2**20  # bytes; the largest value of M_MMAP_THRESHOLD on 64-bit machines, mallopt(3)
+INT_MAX = 2**31 - 1
 
 
 def exit_with_agent(environ: Mapping[str, str] = os.environ) -> None:
-    """Have the kernel kill this process when torchrun's agent, its parent, dies: it would train on, unseen.
+    """Let the kernel kill this process when torchrun's agent, its parent, dies; else it would continue unattended.
 
-    Does nothing outside torchrun: a rank that a shell started may outlive it.
+    Without torchrun this does nothing: a rank that was started by a shell may outlive the shell.
     """
     if "TORCHELASTIC_RUN_ID" in environ:
         exit_with_parent()
 
 
 def exit_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies. Source: prctl(2), PR_SET_PDEATHSIG."""
+    """Let the kernel kill this process when its parent dies."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died in between
+    if os.getppid() != parent:  # the parent died before the call
         sys.exit(1)
+
+
+def tune_malloc() -> bool:
+    """Keep freed memory in the process for the next step. Return whether the C library supports it; musl does not.
+
+    Each step frees its activations and allocates the same sizes again. By default, glibc returns blocks above some
+    hundred kilobytes to the kernel each time, which has to clear and map new pages: up to a third of the step of a
+    small network (benchmarks/RESULTS.md). The peak of the process's memory stays the same.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_MAX) and mallopt(M_TRIM_THRESHOLD, INT_MAX))

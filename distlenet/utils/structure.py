@@ -1,44 +1,45 @@
-"""Is a loaded state built like the one it is to replace? A file that is whole may still hold anything."""
+"""Check the structure of a loaded state. A file with a valid checksum may still contain anything."""
 
 from typing import Any
 
 from torch import Tensor
 
-MOST = 2**53
-"""Whole numbers of a state are below it: what counts steps or images does not grow beyond."""
+MAX_COUNT = 2**53
+"""Integers of a state are counts, of steps or images, below this bound."""
 
 
 def check_same_structure(value: Any, like: Any, name: str) -> None:
-    """Raise ValueError, naming the first place, where ``value`` is not built like ``like``.
+    """Raise ValueError, naming the first difference, unless ``value`` has the structure of ``like``.
 
-    Dicts have the same keys and lists the same lengths, tensors the same shapes and types; numbers are numbers, the
-    whole ones from 0 to 2**53; None stands for a text that may be missing.
+    Dicts have the same keys, sequences the same lengths, tensors the same shapes and dtypes. Integers are from 0 to
+    2**53. None in ``like`` also accepts a string.
     """
-    if isinstance(like, Tensor):
-        fits = isinstance(value, Tensor) and value.dtype == like.dtype and value.shape == like.shape
-    elif isinstance(like, dict):
-        fits = isinstance(value, dict) and value.keys() == like.keys()
-    elif isinstance(like, list | tuple):
-        fits = isinstance(value, list | tuple) and len(value) == len(like)
-    elif isinstance(like, bool):
-        fits = isinstance(value, bool)
-    elif isinstance(like, int):
-        fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
-    elif isinstance(like, float):
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        fits = isinstance(value, str) or (value is None and like is None)
-    if not fits:
-        raise ValueError(f"{name} is {_short(value)}, expected something like {_short(like)}")
+    if not _matches(value, like):
+        raise ValueError(f"{name} is {_summary(value)}, expected something like {_summary(like)}")
     if isinstance(like, dict):
         for key in like:
             check_same_structure(value[key], like[key], f"{name}.{key}")
     elif isinstance(like, list | tuple):
-        for number, (mine, other) in enumerate(zip(value, like, strict=True)):
-            check_same_structure(mine, other, f"{name}[{number}]")
+        for index, (item, like_item) in enumerate(zip(value, like, strict=True)):
+            check_same_structure(item, like_item, f"{name}[{index}]")
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {value.dtype}"
-    return repr(value)[:60]
+def _matches(value: Any, like: Any) -> bool:
+    match like:
+        case Tensor():
+            return isinstance(value, Tensor) and value.dtype == like.dtype and value.shape == like.shape
+        case dict():
+            return isinstance(value, dict) and value.keys() == like.keys()
+        case list() | tuple():
+            return isinstance(value, list | tuple) and len(value) == len(like)
+        case bool():
+            return isinstance(value, bool)
+        case int():
+            return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
+        case float():
+            return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, str) or (value is None and like is None)
+
+
+def _summary(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)[:60]

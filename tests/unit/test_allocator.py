@@ -7,7 +7,7 @@ pytestmark = pytest.mark.unit
 
 PAGE_FAULTS = """
 import resource, sys, torch
-from distlenet.utils.allocator import tune_malloc
+from distlenet.utils.process import tune_malloc
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     assert tune_malloc()

@@ -39,7 +39,7 @@ def test_lines_wait_for_a_full_disk_and_none_is_torn_or_lost(tmp_path, capsys):
     assert path.read_text() == "first\nsecond\nthird\nfourth\n"
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
-    assert "cannot be written: File too large; its lines wait in memory, training goes on" in told[0]
+    assert "cannot be written: File too large; its lines stay in memory, training continues" in told[0]
 
 
 def test_it_goes_on_at_the_end(tmp_path):

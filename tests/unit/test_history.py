@@ -85,7 +85,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
 def test_files_that_cannot_be_written_are_an_error(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=f"run folder {tmp_path}: cannot be written"):
+    with pytest.raises(UserError, match=f"run directory {tmp_path}: cannot be written"):
         write(tmp_path, [1])
 
 
