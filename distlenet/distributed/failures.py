@@ -1,40 +1,30 @@
-"""Which rank failed first, and why: one block for the whole job, whichever ranks fail after it."""
+"""Failure reports: the first rank that fails prints its traceback, the ranks that fail after it one line each."""
 
+import contextlib
 import re
-import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rank_log import RankLog
 from distlenet.utils.errors import Preempted, UserError, print_error
 
-ASK_S = 2.0
-"""Seconds that the store has to say who failed before."""
-
-MOST = 8
-"""How many ranks tell that they failed, too; in a large job, all do."""
-
-MOST_CHARACTERS = 140
-"""How much of its message each of those prints."""
-
-PASSING = ("failures.py", "context.py", "entry_point.py")
-"""The files of this package through which every exception comes."""
-
-LOST = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited|connection refused", re.IGNORECASE)
+STORE_TIMEOUT_S = 2.0
+MAX_REPORTS = 8  # in a large job all ranks fail after the first
+MAX_CHARACTERS = 140  # of the message in a report of one line
+PEER_LOST = re.compile("(?i)closed by peer|reset by peer|broken pipe|remote process exited|connection refused")
 
 
 @contextmanager
 def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> Iterator[None]:
-    """Tell of an exception that ends this rank: the first in the job with its traceback, the next in a line.
+    """Report an exception of this rank, write its traceback to the rank's log, and raise it again.
 
-    Each writes its traceback to its log. ``store`` is that of this start of the ranks alone.
+    ``store``, which counts the failures, must be used by this start of the ranks only.
     """
     try:
         yield
@@ -42,40 +32,32 @@ def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> 
         raise
     except Exception as error:
         log.write("\n".join(_traceback(error)))
-        where = f"\ndistlenet: its log is {log.handler.baseFilename}" if log.handler else ""
-        place = _place(store)
-        if place == 1:
-            print_error(format_failure(error, env) + where)
-        elif place <= MOST:
-            text = " ".join(str(error).split())[:MOST_CHARACTERS]
-            who = f"rank {env.rank} of {env.world_size} on {socket.gethostname()}"
-            print_error(f"distlenet: {who} failed after it: {type(error).__name__}: {text}")
+        failures = 1
+        with contextlib.suppress(RuntimeError):  # the store may not respond
+            store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
+            failures = store.add("failures", 1)
+        if failures == 1:
+            path = f"\ndistlenet: the log is {log.handler.baseFilename}" if log.handler else ""
+            print_error(format_failure(error, env) + path)
+        elif failures <= MAX_REPORTS:
+            text = " ".join(str(error).split())[:MAX_CHARACTERS]
+            print_error(f"distlenet: {env} failed after it: {type(error).__name__}: {text}")
         error.reported = True  # type: ignore[attr-defined]
         raise
 
 
-def _place(store: Store) -> int:
-    """Return how many ranks have failed, this one among them; 1 where nobody is there to ask."""
-    try:
-        store.set_timeout(timedelta(seconds=ASK_S))
-        return store.add("failures", 1)
-    except (dist.DistError, RuntimeError):
-        return 1
-
-
 def format_failure(error: Exception, env: DistributedEnvironment) -> str:
-    """Write what ended a rank."""
-    who = f"rank {env.rank} of {env.world_size} on {socket.gethostname()} " if env.world_size > 1 else ""
-    text = f"distlenet: {who}failed:\n" + "\n".join(f"  {line}" for line in _traceback(error))
-    if LOST.search(str(error)):
-        text += "\ndistlenet: another rank has gone without a word: killed, out of memory, or its node is down"
+    """Return the message that reports an exception with its traceback."""
+    rank = f"{env} " if env.world_size > 1 else ""
+    text = f"distlenet: {rank}failed:\n" + "\n".join(f"  {line}" for line in _traceback(error))
+    if PEER_LOST.search(str(error)):
+        text += "\ndistlenet: another rank has exited without a report: killed, out of memory, or its node is down"
     return text
 
 
 def _traceback(error: Exception) -> list[str]:
-    """Write a traceback, without the places that only pass an exception on."""
+    """Return the lines of a traceback, without the outer frames of this package, which only pass exceptions on."""
     inner = error.__traceback__
-    while inner is not None and inner.tb_next is not None and Path(inner.tb_frame.f_code.co_filename).name in PASSING:
+    while inner and inner.tb_next and Path(inner.tb_frame.f_code.co_filename).parent == Path(__file__).parent:
         inner = inner.tb_next
-    lines = traceback.format_exception(type(error), error, inner)
-    return "".join(lines).rstrip().splitlines()
+    return "".join(traceback.format_exception(type(error), error, inner)).rstrip().splitlines()

@@ -22,10 +22,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL may use
 
 
 class Preemption:
-    """The stop request of this rank, and the time that it leaves."""
+    """The stop request of this rank, which must exit ``grace_s`` seconds after it."""
 
     def __init__(self, grace_s: float) -> None:
-        """Allow ``grace_s`` seconds from the signal to the exit."""
+        """Handle no signal before ``install``."""
         self.grace_s = grace_s
         self.requested_by: str | None = None
         self.deadline = float("inf")
@@ -64,10 +64,7 @@ def handle_preemption(grace_s: float) -> Iterator[Preemption]:
 
 @contextmanager
 def block_signals() -> Iterator[None]:
-    """Block the signals during the block; a process forked in it keeps them blocked until ``worker_init_fn``.
-
-    Otherwise SIGTERM would end a new loader worker: torch installs its own handler there.
-    """
+    """Block the signals, also for a worker forked in the block until ``worker_init_fn``: SIGTERM would end it."""
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -94,13 +91,9 @@ def _exit_on_sigterm_from_parent() -> None:
 
 
 class StopFlag:
-    """Whether any rank requested a stop, read on the host without waiting for the current step of the device.
+    """Whether any rank requested a stop, read on the host without waiting for the current step of the device."""
 
-    On a GPU each value is read ``DELAY`` steps after its step: it is complete by then, and all ranks read the value of
-    the same step.
-    """
-
-    DELAY = 4
+    DELAY = 4  # steps until a value is read on a GPU: it is computed by then, and all ranks read the same step's
 
     def __init__(self, device: torch.device) -> None:
         """Read values from ``device``."""

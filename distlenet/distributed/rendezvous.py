@@ -1,6 +1,7 @@
-"""How ranks meet: in a key-value store, in which each says that it is there, before there is a process group."""
+"""Rendezvous: before the process group exists, all ranks register in a key-value store."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -8,159 +9,187 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import cast
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
-from distlenet.distributed.address import address, first_host, resolve, wait_for_port
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.utils.errors import RankError
 
-GRACE_S = 10.0
-"""Seconds beyond twice its timeout that a store may take to open: torch tries twice, and waits in between."""
+T = TypeVar("T")
+RESOLVE_TIMEOUT_S = 10.0
+CONNECT_MARGIN_S = 10.0  # opening a store takes up to twice its timeout: torch connects twice, with a pause
 
 
-def open_store(env: DistributedEnvironment, timeout: timedelta) -> Store:
-    """Open the job's key-value store: in this process, in torchrun's agent, or in rank 0."""
-    if env.init_method is None:  # a group of one: no address, no port, no network
+def rendezvous(env: DistributedEnvironment, timeout_s: float, setting: str = "distributed.init_timeout_s") -> Store:
+    """Wait until all ranks have registered; return a store that only this start of the job uses.
+
+    Raise RankError if a rank does not register within ``timeout_s`` seconds, the value of ``setting``.
+    """
+    with convert_rendezvous_errors(env):
+        return register(open_store(env, timeout_s), env, timeout_s, setting)
+
+
+def master_address(env: DistributedEnvironment) -> tuple[str, int]:
+    """Return host and port of the store; an empty host for a single process."""
+    if env.init_method == "env://":
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, _, port = (env.init_method or "").removeprefix("tcp://").rpartition(":")
+    return host, int(port or 0)
+
+
+def open_store(env: DistributedEnvironment, timeout_s: float) -> Store:
+    """Open the job's store: in this process, in torchrun's agent, or in rank 0. Raise RankError if that fails."""
+    if env.init_method is None:
         return cast(Store, HashStore())
-    resolve(first_host(env))
+    wait_for_server(env, timeout_s)
+    timeout = timedelta(seconds=timeout_s)
     if env.init_method == "env://":
         store, _, _ = next(torch_rendezvous(env.init_method, env.rank, env.world_size, timeout=timeout))
         return cast(Store, store)
-    host, port = address(env)
-    if env.rank != 0:
-        wait_for_port(host, port, time.monotonic() + timeout.total_seconds(), env)
-    # Does not wait for the others: ``meet`` does, which can say who is missing.
-    return in_time(lambda: TCPStore(host, port, None, env.rank == 0, timeout, wait_for_workers=False), timeout, env)
-
-
-def in_time(make: Callable[[], Store], timeout: timedelta, env: DistributedEnvironment) -> Store:
-    """Make a store. Raises RankError where whoever listens there does not answer, for which torch waits for ever."""
-    made: list[Store] = []
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            made.append(make())
-        except BaseException as error:  # for the thread that waits
-            failures.append(error)
-
-    thread = threading.Thread(target=run, name="store", daemon=True)
-    thread.start()
-    thread.join(2 * timeout.total_seconds() + GRACE_S)  # sooner, and it could end while the process does, and abort it
-    if failures:
-        raise failures[0]
-    if not made:
-        host, port = address(env)
-        raise RankError(
-            f"rank {env.rank} of {env.world_size}: what listens at {host}:{port} is not rank 0; "
-            "set MASTER_PORT to a free port for all ranks"
+    host, port = master_address(env)
+    try:  # without wait_for_workers: ``register`` waits, and names the missing ranks
+        return call_with_timeout(
+            lambda: TCPStore(host, port, None, env.rank == 0, timeout, wait_for_workers=False),
+            2 * timeout_s + CONNECT_MARGIN_S,  # TCPStore itself waits forever if the server does not respond
         )
-    return made[0]
+    except TimeoutError as error:
+        raise RankError(
+            f"{env}: the process that listens on {host}:{port} is not rank 0; set MASTER_PORT to a free port for all "
+            "ranks"
+        ) from error
 
 
-def meet(store: Store, env: DistributedEnvironment, timeout: timedelta, setting: str) -> Store:
-    """Wait until all ranks are here; return the part of the store that is theirs alone.
+def wait_for_server(env: DistributedEnvironment, timeout_s: float) -> None:
+    """Wait until rank 0's host name resolves and, in the other ranks, until its port is open.
 
-    torchrun keeps one store over all restarts of the ranks (seen with torch 2.15), so what it holds may be of ranks
-    that are dead: their addresses, too, with which a process group would wait for ever. So rank 0 makes a name for
-    this start. Each other rank answers under it, with a word of its own that rank 0 must repeat: a name whose
-    repeated word is another's is an old one.
-    Raises RankError that names the ranks that are not here after ``timeout``, and the ``setting`` that it comes from.
+    Raise RankError if not. torch would retry a wrong name until its timeout, and print C++ stacks for a closed port.
     """
-    deadline, word = time.monotonic() + timeout.total_seconds(), uuid.uuid4().hex
-    own = f"{word} {socket.gethostname()}"
+    (host, port), started = master_address(env), time.monotonic()
+    for attempt in itertools.count(1):
+        try:
+            socket.getaddrinfo(host, port)
+            if env.rank != 0 and env.init_method != "env://":
+                socket.create_connection((host, port), timeout=min(5.0, timeout_s)).close()
+            return
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            waited_s = time.monotonic() - started
+            unresolved = isinstance(error, (socket.gaierror, UnicodeError))
+            if unresolved and attempt > 1 and waited_s > RESOLVE_TIMEOUT_S:  # a name server may fail once
+                raise RankError(
+                    f"the host name {host} of rank 0 cannot be resolved on {socket.gethostname()} ({reason}); set "
+                    "MASTER_ADDR, or on that node torchrun's --local-addr, to an address that all nodes know"
+                ) from error
+            if not unresolved and waited_s > timeout_s:
+                raise RankError(
+                    f"{env} cannot connect to rank 0 at {host}:{port}: {reason}; check that MASTER_ADDR is rank 0's "
+                    "host, that rank 0 has started, and that the port is open"
+                ) from error
+            time.sleep(0.5 if unresolved else 0.1)
+
+
+def register(store: Store, env: DistributedEnvironment, timeout_s: float, setting: str) -> Store:
+    """Register this rank, wait for all others, and return the part of ``store`` that only this start uses.
+
+    torchrun keeps one store over all restarts (seen with torch 2.15), so it may contain the addresses of ranks that
+    have exited. Rank 0 therefore creates a new prefix, under which the other ranks register with a nonce. Rank 0
+    returns the nonces; under an old prefix it does not.
+    """
+    deadline, nonce = time.monotonic() + timeout_s, uuid.uuid4().hex
+    keys = [host_key(rank) for rank in range(env.world_size)]
+    entry = f"{nonce} {socket.gethostname()}"
     if env.rank == 0:
-        here = PrefixStore(f"distlenet/{word}", store)
-        here.set(host_key(0), own)
-        store.set("distlenet/start", word)
-        _wait(here, [host_key(rank) for rank in range(env.world_size)], deadline, env, setting)
-        words = {rank: here.get(host_key(rank)).decode().split()[0] for rank in range(env.world_size)}
-        here.set("words", json.dumps(words))
-        return here
+        start = PrefixStore(f"distlenet/{nonce}", store)
+        start.set(host_key(0), entry)
+        store.set("distlenet/start", nonce)
+        _wait_for_ranks(start, keys, deadline, env, setting)
+        start.set("nonces", json.dumps([value.decode().split()[0] for value in start.multi_get(keys)]))
+        return start
     while True:
-        _wait(store, ["distlenet/start"], deadline, env, setting)
-        here = PrefixStore(f"distlenet/{store.get('distlenet/start').decode()}", store)
-        here.set(host_key(env.rank), own)
-        with contextlib.suppress(dist.DistStoreError):  # not yet, or never: then look for a newer name
-            here.wait(["words"], timedelta(seconds=1))
-            if json.loads(here.get("words")).get(str(env.rank)) == word:
-                return here
+        _wait_for_ranks(store, ["distlenet/start"], deadline, env, setting)
+        start = PrefixStore(f"distlenet/{store.get('distlenet/start').decode()}", store)
+        start.set(host_key(env.rank), entry)
+        with contextlib.suppress(dist.DistStoreError):  # not all have registered, or the prefix is old: read it again
+            start.wait(["nonces"], timedelta(seconds=1))
+            if nonce in json.loads(start.get("nonces")):
+                return start
             time.sleep(0.02)
         if time.monotonic() > deadline:
-            _wait(here, [host_key(rank) for rank in range(env.world_size)], deadline, env, setting)
-            raise RankError(
-                f"rank {env.rank} of {env.world_size} on {socket.gethostname()}: rank 0 did not answer; look "
-                "whether its process runs"
-            )
+            _wait_for_ranks(start, keys, deadline, env, setting)
+            raise RankError(f"{env}: rank 0 does not respond; check that its process is running")
 
 
-def _wait(store: Store, keys: list[str], deadline: float, env: DistributedEnvironment, setting: str) -> None:
-    """Wait for ranks' ``keys``; raise RankError that says whose are missing after ``deadline``."""
+def _wait_for_ranks(store: Store, keys: list[str], deadline: float, env: DistributedEnvironment, setting: str) -> None:
+    """Wait for the key of each rank. Raise RankError that names the ranks whose keys are missing after ``deadline``."""
     try:
         store.wait(keys, timedelta(seconds=max(0.01, deadline - time.monotonic())))
     except dist.DistStoreError as error:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         raise RankError(
-            f"rank {env.rank} of {env.world_size} on {socket.gethostname()}: {format_ranks(missing)} did not "
-            f"come in time ({setting}); look whether their nodes run, and reach the node of rank 0"
+            f"{env}: {format_ranks(missing)} did not join in time ({setting}); check that their nodes are up and can "
+            "connect to the node of rank 0"
         ) from error
 
 
 def host_key(rank: int) -> str:
-    """Name the entry that a rank makes when it comes."""
+    """Return the store key under which a rank registers its host name."""
     return f"host/{rank}"
 
 
 def host_of(store: Store, rank: int) -> str:
-    """Return the name of a rank's host, as the rank itself said."""
+    """Return the host name of a registered rank."""
     return store.get(host_key(rank)).decode().partition(" ")[2]
 
 
-def format_ranks(ranks: Sequence[int], most: int = 16) -> str:
-    """Write ``rank 3`` or ``ranks 3, 5, 6``, and of very many the first."""
-    listed = ", ".join(str(rank) for rank in ranks[:most]) + (f" and {len(ranks) - most} more" * (len(ranks) > most))
+def format_ranks(ranks: Sequence[int], limit: int = 16) -> str:
+    """Return ``rank 3``, ``ranks 3, 5, 6``, or the first ``limit`` ranks and how many more."""
+    listed = ", ".join(str(rank) for rank in ranks[:limit]) + f" and {len(ranks) - limit} more" * (len(ranks) > limit)
     return f"rank{'s' * (len(ranks) != 1)} {listed}"
 
 
-def rendezvous(env: DistributedEnvironment, timeout_s: float, setting: str = "distributed.init_timeout_s") -> Store:
-    """Wait until all ranks are here; return the part of their store that is this start's.
+def call_with_timeout(function: Callable[[], T], timeout_s: float) -> T:
+    """Return ``function()``, called in a daemon thread. Raise TimeoutError if it has not returned in time."""
+    result: Future[T] = Future()
 
-    They have ``timeout_s`` seconds, as ``setting`` says. Raises RankError where they do not come together.
-    """
-    timeout = timedelta(seconds=timeout_s)
-    with convert_rendezvous_errors(env):
-        return meet(open_store(env, timeout), env, timeout, setting)
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:  # raised in the calling thread
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result.result(timeout_s)
 
 
 @contextmanager
 def convert_rendezvous_errors(env: DistributedEnvironment) -> Iterator[None]:
-    """Turn what torch raises where ranks do not come together into a RankError."""
+    """Raise RankError for the errors of torch that mean the ranks cannot connect."""
     try:
         yield
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError, RuntimeError) as error:
-        host, port = first_host(env), (env.init_method or "").rpartition(":")[2]
+    except (RuntimeError, ValueError) as error:
+        host, port = master_address(env)
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise RankError(
-                f"port {port} on {socket.gethostname()} is in use, by another job or what is left of one; "
-                "set MASTER_PORT to a free one for all ranks, or end that process"
+                f"port {port} on {socket.gethostname()} is in use, by another job or the rest of an earlier one; set "
+                "MASTER_PORT to a free port for all ranks, or end that process"
             ) from error
         if "find address for" in str(error):  # Gloo
-            pinned, has = os.environ.get("GLOO_SOCKET_IFNAME", ""), ", ".join(n for _, n in socket.if_nameindex())
+            known = ", ".join(name for _, name in socket.if_nameindex())
             raise RankError(
-                f"GLOO_SOCKET_IFNAME={pinned}: {socket.gethostname()} has no such network interface with an address; "
-                f"it has {has}; set one of them, or unset it"
+                f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME', '')}: {socket.gethostname()} has no such "
+                f"network interface with an address; set one of {known}, or unset it"
             ) from error
         if isinstance(error, RuntimeError) and not isinstance(error, dist.DistError):
-            raise  # no matter of meeting
-        where = "torchrun's agent" if env.init_method == "env://" else f"{host}:{port}"
+            raise  # not about connections
+        server = "torchrun's agent" if env.init_method == "env://" else f"{host}:{port}"
         raise RankError(
-            f"rank {env.rank} of {env.world_size} could not join the others at {where}: "
-            f"{str(error).splitlines()[0]}; look whether MASTER_ADDR and MASTER_PORT are rank 0's"
+            f"{env} could not connect to {server}: {str(error).splitlines()[0]}; check that MASTER_ADDR and "
+            "MASTER_PORT are those of rank 0"
         ) from error

@@ -1,8 +1,7 @@
-"""What ends a job that hangs, and says who does not answer.
+"""The watchdog: it ends a rank that hangs, and names the ranks that do not respond.
 
-A collective waits for the slowest rank, for ever where that one has stopped; the ranks that wait know only that
-they wait. So each rank watches itself in a thread: when no step ends for too long, it leaves a note in the job's
-store, and looks whose notes are missing there.
+A collective waits forever for a rank that has stopped, and does not report which one it is. A thread of each rank
+therefore writes a note to the job's store if no step ends in time, and reads the notes of the others.
 """
 
 import contextlib
@@ -11,118 +10,106 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import Store
 
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.distributed.rendezvous import format_ranks, host_of
+from distlenet.distributed.rendezvous import call_with_timeout, format_ranks, host_of
 from distlenet.utils.errors import warn
 
-ASK_SHARE = 0.1  # of the timeout is how long the others may take to notice it too,
-ASK_LEAST_S, ASK_MOST_S = 1.0, 10.0  # within these bounds
 HUNG = 1  # exit status
-SUSPENDED_S = 30.0  # between two looks: no running process is that late
+SUSPENDED_S = 30.0  # no running process checks this late; one that was suspended does (scontrol suspend)
 
 
 class Watchdog:
-    """Ends this process where ``heartbeat`` is not called for ``limit_s`` seconds."""
+    """End this process if ``heartbeat`` is not called for ``limit_s`` seconds."""
 
-    def __init__(self, store: Store, env: DistributedEnvironment, limit_s: float, trace: Path | None) -> None:
-        """Watch from now on; ``trace`` is the folder for what NCCL recorded, None without NCCL."""
-        # A connection of its own, where torch is new enough for that: the first may be waiting.
+    def __init__(self, store: Store, env: DistributedEnvironment, limit_s: float, trace_dir: Path | None) -> None:
+        """Start the time limit; NCCL's flight recorder is written to ``trace_dir``, unless None."""
+        # A separate connection, if torch has ``clone``: the main thread may be waiting on the first.
         self.store = store.clone() if env.init_method and hasattr(store, "clone") else store
-        self.env, self.trace = env, trace
-        self.first_host = host_of(self.store, 0)  # now: later rank 0 may be what is missing
+        self.env, self.trace_dir = env, trace_dir
+        self.master_host = host_of(self.store, 0)  # read now: later the store may not respond
         self.ended = threading.Event()
         self.limit_s, self.setting = limit_s, "distributed.init_timeout_s"
-        self.step, self.last = 0, time.monotonic()
-        self.end: Callable[[int], Any] = os._exit  # no cleaning up: the main thread is stuck
+        self.step, self.last_heartbeat = 0, time.monotonic()
 
     def set_timeout(self, limit_s: float, setting: str) -> None:
-        """Go over to another limit, the value of ``setting``."""
-        self.last = time.monotonic()  # first: the thread may look in between
+        """Set another time limit, the value of ``setting``."""
+        self.last_heartbeat = time.monotonic()  # first, since the thread may check between the two
         self.limit_s, self.setting = limit_s, setting
 
     def heartbeat(self, step: int) -> None:
-        """Say that all is well, after ``step`` steps. Costs nothing."""
-        self.step, self.last = step, time.monotonic()
+        """Record that ``step`` steps have ended."""
+        self.step, self.last_heartbeat = step, time.monotonic()
 
     def watch(self) -> None:
-        """Look until ``ended``."""
-        looked = time.monotonic()
+        """Check the time until ``ended`` is set; after the limit, report and end the process."""
+        last_check = time.monotonic()
         while not self.ended.wait(min(1.0, self.limit_s / 10)):
             now = time.monotonic()
-            if (slept := now - looked) > SUSPENDED_S:  # the whole process was stopped, as by scontrol suspend
-                self.last += slept
-            looked = now
-            if time.monotonic() - self.last > self.limit_s:
+            if now - last_check > SUSPENDED_S:
+                self.last_heartbeat += now - last_check
+            last_check = now
+            if time.monotonic() - self.last_heartbeat > self.limit_s:
                 try:
                     self.report()
                 finally:
-                    self.end(HUNG)
-                return
+                    os._exit(HUNG)  # without cleanup: the main thread is blocked
 
     def report(self) -> None:
-        """Say, on one rank, who does not answer."""
-        what = f"no step ended for {self.limit_s:g} s ({self.setting}) after step {self.step};"
-        if self.trace is not None:
-            what = f"{what} what NCCL did is in {self.trace}, for torchfrtrace;"
-        wait_s = min(max(self.limit_s * ASK_SHARE, ASK_LEAST_S), ASK_MOST_S)
-        findings: list[str | None] = []
-        # In a thread: a store whose process is stopped keeps the connection, and whoever reads from it, for ever.
-        asking = threading.Thread(target=lambda: findings.append(self.collect_notes(wait_s)), daemon=True)
-        asking.start()
-        asking.join(4 * wait_s)
-        if not findings:
-            where = "torchrun's agent" if self.env.init_method == "env://" else f"rank 0 on {self.first_host}"
-            warn(
-                f"{what} {where} does not answer (says rank {self.env.rank} on {socket.gethostname()}); look "
-                "whether it runs"
-            )
-        elif findings[0]:
-            warn(f"{what} {findings[0]}")
+        """Print, on one rank, which ranks do not respond."""
+        text = f"no step ended for {self.limit_s:g} s ({self.setting}) after step {self.step};"
+        if self.trace_dir is not None:
+            text += f" NCCL's flight recorder is in {self.trace_dir}, for torchfrtrace;"
+        wait_s = min(max(0.1 * self.limit_s, 1.0), 10.0)
+        try:  # with a timeout, since a store whose process is stopped never answers
+            finding = call_with_timeout(lambda: self.collect_notes(wait_s), 4 * wait_s)
+        except (TimeoutError, RuntimeError):
+            server = "torchrun's agent" if self.env.init_method == "env://" else f"rank 0 on {self.master_host}"
+            finding = f"{server} does not respond to {self.env}; check that it is running"
+        if finding:
+            warn(f"{text} {finding}")
 
     def collect_notes(self, wait_s: float) -> str | None:
-        """Ask all ranks through the store, and give them ``wait_s`` to notice, too.
+        """Write this rank's note, give the others ``wait_s`` to write theirs, and return what the notes show.
 
-        Returns what is wrong, on the lowest rank that answers alone. Raises DistError without the store.
+        Only the lowest rank with a note returns it; the others return None. Raise DistError if the store fails.
         """
-        if self.trace is not None:
+        if self.trace_dir is not None:
             with contextlib.suppress(OSError, RuntimeError):
-                dump_flight_recorder(self.trace, self.env.rank)
+                self.trace_dir.mkdir(parents=True, exist_ok=True)
+                trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+                (self.trace_dir / f"rank_{self.env.rank}").write_bytes(trace)  # the file name that torchfrtrace expects
         self.store.set_timeout(timedelta(seconds=wait_s))
-        self.store.set(_key(self.env.rank), json.dumps([self.step, socket.gethostname()]))
+        self.store.set(f"late/{self.env.rank}", json.dumps([self.step, socket.gethostname()]))
         time.sleep(wait_s)
-        if any(self._note(rank) for rank in range(self.env.rank)):
-            time.sleep(wait_s)  # that one speaks for all; and the first to end may end all
+        if any(self.store.check([f"late/{rank}"]) for rank in range(self.env.rank)):
+            time.sleep(wait_s)  # let the lowest rank report first: a rank that exits may end all
             return None
-        notes = {rank: note for rank in range(self.env.world_size) if (note := self._note(rank))}
-        missing = [rank for rank in range(self.env.world_size) if rank not in notes]
+        ranks = range(self.env.world_size)
+        missing = [rank for rank in ranks if not self.store.check([f"late/{rank}"])]
         if missing:
-            return f"no answer from {_with_hosts({rank: host_of(self.store, rank) for rank in missing})}"
-        behind = min(step for step, _ in notes.values())
-        slow = {rank: host for rank, (step, host) in notes.items() if step == behind}
+            return f"no answer from {_format_hosts({rank: host_of(self.store, rank) for rank in missing})}"
+        notes = {rank: json.loads(self.store.get(f"late/{rank}")) for rank in ranks}
+        last_step = min(step for step, _ in notes.values())
+        slow = {rank: host for rank, (step, host) in notes.items() if step == last_step}
         if len(slow) == len(notes):
-            return "all ranks answer and are at the same step: look at the network between them"
-        return f"all ranks answer, but {_with_hosts(slow)} ended only step {behind}"
-
-    def _note(self, rank: int) -> tuple[int, str] | None:
-        if not self.store.check([_key(rank)]):
-            return None
-        step, host = json.loads(self.store.get(_key(rank)))
-        return step, host
+            return "all ranks answer and are at the same step; check the network between them"
+        return f"all ranks answer, but {_format_hosts(slow)} ended only step {last_step}"
 
 
 @contextmanager
-def run_watchdog(store: Store, env: DistributedEnvironment, limit_s: float, trace: Path | None) -> Iterator[Watchdog]:
-    """Have a watchdog for the length of a ``with`` block."""
-    watchdog = Watchdog(store, env, limit_s, trace)
+def run_watchdog(
+    store: Store, env: DistributedEnvironment, limit_s: float, trace_dir: Path | None
+) -> Iterator[Watchdog]:
+    """Yield a Watchdog whose thread runs until the end of the block."""
+    watchdog = Watchdog(store, env, limit_s, trace_dir)
     thread = threading.Thread(target=watchdog.watch, name="watchdog", daemon=True)
     thread.start()
     try:
@@ -132,21 +119,6 @@ def run_watchdog(store: Store, env: DistributedEnvironment, limit_s: float, trac
         thread.join(timeout=1.0)
 
 
-def dump_flight_recorder(folder: Path, rank: int) -> None:
-    """Write NCCL's last collectives as this rank saw them, under the name that torchfrtrace looks for.
-
-    Source: https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"rank_{rank}").write_bytes(torch._C._distributed_c10d._dump_nccl_trace())  # type: ignore[attr-defined]
-
-
-def _key(rank: int) -> str:
-    return f"late/{rank}"
-
-
-def _with_hosts(ranks: dict[int, str]) -> str:
-    by_host: dict[str, list[int]] = {}
-    for rank, host in ranks.items():
-        by_host.setdefault(host, []).append(rank)
-    return ", ".join(f"{format_ranks(of_host)} on {host}" for host, of_host in by_host.items())
+def _format_hosts(hosts: dict[int, str]) -> str:
+    by_host = {host: [rank for rank in hosts if hosts[rank] == host] for host in hosts.values()}
+    return ", ".join(f"{format_ranks(ranks)} on {host}" for host, ranks in by_host.items())

@@ -41,26 +41,29 @@ def test_a_stop_request_is_kept():
 WORKERS = """
 import os, subprocess, torch
 from distlenet.data import loader
+from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.data.sources import ImageDataset
-from distlenet.distributed.preemption import worker_init_fn, handle_preemption
+from distlenet.distributed.preemption import handle_preemption, worker_init_fn
+
 signals_sent, send = os.pipe()
 def late(worker):  # the second worker is still starting when the signals arrive
     if worker == 1:
         os.read(signals_sent, 1)
     worker_init_fn(worker)
 loader.worker_init_fn = late
-split = ImageDataset(torch.zeros(64, 1, 1, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8))
+dataset = ImageDataset(torch.zeros(64, 1, 1, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8))
+sampler = GlobalBatchSampler(dataset, 4, rank=0, world_size=1, seed=0)
 with handle_preemption(25) as preemption:
     preemption.install()
-    batches = iter(loader.Loader(split, torch.arange(64).split(4), 2, torch.device("cpu")))
-    next(batches)
+    batches = loader.Loader(dataset, sampler, 2, torch.device("cpu")).epoch(0)
+    samples = len(next(batches))
     # As SLURM does: to all processes of the job, except the shell that sends them.
     subprocess.run("trap '' TERM USR2; kill -TERM 0; kill -USR2 0", shell=True, check=True)
     os.write(send, b"!")
-    print(sum(len(labels) for _, labels, _ in batches), preemption.stop_requested)
+    print(samples + sum(len(batch) for batch in batches), preemption.stop_requested)
 """
 
 
 def test_loader_workers_ignore_the_signals_from_the_start_and_exit_with_their_rank():
     """``batches`` still exists when Python exits, as after an error: Python then ends the workers by SIGTERM."""
-    assert run_command(sys.executable, "-c", WORKERS, timeout=60).succeeded().stdout == "60 True\n"
+    assert run_command(sys.executable, "-c", WORKERS, timeout=60).succeeded().stdout == "64 True\n"

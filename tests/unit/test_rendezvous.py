@@ -1,93 +1,140 @@
-"""Ranks that cannot meet, and say why: nobody there, somebody else there, a port that is taken."""
+"""The rendezvous of the ranks, and the messages if it fails."""
 
 import socket
+import threading
 import time
-from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from distlenet.distributed import address
-from distlenet.distributed.address import wait_for_port
+from distlenet.distributed import rendezvous
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.distributed.rendezvous import convert_rendezvous_errors, in_time, open_store
-from distlenet.utils.errors import RankError
+from distlenet.distributed.rendezvous import convert_rendezvous_errors, format_ranks, open_store, register
+from distlenet.utils.errors import RankError, UserError
 
 pytestmark = pytest.mark.unit
 
 
 @pytest.fixture
 def listener():
+    """The port of a server that never responds."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
-def at(port, rank=1):
-    return DistributedEnvironment(rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
+def environment(port, rank=1, host="127.0.0.1"):
+    return DistributedEnvironment(rank=rank, world_size=2, init_method=f"tcp://{host}:{port}")
 
 
-def test_nobody_listens(listener):
+def test_a_closed_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        free = server.getsockname()[1]
-    with pytest.raises(
-        RankError, match=rf"cannot reach rank 0 at 127\.0\.0\.1:{free}: Connection refused; look whether"
-    ):
-        wait_for_port("127.0.0.1", free, time.monotonic() + 0.3, at(free))
-    wait_for_port("127.0.0.1", listener, time.monotonic() + 5, at(listener))
+        port = server.getsockname()[1]
+    with pytest.raises(RankError, match=rf"cannot connect to rank 0 at 127\.0\.0\.1:{port}: Connection refused; check"):
+        open_store(environment(port), timeout_s=0.3)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("name", ["no.such.host.invalid", "n" * 64])
-def test_a_name_that_nobody_knows_is_not_waited_for(monkeypatch, rank, name):
-    monkeypatch.setattr(address, "RESOLVE_S", 0.1)
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "n" * 64])
+def test_an_unknown_host_name_is_refused_before_the_timeout(monkeypatch, rank, host):
+    monkeypatch.setattr(rendezvous, "RESOLVE_TIMEOUT_S", 0.1)
     started = time.monotonic()
-    with pytest.raises(RankError, match=f"the name {name}, where the ranks meet, cannot be resolved .* as MASTER_ADDR"):
-        open_store(
-            DistributedEnvironment(rank=rank, world_size=2, init_method=f"tcp://{name}:1"), timedelta(seconds=600)
-        )
-    assert time.monotonic() - started < 60  # not those 600 s
+    with pytest.raises(RankError, match=f"the host name {host} of rank 0 cannot be resolved .* set MASTER_ADDR"):
+        open_store(environment(1, rank, host), timeout_s=600)
+    assert time.monotonic() - started < 60
 
 
-def test_a_name_that_is_known_a_moment_later(monkeypatch):
+def test_a_host_name_that_resolves_at_the_second_attempt(monkeypatch):
     answers = iter([socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), None])
 
-    def ask(*_):
+    def resolve(*_):
         if (error := next(answers)) is not None:
             raise error
 
-    monkeypatch.setattr(address.socket, "getaddrinfo", ask)
-    address.resolve("n1")
-    assert next(answers, "none left") == "none left"
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    rendezvous.wait_for_server(environment(1, rank=0, host="n1"), timeout_s=600)
+    assert next(answers, "used") == "used"
 
 
-def test_what_listens_is_mute(listener, monkeypatch):
-    monkeypatch.setattr("distlenet.distributed.rendezvous.GRACE_S", 0.2)
-    with pytest.raises(RankError, match="is not rank 0; set MASTER_PORT to a free port"):
-        in_time(lambda: time.sleep(60), timedelta(seconds=0.2), at(listener))
+def test_a_server_that_is_not_a_store(listener, monkeypatch):
+    monkeypatch.setattr(rendezvous, "CONNECT_MARGIN_S", 0.2)
+    with pytest.raises(RankError, match=f":{listener} is not rank 0; set MASTER_PORT to a free port"):
+        open_store(environment(listener), timeout_s=0.2)
 
 
-def test_a_port_that_is_taken(listener):
-    with (
-        pytest.raises(RankError, match=f"port {listener} on .* is in use"),
-        convert_rendezvous_errors(at(listener, rank=0)),
-    ):
-        open_store(at(listener, rank=0), timedelta(seconds=2))
+def test_a_port_in_use(listener):
+    env = environment(listener, rank=0)
+    with pytest.raises(RankError, match=f"port {listener} on .* is in use"), convert_rendezvous_errors(env):
+        open_store(env, timeout_s=2)
 
 
-def test_other_failures_are_left_alone():
-    with pytest.raises(RuntimeError, match="out of memory"), convert_rendezvous_errors(at(1)):
+def test_errors_of_torch():
+    env = environment(1)
+    with pytest.raises(RuntimeError, match="out of memory"), convert_rendezvous_errors(env):
         raise RuntimeError("out of memory")
     with (
-        pytest.raises(RankError, match=r"could not join the others at 127\.0\.0\.1:1: refused"),
-        convert_rendezvous_errors(at(1)),
+        pytest.raises(RankError, match=r"could not connect to 127\.0\.0\.1:1: refused; check"),
+        convert_rendezvous_errors(env),
     ):
-        raise dist.DistNetworkError("refused\nand much more")
+        raise dist.DistNetworkError("refused\nand more")
 
 
-def test_an_interface_that_is_not_there(monkeypatch):
+def test_a_network_interface_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
     with (
-        pytest.raises(RankError, match=r"GLOO_SOCKET_IFNAME=ib7: .* has no such network interface .* it has lo"),
-        convert_rendezvous_errors(at(1)),
+        pytest.raises(RankError, match=r"GLOO_SOCKET_IFNAME=ib7: .* has no such network interface .* set one of lo"),
+        convert_rendezvous_errors(environment(1)),
     ):
         raise RuntimeError("[enforce fail] Unable to find address for: ib7")
+
+
+def register_ranks(store, world_size, timeout_s=20.0, ranks=None):
+    """Register ranks, each in a thread; return the store, or the error message, of each."""
+    results = {}
+
+    def run(rank):
+        try:
+            results[rank] = register(store, DistributedEnvironment(rank, 0, world_size), timeout_s, "the.setting")
+        except UserError as error:
+            results[rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks or range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_restarts_with_one_store_never_read_entries_of_earlier_starts():
+    store = dist.HashStore()
+    for attempt, world_size in enumerate((3, 3, 2, 4, 1, 3)):
+        # Rank 0 is the first, the last or in between, while the entries of earlier starts still exist.
+        order = [(rank + attempt) % world_size for rank in range(world_size)]
+        stores = register_ranks(store, world_size, ranks=order)
+        for rank in range(world_size):
+            stores[rank].set(f"address/{rank}", f"{attempt}")
+        for rank in range(world_size):
+            for other in range(world_size):
+                assert stores[rank].get(f"address/{other}") == f"{attempt}".encode()
+
+
+def test_missing_ranks_are_named():
+    (message,) = register_ranks(dist.HashStore(), 3, timeout_s=0.2, ranks=[0]).values()
+    assert message.startswith("rank 0 of 3 on ")
+    assert "ranks 1, 2 did not join in time (the.setting)" in message
+    (message,) = register_ranks(dist.HashStore(), 3, timeout_s=0.2, ranks=[2]).values()
+    assert "rank 0 did not join in time (the.setting)" in message
+
+
+def test_a_start_that_failed_does_not_disturb_the_next():
+    store = dist.HashStore()
+    register_ranks(store, 2, timeout_s=0.2, ranks=[0])  # its prefix remains
+    stores = register_ranks(store, 2)
+    stores[1].set("x", "new")
+    assert stores[0].get("x") == b"new"
+
+
+def test_format_ranks():
+    assert format_ranks([3]) == "rank 3"
+    assert format_ranks([3, 5]) == "ranks 3, 5"
+    assert format_ranks(range(20), limit=2) == "ranks 0, 1 and 18 more"

@@ -1,4 +1,4 @@
-"""A rank's log: what is in it, what is not, and that it ends no training."""
+"""The log of a rank: its content, and that it never ends a training."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.distributed.rank_log import RankLog, shown
+from distlenet.distributed.rank_log import RankLog, format_environment
 from distlenet.utils.errors import warn
 
 pytestmark = pytest.mark.unit
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
 
 
-def test_the_environment_is_shown_without_its_secrets():
+def test_the_environment_without_secrets():
     environ = {
         "RANK": "3",
         "NCCL_DEBUG": "INFO",
@@ -27,38 +27,37 @@ def test_the_environment_is_shown_without_its_secrets():
         "AWS_SECRET_ACCESS_KEY": "mno",
         "HOME": "/home/me",
     }
-    text = shown(environ)
-    assert text == (
+    assert format_environment(environ) == (
         "MASTER_PASSWORD=(hidden) NCCL_DEBUG=INFO RANK=3 SLURM_JOB_ID=7 SLURM_JWT=(hidden) TORCH_API_KEY=(hidden)"
     )
 
 
-def test_warnings_and_stacks_reach_the_log_while_it_is_open(tmp_path, capfd):
+def test_warnings_and_stacks_are_logged_while_the_log_is_open(tmp_path, capfd):
     log = RankLog(DistributedEnvironment(rank=2, world_size=4), CPU)
     log.write("before")
     warn("not yet")
     log.open(tmp_path)
     path = tmp_path / "logs/rank-00002.log"
-    warn("look\nhere")
+    warn("two\nlines")
     os.kill(os.getpid(), signal.SIGURG)
     log.write("the end")
     log.close()
     warn("no more")
-    os.kill(os.getpid(), signal.SIGURG)  # is ignored
+    os.kill(os.getpid(), signal.SIGURG)  # ignored
     text = path.read_text()
     assert "rank 2 of 4 on " in text
-    assert " UTC look here\n" in text
-    assert "test_ranklog.py" in text
+    assert " UTC two lines\n" in text
+    assert "test_rank_log.py" in text
     assert " UTC the end\n" in text
     assert not any(word in text for word in ("before", "not yet", "no more"))
-    assert capfd.readouterr().err == "distlenet: not yet\ndistlenet: look here\ndistlenet: no more\n"
+    assert capfd.readouterr().err == "distlenet: not yet\ndistlenet: two lines\ndistlenet: no more\n"
     log.open(tmp_path)
     log.close()
-    assert path.read_text().startswith(text)  # a later start adds to it
+    assert path.read_text().startswith(text)  # a later start appends
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
-    (tmp_path / "logs").write_text("in the way")
+def test_a_log_that_cannot_be_opened_is_a_warning(tmp_path, capsys):
+    (tmp_path / "logs").write_text("a file")
     log = RankLog(DistributedEnvironment(), CPU)
     log.open(tmp_path)
     log.write("lost")
@@ -66,7 +65,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, capsys):
     assert "logs/rank-00000.log: cannot be written" in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_ends_nothing(tmp_path, capsys):
+def test_a_full_disk_is_ignored(tmp_path, capsys):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/rank-00000.log").symlink_to("/dev/full")
     log = RankLog(DistributedEnvironment(), CPU)

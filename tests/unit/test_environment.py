@@ -1,9 +1,9 @@
+"""The environment of torchrun, of srun and of a single process, and its errors."""
+
 import re
 
 import pytest
-import torch
 
-from distlenet.distributed.device import resolve_device
 from distlenet.distributed.environment import (
     DistributedEnvironment,
     read_environment,
@@ -42,12 +42,12 @@ def test_torchrun():
     assert read_environment(TORCHRUN) == DistributedEnvironment(5, 1, 8, 4, 1, "env://")
 
 
-def test_ranks_started_by_hand_meet_in_rank_0():
+def test_ranks_started_by_hand_use_a_store_in_rank_0():
     by_hand = {k: v for k, v in TORCHRUN.items() if k not in ("TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK")}
     assert read_environment(by_hand) == DistributedEnvironment(5, 1, 8, 4, 1, "tcp://n1:29500")
 
 
-def test_torchrun_wins_inside_srun():
+def test_torchrun_takes_precedence_over_srun():
     assert read_environment({**SRUN, **TORCHRUN}) == DistributedEnvironment(5, 1, 8, 4, 1, "env://")
 
 
@@ -55,12 +55,9 @@ def test_srun():
     assert read_environment(SRUN) == DistributedEnvironment(2, 0, 3, 1, 1, f"tcp://n1:{slurm_port(SRUN)}")
 
 
-def test_srun_with_a_gpu_per_task():
-    env = read_environment({**SRUN, "SLURM_GPUS_PER_TASK": "1"})
-    assert env.own_gpu
-    crowded = DistributedEnvironment(5, 3, 8, 4, 1, own_gpu=True)
-    assert resolve_device("auto", crowded, 1) == torch.device("cuda", 0)
-    assert resolve_device("auto", crowded, 4) == torch.device("cuda", 3)  # not bound to tasks: all are visible
+def test_srun_with_one_gpu_per_task():
+    assert read_environment({**SRUN, "SLURM_GPUS_PER_TASK": "1"}).own_gpu
+    assert not read_environment(SRUN).own_gpu
 
 
 def test_srun_with_an_arbitrary_distribution_needs_an_address():
@@ -70,22 +67,22 @@ def test_srun_with_an_arbitrary_distribution_needs_an_address():
     assert read_environment({**arbitrary, "MASTER_ADDR": "n2"}).init_method.startswith("tcp://n2:")
 
 
-def test_srun_takes_an_address_that_the_user_gives():
+def test_srun_uses_the_address_that_the_user_sets():
     given = {**SRUN, "MASTER_ADDR": "login", "MASTER_PORT": "1234"}
     assert read_environment(given).init_method == "tcp://login:1234"
 
 
-def test_one_task_needs_no_address():
+def test_a_single_task_has_no_address():
     alone = {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0"}
     assert read_environment({**alone, "SLURM_NODEID": "0"}) == DistributedEnvironment()
 
 
-def test_one_process_without_a_launcher():
+def test_a_single_process_without_a_launcher():
     assert read_environment({"HOME": "/", "PATH": "/bin"}) == DistributedEnvironment(0, 0, 1, 1, 0, None)
 
 
-def test_a_batch_script_is_one_process_however_many_tasks_were_asked_for():
-    """SLURM sets SLURM_PROCID=0 and SLURM_NTASKS there too; only a step has started tasks."""
+def test_a_batch_script_is_a_single_process():
+    """SLURM sets SLURM_PROCID=0 and SLURM_NTASKS there too, but only a job step has started tasks."""
     batch = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     assert read_environment(batch) == DistributedEnvironment()
 
@@ -97,19 +94,20 @@ def test_a_missing_variable_is_named(name):
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
+    ("change", "message"),
     [
         ({"LOCAL_WORLD_SIZE": "9"}, "9 ranks on this node (LOCAL_WORLD_SIZE), but 8 in all"),
         ({"MASTER_ADDR": ""}, "but not MASTER_ADDR"),
         ({"RANK": "8"}, "rank 8 of 8 ranks"),
-        ({"RANK": "x"}, "RANK='x'"),
+        ({"RANK": "x"}, "RANK='x': expected an integer"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT='65536': expected an integer, 1 to 65535"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),
         ({"LOCAL_RANK": "4"}, "local rank 4 of 4 ranks"),
         ({"LOCAL_WORLD_SIZE": ""}, "but not LOCAL_WORLD_SIZE"),
     ],
 )
-def test_contradictions_are_named(change, part):
-    with pytest.raises(UserError, match=re.escape(part)):
+def test_invalid_and_contradicting_variables_are_named(change, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         read_environment({**TORCHRUN, **change})
 
 
@@ -118,13 +116,13 @@ def test_contradictions_are_named(change, part):
     [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,2(x2)", [1, 2, 2])],
 )
 def test_tasks_per_node(text, counts):
-    assert slurm_tasks_per_node(text, most=99) == counts
+    assert slurm_tasks_per_node(text, 99) == counts
 
 
 @pytest.mark.parametrize("text", ["", "x", "2(x", "2,", "(x2)"])
-def test_tasks_per_node_that_are_none(text):
+def test_invalid_tasks_per_node(text):
     with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE"):
-        slurm_tasks_per_node(text, most=99)
+        slurm_tasks_per_node(text, 99)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +138,11 @@ def test_tasks_per_node_that_are_none(text):
         ("n[1-2]-ib", "n1-ib"),
     ],
 )
-def test_first_host(nodes, first):
+def test_first_host_of_a_node_list(nodes, first):
     assert slurm_first_host(nodes) == first
 
 
-def test_ports_of_neighbouring_jobs_and_steps_differ_and_are_below_the_ephemeral_range():
+def test_ports_of_jobs_and_steps_differ_and_are_below_the_ephemeral_range():
     ports = [
         slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
         for job in range(1000, 1200)
@@ -155,10 +153,10 @@ def test_ports_of_neighbouring_jobs_and_steps_differ_and_are_below_the_ephemeral
     assert max(ports) < 30_000
 
 
-def test_no_list_of_tasks_is_longer_than_the_tasks():
-    """``2(x999999999)`` would be a list of 8 GB."""
+def test_the_list_of_tasks_per_node_is_limited():
+    """``2(x999999999)`` would need 8 GB."""
     with pytest.raises(RankError, match="more nodes than the 8 tasks"):
-        slurm_tasks_per_node("2(x999999999)", most=8)
+        slurm_tasks_per_node("2(x999999999)", 8)
 
 
 @pytest.mark.parametrize(("text", "threads"), [("4", 4), ("4,2", 4), (" 3 ", 3)])
@@ -168,6 +166,6 @@ def test_threads(text, threads):
 
 
 @pytest.mark.parametrize("text", ["", "abc", "-3", "0", "99999", "2x"])
-def test_threads_that_are_none(text):
+def test_invalid_threads(text):
     with pytest.raises(RankError, match="OMP_NUM_THREADS"):
         threads_from_environ({"OMP_NUM_THREADS": text})
