@@ -1,47 +1,48 @@
-"""Do all ranks hold the same network, to the bit? One small all-reduce tells."""
+"""Check that all ranks hold the same parameters, to the bit, with one small all-reduce."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by their size in bytes
+from distlenet.distributed.collectives import gather
+
+INTEGER_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
-class ReplicasDiffer(RuntimeError):
-    """Ranks hold different parameters: a broken device, memory error or bug; going on would hide it."""
+class ReplicaMismatch(RuntimeError):
+    """Ranks hold different parameters: a hardware error or a bug, which must not go unnoticed."""
 
 
-def fingerprints(net: nn.Module) -> Tensor:
-    """Hash each parameter's bits: int64 (number of parameters,), on the parameters' device. No host sync.
+def fingerprints(model: nn.Module) -> Tensor:
+    """Hash the bits of each parameter: int64 (number of parameters,), on their device. No host sync.
 
-    A weighted sum modulo 2**64, with odd weights: any one changed element changes it.
+    The hash is a sum modulo 2**64 with odd weights: a change of any one element changes it.
     """
     sums = []
-    for parameter in net.parameters():
-        bits = parameter.detach().contiguous().view(-1).view(BITS[parameter.element_size()]).long()
+    for parameter in model.parameters():
+        integer_type = INTEGER_TYPES[parameter.element_size()]
+        bits = parameter.detach().contiguous().view(-1).view(integer_type).long()
         weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)
         sums.append((bits * (weights * 0x5851F42D4C957F2D)).sum())
     return torch.stack(sums)
 
 
-def check_replicas(net: nn.Module) -> None:
-    """Raise ReplicasDiffer, on every rank, naming the ranks and parameters that differ. A collective, a host sync."""
-    mine = fingerprints(net)
-    extremes = torch.stack([mine, ~mine])  # the largest of ~x is ~ of the smallest x
+def check_replicas(model: nn.Module) -> None:
+    """Raise ReplicaMismatch, on every rank, if parameters differ between ranks. A collective, then a host sync."""
+    own = fingerprints(model)
+    extremes = torch.stack([own, ~own])  # the maximum of ~x is ~ of the minimum of x
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    if torch.equal(extremes[0], ~extremes[1]):
+    if torch.equal(extremes[0], ~extremes[1]):  # host sync
         return
-    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_ranks, mine)
-    table = torch.stack(of_ranks)  # (ranks, parameters)
+    table = gather(own)  # (ranks, parameters); a collective
     common = table.mode(dim=0).values
-    names = [name for name, _ in net.named_parameters()]
-    differing = [
-        f"rank {rank}: {', '.join(name for name, odd in zip(names, row != common, strict=True) if odd)}"
+    names = [name for name, _ in model.named_parameters()]
+    mismatches = [
+        f"rank {rank}: {', '.join(name for name, differs in zip(names, row != common, strict=True) if differs)}"
         for rank, row in enumerate(table)
         if not torch.equal(row, common)
     ]
-    raise ReplicasDiffer(
-        "ranks hold different parameters (what most ranks hold taken as right): " + "; ".join(differing) + "; "
-        "look at those ranks' machines, then run again: it goes on from the newest checkpoint"
+    raise ReplicaMismatch(
+        f"ranks hold different parameters (compared with the values of most ranks): {'; '.join(mismatches)}; check the "
+        "machines of these ranks, then run the same command again to resume from the newest checkpoint"
     )
