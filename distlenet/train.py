@@ -45,7 +45,7 @@ MAX_DRY_RUN_RANKS = 1_000_000
 MakeTask = Callable[[Config, ImageData], Task]
 
 
-def main() -> None:
+def main(make_task: MakeTask = ImageClassification, trainer_class: type[Trainer] = Trainer) -> None:
     """Train as the arguments say, or print the plan of a dry run."""
     parser = settings_parser("distlenet.train", "Train the network, on this process's share of the data.")
     parser.add_argument("--dry-run", action="store_true", help="compose and check everything, print the plan, and exit")
@@ -59,7 +59,7 @@ def main() -> None:
         return
     if arguments.world_size is not None:
         raise UserError("--world-size: is for --dry-run; torchrun or srun sets how many ranks train")
-    summary = train(config)
+    summary = train(config, make_task, trainer_class)
     if summary["rank"] == 0 and wants_report(config.run.report, summary):
         write_report(summary["folder"])
 

@@ -135,13 +135,13 @@ class GraphedStep:
         static = self.static_batch
         assert static is not None
         assert static.keys is not None
-        assert self.result is not None
         for target, source in zip(_inputs(static), _inputs(batch), strict=True):
             target.copy_(source, non_blocking=True)
         assert isinstance(static.keys.epoch, Tensor)
         static.keys.epoch.fill_(batch.epoch)
         self.step.seed(step, self.micro_batch)
         graph.replay()
+        assert self.result is not None
         return self.result
 
     def close(self) -> None:

@@ -33,12 +33,10 @@ from distlenet.training.train_step import StepResult, TrainStep
 from distlenet.utils.errors import warn
 from distlenet.utils.files import replace_text
 
-STOP_CHECK_INTERVAL = 16
-"""Batches of an evaluation between two checks whether a rank was asked to stop."""
-
-
 class Trainer:
     """Train ``task`` as one rank of ``context``."""
+
+    stop_check_interval = 16  # batches of an evaluation between two checks whether a rank was asked to stop
 
     def __init__(
         self,
@@ -201,7 +199,7 @@ class Trainer:
         """Yield the batches of an evaluation; now and then save and exit if a rank was asked to stop. A collective."""
         for number, batch in enumerate(loader):
             self.watchdog.heartbeat(self.state.step)
-            check = number < loader.batches_of_every_rank and (number + 1) % STOP_CHECK_INTERVAL == 0
+            check = number < loader.batches_of_every_rank and (number + 1) % self.stop_check_interval == 0
             if check and any_rank(self.preemption.stop_requested, self.device):  # collective, host sync
                 self.checkpoints.save_and_exit(self, self.state.step, self.preemption)
             yield batch

@@ -1,18 +1,21 @@
-"""``rank_program.py`` with a network that draws random numbers."""
+"""``rank_program.py`` with a model that draws random numbers."""
 
 import torch.nn.functional as F
 from rank_program import main
 
 from distlenet.models.lenet import Net
-from distlenet.models.registry import MODELS
+from distlenet.tasks.image_classification import ImageClassification
 
 
-class DroppingNet(Net):
+class DropoutNet(Net):
     def forward(self, x):
         return super().forward(F.dropout(x, 0.3, self.training))
 
 
-MODELS["lenet"] = DroppingNet
+class DropoutTask(ImageClassification):
+    def model(self):
+        return DropoutNet()
+
 
 if __name__ == "__main__":
-    main()
+    main(DropoutTask)

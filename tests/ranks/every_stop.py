@@ -1,8 +1,8 @@
-"""Stop a run after each of its steps, and go on in a fresh process: ``every_stop.py FOLDER [key=value]...``.
+"""Stop a run after each of its steps, and resume it in a fresh process: ``every_stop.py FOLDER [key=value]...``.
 
-Each process is forked from this one, which has imported everything and computed nothing: as fresh as a new
-interpreter, in a tenth of the time. A stop is a SIGKILL after the step's checkpoint. The final checkpoint
-and the history of every interrupted run must be those of the uninterrupted one, to the bit.
+Each process is forked from this one, which has imported everything and computed nothing: as fresh as a new interpreter,
+in a tenth of the time. A stop is a SIGKILL after the step's checkpoint. The final checkpoint and the history of every
+interrupted run must be bit-identical to those of the uninterrupted one.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ from pathlib import Path
 
 import torch
 
-from distlenet import train as train_entry
 from distlenet.config.loading import load_config
 from distlenet.tracking.base import NONDETERMINISTIC_KEYS
+from distlenet.train import train
 from distlenet.training.trainer import Trainer
 
 
-class Stopped(Trainer):
+class StoppedTrainer(Trainer):
     stop_after = -1
 
-    def train_step(self, images, labels, indices):
-        if self.at.step == self.stop_after:
-            self.checkpointer.save(self)  # the one of this step may have been left out, while another was written
-            assert self.checkpointer.files.wait() is None
+    def step(self, batch):
+        if self.state.step == self.stop_after:
+            self.checkpoints.save(self)  # this step's may have been left out, while another one was written
+            assert self.checkpoints.store.wait() is None
             os.kill(os.getpid(), signal.SIGKILL)
-        super().train_step(images, labels, indices)
+        return super().step(batch)
 
 
 def in_fresh_process(folder: Path, words: list[str], stop_after: int) -> int:
@@ -43,9 +43,9 @@ def in_fresh_process(folder: Path, words: list[str], stop_after: int) -> int:
             os.dup2(log.fileno(), 2)
             try:
                 torch.set_num_threads(1)
-                Stopped.stop_after = stop_after
-                train_entry.Trainer = Stopped
-                train_entry.train(load_config([], [*words, f"run.dir={folder}", "run.name=run"]))
+                StoppedTrainer.stop_after = stop_after
+                config = load_config([], [*words, f"run.dir={folder}", "run.name=run"])
+                train(config, trainer_class=StoppedTrainer)
                 status = 0
             except BaseException:
                 traceback.print_exc()

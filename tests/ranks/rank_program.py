@@ -1,8 +1,8 @@
-"""One rank that trains and leaves its weights behind: ``rank_program.py OUT [--die-...] [key=value]...``.
+"""One rank that trains and saves its weights: ``rank_program.py OUT [--die-...] [key=value]...``.
 
-``OUT/rank0.pt`` and so on hold each rank's own network after training. With ``--die-at STEP``, the last rank kills
-itself before that optimizer step, as the out-of-memory killer would; with ``--die-after-records``, rank 0
-does after its records were written, and before the checkpoint that follows them.
+``OUT/rank0.pt`` and so on hold each rank's own model after training. With ``--die-at STEP`` the last rank kills itself
+before that optimizer step, as the out-of-memory killer would; with ``--die-after-records`` rank 0 does so after its
+records were written, and before the checkpoint that follows them.
 """
 
 import os
@@ -13,23 +13,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distlenet import train as train_entry
 from distlenet.config.loading import load_config
+from distlenet.tasks.image_classification import ImageClassification
+from distlenet.train import train
 from distlenet.training.trainer import Trainer
 
 
-class Watched(Trainer):
+class SavingTrainer(Trainer):
     die_at = -1
     die_after_records = False
     out = Path()
 
-    def train_step(self, images, labels, indices):
-        self.checkpointer.files.wait()  # so that none is left out because another is being written
-        if self.at.step == self.die_at:
+    def step(self, batch):
+        self.checkpoints.store.wait()  # so that no optional checkpoint is left out
+        if self.state.step == self.die_at:
             dist.barrier()
             if self.env.rank == self.env.world_size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-        super().train_step(images, labels, indices)
+        return super().step(batch)
 
     def log(self, split, metrics, **more):
         super().log(split, metrics, **more)
@@ -37,22 +38,21 @@ class Watched(Trainer):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def fit(self):
-        results = super().fit()
-        torch.save(self.net.state_dict(), self.out / f"rank{self.env.rank}.pt")
-        return results
+        summary = super().fit()
+        torch.save(self.model.state_dict(), self.out / f"rank{self.env.rank}.pt")
+        return summary
 
 
-def main() -> None:
+def main(make_task=ImageClassification) -> None:
     out, *words = sys.argv[1:]
-    Watched.out = Path(out)
+    SavingTrainer.out = Path(out)
     if words and words[0] == "--die-at":
-        Watched.die_at = int(words[1])
+        SavingTrainer.die_at = int(words[1])
         words = words[2:]
     if words and words[0] == "--die-after-records":
-        Watched.die_after_records = True
+        SavingTrainer.die_after_records = True
         words = words[1:]
-    train_entry.Trainer = Watched
-    train_entry.train(load_config([], words))
+    train(load_config([], words), make_task, SavingTrainer)
 
 
 if __name__ == "__main__":

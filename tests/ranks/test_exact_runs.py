@@ -149,7 +149,7 @@ def test_different_replica_stops_the_run_and_is_named(tmp_path, ranks):
     ended = run_ranks(ranks, script, *SETTINGS, "distributed.reduction=ddp", f"run.dir={tmp_path}", "run.name=run")
     assert ended.status != 0
     # With two ranks there is no majority; the lower value counts as the common one.
-    match = re.search(r"ReplicasDiffer: ranks hold different parameters .*: rank (\d): ([\w.]+)", ended.stderr)
+    match = re.search(r"ReplicaMismatch: ranks hold different parameters .*: rank (\d): ([\w.]+)", ended.stderr)
     assert match, str(ended)
     assert match[2] == "fc2.weight" or ranks == 2
     if ranks == 4:

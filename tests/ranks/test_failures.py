@@ -16,15 +16,14 @@ SETTINGS = ("data.name=digits", "device=cpu", "train.global_batch_size=66", "run
 
 DIES = """
 from distlenet import train
-from distlenet.training import trainer
+from distlenet.training.trainer import Trainer
 from distlenet.distributed.entry_point import run_entry
-class Dies(trainer.Trainer):
-    def train_step(self, *batch):
-        if self.at.step == 5 and self.env.rank == 1:
+class Dies(Trainer):
+    def step(self, batch):
+        if self.state.step == 5 and self.env.rank == 1:
             raise MemoryError("on purpose")
-        super().train_step(*batch)
-train.Trainer = Dies
-run_entry(train.main)
+        return super().step(batch)
+run_entry(lambda: train.main(trainer_class=Dies))
 """
 
 
@@ -65,17 +64,16 @@ def test_a_rank_says_where_it_is_when_asked(tmp_path):
 
 
 POISON = """
-import sys, torch
 from distlenet import train
-from distlenet.data.transforms import Prepare
 from distlenet.distributed.entry_point import run_entry
-whole = Prepare.augmented
-def augmented(self, images, indices, epoch):
-    inputs = whole(self, images, indices, epoch)
-    inputs[indices == 77] = float("nan")
-    return inputs
-Prepare.augmented = augmented
-run_entry(train.main)
+from distlenet.tasks.image_classification import ImageClassification
+class Poisoned(ImageClassification):
+    def transform(self, data, keys):
+        inputs, labels = super().transform(data, keys)
+        if keys is not None:
+            inputs[keys.indices == 77] = float("nan")
+        return inputs, labels
+run_entry(lambda: train.main(Poisoned))
 """
 
 

@@ -12,14 +12,13 @@ PROGRAM = """
 import os, time
 from distlenet import train
 from distlenet.distributed.entry_point import run_entry
-from distlenet.tasks.image_transform import ImageTransform
-original = ImageTransform.__call__
-def slow(self, images, keys=None):
-    if keys is not None:  # training
-        time.sleep(0.1 * (1.3 if os.environ["RANK"] == "2" else 1.0))
-    return original(self, images, keys)
-ImageTransform.__call__ = slow
-run_entry(train.main)
+from distlenet.tasks.image_classification import ImageClassification
+class Slow(ImageClassification):
+    def transform(self, data, keys):
+        if keys is not None:  # training
+            time.sleep(0.1 * (1.3 if os.environ["RANK"] == "2" else 1.0))
+        return super().transform(data, keys)
+run_entry(lambda: train.main(Slow))
 """
 
 
