@@ -85,7 +85,7 @@ def take_trial_step(config: Config, context: DistributedContext) -> Finding:
                 trainer.step(batch)
             trainer.check_finite()  # host sync
             seconds = time.perf_counter() - started
-            loss = trainer.meter.window().loss  # collective, host sync
+            loss = trainer.meter.window().means["loss"]  # collective, host sync
     finally:
         if context.env.rank == 0:
             shutil.rmtree(trial_dir, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Tests on several hosts. A package, so that this folder's conftest does not stand in for the one above it."""
+"""Tests on several hosts. A package, so that its conftest does not replace ``tests/conftest.py``."""

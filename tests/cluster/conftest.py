@@ -1,4 +1,4 @@
-"""What the tests on several hosts share: one SLURM cluster for all of them."""
+"""The SLURM cluster that all tests on several hosts share."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from cluster.slurm_cluster import ClusterUnavailableError, SlurmCluster
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """Three nodes of four CPUs. A machine without root or SLURM skips, with that reason; any other failure fails."""
+    """Start three nodes with four CPUs each. Without root or SLURM the tests are skipped; other failures are errors."""
     try:
         cluster = SlurmCluster(nodes=3, cpus=4)
     except ClusterUnavailableError as error:

@@ -1,4 +1,4 @@
-"""One line typed on several machines, which leave and join while the job goes on."""
+"""An elastic job with launch/node.sh: machines leave and join while it runs."""
 
 import json
 import sys
@@ -36,36 +36,36 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("head", ["10.77.0.2"])
 def test_machines_that_leave_and_join(slurm: SlurmCluster, tmp_path: Path, head: str) -> None:
-    """The head by its address, in which torchrun alone would not recognise it."""
-    line = (REPO / "launch/node.sh", "--nodes", "1:2", "--head", head, "--interface", "eth0", "-n", "1", *SETTINGS)
+    """The head is given by its address, by which torchrun alone does not recognise it."""
+    command = (REPO / "launch/node.sh", "--nodes", "1:2", "--head", head, "--interface", "eth0", "-n", "1", *SETTINGS)
 
-    def on(machine: str) -> Job:
-        words = slurm.hosts[machine].enter("env", f"PYTHON={sys.executable}", *line, f"run.dir={tmp_path}", cwd=REPO)
-        return Job(tmp_path, *words)
+    def start(node: str) -> Job:
+        environ = ("env", f"PYTHON={sys.executable}")
+        return Job(tmp_path, *slurm.hosts[node].enter(*environ, *command, f"run.dir={tmp_path}", cwd=REPO))
 
-    def env() -> int:
+    def world_size() -> int:
         path = tmp_path / "run/starts.jsonl"
         starts = [json.loads(text)["world_size"] for text in path.read_text().splitlines()] if path.exists() else [0]
         return int(starts[-1])
 
-    with on("n1") as first:
-        with on("n2") as second:
-            first.wait_until(lambda: env() == 2, "a env of two")
+    with start("n1") as first:
+        with start("n2") as second:
+            first.wait_until(lambda: world_size() == 2, "two ranks")
             first.wait_for_records()
-            second.kill()  # agent and ranks at once
-        first.wait_until(lambda: env() == 1, "a env of one")
+            second.kill()  # agent and ranks
+        first.wait_until(lambda: world_size() == 1, "one rank")
         first.wait_for_records()
-        with on("n2") as second:
+        with start("n2") as second:
             try:
-                first.wait_until(lambda: env() == 2, "a env of two again")
+                first.wait_until(lambda: world_size() == 2, "two ranks again")
             except AssertionError:
-                pytest.fail(f"{first.output()}\n--- the other\n{second.output()}")
-            ended = first.wait()
+                pytest.fail(f"{first.output()}\n--- n2\n{second.output()}")
+            result = first.wait()
             second.wait()
-    assert ended.status == 0, str(ended)
+    assert result.status == 0, str(result)
     run_command(sys.executable, "-m", "distlenet.ledger", tmp_path / "run").succeeded()
     alone = tmp_path / "alone"
-    words = (*SETTINGS, "data.ledger=false", "checkpoint.every_steps=null", f"run.dir={alone}")
-    run_command(sys.executable, "-m", "distlenet.train", *words).succeeded()
+    settings = (*SETTINGS, "data.ledger=false", "checkpoint.every_steps=null", f"run.dir={alone}")
+    run_command(sys.executable, "-m", "distlenet.train", *settings).succeeded()
     a, b = weights(tmp_path / "run"), weights(alone / "run")
     assert all(torch.equal(a[name], b[name]) for name in a | b)

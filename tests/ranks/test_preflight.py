@@ -15,8 +15,8 @@ DIGITS = ("data.name=digits", "device=cpu")
 
 def test_all_checks_pass_and_the_network_is_timed(tmp_path):
     command = ("-m", "distlenet.preflight", *DIGITS, f"run.dir={tmp_path}/runs", "--allreduce", "--json")
-    ended = run_torchrun(2, *command).succeeded()
-    (line,) = ended.stdout.splitlines()
+    result = run_torchrun(2, *command).succeeded()
+    (line,) = result.stdout.splitlines()
     report = json.loads(line)
     assert report["good"]
     assert report["world_size"] == 2
@@ -49,22 +49,22 @@ def test_all_checks_pass_and_the_network_is_timed(tmp_path):
     ],
 )
 def test_a_rank_that_differs_is_reported(tmp_path, fault, line):
-    ended = run_torchrun(2, FAULTY, fault, *DIGITS, f"run.dir={tmp_path}")
-    assert ended.status != 0
-    failed = [text for text in ended.stdout.splitlines() if text.startswith("FAIL")]
-    assert len(failed) == 1, str(ended)
-    assert failed[0].startswith(line), str(ended)
-    assert [text for text in ended.stderr.splitlines() if text.startswith("distlenet:")] == [
+    result = run_torchrun(2, FAULTY, fault, *DIGITS, f"run.dir={tmp_path}")
+    assert result.status != 0
+    failed = [text for text in result.stdout.splitlines() if text.startswith("FAIL")]
+    assert len(failed) == 1, str(result)
+    assert failed[0].startswith(line), str(result)
+    assert [text for text in result.stderr.splitlines() if text.startswith("distlenet:")] == [
         "distlenet: preflight: 1 of 11 checks failed; see the table"
-    ], str(ended)
-    assert "distlenet/preflight/" not in ended.stderr, str(ended)  # no traceback
+    ], str(result)
+    assert "distlenet/preflight/" not in result.stderr, str(result)  # no traceback
 
 
 def test_a_missing_rank_is_reported(tmp_path):
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
     env = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20571"}
     command = (sys.executable, "-m", "distlenet.preflight", *DIGITS, "--wait", "2")
-    ended = run_command(*command, env=env)
-    assert ended.status == 2
-    assert "FAIL  ranks" in ended.stdout
-    assert "rank 1 did not join in time" in ended.stdout
+    result = run_command(*command, env=env)
+    assert result.status == 2
+    assert "FAIL  ranks" in result.stdout
+    assert "rank 1 did not join in time" in result.stdout

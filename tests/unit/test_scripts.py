@@ -21,8 +21,8 @@ def test_bash_and_shellcheck_accept_the_script(script):
 
 @pytest.mark.parametrize("name", ["local.sh", "node.sh"])
 def test_help(name):
-    ended = run_command(REPO / "launch" / name, "--help").succeeded()
-    assert ended.stdout.startswith(f"launch/{name} ")
+    result = run_command(REPO / "launch" / name, "--help").succeeded()
+    assert result.stdout.startswith(f"launch/{name} ")
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def test_help(name):
 )
 def test_a_usage_error_is_one_line(arguments, message):
     script, *options = arguments
-    ended = run_command(REPO / "launch" / script, *options)
-    assert ended.status == 2, str(ended)
-    assert ended.stdout == ""
-    (line,) = ended.stderr.splitlines()
+    result = run_command(REPO / "launch" / script, *options)
+    assert result.status == 2, str(result)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
     assert line.startswith(f"{script}: {message}"), line
     assert line.endswith("; --help lists all options")
