@@ -5,14 +5,15 @@ import signal
 
 import pytest
 
-from distlenet.utils.files import LineFile, replace_text
+from distlenet.utils.errors import UserError
+from distlenet.utils.files import LineFile, convert_io_errors, replace_text
 
 pytestmark = pytest.mark.unit
 
 
 @contextlib.contextmanager
-def a_disk_of(size: int):
-    """The kernel's own refusal to write more than ``size`` bytes of a file."""
+def file_size_limit(size: int):
+    """Let the kernel reject writes beyond ``size`` bytes of a file, like a full disk."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -22,11 +23,11 @@ def a_disk_of(size: int):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_lines_wait_for_a_full_disk_and_none_is_torn_or_lost(tmp_path, capsys):
+def test_lines_stay_in_memory_while_the_disk_is_full_and_none_is_lost(tmp_path, capsys):
     path = tmp_path / "lines"
     file = LineFile(path)
     file.add("first")
-    with a_disk_of(10):  # the second line fits by half
+    with file_size_limit(10):  # half of the second line fits
         file.add("second")
         file.add("third")
         assert path.read_text() == "first\n"
@@ -37,12 +38,12 @@ def test_lines_wait_for_a_full_disk_and_none_is_torn_or_lost(tmp_path, capsys):
     file.sync()
     file.close()
     assert path.read_text() == "first\nsecond\nthird\nfourth\n"
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1
-    assert "cannot be written: File too large; its lines stay in memory, training continues" in told[0]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1
+    assert "cannot be written: File too large; its lines stay in memory, training continues" in warnings[0]
 
 
-def test_it_goes_on_at_the_end(tmp_path):
+def test_an_existing_file_is_continued(tmp_path):
     for line in ("a", "b"):
         file = LineFile(tmp_path / "lines")
         file.add(line)
@@ -50,18 +51,9 @@ def test_it_goes_on_at_the_end(tmp_path):
     assert (tmp_path / "lines").read_text() == "a\nb\n"
 
 
-def test_a_text_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "text"
-    replace_text(path, "old")
-    with a_disk_of(100), pytest.raises(OSError, match="File too large"):
-        replace_text(path, "x" * 1000)
-    assert path.read_text() == "old"
-    assert os.stat(path).st_size == 3
-
-
-def test_lines_that_wait_are_tried_again_without_a_new_one(tmp_path):
+def test_pending_lines_are_written_without_a_new_line(tmp_path):
     file = LineFile(tmp_path / "lines")
-    with a_disk_of(3):
+    with file_size_limit(3):
         file.add("a line")
         file.flush()
         assert file.failure is not None
@@ -69,11 +61,26 @@ def test_lines_that_wait_are_tried_again_without_a_new_one(tmp_path):
     assert (tmp_path / "lines").read_text() == "a line\n"
 
 
-def test_a_link_in_the_way_is_not_followed(tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.write_text("mine")
-    (tmp_path / ".page.html.writing").symlink_to(elsewhere)
+def test_a_text_is_replaced_completely_or_not_at_all(tmp_path):
+    path = tmp_path / "text"
+    replace_text(path, "old")
+    with file_size_limit(100), pytest.raises(OSError, match="File too large"):
+        replace_text(path, "x" * 1000)
+    assert path.read_text() == "old"
+    assert os.stat(path).st_size == 3
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("content")
+    (tmp_path / ".page.html.writing").symlink_to(target)
     replace_text(tmp_path / "page.html", "new")
-    assert elsewhere.read_text() == "mine"
+    assert target.read_text() == "content"
     assert (tmp_path / "page.html").read_text() == "new"
     assert not (tmp_path / "page.html").is_symlink()
+
+
+def test_an_io_error_becomes_a_user_error_that_names_the_run(tmp_path):
+    message = f"run directory {tmp_path}: cannot be written: No such file or directory"
+    with pytest.raises(UserError, match=message), convert_io_errors(tmp_path):
+        replace_text(tmp_path / "missing" / "file", "text")
