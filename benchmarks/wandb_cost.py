@@ -33,16 +33,16 @@ from wandb_server import WandbServer
 WINDOW = 25
 """Steps."""
 
-WAYS = ("disabled", "offline", "well", "slow", "error", "hang", "drop", "nobody there")
+WAYS = ("disabled", "offline", "ok", "slow", "error", "hang", "drop", "unreachable")
 
 
 def environment(way: str, server: WandbServer) -> dict[str, str]:
     """Set W&B up for a way."""
     if way in ("disabled", "offline"):
         return {"WANDB_MODE": way}
-    server.manner = way
+    server.behavior = way
     found = dict(server.environ)
-    if way == "nobody there":
+    if way == "unreachable":
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             found["WANDB_BASE_URL"] = f"http://127.0.0.1:{probe.getsockname()[1]}"

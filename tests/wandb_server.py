@@ -1,7 +1,7 @@
-"""A stand-in for W&B's server, on loopback: it answers what the real client asks, and keeps what arrives.
+"""A fake W&B server on loopback: it answers the requests of W&B's real client and keeps what it receives.
 
-``manner`` says how it behaves: well, slow (answers after a second), error (500), wrong key (401), drop (closes the
-connection), hang (takes requests and never answers). Made by watching what the client of wandb 0.31 sends.
+Its ``behavior`` is ok, slow (answers after a second), error (500), wrong key (401), drop (closes the connection) or
+hang (accepts requests and never answers). Modeled on the requests of wandb 0.31.
 """
 
 import json
@@ -15,16 +15,16 @@ from typing import Any
 class WandbServer(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, manner: str = "well") -> None:
+    def __init__(self, behavior: str = "ok") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.manner = manner
+        self.behavior = behavior
         self.lock = threading.Lock()
-        self.rows: dict[str, dict[int, dict[str, Any]]] = {}  # of each run, by their place in its history
-        self.sent_rows = 0  # with repetitions
+        self.rows: dict[str, dict[int, dict[str, Any]]] = {}  # of each run, by index in its history
+        self.sent_rows = 0  # including repetitions
         self.configs: dict[str, Any] = {}
-        self.endings: dict[str, dict[str, Any]] = {}  # of each run: how its last process ended, as W&B is told
+        self.endings: dict[str, dict[str, Any]] = {}  # of each run: how its last process ended
         self.preempting: set[str] = set()
-        self.asked: list[str] = []
+        self.queries: list[str] = []
         self.released = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -38,10 +38,10 @@ class WandbServer(ThreadingHTTPServer):
 
     def history(self, run: str) -> list[dict[str, Any]]:
         rows = self.rows.get(run, {})
-        return [rows[place] for place in sorted(rows)]
+        return [rows[index] for index in sorted(rows)]
 
     def handle_error(self, *_: object) -> None:
-        """A client that goes away is none."""
+        """Ignore clients that disconnect."""
 
     def close(self) -> None:
         self.released.set()
@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         self.answer({})
@@ -66,11 +66,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         content = self.read()
         if self.path.endswith("/file_stream"):
-            self.take_files(self.path.split("/")[-2], content)
+            self.receive_files(self.path.split("/")[-2], content)
             self.answer({"exitcode": None, "limits": {}})
         else:
             with self.server.lock:
-                self.server.asked.append(content.get("query", "")[:60])
+                self.server.queries.append(content.get("query", "")[:60])
             self.answer({"data": self.graphql(content)})
 
     def read(self) -> Any:
@@ -80,23 +80,23 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
     def answer(self, content: object) -> None:
-        manner = self.server.manner
-        if manner == "hang":
+        behavior = self.server.behavior
+        if behavior == "hang":
             self.server.released.wait()
-        if manner in ("drop", "hang"):
+        if behavior in ("drop", "hang"):
             self.close_connection = True
             return
-        if manner == "slow":
+        if behavior == "slow":
             time.sleep(1.0)
         body = json.dumps(content).encode()
-        self.send_response({"error": 500, "wrong key": 401}.get(manner, 200))
+        self.send_response({"error": 500, "wrong key": 401}.get(behavior, 200))
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    def take_files(self, run: str, content: dict[str, Any]) -> None:
-        if self.server.manner not in ("well", "slow"):
+    def receive_files(self, run: str, content: dict[str, Any]) -> None:
+        if self.server.behavior not in ("ok", "slow"):
             return
         with self.server.lock:
             if content.get("preempting"):
@@ -110,8 +110,8 @@ class Handler(BaseHTTPRequestHandler):
             for name, part in (content.get("files") or {}).items():
                 if name == "wandb-history.jsonl":
                     rows = self.server.rows.setdefault(run, {})
-                    for place, line in enumerate(part["content"], start=part["offset"]):
-                        rows[place] = json.loads(line)
+                    for index, line in enumerate(part["content"], start=part["offset"]):
+                        rows[index] = json.loads(line)
                         self.server.sent_rows += 1
 
     def graphql(self, content: dict[str, Any]) -> Any:

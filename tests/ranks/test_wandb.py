@@ -1,4 +1,4 @@
-"""W&B's real client, offline and against a stand-in for its server on loopback."""
+"""W&B's real client, offline and with a fake server on loopback."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from distlenet.tracking.wandb import row, row_number
 
 pytestmark = pytest.mark.ranks
 
-WORDS = ("data.name=digits", "train.epochs=4", "train.log_every=5", "checkpoint.every_steps=4", "run.name=run")
-DIES = """
+SETTINGS = ("data.name=digits", "train.epochs=4", "train.log_every=5", "checkpoint.every_steps=4", "run.name=run")
+KILLED_AT_STEP_32 = """
 import os, signal, sys
 from pathlib import Path
 from distlenet import train
@@ -48,59 +48,59 @@ def server():
     server.close()
 
 
-def torchrun(ranks: int, *words: object, env: dict[str, str]):
+def torchrun(ranks: int, *arguments: object, env: dict[str, str]):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-    return run_command(*launcher, *words, env=env)
+    return run_command(*launcher, *arguments, env=env)
 
 
-def lines(run: Path) -> list[dict]:
+def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def offline_rows(run: Path) -> tuple[str, list[dict]]:
-    """Read an offline run with W&B's own reader: its id, and the rows of its history."""
-    (folder,) = (run / "wandb").glob("offline-run-*")
-    inspect = (sys.executable, "-m", "wandb", "leet", "inspect", folder, "--json")
-    found = [json.loads(line) for line in run_command(*inspect).succeeded().stdout.splitlines()]
+    """Read the id and the rows of an offline run with W&B's own reader."""
+    (directory,) = (run / "wandb").glob("offline-run-*")
+    inspect = (sys.executable, "-m", "wandb", "leet", "inspect", directory, "--json")
+    entries = [json.loads(line) for line in run_command(*inspect).succeeded().stdout.splitlines()]
     summary = json.loads(run_command(*inspect, "--summary").succeeded().stdout)
-    return summary["run_id"], [record["history"]["item"] for record in found if record["type"] == "history"]
+    return summary["run_id"], [entry["history"]["item"] for entry in entries if entry["type"] == "history"]
 
 
-def same(rows: list[dict], records: list[dict], leave_out=frozenset()) -> None:
-    """Check that ``rows`` are ``records``, each once and in order, and perhaps one with pictures behind them."""
-    rows = [r for r in rows if not any(key.startswith("test/surest_mistakes") for key in r)]
+def assert_rows(rows: list[dict], records: list[dict], ignore=frozenset()) -> None:
+    """Check that ``rows`` are ``records``, each once and in order. A last row may contain the tables."""
+    rows = [r for r in rows if not any(key.startswith("test/most_confident_mistakes") for key in r)]
     assert [r["_step"] for r in rows] == [row_number(record) for record in records]
-    for mine, record in zip(rows, records, strict=True):
-        kept = {k: v for k, v in row(record).items() if k.partition("/")[2] not in leave_out}
-        assert {key: mine.get(key) for key in kept} == kept
+    for received, record in zip(rows, records, strict=True):
+        expected = {k: v for k, v in row(record).items() if k.partition("/")[2] not in ignore}
+        assert {key: received.get(key) for key in expected} == expected
 
 
-def test_an_offline_run_that_was_killed_has_each_step_once(tmp_path):
+def test_a_killed_offline_run_has_each_step_once(tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(DIES)
+    program.write_text(KILLED_AT_STEP_32)
     environ = {"WANDB_MODE": "offline"}
-    command = (program, *WORDS, f"run.dir={tmp_path}")
+    command = (program, *SETTINGS, f"run.dir={tmp_path}")
     assert torchrun(2, *command, env=environ).status != 0
     first = json.loads((tmp_path / "run/starts.jsonl").read_text())["run_id"]
-    assert lines(tmp_path / "run")[-1]["step"] == 29
+    assert records(tmp_path / "run")[-1]["step"] == 29
     ended = torchrun(2, *command, env=environ).succeeded()
     assert "resumed at step 28" in ended.stdout
     run_id, rows = offline_rows(tmp_path / "run")
     assert run_id == first
-    same(rows, lines(tmp_path / "run"))
+    assert_rows(rows, records(tmp_path / "run"))
 
 
-def test_an_online_run_of_four_ranks_that_was_killed_is_one_run_with_each_step_once(tmp_path, server):
+def test_a_killed_online_run_of_four_ranks_is_one_run_with_each_step_once(tmp_path, server):
     program = tmp_path / "program.py"
-    program.write_text(DIES)
-    command = (program, *WORDS, f"run.dir={tmp_path}", "checkpoint.every_steps=7")
+    program.write_text(KILLED_AT_STEP_32)
+    command = (program, *SETTINGS, f"run.dir={tmp_path}", "checkpoint.every_steps=7")
     assert torchrun(4, *command, env=server.environ).status != 0
     ended = torchrun(4, *command, env=server.environ).succeeded()
     assert "resumed at step 28" in ended.stdout
     (run_id,) = server.rows
     assert run_id == json.loads((tmp_path / "run/starts.jsonl").read_text().splitlines()[0])["run_id"]
-    # Step 29 was recorded by both starts. What was learned is the same to the bit, what a clock measured is not.
-    same(server.history(run_id), lines(tmp_path / "run"), NONDETERMINISTIC_KEYS)
+    # Both starts recorded step 29, with equal results and different times.
+    assert_rows(server.history(run_id), records(tmp_path / "run"), NONDETERMINISTIC_KEYS)
     assert server.sent_rows == len(server.history(run_id))
     assert server.configs[run_id]["train"]["value"]["log_every"] == 5
     assert "k" * 40 not in json.dumps(server.configs)
@@ -112,104 +112,106 @@ def closed_port() -> str:
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def test_a_slow_server_gets_everything(tmp_path, server):
-    server.manner = "slow"
-    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
+def test_a_slow_server_receives_everything(tmp_path, server):
+    server.behavior = "slow"
+    command = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
     ended = run_command(*command, env=server.environ).succeeded()
     assert "distlenet:" not in ended.stderr
     (run_id,) = server.rows
-    same(server.history(run_id), lines(tmp_path / "run"))
+    assert_rows(server.history(run_id), records(tmp_path / "run"))
 
 
-def test_a_wrong_key_costs_a_warning_and_the_run_is_kept_offline(tmp_path, server):
-    server.manner = "wrong key"
-    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
+def test_with_a_wrong_key_the_run_is_kept_offline(tmp_path, server):
+    server.behavior = "wrong key"
+    command = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
     ended = run_command(*command, env=server.environ).succeeded()
     assert len(re.findall("distlenet: W&B: .*; this run is kept offline, wandb sync sends it later", ended.stderr)) == 1
     assert ended.stderr.count("distlenet:") == 1
     run_id, rows = offline_rows(tmp_path / "run")
     assert run_id == json.loads((tmp_path / "run/starts.jsonl").read_text())["run_id"]
-    same(rows, lines(tmp_path / "run"))
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert not any(b"k" * 40 in path.read_bytes() for path in written)  # the key is nowhere
+    assert_rows(rows, records(tmp_path / "run"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"k" * 40 in path.read_bytes() for path in files)  # the key is not saved
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 64 KiB where the run keeps what W&B writes."""
+    """Mount a disk of 64 KiB on the directory in which W&B keeps the run."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root")
-    folder = tmp_path / "run/wandb"
-    folder.mkdir(parents=True)
-    run_command("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder).succeeded()
-    yield folder
-    run_command("umount", "--lazy", folder).succeeded()
+    directory = tmp_path / "run/wandb"
+    directory.mkdir(parents=True)
+    run_command("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", directory).succeeded()
+    yield directory
+    run_command("umount", "--lazy", directory).succeeded()
 
 
-@pytest.mark.parametrize("manner", ["offline", "online"])
-def test_a_full_disk_costs_wandb_alone(tmp_path, server, small_disk, manner):
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_full_disk_stops_only_wandb(tmp_path, server, small_disk, mode):
     with (small_disk / "full").open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
-    environ = {**server.environ, "WANDB_MODE": manner}
-    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=20")
+    environ = {**server.environ, "WANDB_MODE": mode}
+    command = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=20")
     ended = run_command(*command, env=environ).succeeded()
     assert "W&B" in ended.stderr or "wandb" in ended.stderr
     assert "--replay-wandb" in ended.stderr or "metrics.jsonl has everything" in ended.stderr
-    assert [r["step"] for r in lines(tmp_path / "run") if r["split"] == "test"] == [12, 24, 36, 48]
+    assert [r["step"] for r in records(tmp_path / "run") if r["split"] == "test"] == [12, 24, 36, 48]
 
 
-def test_a_run_that_is_preempted_says_so_and_sends_its_best_checkpoint_at_its_end(tmp_path, server):
-    words = (
-        *WORDS,
+def test_a_preempted_run_is_marked_and_a_finished_one_sends_its_best_checkpoint(tmp_path, server):
+    arguments = (
+        *SETTINGS,
         f"run.dir={tmp_path}",
         "wandb.log_checkpoints=true",
         "wandb.finish_timeout_s=60",
         "checkpoint.preemption_grace_s=60",
+        "train.epochs=40",
     )
-    with Job(
-        tmp_path, sys.executable, "-m", "distlenet.train", *words, "train.epochs=40", env=server.environ
-    ) as job:
+    with Job(tmp_path, sys.executable, "-m", "distlenet.train", *arguments, env=server.environ) as job:
         job.wait_for_records()
         job.process.send_signal(signal.SIGUSR2)
         assert job.wait().status == 75
     (run_id,) = server.rows
     assert server.endings[run_id]["preempting"] is True
-    assert not any("CreateArtifact" in query for query in server.asked)
-    done = (sys.executable, "-m", "distlenet.train", *words, "train.epochs=40")
-    run_command(*done, env=server.environ).succeeded()
+    assert not any("CreateArtifact" in query for query in server.queries)
+    command = (sys.executable, "-m", "distlenet.train", *arguments)
+    run_command(*command, env=server.environ).succeeded()
     assert server.endings[run_id] == {"exitcode": 0, "preempting": False}
-    assert any("CreateArtifact" in query for query in server.asked)
-    same(server.history(run_id), lines(tmp_path / "run"), NONDETERMINISTIC_KEYS)
+    assert any("CreateArtifact" in query for query in server.queries)
+    assert_rows(server.history(run_id), records(tmp_path / "run"), NONDETERMINISTIC_KEYS)
 
 
-@pytest.mark.parametrize("manner", ["error", "hang", "drop", "nobody there"])
-def test_a_bad_server_costs_a_warning(tmp_path, server, manner):
-    server.manner = manner
-    environ = {**server.environ, **({"WANDB_BASE_URL": closed_port()} if manner == "nobody there" else {})}
-    command = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=0.5")
+@pytest.mark.parametrize("behavior", ["error", "hang", "drop", "unreachable"])
+def test_a_broken_server_causes_one_warning(tmp_path, server, behavior):
+    server.behavior = behavior
+    environ = {**server.environ, **({"WANDB_BASE_URL": closed_port()} if behavior == "unreachable" else {})}
+    command = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=0.5")
     ended = run_command(*command, env=environ).succeeded()
     assert ended.stderr.count("distlenet:") == 1
-    assert "W&B: what sends the records was not done within 0.5 s (wandb.finish_timeout_s)" in ended.stderr
-    assert [r["step"] for r in lines(tmp_path / "run") if r["split"] == "test"] == [12, 24, 36, 48]
+    assert "W&B: the process that sends the records was not done within 0.5 s (wandb.finish_timeout_s)" in ended.stderr
+    assert [r["step"] for r in records(tmp_path / "run") if r["split"] == "test"] == [12, 24, 36, 48]
     assert json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 48
 
 
-def assert_stands_back(training: int) -> None:
-    """Wait until W&B's own process is there, and all that talks to it leaves the processors to the ranks."""
+def assert_lowest_priority(training: int) -> None:
+    """Wait until W&B's own process runs, and the processes below ``training`` have the lowest priority."""
     deadline = time.monotonic() + 60
     found: dict[str, tuple[int, bool]] = {}
     while time.monotonic() < deadline:
         with suppress(psutil.Error, OSError):
             processes = psutil.Process(training).children(recursive=True)
-            found = {" ".join(p.cmdline()): (os.sched_getscheduler(p.pid), of_least_share(p.pid)) for p in processes}
+            found = {
+                " ".join(p.cmdline()): (os.sched_getscheduler(p.pid), has_least_share(p.pid, training))
+                for p in processes
+            }
         if any("wandb-core" in command for command in found) and set(found.values()) == {(os.SCHED_IDLE, True)}:
             return
         time.sleep(0.1)
     raise AssertionError(found)
 
 
-GETS_READY = """
+LAUNCHES_A_SIDECAR = """
 import math, os, signal, sys, time
 import psutil
 from pathlib import Path
@@ -231,8 +233,8 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("how", ["killed", "closed"])
-def test_a_training_that_ends_before_it_began_leaves_no_process(tmp_path, how):
-    command = [sys.executable, "-c", GETS_READY, str(tmp_path), how]
+def test_a_training_that_ends_before_its_start_leaves_no_process(tmp_path, how):
+    command = [sys.executable, "-c", LAUNCHES_A_SIDECAR, str(tmp_path), how]
     environ = {**os.environ, "WANDB_MODE": "offline"}
     with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as training:
         assert training.stdout is not None
@@ -244,51 +246,51 @@ def test_a_training_that_ends_before_it_began_leaves_no_process(tmp_path, how):
         training.communicate("")
 
 
-def of_least_share(process: int) -> bool:
-    """Say whether a process's context has the least share, where Linux groups by sessions."""
+def has_least_share(process: int, training: int) -> bool:
+    """Return whether a process is in the training's session or in one with the least CPU share."""
     group = Path(f"/proc/{process}/autogroup")
-    return not group.exists() or not (said := group.read_text()) or said.endswith("nice 19\n")
+    text = group.read_text() if group.exists() else ""  # Linux may not group by session
+    return not text or os.getsid(process) == os.getsid(training) or text.endswith("nice 19\n")
 
 
-def test_what_talks_to_wandb_stands_back_while_the_ranks_train(tmp_path):
-    command = [sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "train.epochs=2000"]
+def test_the_sidecar_has_the_lowest_priority_while_the_ranks_train(tmp_path):
+    command = [sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "train.epochs=2000"]
     environ = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as training:
         try:
             assert training.stdout is not None
             assert any("test accuracy" in line for line in training.stdout)
-            assert_stands_back(training.pid)
+            assert_lowest_priority(training.pid)
         finally:
             training.kill()
 
 
-def test_training_begins_before_wandb_answers(tmp_path, server):
-    """The run is at its end while the server has not answered the first question yet."""
-    server.manner = "hang"
-    command = [sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=120"]
+def test_training_does_not_wait_for_wandb(tmp_path, server):
+    """The run completes before the server answers the first request."""
+    server.behavior = "hang"
+    command = [sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=120"]
     environ = {**os.environ, **server.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         assert any(line.startswith("Files of this run") for line in process.stdout)
-        assert not server.rows  # nothing was answered
+        assert not server.rows  # nothing was received
         server.released.set()
-        server.manner = "well"
+        server.behavior = "ok"
         process.wait(60)
     finally:
         process.kill()
     assert process.returncode == 0
     (run_id,) = server.rows
-    same(server.history(run_id), lines(tmp_path / "run"))
+    assert_rows(server.history(run_id), records(tmp_path / "run"))
 
 
-def test_a_replay_sends_what_is_missing_and_no_more(tmp_path, server):
-    words = (sys.executable, "-m", "distlenet.train", *WORDS, f"run.dir={tmp_path}", "train.max_steps=20")
-    run_command(*words, env={"WANDB_MODE": "disabled"}).succeeded()
+def test_a_replay_sends_only_what_is_missing(tmp_path, server):
+    command = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "train.max_steps=20")
+    run_command(*command, env={"WANDB_MODE": "disabled"}).succeeded()
     replay = (sys.executable, "-m", "distlenet.report", tmp_path / "run", "--replay-wandb")
     for _ in range(2):
         run_command(*replay, env=server.environ).succeeded()
         (run_id,) = server.rows
-        same(server.history(run_id), lines(tmp_path / "run"))
-    pictures = 1  # the row with them
-    assert server.sent_rows == len(lines(tmp_path / "run")) + pictures
+        assert_rows(server.history(run_id), records(tmp_path / "run"))
+    assert server.sent_rows == len(records(tmp_path / "run")) + 1  # the row with the tables
