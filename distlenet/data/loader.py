@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from distlenet.config.schema import Config
 from distlenet.data.sampler import GlobalBatchSampler, evaluation_chunks
 from distlenet.data.sources import ImageDataset
+from distlenet.distributed.collectives import raise_on_all_ranks
+from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import block_signals, worker_init_fn
 from distlenet.task import Batch, Data, Datasets, MapDataset, SampleKeys
 from distlenet.utils.errors import UserError
@@ -121,6 +124,25 @@ class EvaluationLoader:
     def batches_of_every_rank(self) -> int:
         """How many batches each rank has at least."""
         return -(-self.samples // self.chunk) // self.world_size
+
+
+def make_loaders(
+    config: Config, context: DistributedContext, datasets: Datasets, eval_batch_size: int
+) -> tuple[Loader, EvaluationLoader]:
+    """Make the loaders of a rank, for training and for the test set. A collective.
+
+    Raise UserError if the datasets do not fit where ``data.device`` wants them.
+    """
+    env, device, num_workers = context.env, context.device, config.data.num_workers
+    shards = config.distributed.virtual_shards if config.distributed.reduction == "exact" else None
+    batch_size, drop_last = config.train.global_batch_size, config.data.drop_last
+    sampler = GlobalBatchSampler(
+        datasets.train, batch_size, env.rank, env.world_size, config.seed, drop_last, virtual_shards=shards
+    )
+    with raise_on_all_ranks():  # a GPU may have less memory left than the others
+        datasets = place_datasets(datasets, config.data.device, num_workers, device)
+    test_loader = EvaluationLoader(datasets.test, eval_batch_size, env.rank, env.world_size, device)
+    return Loader(datasets.train, sampler, num_workers, device), test_loader
 
 
 def prefetch_to_device(batches: Iterator[Fetched], device: torch.device) -> Iterator[Fetched]:

@@ -1,14 +1,17 @@
 """The optimizer and its learning-rate schedule, stepped once per optimizer step."""
 
+import copy
 import math
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from distlenet.config.schema import OptimConfig
+from distlenet.utils.structure import check_same_structure
 
 
 def make_optimizer(config: OptimConfig, model: nn.Module, loss_scaling: bool = False) -> Optimizer:
@@ -36,6 +39,24 @@ def make_schedule(config: OptimConfig, optimizer: Optimizer, total_steps: int) -
     else:
         warmup = config.warmup_steps
     return LambdaLR(optimizer, partial(lr_factor, config.schedule, warmup, total_steps))
+
+
+def check_optimizer_state(config: OptimConfig, model: nn.Module, loss_scaling: bool, state: dict[str, Any]) -> None:
+    """Raise KeyError or ValueError if optimizer and schedule cannot resume from a checkpoint's ``state``."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    stepped = make_optimizer(config, model, loss_scaling)
+    stepped.step()  # creates the optimizer's state
+    optimizer, expected = state["optimizer"], stepped.state_dict()
+    if optimizer["state"]:  # empty if every step was skipped
+        check_same_structure(optimizer["state"], expected["state"], "optimizer.state")
+    # The settings in the groups may have other names in another version of torch; the present run's are used.
+    groups, expected_groups = ([group["params"] for group in s["param_groups"]] for s in (optimizer, expected))
+    if repr(groups) != repr(expected_groups):  # not ==: a tensor of 0 equals 0
+        raise ValueError(f"optimizer.param_groups are of the parameters {str(groups)[:60]}")
+    counts = {"last_epoch": 0, "_step_count": 0}
+    check_same_structure({name: state["schedule"][name] for name in counts}, counts, "schedule")
 
 
 def load_optimizer(optimizer: Optimizer, schedule: LambdaLR, state: dict[str, Any]) -> None:

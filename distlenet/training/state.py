@@ -39,18 +39,6 @@ class TrainState:
         """Return the state at the start of the next epoch."""
         return replace(self, epoch=self.epoch + 1, batch=0)
 
-    def after_resume(self) -> "TrainState":
-        """Return the state with one more restart."""
-        return replace(self, restarts=self.restarts + 1)
-
-    def with_run_id(self, run_id: str) -> "TrainState":
-        """Return the state with another ``run_id``."""
-        return replace(self, run_id=run_id)
-
-    def with_origin(self, started_from: str | None) -> "TrainState":
-        """Return the state with ``started_from``, unless that is None."""
-        return replace(self, started_from=started_from or self.started_from)
-
     def state_dict(self) -> dict[str, Any]:
         """Return all values."""
         return asdict(self)

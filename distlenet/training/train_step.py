@@ -1,6 +1,5 @@
 """One optimizer step, and everything it changes."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from distlenet.task import Batch, Data, Task
 from distlenet.training.cuda_graph import GraphedStep, is_capturing
 from distlenet.training.meter import Meter
 from distlenet.training.nonfinite_guard import NonfiniteGuard
-from distlenet.training.optimizers import load_optimizer, make_optimizer, make_schedule
+from distlenet.training.optimizers import check_optimizer_state, load_optimizer, make_optimizer, make_schedule
 from distlenet.utils.clock import Mark
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.keyed_random import seed_micro_batch
@@ -109,13 +108,15 @@ class TrainStep:
 
     def apply(self, reduction: ReductionResult, values: Tensor, want_grad_norm: bool) -> DeviceResult:
         """Clip the gradients and take the step, unless something is not finite."""
-        nonfinite, grad_norm = reduction.nonfinite, None
-        if want_grad_norm or self.config.train.max_grad_norm is not None or is_capturing(self.device):
+        nonfinite, grad_norm, scaled = reduction.nonfinite, None, self.scaler.is_enabled()
+        want_grad_norm |= self.config.train.max_grad_norm is not None or is_capturing(self.device)
+        if want_grad_norm and not scaled:
             grad_norm = self.clip_gradients()
-            if not self.scaler.is_enabled():  # loss scaling expects overflows and skips them itself
-                nonfinite = nonfinite | ~grad_norm.isfinite()
-        skipped = self.guard.should_skip(nonfinite, self.step_input)
+            nonfinite = nonfinite | ~grad_norm.isfinite()
+        skipped = self.guard.should_skip(nonfinite, self.step_input)  # host sync, unless deferred
         if not skipped:
+            if want_grad_norm and scaled:  # an overflow is expected, and unscaling must be followed by a step
+                grad_norm = self.clip_gradients()
             self.meter.update(values)
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -228,31 +229,14 @@ class TrainStep:
 
         Raise ValueError if its structure differs.
         """
-        self._check_state(state)
+        check_optimizer_state(self.config.optim, self.model, self.scaler.is_enabled(), state)
+        check_same_structure(state["meter"], self.meter.state_dict(), "meter")  # collective
+        if state["scaler"] and self.scaler.is_enabled():
+            check_same_structure(state["scaler"], self.scaler.state_dict(), "scaler")
         load_optimizer(self.optimizer, self.schedule, state)
         if state["scaler"]:  # empty if the run was not fp16 so far: then the loss scale starts anew
             self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"], self.context.env.rank)
-
-    def _check_state(self, state: State) -> None:
-        """Raise KeyError or ValueError if training cannot resume from a state. A collective."""
-        model = copy.deepcopy(self.model)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        stepped = make_optimizer(self.config.optim, model, loss_scaling=self.scaler.is_enabled())
-        stepped.step()  # creates the optimizer's state
-        optimizer, expected = state["optimizer"], stepped.state_dict()
-        if optimizer["state"]:  # empty if every step was skipped
-            check_same_structure(optimizer["state"], expected["state"], "optimizer.state")
-        # The settings in the groups may have other names in another version of torch; the present run's are used.
-        groups, expected_groups = ([group["params"] for group in s["param_groups"]] for s in (optimizer, expected))
-        if repr(groups) != repr(expected_groups):  # not ==: a tensor of 0 equals 0
-            raise ValueError(f"optimizer.param_groups are of the parameters {str(groups)[:60]}")
-        counts = {"last_epoch": 0, "_step_count": 0}
-        check_same_structure({name: state["schedule"][name] for name in counts}, counts, "schedule")
-        check_same_structure(state["meter"], self.meter.state_dict(), "meter")
-        if state["scaler"] and self.scaler.is_enabled():
-            check_same_structure(state["scaler"], self.scaler.state_dict(), "scaler")
 
 
 def values_per_sample(task: Task, losses: Tensor, outputs: Any, data: Data) -> Tensor:

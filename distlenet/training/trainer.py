@@ -1,9 +1,9 @@
 """The training loop."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,25 +13,25 @@ from distlenet.checkpoint.format import State
 from distlenet.checkpoint.manager import CheckpointManager
 from distlenet.config.loading import identity
 from distlenet.config.schema import Config
-from distlenet.data.loader import EvaluationLoader, Loader, place_datasets
+from distlenet.data.loader import EvaluationLoader, make_loaders
 from distlenet.data.sample_log import NoSampleLog, open_sample_log
-from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.distributed.collectives import any_rank, hosts_of_ranks, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import Preemption
 from distlenet.reduction.replica_check import check_replicas
 from distlenet.task import Batch, Task
 from distlenet.tracking.base import TEST_FILE, Record, Tracker
-from distlenet.tracking.wandb import wandb_mode
 from distlenet.training.evaluation import evaluate
 from distlenet.training.meter import Metrics
 from distlenet.training.nonfinite_report import handle_nonfinite
+from distlenet.training.records import measurements, run_info, summary
 from distlenet.training.starts import choose_run_id, process_age_s, record_start
 from distlenet.training.state import TrainState
 from distlenet.training.throughput import Throughput
 from distlenet.training.train_step import StepResult, TrainStep
 from distlenet.utils.errors import warn
 from distlenet.utils.files import replace_text
+
 
 class Trainer:
     """Train ``task`` as one rank of ``context``."""
@@ -51,7 +51,9 @@ class Trainer:
         self.config, self.context, self.task, self.run_dir = config, context, task, run_dir
         self.tracker, self.preemption = tracker, preemption
         self.env, self.device, self.watchdog = context.env, context.device, context.watchdog
-        self._make_loaders()
+        datasets = task.datasets()
+        self.loader, self.test_loader = make_loaders(config, context, datasets, task.eval_batch_size)
+        self.sampler, self.data_source = self.loader.sampler, datasets.source
         epochs_steps = config.train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
         self.train_step = TrainStep(config, context, task, self.total_steps)
@@ -68,25 +70,6 @@ class Trainer:
             started_from=resume if resume not in ("auto", "never") else None,
         )
 
-    def _make_loaders(self) -> None:
-        config, env = self.config, self.env
-        datasets = self.task.datasets()
-        self.sampler = GlobalBatchSampler(
-            datasets.train,
-            config.train.global_batch_size,
-            env.rank,
-            env.world_size,
-            config.seed,
-            config.data.drop_last,
-            config.distributed.virtual_shards if config.distributed.reduction == "exact" else None,
-        )
-        with raise_on_all_ranks():  # a GPU may have less memory left than the others
-            datasets = place_datasets(datasets, config.data.device, config.data.num_workers, self.device)
-        self.data_source = datasets.source
-        self.loader = Loader(datasets.train, self.sampler, config.data.num_workers, self.device)
-        chunk = self.task.eval_batch_size
-        self.test_loader = EvaluationLoader(datasets.test, chunk, env.rank, env.world_size, self.device)
-
     def fit(self) -> Record:
         """Train from the newest checkpoint, or from scratch, to the last step; return the summary.
 
@@ -97,7 +80,7 @@ class Trainer:
             self.train_epoch()
             self.finish_epoch()
         self.checkpoints.finish()  # collective
-        return self.summary()
+        return summary(self)
 
     def train_epoch(self) -> None:
         """Train to the end of the epoch, or of the run."""
@@ -110,7 +93,7 @@ class Trainer:
                 check_replicas(self.model)  # collective, host sync
             if self.logs_after(batch):
                 self.check_finite()  # host sync
-                self.log("train", self.meter.window(), **self.measurements(result))  # collective, host sync
+                self.log("train", self.meter.window(), **measurements(self, result))  # collective, host sync
             if result.stop:
                 self.checkpoints.save_and_exit(self, self.state.step, self.preemption)  # collective
             if self.due(config.checkpoint.every_steps) and self.state.batch < self.sampler.steps:
@@ -148,10 +131,11 @@ class Trainer:
         """Resume from a checkpoint, or start from scratch; report it. A collective."""
         self.resumed_from = self.checkpoints.restore(self)
         if self.resumed_from is not None:
-            self.state = self.state.after_resume()
+            self.state = replace(self.state, restarts=self.state.restarts + 1)
         own = self.resumed_from is None or self.run_dir.resolve() in self.resumed_from.resolve().parents
         settings = identity(self.config)
-        self.state = self.state.with_run_id(choose_run_id(self.run_dir, self.state.run_id if own else "", settings))
+        run_id = choose_run_id(self.run_dir, self.state.run_id if own else "", settings)
+        self.state = replace(self.state, run_id=run_id)
         empty = self.loader.empty_batch()
         self.train_step.warm_up(self.task.transform(empty.data, empty.keys))  # collective
         check_replicas(self.model)  # collective: all ranks start with the same weights
@@ -163,7 +147,7 @@ class Trainer:
             if self.env.rank == 0:
                 limit = self.config.checkpoint.max_restarts_without_progress
                 record_start(self.run_dir, self.state.step, self.env.world_size, limit, self.state.run_id, settings)
-            self.tracker.start(self.run_info())
+            self.tracker.start(run_info(self))
         self.watchdog.set_timeout(self.config.distributed.step_timeout_s, "distributed.step_timeout_s")
         self.start_s = process_age_s()
         self.preemption.install()  # before, there is nothing to save, and a signal ends the rank
@@ -216,56 +200,11 @@ class Trainer:
         unwritten = self.config.data.ledger and any_rank(self.sample_log.has_unwritten_lines, self.device)
         return "lines of a rank's ledger could not be written" if unwritten else None
 
-    def measurements(self, result: StepResult) -> Record:
-        """Return what a training record holds besides loss and metrics. A collective, then a host sync."""
-        record = self.throughput.window()
-        if result.grad_norm is not None:
-            record["grad_norm"] = float(result.grad_norm)  # host sync
-        if self.train_step.scaler.is_enabled():
-            record["loss_scale"] = self.train_step.scaler.get_scale()
-        if self.device.type == "cuda":
-            record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        return record
-
     def log(self, split: str, metrics: Metrics, **more: float) -> None:
         """Log one record; see ``distlenet.tracking.base``."""
         record = {"split": split, "step": self.state.step, "epoch": self.state.epoch + 1, "batch": self.state.batch}
         record["time"] = round(time.time(), 3)
         self.tracker.log({**record, **metrics.to_dict(), "lr": self.state.lr, **more})
-
-    def summary(self) -> Record:
-        """Return the results of the run."""
-        state, speed = self.state, self.throughput
-        progress = {"epochs": state.epoch, "steps": state.step, "skipped_steps": state.skipped}
-        times = {"train_images_per_s": speed.mean(), "train_s": speed.seconds, "start_s": self.start_s}
-        return {**state.test, **progress, "restarts": state.restarts, **times, **self.context.describe()}
-
-    def run_info(self) -> Record:
-        """Return what a tracker receives before the first step."""
-        reducer = self.train_step.reducer
-        return {
-            "version": __version__,
-            "run": self.run_dir.name,
-            "run_id": self.state.run_id,
-            "hosts": list(self.throughput.hosts),
-            "model": self.config.model.name,
-            "data": self.config.data.name,
-            "step": self.state.step,
-            "steps": self.total_steps,
-            "evaluated": self.state.evaluated,
-            "complete": self.state.evaluated >= self.total_steps,
-            "epochs": self.config.train.epochs,
-            "global_batch_size": self.config.train.global_batch_size,
-            "micro_batches": reducer.micro_batches_per_rank,
-            "micro_batch_size": reducer.micro_batch_size,
-            "reduction": self.config.distributed.reduction,
-            "resumed_from": self.resumed_from and str(self.resumed_from),
-            "wandb": wandb_mode(self.config.wandb.mode, os.environ),
-            "train_count": self.sampler.samples,
-            "data_source": self.data_source,
-            "steps_per_epoch": self.sampler.steps,
-            **self.context.describe(),
-        }
 
     def state_dict(self) -> State:
         """Return everything that the rest of the run depends on: tensors and plain values. A collective.
@@ -284,11 +223,11 @@ class Trainer:
     def load_state_dict(self, state: State) -> None:
         """Load a saved state, of any number of ranks, except the weights. A collective."""
         self.train_step.load_state_dict(state)
-        self.state = TrainState.from_state_dict(state).with_origin(self.state.started_from)
-        if self.state.batch > self.sampler.steps or self.state.micro_batch < 1:
-            sizes = f"batch {self.state.batch} of {self.sampler.steps}, micro-batches of {self.state.micro_batch}"
-            raise ValueError(sizes)
-        self.train_step.reducer.cap_micro_batch_size(self.state.micro_batch)
+        saved = TrainState.from_state_dict(state)
+        if saved.batch > self.sampler.steps or saved.micro_batch < 1:
+            raise ValueError(f"batch {saved.batch} of {self.sampler.steps}, micro-batches of {saved.micro_batch}")
+        self.state = replace(saved, started_from=self.state.started_from or saved.started_from)
+        self.train_step.reducer.cap_micro_batch_size(saved.micro_batch)
 
     def close(self) -> None:
         """Release what the process group must not outlive, and let a write in progress end. Not a collective."""
