@@ -1,4 +1,4 @@
-"""Small IDX files, and the original .gz files of Fashion-MNIST, for tests of finding and downloading."""
+"""Small IDX files, and the published .gz files of Fashion-MNIST, for tests of locating and downloading data."""
 
 import gzip
 import hashlib
@@ -9,9 +9,9 @@ import torch
 
 from distlenet.data import idx
 
-# When the publisher packed each file (the .gz header's time). Debian's package drops time and name from
-# the header; with both put back the bytes are those that torchvision's MD5 sums were taken of.
-PACKED_AT = {
+# The time in the header of each published .gz file. Debian's package drops time and name from the header; with both
+# restored, the bytes are those of torchvision's MD5 sums.
+GZIP_TIMES = {
     "train-images-idx3-ubyte": 1504176606,
     "train-labels-idx1-ubyte": 1504176606,
     "t10k-images-idx3-ubyte": 1504176627,
@@ -20,16 +20,16 @@ PACKED_AT = {
 
 
 def original_gz(name: str, repacked: bytes) -> bytes:
-    """Restore the publisher's .gz file from one with the same compressed data and another header."""
+    """Return the published .gz file, given one with the same compressed data and another header."""
     assert repacked[:2] == b"\x1f\x8b"
     body = repacked[10:]
-    if repacked[3] & 8:  # a name in the header
+    if repacked[3] & 8:  # the header contains a name
         body = body[body.index(b"\0") + 1 :]
-    return b"\x1f\x8b\x08\x08" + struct.pack("<I", PACKED_AT[name]) + b"\0\x03" + name.encode() + b"\0" + body
+    return b"\x1f\x8b\x08\x08" + struct.pack("<I", GZIP_TIMES[name]) + b"\0\x03" + name.encode() + b"\0" + body
 
 
 def idx_bytes(values: torch.Tensor) -> bytes:
-    """Write a uint8 tensor as IDX."""
+    """Return a uint8 tensor as an IDX file."""
     return (
         bytes((0, 0, 8, values.ndim))
         + struct.pack(f">{values.ndim}I", *values.shape)
@@ -38,7 +38,7 @@ def idx_bytes(values: torch.Tensor) -> bytes:
 
 
 def small_set(train: int = 30, test: int = 10) -> dict[str, bytes]:
-    """Make the four files of a small set, uncompressed."""
+    """Return the four files of a small set, uncompressed."""
     generator = torch.Generator().manual_seed(0)
     content = {}
     for prefix, size in (("train", train), ("t10k", test)):
@@ -48,17 +48,17 @@ def small_set(train: int = 30, test: int = 10) -> dict[str, bytes]:
     return content
 
 
-def write_set(folder: Path, content: dict[str, bytes], packed: bool) -> None:
-    """Write the files plain or as .gz."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_set(directory: Path, content: dict[str, bytes], packed: bool) -> None:
+    """Write the files of a set, plain or ``packed`` as .gz."""
+    directory.mkdir(parents=True, exist_ok=True)
     for name, data in content.items():
         if packed:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+            (directory / f"{name}.gz").write_bytes(gzip.compress(data))
         else:
-            (folder / name).write_bytes(data)
+            (directory / name).write_bytes(data)
 
 
 def digests(content: dict[str, bytes]) -> dict[str, str]:
-    """Return what idx.SHA256 would hold for a small set."""
+    """Return the entry of ``idx.SHA256`` for a set."""
     assert content.keys() == set(idx.FILES)
     return {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}

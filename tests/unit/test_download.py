@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torchvision.datasets
@@ -21,13 +22,13 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def no_debian(monkeypatch, tmp_path):
-    """A machine without Debian's package."""
+    """Hide an installed Debian package."""
     monkeypatch.setattr(download, "DEBIAN_DIRECTORY", {"fashion_mnist": tmp_path / "not-installed"})
 
 
 @pytest.fixture
 def server():
-    """A web server on loopback that counts requests; tests fill its ``files``."""
+    """Run a web server on loopback that serves ``files`` and counts ``requests``."""
     files, requests = {}, Counter()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -55,8 +56,10 @@ def server():
         thread.join()
 
 
-def test_the_real_fashion_mnist_through_torchvision(monkeypatch, tmp_path, no_debian, server, fashion_mnist):
-    """The publisher's own bytes, from a stand-in for its server, checked by torchvision's MD5 and by us."""
+def test_fashion_mnist_is_downloaded_by_torchvision_and_verified(
+    monkeypatch, tmp_path, no_debian, server, fashion_mnist
+):
+    """A local server serves the published bytes; torchvision checks their MD5, and we check the SHA-256."""
     for name, path in fashion_mnist.items():
         server.files[f"{name}.gz"] = original_gz(name, path.with_name(f"{name}.gz").read_bytes())
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [server.url])
@@ -79,7 +82,7 @@ print(sorted(path.name for path in download.locate_or_download("mnist", Path(sys
 """
 
 
-def test_several_processes_download_once(tmp_path, server):
+def test_one_of_several_processes_downloads(tmp_path, server):
     packed = {f"{name}.gz": gzip.compress(data) for name, data in small_set().items()}
     server.files |= packed
     sums = [f"{name}={hashlib.md5(data).hexdigest()}" for name, data in packed.items()]
@@ -88,35 +91,35 @@ def test_several_processes_download_once(tmp_path, server):
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert len({stdout for stdout, _ in outputs}) == 1
-    # torchvision asks twice for each file: for redirects, then for the content.
+    # torchvision requests each file twice: for redirects, then for the content.
     assert set(server.requests.values()) == {2}
 
 
-def test_damaged_downloads_are_never_used(monkeypatch, tmp_path, no_debian, server):
-    server.files |= {f"{name}.gz": gzip.compress(data) for name, data in small_set().items()}  # not the published ones
+def test_a_damaged_download_is_not_used(monkeypatch, tmp_path, no_debian, server):
+    server.files |= {f"{name}.gz": gzip.compress(data) for name, data in small_set().items()}  # other contents
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [server.url])
     with pytest.raises(UserError, match="File not found or corrupted"):
         download.locate_or_download("fashion_mnist", tmp_path)
     assert idx.find_files(tmp_path / "FashionMNIST/raw") is None
 
 
-def test_without_a_network_the_message_lists_the_ways(monkeypatch, tmp_path, no_debian):
+def test_without_a_network_the_error_lists_the_ways_to_get_the_data(monkeypatch, tmp_path, no_debian):
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
     with pytest.raises(UserError) as error:
         download.locate_or_download("fashion_mnist", tmp_path)
     message = str(error.value)
-    for way in (
+    for part in (
         "refused",
         str(tmp_path),
         "apt install dataset-fashion-mnist",
         "python -m distlenet.data",
         "data.name=digits",
     ):
-        assert way in message
+        assert part in message
     assert "\n" not in message
 
 
-def test_data_root_comes_first_then_debians_folder(monkeypatch, tmp_path):
+def test_data_root_takes_precedence_over_debians_directory(monkeypatch, tmp_path):
     system, root = tmp_path / "system", tmp_path / "root"
     monkeypatch.setattr(download, "DEBIAN_DIRECTORY", {"fashion_mnist": system})
     write_set(system, small_set(), packed=True)
@@ -127,20 +130,20 @@ def test_data_root_comes_first_then_debians_folder(monkeypatch, tmp_path):
     assert {path.parent for path in download.locate("fashion_mnist", root).values()} == {root}
 
 
-def test_a_bad_file_is_named_whatever_its_source(monkeypatch, tmp_path):
+def test_a_damaged_file_is_named(monkeypatch, tmp_path):
     content = small_set()
     monkeypatch.setitem(idx.SHA256, "fashion_mnist", digests(content))
     config = load_config([], [f"data.root={tmp_path}"]).data
     write_set(tmp_path, content, packed=True)
     assert len(load_data(config).train) == 30
-    bad = tmp_path / "t10k-labels-idx1-ubyte.gz"
-    bad.write_bytes(bad.read_bytes()[:-9])
-    with pytest.raises(UserError, match=str(bad)):
+    damaged = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(UserError, match=str(damaged)):
         load_data(config)
 
 
-def test_debians_package_needs_no_root(monkeypatch, tmp_path, no_debian):
-    """A real package and the real dpkg; apt-get is a stand-in that hands the package out."""
+def test_debians_package_is_extracted_without_root(monkeypatch, tmp_path, no_debian):
+    """Package and dpkg are real; a script replaces apt-get and copies the package."""
     package = tmp_path / "package"
     write_set(package / "usr/share/datasets/fashion-mnist", small_set(), packed=True)
     (package / "DEBIAN").mkdir()
@@ -155,27 +158,31 @@ def test_debians_package_needs_no_root(monkeypatch, tmp_path, no_debian):
     apt_get.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
+    monkeypatch.setattr(download, "DEBIAN_DIRECTORY", {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")})
     monkeypatch.setattr(
-        download, "DEBIAN_DIRECTORY", {"fashion_mnist": download.Path("/usr/share/datasets/fashion-mnist")}
+        download, "locate", lambda name, root: idx.find_files(download.torchvision_directory(name, root))
     )
-    monkeypatch.setattr(download, "locate", lambda name, root: idx.find_files(download.torchvision_directory(name, root)))
     monkeypatch.chdir(tmp_path)
-    root = download.Path("data")  # relative, as data.root is by default
+    root = Path("data")  # relative, as data.root is by default
     with pytest.raises(UserError, match="refused"):
         download.locate_or_download("fashion_mnist", root)
     files = download.locate_or_download("fashion_mnist", root, debian=True)
     assert {path.parent for path in files.values()} == {root / "FashionMNIST/raw"}
 
 
-def test_data_root_that_is_a_file_or_cannot_be_made_is_named(tmp_path, no_debian):
+def test_an_unusable_data_root_is_named(tmp_path, no_debian):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)  # unreadable for root too
+    with pytest.raises(UserError, match=f"data.root={loop}: is not a readable directory"):
+        download.locate("fashion_mnist", loop)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not a readable directory"):
         download.locate_or_download("fashion_mnist", tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written"):
-        download.locate_or_download("fashion_mnist", download.Path("/proc/no/such"))
+        download.locate_or_download("fashion_mnist", Path("/proc/no/such"))
 
 
-def test_a_folder_that_was_made_for_a_download_that_failed_is_gone_again(monkeypatch, tmp_path, no_debian):
+def test_a_failed_download_removes_the_directory_that_it_created(monkeypatch, tmp_path, no_debian):
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
     with pytest.raises(UserError, match="cannot be downloaded"):
         download.locate_or_download("fashion_mnist", tmp_path / "mistyped")

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from distlenet.models.lenet import Net
+from distlenet.models.registry import make_model
 
 pytestmark = pytest.mark.unit
 
 
 class TutorialNet(nn.Module):
-    """An independent statement of the tutorial's network, to hold ours against."""
+    """An independent implementation of the tutorial's network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,12 +32,12 @@ class TutorialNet(nn.Module):
         return self.fc3(self.fc2(self.fc1(x).relu()).relu())
 
 
-def test_a_tutorial_state_dict_loads_and_computes_the_same():
+def test_a_state_dict_of_the_tutorial_loads_and_gives_the_same_logits():
     torch.manual_seed(1)
-    theirs, ours = TutorialNet(), Net()
-    ours.load_state_dict(theirs.state_dict())
+    tutorial, net = TutorialNet(), Net()
+    net.load_state_dict(tutorial.state_dict())
     x = torch.randn(5, 1, 32, 32)
-    assert torch.equal(ours(x), theirs(x))  # the same kernels on the same numbers: no tolerance
+    assert torch.equal(net(x), tutorial(x))  # the same kernels on the same numbers: no tolerance
 
 
 def test_number_of_parameters():
@@ -44,8 +45,10 @@ def test_number_of_parameters():
 
 
 def test_print_shows_the_five_layers():
-    shown = re.findall(r"\((\w+)\): (Conv2d|Linear)", str(Net()))
-    assert shown == [("conv1", "Conv2d"), ("conv2", "Conv2d"), ("fc1", "Linear"), ("fc2", "Linear"), ("fc3", "Linear")]
+    layers = re.findall(r"\((\w+)\): (Conv2d|Linear)", str(Net()))
+    assert layers == [
+        ("conv1", "Conv2d"), ("conv2", "Conv2d"), ("fc1", "Linear"), ("fc2", "Linear"), ("fc3", "Linear")
+    ]  # fmt: skip
 
 
 def test_num_flat_features():
@@ -53,7 +56,7 @@ def test_num_flat_features():
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 32, 32), (4, 1, 28, 28), (1, 32, 32), (32, 32), (4, 1, 32, 33)])
-def test_another_input_shape_is_refused_naming_both(shape):
+def test_another_input_shape_is_refused_with_both_shapes(shape):
     with pytest.raises(ValueError, match=re.escape("(B, 1, 32, 32)") + ".*" + re.escape(str(shape))):
         Net()(torch.zeros(shape))
 
@@ -63,3 +66,10 @@ def test_an_empty_batch_gives_zero_gradients():
     net = Net()
     net(torch.empty(0, 1, 32, 32)).sum().backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in net.parameters())
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_make_model_selects_the_memory_format(channels_last):
+    model = make_model("lenet", channels_last, torch.device("cpu"))
+    assert isinstance(model, Net)
+    assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last) == channels_last

@@ -1,4 +1,4 @@
-"""What the "Autograd" and "Neural Networks" tutorials tell a beginner, held true."""
+"""The statements of PyTorch's "Autograd" and "Neural Networks" tutorials are true."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_backward_of_a_scalar_is_backward_with_one():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_backward_of_a_vector_needs_a_vector():
+def test_backward_of_a_vector_requires_a_vector():
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(RuntimeError, match="scalar"):
         (x * 2).backward()
@@ -39,7 +39,7 @@ def test_backward_of_a_vector_needs_a_vector():
 
 @pytest.mark.parametrize(("start", "doublings"), [(1.0, 10), (300.0, 2)])
 def test_a_graph_with_python_control_flow_differentiates(start, doublings):
-    """The graph is recorded anew in each pass: how often the loop ran shows in the gradient."""
+    """The graph is recorded again in each pass, so the gradient depends on the number of iterations."""
     x = torch.tensor(start, requires_grad=True)
     y = x * 2
     while y.abs() < 1000:
