@@ -1,12 +1,10 @@
 import math
-import warnings
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from distlenet.config.loading import load_config
-from distlenet.models.lenet import Net
 from distlenet.training.optimizers import load_optimizer, lr_factor, make_optimizer, make_schedule
 
 pytestmark = pytest.mark.unit
@@ -14,41 +12,42 @@ pytestmark = pytest.mark.unit
 STEPS = 40
 
 
-def rates(schedule, optimizer, steps=STEPS):
-    got = []
+def step_through(schedule, optimizer, steps=STEPS):
+    """Return the learning rate of each step."""
+    rates = []
     for _ in range(steps):
-        got.append(optimizer.param_groups[0]["lr"])
+        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    return got
+    return rates
 
 
-def ours(*overrides: str):
+def learning_rates(*overrides: str):
     config = load_config([], ["optim.lr=0.5", *overrides]).optim
     optimizer = make_optimizer(config, torch.nn.Linear(1, 1))
-    return rates(make_schedule(config, optimizer, STEPS), optimizer)
+    return step_through(make_schedule(config, optimizer, STEPS), optimizer)
 
 
-def test_one_cycle_is_torchs():
+def test_one_cycle_equals_torch():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     # torch rises over 0.3 × 40 - 1 = 11 steps, so that step 11 is the peak.
-    theirs = OneCycleLR(optimizer, 0.5, total_steps=STEPS, pct_start=0.3, cycle_momentum=False)
-    got = ours("optim.schedule=one_cycle", "optim.warmup_steps=11")
-    assert got == pytest.approx(rates(theirs, optimizer), rel=1e-12)  # the same formula in float64
+    reference = OneCycleLR(optimizer, 0.5, total_steps=STEPS, pct_start=0.3, cycle_momentum=False)
+    rates = learning_rates("optim.schedule=one_cycle", "optim.warmup_steps=11")
+    assert rates == pytest.approx(step_through(reference, optimizer), rel=1e-12)  # the same formula in float64
 
 
-def test_cosine_is_torchs():
+def test_cosine_equals_torch():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    theirs = rates(CosineAnnealingLR(optimizer, STEPS), optimizer)
-    assert ours("optim.schedule=cosine") == pytest.approx(theirs, rel=1e-9, abs=1e-12)  # theirs is a recursion
+    reference = step_through(CosineAnnealingLR(optimizer, STEPS), optimizer)
+    assert learning_rates("optim.schedule=cosine") == pytest.approx(reference, rel=1e-9, abs=1e-12)  # a recursion
 
 
 def test_cosine_after_warm_up_and_constant():
-    warm = ours("optim.schedule=cosine", "optim.warmup_steps=4")
-    assert warm[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
-    assert warm[22] == pytest.approx(0.25)  # half of 36 steps after the warm-up
-    assert ours("optim.schedule=constant") == [0.5] * STEPS
-    assert ours("optim.schedule=constant", "optim.warmup_steps=2")[:3] == [0.25, 0.5, 0.5]
+    rates = learning_rates("optim.schedule=cosine", "optim.warmup_steps=4")
+    assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert rates[22] == pytest.approx(0.25)  # half of 36 steps after the warm-up
+    assert learning_rates("optim.schedule=constant") == [0.5] * STEPS
+    assert learning_rates("optim.schedule=constant", "optim.warmup_steps=2")[:3] == [0.25, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
@@ -60,8 +59,8 @@ def test_short_runs_and_long_warm_ups_have_finite_rates(schedule, total):
             assert math.isfinite(lr_factor(schedule, warmup, total, step))
 
 
-def test_one_cycle_rises_for_three_tenths_where_nothing_is_said():
-    assert max(range(STEPS), key=ours().__getitem__) == 12
+def test_one_cycle_rises_for_three_tenths_by_default():
+    assert max(range(STEPS), key=learning_rates().__getitem__) == 12
 
 
 @pytest.mark.parametrize(
@@ -78,30 +77,31 @@ def test_one_cycle_rises_for_three_tenths_where_nothing_is_said():
         (["optim.name=adamw", "optim.weight_decay=0.1"], lambda p: torch.optim.AdamW(p, lr=0.5, weight_decay=0.1)),
     ],
 )
-def test_optimizers_are_torchs_with_the_settings_given(overrides, reference):
-    nets = []
-    for make in (lambda n: make_optimizer(load_config([], ["optim.lr=0.5", *overrides]).optim, n), None):
+def test_optimizers_equal_torch_with_the_given_settings(overrides, reference):
+    config = load_config([], ["optim.lr=0.5", *overrides]).optim
+    models = []
+    for make in (lambda model: make_optimizer(config, model), lambda model: reference(model.parameters())):
         torch.manual_seed(0)
-        net = torch.nn.Linear(3, 2)
-        optimizer = make(net) if make else reference(net.parameters())
+        model = torch.nn.Linear(3, 2)
+        optimizer = make(model)
         for _ in range(3):
             optimizer.zero_grad()
-            (net(torch.ones(1, 3)) ** 2).sum().backward()
+            (model(torch.ones(1, 3)) ** 2).sum().backward()
             optimizer.step()
-        nets.append(net)
-    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        models.append(model)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         # Fused and plain kernels round in another order: a few ulps (6e-8) in each of 3 steps of growing values.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_resuming_takes_the_state_from_the_checkpoint_and_the_settings_from_the_run():
+def test_resuming_uses_the_state_of_the_checkpoint_and_the_settings_of_the_run():
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 1)
     old = load_config([], ["optim.lr=0.5", "optim.schedule=cosine"]).optim
     optimizer = make_optimizer(old, layer)
     schedule = make_schedule(old, optimizer, STEPS)
     layer(torch.ones(1, 3)).sum().backward()
-    rates(schedule, optimizer, 20)
+    step_through(schedule, optimizer, 20)
     state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
     new = load_config([], ["optim.lr=0.1", "optim.schedule=cosine", "optim.momentum=0.5"]).optim
     resumed = make_optimizer(new, layer)
@@ -110,20 +110,17 @@ def test_resuming_takes_the_state_from_the_checkpoint_and_the_settings_from_the_
     (group,) = resumed.param_groups
     assert group["momentum"] == 0.5
     assert group["lr"] == pytest.approx(0.05)  # half way down a cosine from 0.1
-    assert rates(resumed_schedule, resumed, 2)[1] < 0.05
+    assert step_through(resumed_schedule, resumed, 2)[1] < 0.05
     buffers = [resumed.state[p]["momentum_buffer"] for p in layer.parameters()]
     assert all(bool(b.abs().sum() > 0) for b in buffers)
 
 
-def test_the_schedule_state_resumes():
+def test_resumed_schedule_continues():
     config = load_config([], ["optim.lr=0.5"]).optim
-    first = make_optimizer(config, Net())
-    schedule = make_schedule(config, first, STEPS)
-    rates(schedule, first, 17)
-    second = make_optimizer(config, Net())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        resumed = make_schedule(config, second, STEPS)
-    resumed.load_state_dict(schedule.state_dict())
-    second.load_state_dict(first.state_dict())
-    assert rates(resumed, second, 10) == rates(schedule, first, 10)
+    optimizer = make_optimizer(config, torch.nn.Linear(1, 1))
+    schedule = make_schedule(config, optimizer, STEPS)
+    step_through(schedule, optimizer, 17)
+    resumed = make_optimizer(config, torch.nn.Linear(1, 1))
+    resumed_schedule = make_schedule(config, resumed, STEPS)
+    load_optimizer(resumed, resumed_schedule, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()})
+    assert step_through(resumed_schedule, resumed, 10) == step_through(schedule, optimizer, 10)

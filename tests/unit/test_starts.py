@@ -1,0 +1,62 @@
+import json
+import sys
+import time
+
+import pytest
+from conftest import run_command
+
+from distlenet.training.starts import choose_run_id, record_start
+from distlenet.utils.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+BY_HAND: dict[str, str] = {}
+BY_TORCHRUN = {"TORCHELASTIC_RESTART_COUNT": "1"}
+BY_SLURM = {"SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+@pytest.mark.parametrize("environ", [BY_TORCHRUN, BY_SLURM])
+def test_automatic_restarts_without_progress_are_limited(tmp_path, environ):
+    record_start(tmp_path, 0, 2, 3, environ=BY_HAND)
+    for _ in range(3):
+        record_start(tmp_path, 40, 2, 3, environ=environ)
+    with pytest.raises(UserError, match="restarted 3 times from step 40"):
+        record_start(tmp_path, 40, 2, 3, environ=environ)
+    record_start(tmp_path, 50, 2, 3, environ=environ)  # progress
+    for _ in range(9):
+        record_start(tmp_path, 50, 2, 3, environ=BY_HAND)  # starts by hand are not limited
+    record_start(tmp_path, 50, 2, 3, environ=environ)
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 15
+    assert (starts[1]["step"], starts[1]["world_size"]) == (40, 2)
+    assert [start["automatic"] for start in starts] == [False] + 4 * [True] + 9 * [False] + [True]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 7, "autom\n', '{"step": 7, "autom', '{"step": 7}\n', "[]\n"])
+def test_torn_line_is_ignored(tmp_path, torn):
+    record_start(tmp_path, 7, 2, 1, environ=BY_HAND)
+    with (tmp_path / "starts.jsonl").open("a") as file:
+        file.write(torn)
+    record_start(tmp_path, 7, 2, 1, environ=BY_TORCHRUN)
+    with pytest.raises(UserError, match="restarted 1 times"):
+        record_start(tmp_path, 7, 2, 1, environ=BY_TORCHRUN)
+
+
+def test_run_id_without_checkpoint_is_kept_only_by_a_restart_of_the_same_job(tmp_path):
+    first = choose_run_id(tmp_path, "", "a", environ=BY_HAND)
+    record_start(tmp_path, 0, 2, 3, first, "a", environ=BY_HAND)
+    assert choose_run_id(tmp_path, "", "a", environ=BY_TORCHRUN) == first
+    assert choose_run_id(tmp_path, "", "b", environ=BY_TORCHRUN) != first  # other settings
+    assert choose_run_id(tmp_path, "", "a", environ=BY_HAND) != first  # the code may have changed
+    assert choose_run_id(tmp_path, "12345678", "a", environ=BY_HAND) == "12345678"
+    record_start(tmp_path, 0, 2, 3, "23456789", "b", environ=BY_HAND)
+    assert choose_run_id(tmp_path, "", "a", environ=BY_TORCHRUN) != first  # another run started in between
+
+
+def test_process_age_counts_from_the_start_of_the_process():
+    """Field 22 of stat is in ticks of 10 ms, rounded down: the age is at most one tick too large."""
+    before = time.monotonic()
+    script = "import torch; from distlenet.training.starts import process_age_s; print(process_age_s())"
+    ended = run_command(sys.executable, "-c", script)
+    elapsed = time.monotonic() - before
+    assert 0.1 < float(ended.succeeded().stdout) < elapsed + 0.01  # the import of torch alone takes more than 0.1 s
