@@ -125,6 +125,3 @@ def slurm_first_host(nodelist: str) -> str:
 def slurm_port(environ: Mapping[str, str]) -> int:
     """Return a port for each job and step, 20,000 to 29,999: any client may use Linux's ephemeral ports above."""
     return 20_000 + (read_int(environ, "SLURM_JOB_ID") * 37 + read_int(environ, "SLURM_STEP_ID")) % 10_000
-
-
-number = read_int  # until distlenet.training uses the new name
