@@ -25,13 +25,12 @@ class SettingsParser(Parser):
 
     def parse_known_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse ``args``, with options and settings in any order."""
-        args = [self._setting(word) for word in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_intermixed_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_intermixed_args([self._strip_hyphens(word) for word in words], namespace)
 
-    def _setting(self, word: str) -> str:
+    def _strip_hyphens(self, word: str) -> str:
         name, equals, _ = word.partition("=")
-        is_setting = equals and re.fullmatch(r"--\w.*", name) and name not in self._option_string_actions
-        return word[2:] if is_setting else word
+        return word.removeprefix("--") if equals and name not in self._option_string_actions else word
 
 
 def settings_parser(prog: str, description: str) -> SettingsParser:

@@ -13,9 +13,9 @@ from distlenet.config.schema import Config
 MAX_LENGTH = 1000
 """Characters of a string: it has to fit into a path and into a message of one line."""
 
+STRING_HINT = f", of at most {MAX_LENGTH:,} printable characters; put numbers and booleans in quotes"
 NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", list: "a list of strings"}
 INPUTS = {bool: (bool, int, str), int: (int, str), float: (float, int, str), str: (str,), list: (list,)}
-"""Types of the values that are converted to a type."""
 BOUNDS = {"ge": ("at least", operator.ge), "gt": ("more than", operator.gt), "lt": ("less than", operator.lt)}
 
 
@@ -42,11 +42,7 @@ class Field:
         try:
             return self._convert(value)
         except (ValueError, LookupError, OverflowError):
-            hint = ""
-            if self.kind in (str, list) and not self.choices:
-                hint = f", of at most {MAX_LENGTH:,} characters, all printable"
-                if any(isinstance(item, int | float) for item in (value if isinstance(value, list) else [value])):
-                    hint = "; write what YAML reads as a number or a boolean in quotes"
+            hint = STRING_HINT if self.kind in (str, list) and not self.choices else ""
             raise ValueError(f"expected {self.describe()}{hint}") from None
 
     def _convert(self, value: Any) -> Any:
