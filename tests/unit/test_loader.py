@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from distlenet.data.loader import EvaluationLoader, Loader, place_datasets
+from distlenet.data.sampler import GlobalBatchSampler
+from distlenet.data.sources import ImageDataset
+from distlenet.task import Datasets
+from distlenet.utils.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+CPU = torch.device("cpu")
+
+
+def dataset_of(samples: int) -> ImageDataset:
+    return ImageDataset(torch.arange(samples, dtype=torch.uint8).view(samples, 1, 1), torch.arange(samples))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_fetches_the_batches_of_the_sampler(num_workers):
+    dataset = dataset_of(21)
+    sampler = GlobalBatchSampler(dataset, 5, rank=1, world_size=2, seed=3)
+    loader = Loader(dataset, sampler, num_workers, CPU)
+    for epoch, start in ((0, 0), (1, 3)):
+        batches = list(loader.epoch(epoch, start))
+        expected = list(sampler.batches(epoch, start))
+        assert [batch.indices.tolist() for batch in batches] == [indices.tolist() for indices in expected]
+        assert [batch.data[0].flatten().tolist() for batch in batches] == [indices.tolist() for indices in expected]
+        assert [batch.data[1].tolist() for batch in batches] == [indices.tolist() for indices in expected]
+        assert [batch.number for batch in batches] == list(range(start, 5))
+        assert [batch.global_size for batch in batches] == [5, 5, 5, 5, 1][start:]
+        assert {batch.epoch for batch in batches} == {epoch}
+    assert [len(batch) for batch in batches] == [2, 0]  # of the last batch this rank has no sample
+
+
+def test_one_batch_is_loaded_again():
+    dataset = dataset_of(20)
+    loader = Loader(dataset, GlobalBatchSampler(dataset, 5, rank=0, world_size=1, seed=3), 0, CPU)
+    first, again = list(loader.epoch(1))[2], loader.batch(1, 2)
+    assert torch.equal(first.indices, again.indices)
+    assert torch.equal(first.data[0], again.data[0])
+    assert (again.epoch, again.number, again.global_size) == (1, 2, 5)
+
+
+def test_a_loader_does_not_use_the_global_generator():
+    dataset = dataset_of(2)
+    before = torch.get_rng_state()
+    assert len(list(Loader(dataset, GlobalBatchSampler(dataset, 1, 0, 1, seed=0), 0, CPU).epoch(0))) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_evaluation_uses_every_sample_once():
+    dataset = dataset_of(22)
+    ranks = [list(EvaluationLoader(dataset, 4, rank, 3, CPU)) for rank in range(3)]
+    assert sorted(index for batches in ranks for batch in batches for index in batch.indices.tolist()) == list(
+        range(22)
+    )
+    assert all(batch.data[1].tolist() == batch.indices.tolist() for batches in ranks for batch in batches)
+
+
+def test_images_stay_on_the_host_without_a_gpu():
+    datasets = Datasets(dataset_of(4), dataset_of(2), "generated")
+    assert place_datasets(datasets, "auto", 0, CPU) is datasets
+    assert place_datasets(datasets, "cpu", 2, CPU) is datasets
+    with pytest.raises(UserError, match=r"data\.device=cuda: this rank has no GPU"):
+        place_datasets(datasets, "cuda", 0, CPU)
+    with pytest.raises(UserError, match=r"data\.device=cuda: data\.num_workers=2: they have no GPU"):
+        place_datasets(datasets, "cuda", 2, torch.device("cuda", 0))
