@@ -36,7 +36,9 @@ def replay(directory: Path) -> None:
             except Timeout as error:
                 raise UserError(f"{directory}: a running job writes and sends this run; wait until it ends") from error
         outcome = "finished" if read_json(directory / "summary.json") else "failed"
-        sink = send(directory, make_sinks(directory, start), iter([outcome])).get("wandb")
+        sinks = make_sinks(directory, start)
+        send(directory, sinks, iter([outcome]))
+    sink = sinks.get("wandb")
     if not isinstance(sink, Wandb) or (mode == "online" and not sink.online):
         raise UserError(f"{directory}: not sent, see above; fix the cause and run the same command again")
     result = "the missing ones were sent" if sink.online else "stored offline; wandb sync sends them"

@@ -8,12 +8,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from distlenet.tracking.base import Record, Tracker
 from distlenet.tracking.text import TextLogger, TutorialLogger, time_left
 
-NARROW = 60
-"""Columns of a terminal; below, the bar has room only for the loss and the remaining time."""
-WIDE = 78
-"""From this width it also has the speed."""
-VERY_WIDE = 110
-"""From this width it also has the learning rate and the number of ranks."""
+NARROW, WIDE, VERY_WIDE = 60, 78, 110
+"""Widths of a terminal, in columns, from which the bar shows more numbers."""
 CELL = 9
 """Minimum width of a column of the table."""
 
@@ -69,31 +65,30 @@ class ProgressBar(TextLogger):
         if self.task is None:
             return
         width, info = self.console.width, self.run_info
-        numbers = [f"loss {record['loss']:.3f}"]
-        if width >= NARROW:
-            numbers = [f"{record['step']}/{info['steps']}", *numbers, f"acc {record['accuracy']:.1%}"]
-        if width >= WIDE:
-            numbers.append(f"{record['images_per_s']:,.0f} images/s")
-        if width >= VERY_WIDE:
-            numbers += [f"lr {record['lr']:.2g}", f"{info['world_size']} ranks"]
-        numbers.append(f"{time_left(record, info)} left")
+        numbers = [  # the minimum width for each
+            (NARROW, f"{record['step']}/{info['steps']}"),
+            (0, f"loss {record['loss']:.3f}"),
+            (NARROW, f"acc {record['accuracy']:.1%}"),
+            (WIDE, f"{record['images_per_s']:,.0f} images/s"),
+            (VERY_WIDE, f"lr {record['lr']:.2g}  {info['world_size']} ranks"),
+            (0, f"{time_left(record, info)} left"),
+        ]
         self.progress.update(
             self.task,
             completed=record["step"],
             description="epoch " * (width >= WIDE) + f"{record['epoch']}/{info['epochs']}",
-            numbers="  ".join(numbers),
+            numbers="  ".join(number for minimum, number in numbers if width >= minimum),
         )
 
     def _print_row(self, test: Record) -> None:
         """Print an evaluation, the first one under a heading."""
         train = self.last_train_epoch
-        if train.get("step") != test["step"]:  # tested within an epoch
-            train = {}
+        has_train = train.get("step") == test["step"]  # not if tested within an epoch
         cells = {
             "epoch": f"{test['epoch']}/{self.run_info['epochs']}",
             "step": f"{test['step']}",
-            "train loss": f"{train['loss']:.4f}" if train else "",
-            "train acc": f"{train['accuracy']:.2%}" if train else "",
+            "train loss": f"{train['loss']:.4f}" if has_train else "",
+            "train acc": f"{train['accuracy']:.2%}" if has_train else "",
             "test loss": f"{test['loss']:.4f}",
             "test acc": f"{test['accuracy']:.2%}",
             "test images": f"{test['count']}",

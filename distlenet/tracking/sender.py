@@ -28,9 +28,6 @@ from distlenet.utils.errors import warn
 POLL_S = 0.5
 """Seconds between two reads of ``metrics.jsonl``."""
 
-IMPORTS = {"wandb": ["wandb", "wandb.sdk.launch"], "tensorboard": ["tensorboard.summary"]}
-"""Modules to import early; ``wandb.init`` imports ``wandb.sdk.launch``."""
-
 
 class Sink(Protocol):
     """A service that receives records."""
@@ -63,63 +60,53 @@ class JsonlTail:
                 yield json.loads(line)
 
 
-class Sinks:
-    """Several sinks. One that fails is dropped with a warning; the others continue."""
-
-    def __init__(self, factories: dict[str, Callable[[], Sink]]) -> None:
-        """Create each sink."""
-        self.sinks: dict[str, Sink] = {}
-        for name, factory in factories.items():
-            with self._drop_on_error(name):
-                self.sinks[name] = factory()
-
-    def each(self, action: Callable[[Sink], None]) -> None:
-        """Call ``action`` with each sink."""
-        for name, sink in list(self.sinks.items()):
-            with self._drop_on_error(name):
-                action(sink)
-
-    @contextmanager
-    def _drop_on_error(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # any: training and the other sinks continue
-            self.sinks.pop(name, None)
-            warn(
-                f"{NAMES.get(name, name)}: {one_line(error)}; nothing more is sent there, metrics.jsonl has everything"
-            )
+def make_sinks(run_dir: Path, job: Record) -> dict[str, Sink]:
+    """Create the sinks that ``job`` names, except those that fail."""
+    sinks: dict[str, Sink] = {}
+    for name in job["sinks"]:
+        with drop_on_error(sinks, name):
+            if name == "wandb":
+                sinks[name] = Wandb(run_dir, job["config"], job["run_info"], job["wandb_mode"])
+            else:
+                sinks[name] = TensorBoard(run_dir)
+    return sinks
 
 
-def make_sinks(run_dir: Path, job: Record) -> Sinks:
-    """Create the sinks that ``job`` names."""
-    factories: dict[str, Callable[[], Sink]] = {
-        "tensorboard": lambda: TensorBoard(run_dir),
-        "wandb": lambda: Wandb(run_dir, job["config"], job["run_info"], job["wandb_mode"]),
-    }
-    return Sinks({name: factory for name, factory in factories.items() if name in job["sinks"]})
+@contextmanager
+def drop_on_error(sinks: dict[str, Sink], name: str) -> Iterator[None]:
+    """On an error, warn and remove the sink; training and the other sinks continue."""
+    try:
+        yield
+    except Exception as error:
+        sinks.pop(name, None)
+        warn(f"{NAMES[name]}: {one_line(error)}; nothing more is sent there, metrics.jsonl has everything")
 
 
-def send(run_dir: Path, sinks: Sinks, statuses: Iterator[str]) -> dict[str, Sink]:
+def send(run_dir: Path, sinks: dict[str, Sink], statuses: Iterator[str]) -> None:
     """Send the records to ``sinks``, new ones at each status "running", until a status is the run's outcome.
 
-    Returns the sinks that did not fail, by name.
+    Removes sinks that fail.
     """
     tail = JsonlTail(run_dir / "metrics.jsonl")
 
+    def each(action: Callable[[Sink], None]) -> None:
+        for name, sink in list(sinks.items()):
+            with drop_on_error(sinks, name):
+                action(sink)
+
     def put_new_records() -> None:
         for record in tail.new_records():
-            sinks.each(lambda sink: sink.put(record))  # noqa: B023
+            each(lambda sink: sink.put(record))  # noqa: B023
 
     put_new_records()
-    sinks.each(lambda sink: sink.mark_replayed())
+    each(lambda sink: sink.mark_replayed())
     outcome = "running"
     while outcome == "running":
         outcome = next(statuses, "failed")
         put_new_records()
     summary = (read_json(run_dir / "summary.json") if outcome == "finished" else None) or {}
     details = read_json(run_dir / TEST_FILE)
-    sinks.each(lambda sink: sink.finish(outcome, summary, details))
-    return sinks.sinks
+    each(lambda sink: sink.finish(outcome, summary, details))
 
 
 def read_json(path: Path) -> Record | None:
@@ -154,25 +141,18 @@ def statuses(outcome: "Future[str]") -> Iterator[str]:
     yield outcome.result()
 
 
-def warm_up(names: list[str]) -> None:
-    """Import what the sinks need, and start W&B's process. Errors are reported when the sinks are created."""
-    for name in names:
-        with suppress(Exception):
-            modules = [importlib.import_module(module) for module in IMPORTS[name]]
-            if name == "wandb":
-                modules[0].setup()
-
-
 def main() -> None:
-    """Warm up while the ranks initialize, then send."""
+    """Start W&B's process while the ranks initialize, then send."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are for the training; its outcome arrives on standard input
     lower_priority()
-    run_dir, names = Path(sys.argv[1]), sys.argv[2:]
+    run_dir, sinks = Path(sys.argv[1]), sys.argv[2:]
     job: Future[Record] = Future()
     outcome: Future[str] = Future()
     Thread(target=receive, args=(iter(sys.stdin), job, outcome), daemon=True).start()
-    warm_up(names)
+    if "wandb" in sinks:
+        with suppress(Exception):  # reported when the sink is created
+            importlib.import_module("wandb").setup()
     if not outcome.done():
         set_session_share(19)
     finish_timeout_s = job.result()["config"]["wandb"]["finish_timeout_s"]

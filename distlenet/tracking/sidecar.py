@@ -44,6 +44,7 @@ class Sidecar(Tracker):
             if importlib.util.find_spec(package) is None:
                 setting = "wandb.mode=disabled" if package == "wandb" else "tracking.tensorboard=false"
                 raise UserError(f"package {package}: is not installed; pip install {package}, or give {setting}")
+        self.names = " and ".join(NAMES[package] for package in self.sinks)
         self.process: subprocess.Popen[bytes] | None = None
         self.started = False
         self.outcome = "failed"
@@ -65,11 +66,6 @@ class Sidecar(Tracker):
             )
         except OSError as error:
             warn(f"{self.names}: cannot be started: {error.strerror}; training continues without")
-
-    @property
-    def names(self) -> str:
-        """The services, for messages."""
-        return " and ".join(NAMES[package] for package in self.sinks)
 
     def start(self, run_info: Record) -> None:
         """Send what the process needs to begin; a complete run has nothing to send."""

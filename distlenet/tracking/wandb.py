@@ -46,13 +46,9 @@ def has_key(environ: Mapping[str, str]) -> bool:
     """Return whether W&B's client finds an API key without a prompt: in the environment or in a netrc file."""
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    paths = [Path(environ["NETRC"])] if environ.get("NETRC") else []
-    with suppress(RuntimeError):  # the user has no home directory
-        paths += [_home(environ) / ".netrc", _home(environ) / "_netrc"]
-    for path in paths:
-        with suppress(OSError, ValueError, netrc.NetrcParseError):  # an unreadable file, or an invalid address
-            if netrc.netrc(path).authenticators(urlsplit(base_url(environ)).hostname or ""):
-                return True
+    with suppress(OSError, RuntimeError, ValueError, netrc.NetrcParseError):  # no file, no home, an invalid address
+        host = urlsplit(base_url(environ)).hostname or ""
+        return bool(netrc.netrc(environ.get("NETRC") or _home(environ) / ".netrc").authenticators(host))
     return False
 
 
@@ -147,17 +143,13 @@ class Wandb:
         from PIL import Image
 
         classes = details["classes"]
-        pairs = [
-            (label, predicted)
-            for label, counts in enumerate(details["confusion"])
-            for predicted, count in enumerate(counts)
-            for _ in range(count)
-        ]
+        labels, predictions = [], []
+        for label, counts in enumerate(details["confusion"]):
+            for predicted, count in enumerate(counts):
+                labels += [label] * count
+                predictions += [predicted] * count
         confusion = self.wandb.plot.confusion_matrix(
-            y_true=[label for label, _ in pairs],
-            preds=[predicted for _, predicted in pairs],
-            class_names=classes,
-            title="Test set",
+            y_true=labels, preds=predictions, class_names=classes, title="Test set"
         )
         mistakes = self.wandb.Table(columns=["image", "label", "predicted", "confidence", "index"])
         for mistake in details["mistakes"]:
@@ -180,11 +172,8 @@ def row_number(record: Record) -> int:
 def row(record: Record) -> Record:
     """Return a record as W&B's row: keys like ``train/loss``, without null values."""
     values = {k: v for k, v in record.items() if k not in ("split", "step", "epoch", "time") and v is not None}
-    return {
-        "step": record["step"],
-        "epoch": record["epoch"],
-        **{f"{record['split']}/{key}": value for key, value in values.items()},
-    }
+    axes = {key: record[key] for key in ("step", "epoch")}
+    return axes | {f"{record['split']}/{key}": value for key, value in values.items()}
 
 
 def environment(run_info: Record) -> Record:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from conftest import run_command
 
 from distlenet.config.loading import load_config
 from distlenet.tracking import sender
-from distlenet.tracking.sender import JsonlTail, Sinks, receive, send, statuses
+from distlenet.tracking.sender import JsonlTail, make_sinks, receive, send, statuses
 from distlenet.tracking.sidecar import Sidecar
 from distlenet.utils.errors import Preempted, UserError
 
@@ -171,7 +172,7 @@ class RecordingSink:
 
 def test_a_sink_that_fails_is_dropped_and_the_others_get_everything(tmp_path, capsys):
     good, bad = RecordingSink(), RecordingSink(fails_at=2)
-    sinks = Sinks({"wandb": lambda: bad, "good": lambda: good})
+    sinks = {"wandb": bad, "tensorboard": good}
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')
 
@@ -184,18 +185,30 @@ def test_a_sink_that_fails_is_dropped_and_the_others_get_everything(tmp_path, ca
         (tmp_path / "summary.json").write_text('{"steps": 4}')
         yield "finished"
 
-    assert send(tmp_path, sinks, training()) == {"good": good}
+    send(tmp_path, sinks, training())
+    assert sinks == {"tensorboard": good}
     assert good.calls == [1, "replayed", 2, 3, 4]
     assert good.end == ("finished", {"steps": 4}, None)
     assert (bad.calls, bad.end) == ([1, "replayed"], None)
     assert capsys.readouterr().err.count("W&B: ConnectionError: gone for good; nothing more is sent there") == 1
 
 
+def test_a_sink_that_cannot_be_created_is_dropped(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("not a directory")
+    job = {"sinks": ["wandb", "tensorboard"], "config": {}, "run_info": {}, "wandb_mode": "offline"}
+    assert make_sinks(tmp_path, job) == {}
+    warnings = capsys.readouterr().err.splitlines()
+    assert [re.sub("Error.*;", "Error;", line) for line in warnings] == [
+        "distlenet: W&B: KeyError; nothing more is sent there, metrics.jsonl has everything",
+        "distlenet: TensorBoard: FileExistsError; nothing more is sent there, metrics.jsonl has everything",
+    ]
+
+
 def test_a_run_without_an_outcome_has_failed(tmp_path):
     sink = RecordingSink()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "summary.json").write_text("{}")  # of an earlier, longer run
-    send(tmp_path, Sinks({"sink": lambda: sink}), iter(["running"]))
+    send(tmp_path, {"wandb": sink}, iter(["running"]))
     assert sink.end == ("failed", {}, None)
 
 
