@@ -33,7 +33,8 @@ class Field:
 
     def describe(self) -> str:
         """Return the accepted values in words, such as ``an integer, at least 1, or null``."""
-        words = [" or ".join(self.choices) or NAMES[self.kind]]
+        choices = ", ".join((*self.choices[:-2], " or ".join(self.choices[-2:])))
+        words = [choices or NAMES[self.kind]]
         words += [f"{BOUNDS[name][0]} {bound:,}" for name, bound in self.bounds.items()]
         return ", ".join(words + ["or null"] * self.nullable)
 

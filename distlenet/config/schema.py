@@ -22,7 +22,9 @@ class RunConfig:
     """The files and the output of a run."""
 
     dir: str = setting("runs", "Parent directory of all runs; all nodes share it.")
-    name: str | None = setting(None, "Name of the run's directory; null: derived from the keys with *.")
+    name: str | None = setting(
+        None, "Name of the run's directory; null: derived from the settings that change the result."
+    )
     console: Literal["auto", "tutorial"] = setting(
         "auto", "auto: a progress bar on a terminal, else plain lines; tutorial: the lines of the PyTorch tutorial."
     )
@@ -75,7 +77,9 @@ class TrainConfig:
     accumulation_steps: int = setting(
         1, "Micro-batches per optimizer step on each rank; ranks × this must divide the global batch.", ge=1, lt=2**20
     )
-    log_every: int = setting(50, "Steps between records of the training loss; plain lines are 5 s apart.", ge=1)
+    log_every: int = setting(
+        50, "Steps between records of the training loss; plain lines are at least 5 s apart.", ge=1
+    )
     check_replicas_every: int | None = setting(
         500, "Steps between checks that all ranks hold the same parameters; null: only at start and end.", ge=1
     )
@@ -126,11 +130,11 @@ class DistributedConfig:
         "with other last bits from 3 ranks on.",
     )
     virtual_shards: int = setting(
-        8, "With exact: micro-batches of a global batch; a multiple of the ranks.", ge=1, lt=2**20, result=True
+        8, "With exact: micro-batches of a global batch; the number of ranks divides it.", ge=1, lt=2**20, result=True
     )
     allow_uneven_batches: bool = setting(False, "Allow a global batch that the number of ranks does not divide.")
-    init_timeout_s: float = setting(300.0, "Seconds in which all ranks must reach the first step.", ge=1, lt=1e6)
-    step_timeout_s: float = setting(120.0, "Seconds in which a step must end; else the job ends.", ge=1, lt=1e6)
+    init_timeout_s: float = setting(300.0, "Seconds in which all ranks must reach the first step.", ge=1, lt=10**6)
+    step_timeout_s: float = setting(120.0, "Seconds in which a step must end; else the job ends.", ge=1, lt=10**6)
     threads: int | None = setting(None, "CPU threads per rank; null: OMP_NUM_THREADS if set, else 1.", ge=1, lt=1000)
 
 
@@ -142,7 +146,7 @@ class CheckpointConfig:
         None, "Optimizer steps between checkpoints within an epoch; null: only at the end of each epoch.", ge=1
     )
     preemption_grace_s: float = setting(
-        25.0, "Seconds from the stop signal to the exit, saved or not; torchrun kills a job after 30.", gt=0, lt=1e6
+        25.0, "Seconds from the stop signal to the exit, saved or not; torchrun kills a job after 30.", gt=0, lt=10**6
     )
     max_restarts_without_progress: int = setting(
         5, "Automatic restarts in a row from the same checkpoint before the run gives up.", ge=1
@@ -176,7 +180,7 @@ class WandbConfig:
     notes: str | None = setting(None, "Notes on the run.")
     log_checkpoints: bool = setting(False, "Upload the best checkpoint as an artifact.")
     finish_timeout_s: float = setting(
-        15.0, "Seconds for uploads at the end of a job; report --replay-wandb sends the rest.", ge=0, lt=1e6
+        15.0, "Seconds for uploads at the end of a job; report --replay-wandb sends the rest.", ge=0, lt=10**6
     )
 
 

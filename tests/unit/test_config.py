@@ -63,7 +63,7 @@ def test_shipped_configs_contain_only_differences_from_the_defaults(name):
         ("optim.lr=1e999", ["optim.lr=1e999", "a number"]),
         ("optim.momentum=1", ["optim.momentum=1", "less than 1"]),
         ("optim.name=adam", ["optim.name=adam", "sgd or adamw"]),
-        ("precision=fp8", ["precision=fp8", "auto or fp32 or bf16 or fp16"]),
+        ("precision=fp8", ["precision=fp8", "auto, fp32, bf16 or fp16"]),
         ("data.drop_last=perhaps", ["data.drop_last=perhaps", "true or false"]),
         ("optim=3", ["optim=3", "group"]),
         ("optim={lr: 0.1, q: 2}", ["'optim.q'"]),
@@ -175,7 +175,7 @@ def test_each_setting_has_a_help_and_a_description():
         assert field.help.endswith("."), key
         assert field.describe(), key
     assert FIELDS["model.name"].describe() == "lenet"
-    assert FIELDS["run.report"].describe() == "auto or always or never"
+    assert FIELDS["run.report"].describe() == "auto, always or never"
     assert FIELDS["train.max_steps"].describe() == "an integer, at least 1, less than 9,007,199,254,740,992, or null"
 
 
