@@ -13,10 +13,16 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distlenet.config.schema import Config
-from distlenet.distributed.device import resolve_backend, resolve_device, use_side_stream
+from distlenet.distributed.device import (
+    DTYPES,
+    resolve_backend,
+    resolve_device,
+    resolve_precision,
+    use_deterministic_kernels,
+    use_side_stream,
+)
 from distlenet.distributed.environment import DistributedEnvironment, read_environment, threads_from_environ
 from distlenet.distributed.failures import report_failures
-from distlenet.distributed.precision import autocast, resolve_precision, use_deterministic_kernels
 from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.rendezvous import convert_rendezvous_errors, rendezvous
 from distlenet.distributed.watchdog import Watchdog, run_watchdog
@@ -38,8 +44,9 @@ class DistributedContext:
     log: RankLog
 
     def autocast(self) -> torch.autocast:
-        """Return autocast for forward pass and loss in this job's precision."""
-        return autocast(self.precision, self.device)
+        """Return autocast for forward pass and loss, disabled for fp32."""
+        dtype = DTYPES[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def describe(self) -> dict[str, str | int]:
         """Return the ranks, devices and precision of the job as plain values."""

@@ -17,7 +17,9 @@ class DistributedEnvironment:
     world_size: int = 1
     local_world_size: int = 1
     node_rank: int = 0
-    init_method: str | None = None  # env:// (a store in torchrun's agent), tcp://HOST:PORT (in rank 0), None (alone)
+    master_addr: str = ""  # host of the store for the rendezvous; empty for a single process
+    master_port: int = 0
+    agent_store: bool = False  # the store is in torchrun's agent, not in rank 0
     own_gpu: bool = False  # this process sees only its own GPU (srun --gpus-per-task)
 
     def __str__(self) -> str:
@@ -58,11 +60,10 @@ def _from_torchrun(environ: Mapping[str, str]) -> DistributedEnvironment:
             f"environment: {given} is set, but not {missing}; start ranks with torchrun, or unset {given} to run one"
         )
     rank, local_rank, world_size, local_world_size = (read_int(environ, name) for name in names)
-    init_method = f"tcp://{environ['MASTER_ADDR']}:{read_int(environ, 'MASTER_PORT', 1, 65535)}"
-    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        init_method = "env://"
+    address = environ["MASTER_ADDR"], read_int(environ, "MASTER_PORT", 1, 65535)
+    agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     node_rank = read_int(environ, "GROUP_RANK") if "GROUP_RANK" in environ else rank // max(1, local_world_size)
-    return DistributedEnvironment(rank, local_rank, world_size, local_world_size, node_rank, init_method)
+    return DistributedEnvironment(rank, local_rank, world_size, local_world_size, node_rank, *address, agent_store)
 
 
 def _from_srun(environ: Mapping[str, str]) -> DistributedEnvironment:
@@ -75,11 +76,11 @@ def _from_srun(environ: Mapping[str, str]) -> DistributedEnvironment:
         raise RankError(
             "environment: SLURM_DISTRIBUTION=arbitrary: rank 0 may be on any node; set MASTER_ADDR to its host name"
         )
-    host = environ.get("MASTER_ADDR") or slurm_first_host(environ.get("SLURM_STEP_NODELIST", ""))
+    addr = environ.get("MASTER_ADDR") or slurm_first_host(environ.get("SLURM_STEP_NODELIST", ""))
     port = read_int(environ, "MASTER_PORT", 1, 65535) if "MASTER_PORT" in environ else slurm_port(environ)
-    init_method = None if world_size == 1 else f"tcp://{host}:{port}"
+    address = ("", 0) if world_size == 1 else (addr, port)
     own_gpu = "SLURM_GPUS_PER_TASK" in environ
-    return DistributedEnvironment(rank, local_rank, world_size, tasks[node_rank], node_rank, init_method, own_gpu)
+    return DistributedEnvironment(rank, local_rank, world_size, tasks[node_rank], node_rank, *address, own_gpu=own_gpu)
 
 
 def read_int(environ: Mapping[str, str], name: str, minimum: int = 0, maximum: int = 999_999_999) -> int:

@@ -17,7 +17,6 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.utils.errors import RankError
@@ -36,46 +35,34 @@ def rendezvous(env: DistributedEnvironment, timeout_s: float, setting: str = "di
         return register(open_store(env, timeout_s), env, timeout_s, setting)
 
 
-def master_address(env: DistributedEnvironment) -> tuple[str, int]:
-    """Return host and port of the store; an empty host for a single process."""
-    if env.init_method == "env://":
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    host, _, port = (env.init_method or "").removeprefix("tcp://").rpartition(":")
-    return host, int(port or 0)
-
-
 def open_store(env: DistributedEnvironment, timeout_s: float) -> Store:
     """Open the job's store: in this process, in torchrun's agent, or in rank 0. Raise RankError if that fails."""
-    if env.init_method is None:
+    if not env.master_addr:
         return cast(Store, HashStore())
-    wait_for_server(env, timeout_s)
-    timeout = timedelta(seconds=timeout_s)
-    if env.init_method == "env://":
-        store, _, _ = next(torch_rendezvous(env.init_method, env.rank, env.world_size, timeout=timeout))
-        return cast(Store, store)
-    host, port = master_address(env)
+    is_server, timeout = env.rank == 0 and not env.agent_store, timedelta(seconds=timeout_s)
+    wait_for_server(env, is_server, timeout_s)
     try:  # without wait_for_workers: ``register`` waits, and names the missing ranks
         return call_with_timeout(
-            lambda: TCPStore(host, port, None, env.rank == 0, timeout, wait_for_workers=False),
+            lambda: TCPStore(env.master_addr, env.master_port, None, is_server, timeout, wait_for_workers=False),
             2 * timeout_s + CONNECT_MARGIN_S,  # TCPStore itself waits forever if the server does not respond
         )
     except TimeoutError as error:
         raise RankError(
-            f"{env}: the process that listens on {host}:{port} is not rank 0; set MASTER_PORT to a free port for all "
-            "ranks"
+            f"{env}: the process that listens on {env.master_addr}:{env.master_port} is not rank 0; set MASTER_PORT "
+            "to a free port for all ranks"
         ) from error
 
 
-def wait_for_server(env: DistributedEnvironment, timeout_s: float) -> None:
-    """Wait until rank 0's host name resolves and, in the other ranks, until its port is open.
+def wait_for_server(env: DistributedEnvironment, is_server: bool, timeout_s: float) -> None:
+    """Wait until the host name of the store resolves and, unless this rank is the server, its port is open.
 
     Raise RankError if not. torch would retry a wrong name until its timeout, and print C++ stacks for a closed port.
     """
-    (host, port), started = master_address(env), time.monotonic()
+    host, port, started = env.master_addr, env.master_port, time.monotonic()
     for attempt in itertools.count(1):
         try:
             socket.getaddrinfo(host, port)
-            if env.rank != 0 and env.init_method != "env://":
+            if not is_server:
                 socket.create_connection((host, port), timeout=min(5.0, timeout_s)).close()
             return
         except (OSError, UnicodeError) as error:
@@ -174,10 +161,9 @@ def convert_rendezvous_errors(env: DistributedEnvironment) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        host, port = master_address(env)
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise RankError(
-                f"port {port} on {socket.gethostname()} is in use, by another job or the rest of an earlier one; set "
+                f"port {env.master_port} on {socket.gethostname()} is in use, by another job or the rest of one; set "
                 "MASTER_PORT to a free port for all ranks, or end that process"
             ) from error
         if "find address for" in str(error):  # Gloo
@@ -188,8 +174,7 @@ def convert_rendezvous_errors(env: DistributedEnvironment) -> Iterator[None]:
             ) from error
         if isinstance(error, RuntimeError) and not isinstance(error, dist.DistError):
             raise  # not about connections
-        server = "torchrun's agent" if env.init_method == "env://" else f"{host}:{port}"
         raise RankError(
-            f"{env} could not connect to {server}: {str(error).splitlines()[0]}; check that MASTER_ADDR and "
-            "MASTER_PORT are those of rank 0"
+            f"{env} could not connect to {env.master_addr}:{env.master_port}: {str(error).splitlines()[0]}; check that "
+            f"MASTER_ADDR and MASTER_PORT are those of {'the agent of ' * env.agent_store}rank 0"
         ) from error

@@ -32,7 +32,7 @@ class Watchdog:
     def __init__(self, store: Store, env: DistributedEnvironment, limit_s: float, trace_dir: Path | None) -> None:
         """Start the time limit; NCCL's flight recorder is written to ``trace_dir``, unless None."""
         # A separate connection, if torch has ``clone``: the main thread may be waiting on the first.
-        self.store = store.clone() if env.init_method and hasattr(store, "clone") else store
+        self.store = store.clone() if env.master_addr and hasattr(store, "clone") else store
         self.env, self.trace_dir = env, trace_dir
         self.master_host = host_of(self.store, 0)  # read now: later the store may not respond
         self.ended = threading.Event()
@@ -71,7 +71,7 @@ class Watchdog:
         try:  # with a timeout, since a store whose process is stopped never answers
             finding = call_with_timeout(lambda: self.collect_notes(wait_s), 4 * wait_s)
         except (TimeoutError, RuntimeError):
-            server = "torchrun's agent" if self.env.init_method == "env://" else f"rank 0 on {self.master_host}"
+            server = "torchrun's agent" if self.env.agent_store else f"rank 0 on {self.master_host}"
             finding = f"{server} does not respond to {self.env}; check that it is running"
         if finding:
             warn(f"{text} {finding}")

@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import Store
 
 from distlenet.config.schema import Config
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.distributed.rendezvous import format_ranks, master_address
+from distlenet.distributed.rendezvous import format_ranks
 from distlenet.preflight.finding import Finding
 from distlenet.preflight.node_checks import NodeReport, apply_node_rules, check_node, token_path
 from distlenet.preflight.ports import publish_listener
@@ -35,7 +35,7 @@ def run_node_checks(config: Config, env: DistributedEnvironment, store: Store, w
     listener = None
     if env.local_rank == 0:
         reachable = "" if info.loopback else info.address
-        address = reachable or source_address(master_address(env)[0]) or "127.0.0.1"
+        address = reachable or source_address(env.master_addr) or "127.0.0.1"
         listener = publish_listener(store, env.node_rank, address)
     if env.rank == 0:
         wait_for_ranks(store, "info", range(env.world_size), wait_s)

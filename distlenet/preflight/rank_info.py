@@ -19,10 +19,8 @@ import torch.distributed as dist
 from distlenet import __version__
 from distlenet.config.loading import result_settings
 from distlenet.config.schema import Config
-from distlenet.distributed.device import resolve_backend, resolve_device
+from distlenet.distributed.device import resolve_backend, resolve_device, resolve_precision
 from distlenet.distributed.environment import DistributedEnvironment, threads_from_environ
-from distlenet.distributed.precision import resolve_precision
-from distlenet.distributed.rendezvous import master_address
 from distlenet.utils.errors import UserError
 
 SHM = Path("/dev/shm")
@@ -86,7 +84,7 @@ def collect_rank_info(config: Config, env: DistributedEnvironment, environ: Mapp
         threads=threads,
         address=address,
         loopback=loopback,
-        interface=interface_to(master_address(env)[0]),
+        interface=interface_to(env.master_addr),
         socket_ifname=socket_ifname,
         shm_bytes=shutil.disk_usage(SHM).free if SHM.is_dir() else 0,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],

@@ -20,8 +20,8 @@ from distlenet.config.loading import run_folder
 from distlenet.config.schema import Config
 from distlenet.data.sources import load_data, require_local_data
 from distlenet.distributed.context import DistributedContext, set_threads
+from distlenet.distributed.device import resolve_precision
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.distributed.precision import resolve_precision
 from distlenet.distributed.preemption import Preemption
 from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.rendezvous import host_key

@@ -11,7 +11,7 @@ from distlenet.checkpoint.format import State
 from distlenet.config.schema import Config
 from distlenet.distributed.collectives import any_rank
 from distlenet.distributed.context import DistributedContext
-from distlenet.distributed.precision import make_scaler
+from distlenet.distributed.device import make_scaler
 from distlenet.distributed.preemption import StopFlag
 from distlenet.reduction.factory import make_reducer
 from distlenet.reduction.reducer import ReductionResult

@@ -39,20 +39,22 @@ SRUN = {
 
 
 def test_torchrun():
-    assert read_environment(TORCHRUN) == DistributedEnvironment(5, 1, 8, 4, 1, "env://")
+    assert read_environment(TORCHRUN) == DistributedEnvironment(5, 1, 8, 4, 1, "n1", 29500, agent_store=True)
 
 
 def test_ranks_started_by_hand_use_a_store_in_rank_0():
     by_hand = {k: v for k, v in TORCHRUN.items() if k not in ("TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK")}
-    assert read_environment(by_hand) == DistributedEnvironment(5, 1, 8, 4, 1, "tcp://n1:29500")
+    assert read_environment(by_hand) == DistributedEnvironment(5, 1, 8, 4, 1, "n1", 29500)
 
 
 def test_torchrun_takes_precedence_over_srun():
-    assert read_environment({**SRUN, **TORCHRUN}) == DistributedEnvironment(5, 1, 8, 4, 1, "env://")
+    assert read_environment({**SRUN, **TORCHRUN}) == DistributedEnvironment(
+        5, 1, 8, 4, 1, "n1", 29500, agent_store=True
+    )
 
 
 def test_srun():
-    assert read_environment(SRUN) == DistributedEnvironment(2, 0, 3, 1, 1, f"tcp://n1:{slurm_port(SRUN)}")
+    assert read_environment(SRUN) == DistributedEnvironment(2, 0, 3, 1, 1, "n1", slurm_port(SRUN))
 
 
 def test_srun_with_one_gpu_per_task():
@@ -64,12 +66,13 @@ def test_srun_with_an_arbitrary_distribution_needs_an_address():
     arbitrary = {**SRUN, "SLURM_DISTRIBUTION": "arbitrary"}
     with pytest.raises(UserError, match="set MASTER_ADDR"):
         read_environment(arbitrary)
-    assert read_environment({**arbitrary, "MASTER_ADDR": "n2"}).init_method.startswith("tcp://n2:")
+    assert read_environment({**arbitrary, "MASTER_ADDR": "n2"}).master_addr == "n2"
 
 
 def test_srun_uses_the_address_that_the_user_sets():
     given = {**SRUN, "MASTER_ADDR": "login", "MASTER_PORT": "1234"}
-    assert read_environment(given).init_method == "tcp://login:1234"
+    env = read_environment(given)
+    assert (env.master_addr, env.master_port) == ("login", 1234)
 
 
 def test_a_single_task_has_no_address():
@@ -78,7 +81,7 @@ def test_a_single_task_has_no_address():
 
 
 def test_a_single_process_without_a_launcher():
-    assert read_environment({"HOME": "/", "PATH": "/bin"}) == DistributedEnvironment(0, 0, 1, 1, 0, None)
+    assert read_environment({"HOME": "/", "PATH": "/bin"}) == DistributedEnvironment(0, 0, 1, 1, 0)
 
 
 def test_a_batch_script_is_a_single_process():

@@ -23,7 +23,7 @@ def listener():
 
 
 def environment(port, rank=1, host="127.0.0.1"):
-    return DistributedEnvironment(rank=rank, world_size=2, init_method=f"tcp://{host}:{port}")
+    return DistributedEnvironment(rank=rank, world_size=2, master_addr=host, master_port=port)
 
 
 def test_a_closed_port():
@@ -51,7 +51,7 @@ def test_a_host_name_that_resolves_at_the_second_attempt(monkeypatch):
             raise error
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    rendezvous.wait_for_server(environment(1, rank=0, host="n1"), timeout_s=600)
+    rendezvous.wait_for_server(environment(1, rank=0, host="n1"), is_server=True, timeout_s=600)
     assert next(answers, "used") == "used"
 
 
