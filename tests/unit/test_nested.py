@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from distlenet.utils.nested import map_tensors, select_samples, tensors_in
+
+pytestmark = pytest.mark.unit
+
+NESTED = {
+    "image": torch.arange(12.0).view(4, 3),
+    "boxes": [torch.zeros(n, 2) for n in (1, 0, 2, 5)],  # ragged: one item per sample
+    "target": (torch.arange(4), {"weight": torch.ones(4)}),
+}
+
+
+def test_tensors_are_listed_in_a_fixed_order():
+    image, *boxes, labels, weights = tensors_in(NESTED)
+    assert image is NESTED["image"]
+    assert [len(box) for box in boxes] == [1, 0, 2, 5]
+    assert (labels is NESTED["target"][0], weights is NESTED["target"][1]["weight"]) == (True, True)
+
+
+def test_map_keeps_the_structure_and_other_values():
+    mapped = map_tensors(lambda tensor: tensor + 1, {**NESTED, "text": ["a", "b", "c", "d"], "none": None})
+    assert list(mapped) == ["image", "boxes", "target", "text", "none"]
+    assert (mapped["text"], mapped["none"]) == (["a", "b", "c", "d"], None)
+    assert (type(mapped["boxes"]), type(mapped["target"]), type(mapped["target"][1])) == (list, tuple, dict)
+    for before, after in zip(tensors_in(NESTED), tensors_in(mapped), strict=True):
+        assert torch.equal(after, before + 1)
+
+
+@pytest.mark.parametrize("samples", [slice(1, 3), slice(1, None, 2), slice(4, 8)])
+def test_selection_has_the_same_samples_of_each_part(samples):
+    selected = select_samples(NESTED, samples)
+    expected = list(range(4))[samples]
+    assert selected["image"].is_contiguous()
+    assert torch.equal(selected["image"], NESTED["image"][expected])
+    assert [len(box) for box in selected["boxes"]] == [(1, 0, 2, 5)[i] for i in expected]
+    assert selected["target"][0].tolist() == expected
+    assert selected["target"][1]["weight"].shape == (len(expected),)
+
+
+def test_selection_of_other_values_is_refused():
+    with pytest.raises(TypeError, match="but holds a int"):
+        select_samples({"image": torch.zeros(2), "size": 3}, slice(0, 1))
