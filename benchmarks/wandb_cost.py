@@ -1,13 +1,13 @@
-"""What W&B costs the training, with a server that answers, and with bad ones: ``python benchmarks/wandb_cost.py``.
+"""What W&B costs the training, with a working server and with broken ones: ``python benchmarks/wandb_cost.py``.
 
-In each round the same training runs once without W&B, then once in each other way; the time is that in the training
-loop, which the process that talks to W&B shares the processors with. Ratios are taken within a round.
+In each round the same training runs once without W&B and once in each other mode. The time is that of the training
+loop, which shares the CPUs with the sidecar. Ratios are taken within a round.
 
-On a shared machine one run is 10 % slower than the next for other reasons, so such ratios tell a server's hang from
-its answer, but not 1 %. ``--within`` measures that inside each run: all that talks to W&B is stopped (SIGSTOP), and
-let run in one of each two windows of WINDOW steps, drawn by lot. What those windows took beyond their neighbours, W&B
-has cost, and what the first window, in which nothing is stopped, took beyond that of a run without W&B. Not in that:
-its work before the first step, and half of what it does by the clock (it looks at the machine every 15 s).
+On a shared machine the times of two runs differ by up to 10 %, so these ratios do not resolve 1 %. ``--within``
+measures inside each run: in one of each two windows of WINDOW steps, chosen at random, the sidecar and W&B's process
+are stopped (SIGSTOP). The cost is the additional time of the other windows, plus that of the first window, in which
+nothing is stopped, compared with a run without W&B. It does not include W&B's work before the first step, and half of
+its periodic work (it measures the machine every 15 s).
 """
 
 import argparse
@@ -33,72 +33,67 @@ from wandb_server import WandbServer
 WINDOW = 25
 """Steps."""
 
-WAYS = ("disabled", "offline", "ok", "slow", "error", "hang", "drop", "unreachable")
+MODES = ("disabled", "offline", "ok", "slow", "error", "hang", "drop", "unreachable")
 
 
-def environment(way: str, server: WandbServer) -> dict[str, str]:
-    """Set W&B up for a way."""
-    if way in ("disabled", "offline"):
-        return {"WANDB_MODE": way}
-    server.behavior = way
-    found = dict(server.environ)
-    if way == "unreachable":
+def environment(mode: str, server: WandbServer) -> dict[str, str]:
+    """Return the environment variables for a mode."""
+    if mode in ("disabled", "offline"):
+        return {"WANDB_MODE": mode}
+    server.behavior = mode
+    environ = dict(server.environ)
+    if mode == "unreachable":
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            found["WANDB_BASE_URL"] = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    return found
+            environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return environ
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training, in seconds: its loop, its first window, and what W&B has cost in the others."""
+    """Times of a training, in seconds: the loop, its first window, and the cost of W&B in the others."""
 
     train_s: float
     first_s: float
     cost_s: float
 
 
-def train(way: str, ranks: int, settings: list[str], lots: random.Random | None) -> Run:
-    """Train once. Exits where the run failed or its history has gaps."""
+def train(mode: str, ranks: int, settings: list[str], rng: random.Random | None) -> Run:
+    """Train once; with ``rng``, stop the sidecar in half of the windows. Exits if the run failed."""
     server = WandbServer()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     with tempfile.TemporaryDirectory() as runs, open(f"{runs}/output", "w+") as output:
-        words = [
-            "-m",
-            "distlenet.train",
-            f"run.dir={runs}",
-            "run.name=run",
-            "wandb.finish_timeout_s=2",
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
+            *("-m", "distlenet.train", f"run.dir={runs}", "run.name=run", "wandb.finish_timeout_s=2"),
             f"train.log_every={WINDOW}",
+            *settings,
         ]
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", **environment(way, server)}
-        with Popen([*launcher, *words, *settings], env=environ, stdout=output, stderr=output) as training:
-            ran = stop_by_lot(training, Path(runs) / "run/metrics.jsonl", lots) if lots else []
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", **environment(mode, server)}
+        with Popen(command, env=environ, stdout=output, stderr=output) as training:
+            ran = stop_at_random(training, Path(runs) / "run/metrics.jsonl", rng) if rng else []
         server.close()
         if training.returncode:
             output.seek(0)
-            sys.exit(f"{way}: {output.read()}")
+            sys.exit(f"{mode}: {output.read()}")
         summary = json.loads((Path(runs) / "run/summary.json").read_text())
-        lines = (Path(runs) / "run/metrics.jsonl").read_text().splitlines()
-    windows = [record for record in map(json.loads, lines) if record["split"] == "train"]
+        records = [json.loads(line) for line in (Path(runs) / "run/metrics.jsonl").read_text().splitlines()]
+    windows = [record for record in records if record["split"] == "train"]
     steps = [record["step"] for record in windows]
-    assert steps == sorted(set(steps)), f"{way}: {steps}"
-    assert len([line for line in lines if '"test"' in line]) == summary["epochs"], way
-    image_s = [WINDOW / record["images_per_s"] for record in windows]  # for an image of each step
+    assert steps == sorted(set(steps)), f"{mode}: {steps}"
+    assert len([record for record in records if record["split"] == "test"]) == summary["epochs"], mode
+    image_s = [WINDOW / record["images_per_s"] for record in windows]  # for one image of each step
     images = summary["train_images_per_s"] * summary["train_s"] / summary["steps"]
     return Run(summary["train_s"], images * image_s[0], images * cost(image_s, ran))
 
 
-def stop_by_lot(training: "Popen[bytes]", history: Path, lots: random.Random) -> list[bool]:
-    """Stop all that talks to W&B, and let it run in one of each two windows; return in which it ran."""
-    ran = [True] + [answer for _ in range(10**4) for answer in lots.sample([True, False], 2)]
-    mirror = None
-    while mirror is None and training.poll() is None:  # it starts when torch is imported
+def stop_at_random(training: "Popen[bytes]", history: Path, rng: random.Random) -> list[bool]:
+    """Stop the sidecar and its descendants in one of each two windows; return in which windows they ran."""
+    ran = [True] + [runs for _ in range(10**4) for runs in rng.sample([True, False], 2)]
+    sidecar = None
+    while sidecar is None and training.poll() is None:  # it starts after torch is imported
         time.sleep(0.02)
-        mirror = next(
-            (process for process in below(training.pid) if "distlenet.tracking.sender" in command(process)), None
-        )
-    if mirror is None:  # the training's end says why
+        sidecar = next((p for p in descendants(training.pid) if "distlenet.tracking.sender" in command_line(p)), None)
+    if sidecar is None:  # train() reports why
         return ran
     stopped: dict[int, psutil.Process] = {}
     try:
@@ -106,7 +101,7 @@ def stop_by_lot(training: "Popen[bytes]", history: Path, lots: random.Random) ->
             if ran[window]:
                 resume(stopped)
                 continue
-            for process in [mirror, *below(mirror.pid)]:
+            for process in [sidecar, *descendants(sidecar.pid)]:
                 with contextlib.suppress(psutil.Error):
                     process.suspend()
                     stopped[process.pid] = process
@@ -116,86 +111,85 @@ def stop_by_lot(training: "Popen[bytes]", history: Path, lots: random.Random) ->
 
 
 def resume(stopped: dict[int, psutil.Process]) -> None:
-    """Let processes go on."""
+    """Resume stopped processes."""
     for process in stopped.values():
         with contextlib.suppress(psutil.Error):
             process.resume()
     stopped.clear()
 
 
-def below(parent: int) -> list[psutil.Process]:
-    """Return all processes that a process has started, and those that they have."""
-    try:
-        return psutil.Process(parent).children(recursive=True)
-    except psutil.Error:
-        return []
+def descendants(pid: int) -> list[psutil.Process]:
+    """Return all descendants of a process."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).children(recursive=True)
+    return []
 
 
-def command(process: psutil.Process) -> list[str]:
-    """Return the words of a process; none, where it has just ended."""
+def command_line(process: psutil.Process) -> list[str]:
+    """Return a process's command line; empty if it has just ended."""
     with contextlib.suppress(psutil.Error):
         return process.cmdline()
     return []
 
 
 def windows(training: "Popen[bytes]", history: Path) -> Iterator[int]:
-    """Yield the number of each window, from 0, when it begins."""
-    seen, file = 0, None
+    """Yield the index of each window when it begins."""
+    window, file = 0, None
     while training.poll() is None and not history.with_name("summary.json").exists():
         time.sleep(0.003)
         if file is None and history.exists():
             file = history.open()
-        if file is not None and (more := file.read().count('"train"')):
-            seen += more
-            yield seen
+        if file is not None and (new := file.read().count('"train"')):
+            window += new
+            yield window
 
 
 def cost(seconds: list[float], ran: list[bool]) -> float:
-    """Sum up what the windows with W&B took beyond those beside them without; the first and a last odd one are none."""
+    """Sum the additional time of the windows in which the sidecar ran, except the first and an unpaired last one."""
     pairs = range(1, min(len(seconds), len(ran)) - 1, 2)
     return sum((seconds[i] - seconds[i + 1]) * (1 if ran[i] else -1) for i in pairs)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks (2)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS[1:], default=WAYS[1:], help="how W&B is there (all)")
-    parser.add_argument("--within", action="store_true", help="stop W&B in every other window of a run")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (5)")
+    parser.add_argument("--modes", nargs="+", choices=MODES[1:], default=MODES[1:], help="modes of W&B (all)")
+    parser.add_argument("--within", action="store_true", help="stop the sidecar in every other window of a run")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the training")
     arguments = parser.parse_intermixed_args()
     if arguments.within:
-        within(arguments.ways, arguments.rounds, arguments.ranks, arguments.settings)
+        within(arguments.modes, arguments.rounds, arguments.ranks, arguments.settings)
         return
-    ways = ["disabled", *arguments.ways]
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    modes = ["disabled", *arguments.modes]
+    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
     for number in range(arguments.rounds):
-        for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
-            seconds[way].append(train(way, arguments.ranks, arguments.settings, None).train_s)
+        for mode in modes[number % len(modes) :] + modes[: number % len(modes)]:
+            seconds[mode].append(train(mode, arguments.ranks, arguments.settings, None).train_s)
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-    print("| W&B | seconds of training | beside none |")
+    print("| W&B | seconds of training | ratio to disabled |")
     print("| --- | ---: | ---: |")
-    for way, times in seconds.items():
-        ratios = [mine / none for mine, none in zip(times, seconds["disabled"], strict=True)]
+    for mode, times in seconds.items():
+        ratios = [time_s / disabled_s for time_s, disabled_s in zip(times, seconds["disabled"], strict=True)]
         spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        print(f"| {way} | {statistics.median(times):.2f} | {spread} |")
+        print(f"| {mode} | {statistics.median(times):.2f} | {spread} |")
 
 
-def within(ways: list[str], rounds: int, ranks: int, settings: list[str]) -> None:
-    """Measure inside each run, and print."""
-    lots = random.Random(0)
-    shares: dict[str, list[float]] = {way: [] for way in ways}
+def within(modes: list[str], rounds: int, ranks: int, settings: list[str]) -> None:
+    """Measure inside each run and print a table."""
+    rng = random.Random(0)
+    shares: dict[str, list[float]] = {mode: [] for mode in modes}
     for number in range(rounds):
         without = train("disabled", ranks, settings, None)
-        for way, found in shares.items():
-            run = train(way, ranks, settings, lots)
-            found.append((run.cost_s + run.first_s - without.first_s) / run.train_s)
+        for mode in modes:
+            run = train(mode, ranks, settings, rng)
+            shares[mode].append((run.cost_s + run.first_s - without.first_s) / run.train_s)
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-    print("| W&B | its share of the training's time |")
+    print("| W&B | share of the training time |")
     print("| --- | ---: |")
-    for way, found in shares.items():
-        print(f"| {way} | {statistics.median(found):.2%} ({min(found):.2%} to {max(found):.2%}) |")
+    for mode, values in shares.items():
+        print(f"| {mode} | {statistics.median(values):.2%} ({min(values):.2%} to {max(values):.2%}) |")
 
 
 if __name__ == "__main__":
