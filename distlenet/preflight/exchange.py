@@ -34,7 +34,7 @@ def run_node_checks(config: Config, env: DistributedEnvironment, store: Store, w
     store.set(f"info/{env.rank}", json.dumps(asdict(info)))
     listener = None
     if env.local_rank == 0:
-        reachable = "" if info.loopback else info.address
+        reachable = "" if info.is_loopback else info.address
         address = reachable or source_address(env.master_addr) or "127.0.0.1"
         listener = publish_listener(store, env.node_rank, address)
     if env.rank == 0:

@@ -1,26 +1,21 @@
-"""What the first rank of each node checks: ports, the run directory, disk space and the data set."""
+"""What the first rank of each node checks: ports, the run directory and the data set."""
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch.distributed.distributed_c10d import Store
 
-from distlenet.checkpoint.format import to_bytes
 from distlenet.config.schema import Config
 from distlenet.data.sources import open_data, require_local_data
-from distlenet.models.registry import make_model
 from distlenet.preflight.finding import Finding, pluralize
 from distlenet.preflight.ports import peers_of, try_peers
 from distlenet.preflight.rank_info import RankInfo
 from distlenet.preflight.rules import shorten
-from distlenet.training.optimizers import make_optimizer
 from distlenet.utils.errors import UserError
 
 TOKEN_TIMEOUT_S = 5.0
@@ -70,7 +65,7 @@ def write_token(token: Path, token_of_node_0: Path) -> tuple[str, bool]:
     try:
         if is_node_0:
             token.parent.mkdir(parents=True, exist_ok=True)
-        token.write_text("")
+        token.write_text(token.name)
     except OSError as error:
         return f"{token.parent} cannot be written: {error.strerror or error}", shared
     return "", shared
@@ -90,11 +85,8 @@ def remove_if_created(run_dir: Path) -> Iterator[None]:
 
 def apply_node_rules(nodes: Sequence[NodeReport], config: Config) -> list[Finding]:
     """Turn the reports of all nodes into findings."""
-    findings = [check_ports(nodes)] if len(nodes) > 1 else []
-    findings.append(check_run_dir(nodes, config.run.dir))
-    if not any(node.run_dir_error for node in nodes):
-        findings.append(check_disk_space(config))
-    return [*findings, check_data(nodes, config.data.name)]
+    ports = [check_ports(nodes)] if len(nodes) > 1 else []
+    return [*ports, check_run_dir(nodes, config.run.dir), check_data(nodes, config.data.name)]
 
 
 def check_ports(nodes: Sequence[NodeReport]) -> Finding:
@@ -113,28 +105,6 @@ def check_run_dir(nodes: Sequence[NodeReport], run_dir: str) -> Finding:
         found = f"{run_dir} on {shorten(separate)} is not the directory of {nodes[0].host}"
         return Finding("run directory", "FAIL", found, "give a run.dir on a disk that all nodes share")
     return Finding("run directory", "ok", f"{run_dir} is writable on {pluralize(len(nodes), 'node')}")
-
-
-def check_disk_space(config: Config) -> Finding:
-    """Check that the checkpoints of a run fit into the run directory."""
-    count = config.checkpoint.keep_last + 2  # the newest ones, the best, and the one being written
-    needed, free = count * checkpoint_bytes(config), shutil.disk_usage(config.run.dir).free
-    if free < needed:
-        found = f"{config.run.dir} has {free / 1e6:,.1f} MB free, {count} checkpoints take {needed / 1e6:,.1f} MB"
-        hint = "free some space, give another run.dir, or a smaller checkpoint.keep_last"
-        return Finding("disk space", "FAIL", found, hint)
-    return Finding("disk space", "ok", f"for the {config.checkpoint.keep_last} newest checkpoints and the best")
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """Return the size of a checkpoint without training state, which takes a few kilobytes."""
-    model = make_model(config.model.name, config.model.channels_last, torch.device("cpu"))
-    optimizer = make_optimizer(config.optim, model)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # creates the optimizer's state
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config.to_dict()}
-    return len(to_bytes(state))
 
 
 def check_data(nodes: Sequence[NodeReport], name: str) -> Finding:

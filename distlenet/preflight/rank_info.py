@@ -46,11 +46,15 @@ class RankInfo:
     cores: int  # CPU cores that this process may use
     threads: int
     address: str  # at which Gloo on other nodes connects to this node, "" if the host name does not resolve
-    loopback: bool  # whether ``address`` is reachable from this node only
     interface: str  # the network interface on the route to rank 0
     socket_ifname: str  # GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, depending on the backend
     shm_bytes: int  # free in /dev/shm
     open_files: int
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this node can reach ``address``; Debian's /etc/hosts maps the host name to 127.0.1.1."""
+        return self.address.startswith("127.") or self.address == "::1"
 
 
 def collect_rank_info(config: Config, env: DistributedEnvironment, environ: Mapping[str, str] = os.environ) -> RankInfo:
@@ -64,7 +68,6 @@ def collect_rank_info(config: Config, env: DistributedEnvironment, environ: Mapp
     except UserError as user_error:
         error = str(user_error)
     socket_ifname = environ.get("NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME", "")
-    address, loopback = own_address("" if backend == "nccl" else socket_ifname)
     settings = json.dumps(result_settings(config.to_dict()), sort_keys=True)
     return RankInfo(
         rank=env.rank,
@@ -82,8 +85,7 @@ def collect_rank_info(config: Config, env: DistributedEnvironment, environ: Mapp
         visible_gpus=torch.cuda.device_count(),
         cores=len(os.sched_getaffinity(0)),
         threads=threads,
-        address=address,
-        loopback=loopback,
+        address=own_address("" if backend == "nccl" else socket_ifname),
         interface=interface_to(env.master_addr),
         socket_ifname=socket_ifname,
         shm_bytes=shutil.disk_usage(SHM).free if SHM.is_dir() else 0,
@@ -109,22 +111,18 @@ def read_clock() -> float:
     return time.time()
 
 
-def own_address(interface: str) -> tuple[str, bool]:
-    """Return the address that Gloo publishes for this node, and whether it is a loopback address.
+def own_address(interface: str) -> str:
+    """Return the address that Gloo publishes for this node, or "" if there is none.
 
-    It is the address of ``interface`` (GLOO_SOCKET_IFNAME) if given, else the one that the host name resolves to; on
-    Debian, /etc/hosts often maps that to 127.0.1.1. Empty if there is none.
+    It is the address of ``interface`` (GLOO_SOCKET_IFNAME) if given, else the one that the host name resolves to.
     """
     if interface:
         addresses = [a.address for a in psutil.net_if_addrs().get(interface, []) if a.family == socket.AF_INET]
-    else:
-        try:
-            entries = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-        except OSError:
-            entries = []
-        addresses = [str(sockaddr[0]) for *_, sockaddr in entries]
-    address = addresses[0] if addresses else ""
-    return address, address.startswith("127.") or address == "::1"
+        return addresses[0] if addresses else ""
+    try:
+        return str(socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return ""
 
 
 def source_address(host: str) -> str:

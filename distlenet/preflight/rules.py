@@ -95,7 +95,7 @@ def check_names(ranks: Sequence[RankInfo]) -> Finding:
         source = f"GLOO_SOCKET_IFNAME={node.socket_ifname}" if node.socket_ifname else "the host name"
         hint = f"set GLOO_SOCKET_IFNAME={node.interface or 'INTERFACE'} there, or add the name to /etc/hosts"
         return Finding("names", "FAIL", f"{source} has no address on {_format_hosts(unresolved)}", hint)
-    if unreachable := [r for r in gloo_nodes if r.loopback]:
+    if unreachable := [r for r in gloo_nodes if r.is_loopback]:
         node = unreachable[0]
         found = f"{_format_hosts(unreachable)} resolves to {node.address}, which no other node can reach"
         hint = f"set GLOO_SOCKET_IFNAME={node.interface or 'INTERFACE'} for the job, or fix /etc/hosts there"

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.distributed.distributed_c10d import Store
 
+from distlenet.checkpoint.format import to_bytes
 from distlenet.config.schema import Config
 from distlenet.data.sources import load_on_node
 from distlenet.distributed.collectives import all_gather_object, broadcast_object, raise_on_all_ranks
@@ -42,7 +43,7 @@ def run_collective_checks(report: PreflightReport, config: Config, store: Store,
             if all_sizes and len(leaders) > 1:
                 report.slow_pairs = [(hosts[a], hosts[b], t) for a, b, t in slow_pairs(leaders, env.rank, device)]
                 report.findings.append(check_pairs(report.slow_pairs))
-        report.findings.append(take_trial_step(config, context))
+        report.findings += take_trial_step(config, context)
 
 
 def check_all_reduce(wrong: int, timing: Timing, backend: str) -> Finding:
@@ -63,8 +64,8 @@ def check_pairs(slow: list[tuple[str, str, float]]) -> Finding:
     return Finding("pairs of nodes", "ok", "none takes twice the median")
 
 
-def take_trial_step(config: Config, context: DistributedContext) -> Finding:
-    """Take the first two steps of the run in a temporary directory, and time the second. A collective."""
+def take_trial_step(config: Config, context: DistributedContext) -> list[Finding]:
+    """Take the first two steps of the run in a temporary directory; check speed and checkpoint size. A collective."""
     config_without_files = replace(
         config, checkpoint=replace(config.checkpoint, resume="never"), data=replace(config.data, ledger=False)
     )
@@ -86,8 +87,23 @@ def take_trial_step(config: Config, context: DistributedContext) -> Finding:
             trainer.check_finite()  # host sync
             seconds = time.perf_counter() - started
             loss = trainer.meter.window().means["loss"]  # collective, host sync
+            state = trainer.state_dict()  # collective, host sync
+            checkpoint_bytes = len(to_bytes(state)) if context.env.rank == 0 else 0
+        free_bytes = shutil.disk_usage(config.run.dir).free
     finally:
         if context.env.rank == 0:
             shutil.rmtree(trial_dir, ignore_errors=True)
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU" if context.device.type == "cuda" else ""
-    return Finding("training step", "ok", f"{1e3 * seconds:.1f} ms, loss {loss:.3f}{memory}")
+    step = Finding("training step", "ok", f"{1e3 * seconds:.1f} ms, loss {loss:.3f}{memory}")
+    return [step, check_disk_space(config, checkpoint_bytes, free_bytes)]
+
+
+def check_disk_space(config: Config, checkpoint_bytes: int, free_bytes: int) -> Finding:
+    """Check that the checkpoints of a run fit on the disk of the run directory."""
+    count = config.checkpoint.keep_last + 2  # the newest ones, the best, and the one being written
+    needed = count * checkpoint_bytes
+    if free_bytes < needed:
+        found = f"{config.run.dir} has {free_bytes / 1e6:,.1f} MB free, {count} checkpoints take {needed / 1e6:,.1f} MB"
+        hint = "free some space, give another run.dir, or a smaller checkpoint.keep_last"
+        return Finding("disk space", "FAIL", found, hint)
+    return Finding("disk space", "ok", f"for the {config.checkpoint.keep_last} newest checkpoints and the best")

@@ -29,7 +29,7 @@ SETTINGS = (
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = CheckpointStore(run / "checkpoints", keep=1).newest()
+    newest = CheckpointStore(run / "checkpoints", keep_last=1).newest()
     assert newest is not None
     return dict(load_checkpoint(newest)["model"])
 

@@ -71,7 +71,7 @@ class SlurmJob:
     def final_weights(self) -> dict[str, torch.Tensor]:
         """Return the trained weights of a completed run."""
         assert (self.run / "summary.json").exists(), self.output()
-        newest = CheckpointStore(self.run / "checkpoints", keep=1).newest()
+        newest = CheckpointStore(self.run / "checkpoints", keep_last=1).newest()
         assert newest is not None
         return dict(load_checkpoint(newest)["model"])
 
@@ -113,7 +113,7 @@ def test_a_cancelled_job_leaves_a_valid_checkpoint(slurm, tmp_path, undisturbed)
     slurm.run("ctl", "scancel", job.id).succeeded()
     job.wait("CANCELLED")
     slurm.poll(lambda: "stopped by SIGTERM" in job.output(), "the ranks to save", 30)
-    found = CheckpointStore(job.run / "checkpoints", keep=1).load_newest()
+    found = CheckpointStore(job.run / "checkpoints", keep_last=1).load_newest()
     assert found is not None, job.output()
     step = found[1]["step"]
     assert step > 0

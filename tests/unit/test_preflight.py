@@ -5,7 +5,6 @@ import resource
 import socket
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +14,12 @@ from distlenet.config.loading import load_config
 from distlenet.distributed.entry_point import run_entry
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.preflight import __main__ as preflight
-from distlenet.preflight import node_checks
 from distlenet.preflight.allreduce import fit_line, tournament_rounds
+from distlenet.preflight.node_checks import remove_if_created
 from distlenet.preflight.ports import ALL_PAIRS_LIMIT, peers_of, publish_listener, try_peers
 from distlenet.preflight.rank_info import collect_rank_info, interface_to, own_address
 from distlenet.preflight.rules import apply_rules
+from distlenet.preflight.trial_step import check_disk_space
 
 pytestmark = pytest.mark.unit
 
@@ -33,8 +33,7 @@ def make_ranks(number, per_node=2, **changes):
     for rank in range(number):
         node, local_rank = divmod(rank, per_node)
         position = {"rank": rank, "node_rank": node, "local_rank": local_rank, "local_world_size": per_node}
-        network = {"host": f"n{node}", "address": f"10.0.0.{node + 1}", "interface": "eth0"}
-        network |= {"loopback": False, "socket_ifname": ""}
+        network = {"host": f"n{node}", "address": f"10.0.0.{node + 1}", "interface": "eth0", "socket_ifname": ""}
         limits = {"cores": per_node, "threads": 1, "open_files": 4096, "shm_bytes": 10**9}
         infos.append(replace(SINGLE, **position, **network, **limits, **changes))
     return infos
@@ -80,7 +79,7 @@ def test_healthy_ranks_pass_all_rules():
         ),
         (
             "names",
-            change(make_ranks(4), 2, loopback=True, address="127.0.1.1"),
+            change(make_ranks(4), 2, address="127.0.1.1"),
             "n1 resolves to 127.0.1.1",
             "IFNAME=eth0",
         ),
@@ -128,12 +127,12 @@ def test_findings_that_do_not_stop_a_job():
     assert findings_of(change(make_ranks(2), 0, cores=1))["CPU cores"].status == "note"
     devices = findings_of([replace(i, visible_gpus=8) for i in make_ranks(2)])["devices"]
     assert (devices.status, devices.found) == ("note", "GPUs are not used on n0")
-    loopback = change(with_gpus(make_ranks(4)), 2, loopback=True, address="127.0.1.1")
+    loopback = change(with_gpus(make_ranks(4)), 2, address="127.0.1.1")
     assert findings_of(loopback)["names"].status == "ok"  # NCCL chooses interfaces itself
 
 
 def test_a_single_node_may_have_a_loopback_name():
-    assert findings_of(change(make_ranks(2), 0, loopback=True, address="127.0.1.1"))["names"].status == "ok"
+    assert findings_of(change(make_ranks(2), 0, address="127.0.1.1"))["names"].status == "ok"
 
 
 @pytest.mark.parametrize("num_nodes", [2, 3, ALL_PAIRS_LIMIT, ALL_PAIRS_LIMIT + 1, 100])
@@ -183,23 +182,19 @@ def test_fit_line_has_no_negative_part():
     assert fit_line([1, 10, 100], [5, 4, 3]) == pytest.approx((3.75, 0), rel=0.1)
 
 
-def test_disk_space_for_the_kept_checkpoints(tmp_path, monkeypatch):
-    config = load_config([], [f"run.dir={tmp_path}", "checkpoint.keep_last=4"])
-    usage = SimpleNamespace(free=6 * node_checks.checkpoint_bytes(config))
-    monkeypatch.setattr(node_checks.shutil, "disk_usage", lambda _: usage)
-    assert node_checks.check_disk_space(config).status == "ok"
-    usage.free -= 1
-    finding = node_checks.check_disk_space(config)
-    assert finding.status == "FAIL"
-    assert "6 checkpoints take 3.9 MB" in finding.found
+def test_disk_space_for_the_kept_checkpoints():
+    config = load_config([], ["checkpoint.keep_last=4"])
+    assert check_disk_space(config, checkpoint_bytes=10**6, free_bytes=6 * 10**6).status == "ok"
+    finding = check_disk_space(config, checkpoint_bytes=10**6, free_bytes=6 * 10**6 - 1)
+    assert (finding.status, finding.found) == ("FAIL", "runs has 6.0 MB free, 6 checkpoints take 6.0 MB")
 
 
 def test_created_directories_are_removed_if_empty(tmp_path):
     run_dir = tmp_path / "new/runs"
-    with node_checks.remove_if_created(run_dir):
+    with remove_if_created(run_dir):
         run_dir.mkdir(parents=True)
     assert not list(tmp_path.iterdir())
-    with node_checks.remove_if_created(run_dir):
+    with remove_if_created(run_dir):
         run_dir.mkdir(parents=True)
         (run_dir / "file").touch()
     assert (run_dir / "file").exists()
@@ -214,7 +209,7 @@ def test_a_single_process(monkeypatch, tmp_path, capsys):
     run(monkeypatch, "data.name=digits", "device=cpu", f"run.dir={tmp_path}/runs", "--json")
     report = json.loads(capsys.readouterr().out)
     assert report["good"]
-    assert [check["name"] for check in report["checks"]][-2:] == ["data", "training step"]
+    assert [check["name"] for check in report["checks"]][-2:] == ["training step", "disk space"]
     assert not list(tmp_path.iterdir())
     assert not torch.distributed.is_initialized()
 
@@ -273,6 +268,6 @@ def test_rank_info_contains_the_limits_of_this_process():
 
 def test_addresses_and_interfaces():
     assert interface_to("127.0.0.1") == "lo"
-    assert own_address("lo") == ("127.0.0.1", True)
-    assert own_address("nosuch0") == ("", False)
+    assert own_address("lo") == "127.0.0.1"
+    assert own_address("nosuch0") == ""
     assert interface_to("no.such.host.invalid") == ""
