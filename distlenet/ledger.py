@@ -39,15 +39,11 @@ def check_run(run_dir: Path) -> tuple[list[str], bool]:
             continue
         unused = sorted(set(range(samples)) - used.keys())
         correct &= not repeated and len(unused) == dropped
-        text = f"epoch {epoch + 1}: {len(used)} of {samples} samples used, {len(repeated)} more than once"
-        if repeated:
-            text += f" (such as {repeated[0]})"
-        if dropped:
-            shown = ", ".join(map(str, unused[:20])) + ", ..." * (len(unused) > 20)
-            text += f", {len(unused)} not used, {dropped} of them in the dropped last batch: {shown}"
-        elif unused:
-            text += f", {len(unused)} not used (such as {unused[0]})"
-        lines.append(text)
+        lines.append(
+            f"epoch {epoch + 1}: {len(used)} of {samples} samples used, "
+            f"{len(repeated)} more than once{_list(repeated)}, {len(unused)} not used{_list(unused)}"
+            + (f", {dropped} in the dropped last batch" if dropped else "")
+        )
     lines.append(f"{len(starts)} starts: " + ("every epoch is correct" if correct else "NOT every epoch is correct"))
     return lines, correct
 
@@ -61,6 +57,10 @@ def count_uses(starts: list[Start]) -> dict[int, Counter[int]]:
             if line["step"] < end:
                 counts[line["epoch"]].update(line["indices"])
     return counts
+
+
+def _list(indices: list[int]) -> str:
+    return f" ({', '.join(map(str, indices[:20]))}{', ...' * (len(indices) > 20)})" if indices else ""
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,10 +62,6 @@ class ImageData:
     def nbytes(self) -> int:
         """Number of bytes of both sets."""
         return self.train.nbytes + self.test.nbytes
-
-    def to(self, device: torch.device) -> "ImageData":
-        """Return both sets on ``device``."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
 class OpenData(NamedTuple):

@@ -110,5 +110,5 @@ def newest_weights(run: Path):
     from distlenet.checkpoint.format import load_checkpoint
     from distlenet.checkpoint.store import CheckpointStore
 
-    newest = CheckpointStore(run / "checkpoints", keep=1).newest()
+    newest = CheckpointStore(run / "checkpoints", keep_last=1).newest()
     return list(load_checkpoint(newest)["model"].values())

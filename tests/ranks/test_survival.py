@@ -39,7 +39,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     assert (run / "summary.json").exists()
-    newest = CheckpointStore(run / "checkpoints", keep=1).newest()
+    newest = CheckpointStore(run / "checkpoints", keep_last=1).newest()
     assert newest is not None
     return load_checkpoint(newest)["model"]
 
@@ -73,7 +73,7 @@ def test_signal_to_one_process_saves_and_exits(tmp_path, reference, number):
         ended = job.wait()
     assert ended.status == 75, str(ended)
     (message,) = [line for line in ended.stdout.splitlines() if line.startswith("distlenet: ")]
-    newest = CheckpointStore(tmp_path / "run/checkpoints", keep=1).newest()
+    newest = CheckpointStore(tmp_path / "run/checkpoints", keep_last=1).newest()
     step = load_checkpoint(newest)["step"]
     assert message == (
         f"distlenet: stopped by {number.name} after step {step}, saved; run the same command again to resume"

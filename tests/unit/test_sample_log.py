@@ -27,7 +27,7 @@ def write_start(run_dir, step, batches, world_size=2, info=INFO, epoch=0):
 def test_a_complete_epoch_in_one_start(tmp_path):
     write_start(tmp_path, 0, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]])
     assert ledger.check_run(tmp_path) == (
-        ["epoch 1: 10 of 10 samples used, 0 more than once", "1 starts: every epoch is correct"],
+        ["epoch 1: 10 of 10 samples used, 0 more than once, 0 not used", "1 starts: every epoch is correct"],
         True,
     )
 
@@ -39,14 +39,14 @@ def test_steps_repeated_by_a_later_start_count_once(tmp_path):
     assert [start.step for start in read_starts(tmp_path)] == [0, 1, 1]
     lines, correct = ledger.check_run(tmp_path)
     assert correct
-    assert lines[0] == "epoch 1: 10 of 10 samples used, 0 more than once"
+    assert lines[0] == "epoch 1: 10 of 10 samples used, 0 more than once, 0 not used"
 
 
 def test_repeated_and_unused_samples_are_reported(tmp_path):
     write_start(tmp_path, 0, [[0, 1, 2, 3], [4, 5, 6, 3], [8, 9]])
     lines, correct = ledger.check_run(tmp_path)
     assert not correct
-    assert lines[0] == "epoch 1: 9 of 10 samples used, 1 more than once (such as 3), 1 not used (such as 7)"
+    assert lines[0] == "epoch 1: 9 of 10 samples used, 1 more than once (3), 1 not used (7)"
 
 
 def test_a_step_skipped_by_a_restart_is_reported(tmp_path):
@@ -55,14 +55,14 @@ def test_a_step_skipped_by_a_restart_is_reported(tmp_path):
     write_start(tmp_path, 3, [[0, 1, 2, 3]], epoch=1)
     lines, correct = ledger.check_run(tmp_path)
     assert not correct
-    assert "4 not used" in lines[0]
+    assert "4 not used (4, 5, 6, 7)" in lines[0]
 
 
 def test_the_dropped_last_batch_is_listed(tmp_path):
     write_start(tmp_path, 0, [[0, 1, 2, 3], [4, 5, 6, 8]], info={**INFO, "steps_per_epoch": 2})
     lines, correct = ledger.check_run(tmp_path)
     assert correct
-    assert "2 not used, 2 of them in the dropped last batch: 7, 9" in lines[0]
+    assert "2 not used (7, 9), 2 in the dropped last batch" in lines[0]
 
 
 def test_an_incomplete_last_epoch_is_correct(tmp_path):
