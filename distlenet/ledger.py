@@ -12,7 +12,8 @@ from distlenet.utils.errors import UserError
 
 def main() -> None:
     """Print one line per epoch; exit with status 1 if an epoch is wrong."""
-    parser = Parser("python -m distlenet.ledger", description=__doc__)
+    description = "Check that each epoch used each training sample exactly once."
+    parser = Parser("python -m distlenet.ledger", description=description)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, trained with data.ledger=true")
     lines, correct = check_run(parser.parse_args().run)
     print("\n".join(lines))
