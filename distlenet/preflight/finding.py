@@ -41,7 +41,10 @@ class PreflightReport:
             report = {"good": not self.failures, "world_size": world_size, "seconds": round(seconds, 3)}
             checks = [asdict(finding) for finding in self.findings]
             timing = self.timing and asdict(self.timing)
-            print(json.dumps({**report, "checks": checks, "all_reduce": timing, "slow_pairs": self.slow_pairs}))
+            print(
+                json.dumps({**report, "checks": checks, "all_reduce": timing, "slow_pairs": self.slow_pairs}),
+                flush=True,
+            )
             return
         console = Console(highlight=False, soft_wrap=True)
         for finding in self.findings:

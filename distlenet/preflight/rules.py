@@ -114,13 +114,15 @@ def check_clocks(ranks: Sequence[RankInfo], clock_offsets: Sequence[float]) -> F
 
 def check_shared_memory(ranks: Sequence[RankInfo], num_workers: int, batch_bytes: int) -> Finding:
     """Check that /dev/shm is large enough for loader workers and NCCL."""
-    for r in ranks:
+
+    def needed(r: RankInfo) -> int:
         nccl_bytes = NCCL_SHM_BYTES if r.backend == "nccl" else 0
-        needed = r.local_world_size * (num_workers * 2 * batch_bytes + nccl_bytes)
-        if r.shm_bytes < needed:
-            found = f"/dev/shm has {_megabytes(r.shm_bytes)} free on {r.host}, its ranks need {_megabytes(needed)}"
-            hint = "give the container more (docker run --shm-size=8g, or --ipc=host), or data.num_workers=0"
-            return Finding("shared memory", "FAIL", found, hint)
+        return r.local_world_size * (num_workers * 2 * batch_bytes + nccl_bytes)
+
+    if short := [r for r in ranks if r.shm_bytes < needed(r)]:
+        free = f"/dev/shm has {_megabytes(short[0].shm_bytes)} free on {_format_hosts(short)}"
+        hint = "give the container more (docker run --shm-size=8g, or --ipc=host), or data.num_workers=0"
+        return Finding("shared memory", "FAIL", f"{free}, its ranks need {_megabytes(needed(short[0]))}", hint)
     return Finding("shared memory", "ok", f"{_megabytes(min(r.shm_bytes for r in ranks))} free in /dev/shm")
 
 
