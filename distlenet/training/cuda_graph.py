@@ -9,7 +9,7 @@ DistributedDataParallel", and https://docs.nvidia.com/deeplearning/nccl/user-gui
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,36 +21,13 @@ from distlenet.utils.errors import warn
 from distlenet.utils.nested import map_tensors, tensors_in
 
 if TYPE_CHECKING:
-    from distlenet.training.train_step import DeviceResult
+    from distlenet.training.train_step import DeviceResult, TrainStep
 
 WARM_UP_STEPS = 11
 """Steps before the capture: DistributedDataParallel times some of its first ten with events."""
 
 
-class Capturable(Protocol):
-    """A training step that can be captured."""
-
-    def compute(self, batch: Batch, step: int, want_grad_norm: bool) -> "DeviceResult":
-        """Run the part of a step that a CUDA graph can capture."""
-
-    def seed(self, step: int, micro_batch: int) -> None:
-        """Seed the generator of the device."""
-
-    def reset(self) -> None:
-        """Recover from a step that an exception ended. A collective."""
-
-
-class CapturedGraph(Protocol):
-    """A captured step."""
-
-    def replay(self) -> None:
-        """Run it."""
-
-    def reset(self) -> None:
-        """Release it."""
-
-
-def capture_cuda_graph(work: Callable[[], None]) -> CapturedGraph:
+def capture_cuda_graph(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Capture ``work`` on the current stream, without running it.
 
     The stream must not be the default stream, and must be the one on which the model and its wrapper were made
@@ -59,8 +36,7 @@ def capture_cuda_graph(work: Callable[[], None]) -> CapturedGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         work()
-    captured: CapturedGraph = graph
-    return captured
+    return graph
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -77,25 +53,25 @@ class GraphedStep:
 
     def __init__(
         self,
-        step: Capturable,
+        step: "TrainStep",
         optimizer: Optimizer,
         batch_size: int,
         device: torch.device,
         micro_batch: int = 0,
-        capture: Callable[[Callable[[], None]], CapturedGraph] = capture_cuda_graph,
+        capture: Callable[[Callable[[], None]], torch.cuda.CUDAGraph] = capture_cuda_graph,
     ) -> None:
         """Capture ``step`` for global batches of ``batch_size`` samples; ``micro_batch`` is the number of its one."""
         self.step, self.optimizer, self.batch_size, self.micro_batch = step, optimizer, batch_size, micro_batch
         self.capture = capture
         self.warm_up_left = WARM_UP_STEPS
         self.failed = False
-        self.graph: CapturedGraph | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.static_batch: Batch | None = None
         self.result: DeviceResult | None = None
         self.lr = torch.zeros((), device=device)  # float32: what fused optimizers read
 
     def run(self, batch: Batch, step: int, want_grad_norm: bool) -> "DeviceResult":
-        """Take one step, with the same effect as ``Capturable.compute``."""
+        """Take one step, with the same effect as ``TrainStep.compute``."""
         self.lr.fill_(self.optimizer.param_groups[0]["lr"])
         with self._settings_on_device():
             if batch.global_size == self.batch_size and not self.failed and self.warm_up_left == 0:
@@ -131,7 +107,7 @@ class GraphedStep:
             self.failed = True
             self.step.reset()
 
-    def _replay(self, graph: CapturedGraph, batch: Batch, step: int) -> "DeviceResult":
+    def _replay(self, graph: torch.cuda.CUDAGraph, batch: Batch, step: int) -> "DeviceResult":
         static = self.static_batch
         assert static is not None
         assert static.keys is not None
