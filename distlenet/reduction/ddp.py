@@ -17,7 +17,7 @@ from distlenet.reduction.reducer import EmptyLoss, MicroBatch, ReductionResult, 
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
 from distlenet.utils.clock import Clock
-from distlenet.utils.nested import select_samples, tensors_in
+from distlenet.utils.nested import count_samples, select_samples
 
 # DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import (seen
 # with torch 2.15) keeps all frames of that moment alive, with the trainer and the process group in them. Imported
@@ -130,7 +130,7 @@ class DdpReducer:
 
     def split(self, data: Data) -> list[MicroBatch]:
         """Split a rank's share into runs of consecutive samples; an empty share is one empty micro-batch."""
-        samples, size = len(next(tensors_in(data))), self.micro_batch_size
+        samples, size = count_samples(data), self.micro_batch_size
         starts = range(0, max(1, samples), size)
         first = self.rank * self.micro_batches_per_rank
         return [MicroBatch(first + k, select_samples(data, slice(s, s + size))) for k, s in enumerate(starts)]

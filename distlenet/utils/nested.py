@@ -26,6 +26,13 @@ def tensors_in(data: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def count_samples(data: Any) -> int:
+    """Return the number of samples of ``data``: the length of its first tensor or list."""
+    while isinstance(data, tuple | dict):
+        data = next(iter(data.values() if isinstance(data, dict) else data))
+    return len(data)
+
+
 def select_samples(data: Any, samples: slice) -> Any:
     """Return some samples of ``data``: tensors, contiguous along the first dimension, and lists are sliced."""
     if isinstance(data, Tensor):

@@ -42,6 +42,60 @@ def test_one_batch_is_loaded_again():
     assert (again.epoch, again.number, again.global_size) == (1, 2, 5)
 
 
+def make_loader(dataset, num_workers: int = 0, device: torch.device = CPU) -> Loader:
+    return Loader(dataset, GlobalBatchSampler(dataset, 5, rank=0, world_size=1, seed=3), num_workers, device)
+
+
+def test_an_epoch_can_stop_early():
+    loader = make_loader(dataset_of(20))
+    whole, part = list(loader.epoch(1)), list(loader.epoch(1, start=1, stop=3))
+    assert [batch.number for batch in part] == [1, 2]
+    assert [batch.indices.tolist() for batch in part] == [batch.indices.tolist() for batch in whole[1:3]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_keys_hold_seed_epoch_and_indices(num_workers):
+    for batch in make_loader(dataset_of(12), num_workers).epoch(2):
+        assert (batch.keys.seed, batch.keys.epoch) == (3, 2)
+        assert batch.keys.indices.tolist() == batch.indices.tolist()
+
+
+def test_empty_batch_has_the_shape_and_types_of_the_data():
+    batch = make_loader(dataset_of(20)).empty_batch()
+    images, labels = batch.data
+    assert (len(batch), images.shape, labels.shape) == (0, (0, 1, 1), (0,))
+    assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+
+
+def test_data_is_on_the_device_and_indices_are_also_on_the_host():
+    """The device "meta" stands for a GPU: it copies no values."""
+    loader = make_loader(dataset_of(20), device=torch.device("meta"))
+    batch, on_host = loader.batch(0, 1), make_loader(dataset_of(20)).batch(0, 1)
+    devices = {tensor.device.type for tensor in (*batch.data, *loader.empty_batch().data, batch.keys.indices)}
+    assert devices == {"meta"}
+    assert batch.indices.tolist() == on_host.indices.tolist()
+
+
+class Sentences:
+    """A dataset of other data: word numbers, of another length in each sample, and a score."""
+
+    def __len__(self):
+        return 12
+
+    def __getitems__(self, indices):
+        return {"words": [torch.arange(index) for index in indices.tolist()], "score": indices / 2}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_any_nested_data_is_loaded(num_workers):
+    batches = list(make_loader(Sentences(), num_workers).epoch(0))
+    assert [len(batch) for batch in batches] == [5, 5, 2]
+    for batch in batches:
+        assert [len(words) for words in batch.data["words"]] == batch.indices.tolist()
+        assert torch.equal(batch.data["score"], batch.indices / 2)
+    assert make_loader(Sentences()).empty_batch().data["words"] == []
+
+
 def test_a_loader_does_not_use_the_global_generator():
     dataset = dataset_of(2)
     before = torch.get_rng_state()
@@ -56,6 +110,14 @@ def test_evaluation_uses_every_sample_once():
         range(22)
     )
     assert all(batch.data[1].tolist() == batch.indices.tolist() for batches in ranks for batch in batches)
+    assert all(batch.keys is None for batches in ranks for batch in batches)
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(22, 2), (8, 0), (9, 1), (24, 2), (25, 2)])
+def test_evaluation_counts_the_batches_that_every_rank_has(samples, expected):
+    loaders = [EvaluationLoader(dataset_of(samples), 4, rank, 3, CPU) for rank in range(3)]
+    assert {loader.batches_of_every_rank for loader in loaders} == {expected}
+    assert min(len(list(loader)) for loader in loaders) == expected
 
 
 def test_images_stay_on_the_host_without_a_gpu():

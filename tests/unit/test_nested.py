@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distlenet.utils.nested import map_tensors, select_samples, tensors_in
+from distlenet.utils.nested import count_samples, map_tensors, select_samples, tensors_in
 
 pytestmark = pytest.mark.unit
 
@@ -26,6 +26,11 @@ def test_map_keeps_the_structure_and_other_values():
     assert (type(mapped["boxes"]), type(mapped["target"]), type(mapped["target"][1])) == (list, tuple, dict)
     for before, after in zip(tensors_in(NESTED), tensors_in(mapped), strict=True):
         assert torch.equal(after, before + 1)
+
+
+@pytest.mark.parametrize("data", [NESTED, NESTED["boxes"], (NESTED["boxes"], NESTED["image"]), {"a": NESTED["target"]}])
+def test_samples_are_counted_also_if_the_first_part_is_ragged(data):
+    assert count_samples(data) == 4
 
 
 @pytest.mark.parametrize("samples", [slice(1, 3), slice(1, None, 2), slice(4, 8)])
