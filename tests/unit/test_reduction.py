@@ -1,173 +1,247 @@
-import re
+import inspect
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import get_protocol_members
 
 from distlenet.config.loading import load_config
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.models.lenet import Net
-from distlenet.reduction import DdpReducer, ExactReducer, make_reducer, micro_batch_size
-from distlenet.reduction.exact import _gradient_in_memory_order
+from distlenet.reduction.batch_size import micro_batch_size
+from distlenet.reduction.ddp import DdpReducer
+from distlenet.reduction.exact import ExactReducer
+from distlenet.reduction.factory import make_reducer
+from distlenet.reduction.reducer import Reducer, ReductionResult
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
-ALONE = DistributedEnvironment()
+ONE_RANK = DistributedEnvironment()
 
 
-def backward(reduction, x, y, break_shard=None, factor=1.0):
-    """Accumulate the gradient of the mean loss over all micro-batches, and reduce it."""
-    for parameter in reduction.model.parameters():
-        parameter.grad = None
-    reduction.begin(asked=False)
-    micro_batches = reduction.micro_batches(x, y)
-    for shard, (images, labels) in micro_batches:
-        with reduction.accumulate(last=shard == micro_batches[-1][0]):
-            loss = F.cross_entropy(reduction.model(images), labels, reduction="sum")
-            if shard == break_shard:
-                loss = loss * factor
-            reduction.backward(loss * (reduction.weight / len(x)))
-    reduction.finish()
+def make_ddp(model: nn.Module, accumulation_steps: int = 4, size: int = 4) -> DdpReducer:
+    return DdpReducer(model, ONE_RANK, accumulation_steps, size)
 
 
-def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_exact(model: nn.Module, virtual_shards: int = 4, size: int = 4, check_finite: bool = True) -> ExactReducer:
+    return ExactReducer(model, ONE_RANK, virtual_shards, size, check_finite)
+
+
+BOTH = pytest.mark.parametrize("make", [make_exact, make_ddp])
+
+
+def make_batch(n: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     return torch.randn(n, 1, 32, 32, generator=generator), torch.randint(0, 10, (n,), generator=generator)
 
 
+def make_net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def reduce_step(
+    reducer: Reducer, batch: tuple[Tensor, Tensor], stop: bool = False, factors: dict[int, float] | None = None
+) -> ReductionResult:
+    """Reduce the gradient of the mean loss; ``factors`` multiply the losses of micro-batches, by number."""
+    reducer.model.zero_grad()
+    with reducer.step(len(batch[0]), torch.tensor(float(stop))) as step:
+        for micro_batch in step.micro_batches(batch):
+            images, labels = micro_batch.data
+            loss = F.cross_entropy(reducer.model(images), labels, reduction="sum")
+            step.backward(loss * (factors or {}).get(micro_batch.number, 1.0))
+    return step.result
+
+
+def reduce_gradients(layer: nn.Linear, reducer: Reducer, gradients: list[float]) -> ReductionResult:
+    """Reduce one step in which micro-batch k has the k-th of ``gradients`` for the only weight of ``layer``."""
+    layer.zero_grad()
+    with reducer.step(1, torch.tensor(0.0)) as step:
+        for (gradient,) in (micro_batch.data for micro_batch in step.micro_batches(torch.tensor(gradients))):
+            step.backward((layer.weight * gradient).sum())
+    return step.result
+
+
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("n", [16, 13, 3])
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_the_exact_gradient_is_the_gradient(n, layout):
-    torch.manual_seed(0)
-    net = Net().to(memory_format=layout)
-    x, y = batch(n)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_exact_gradient_equals_the_gradient_in_float64(n, memory_format):
+    model = make_net().to(memory_format=memory_format)
+    images, labels = make_batch(n)
     double = Net().double()
-    double.load_state_dict(net.state_dict())
-    F.cross_entropy(double(x.double()), y).backward()
-    backward(ExactReducer(net, ALONE, 8, 2, watch=True), x, y)
-    for ours, true in zip(net.parameters(), double.parameters(), strict=True):
+    double.load_state_dict(model.state_dict())
+    F.cross_entropy(double(images.double()), labels).backward()
+    result = reduce_step(make_exact(model, virtual_shards=8, size=2), (images, labels))
+    assert not result.nonfinite
+    for parameter, reference in zip(model.parameters(), double.parameters(), strict=True):
         # Float32 kernels: sums of up to 900 × 16 products of values near 1e-2, at 6e-8 relative each, well below
         # 1e-5; the grid of 2**-40 in each of 8 shards adds 4e-12.
-        torch.testing.assert_close(ours.grad.double(), true.grad, rtol=1e-4, atol=1e-5)
-        assert ours.grad.stride() == ours.stride()  # what fused optimizers take for granted
-
-
-def test_a_gradient_that_lies_otherwise_than_its_parameter_is_put_in_order():
-    weight = nn.Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
-    gradient = torch.arange(120.0).view(2, 3, 4, 5)  # contiguous
-    weight.grad = gradient
-    assert torch.equal(_gradient_in_memory_order(weight), gradient.permute(0, 2, 3, 1).flatten())
+        torch.testing.assert_close(parameter.grad.double(), reference.grad, rtol=1e-4, atol=1e-5)
+        assert parameter.grad.stride() == parameter.stride()  # as fused optimizers require
 
 
 @pytest.mark.usefixtures("group")
-def test_both_reductions_agree():
-    x, y = batch(16)
+def test_gradient_in_another_memory_order_than_its_parameter():
+    weight = nn.Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    gradient = torch.arange(120.0).view(2, 3, 4, 5)  # contiguous
+    reducer = make_exact(nn.ParameterList([weight]), virtual_shards=1)
+    with reducer.step(1, torch.tensor(0.0)) as step:
+        for _ in step.micro_batches(torch.zeros(1)):
+            step.backward(weight.sum())
+            weight.grad = gradient
+    assert torch.equal(weight.grad, gradient)
+    assert weight.grad.stride() == weight.stride()
+
+
+@pytest.mark.usefixtures("group")
+def test_reducers_agree():
     gradients = []
     for make in (
-        lambda net: ExactReducer(net, ALONE, 8, 2, watch=True),
-        lambda net: DdpReducer(net, ALONE, 1, 16),
-        lambda net: DdpReducer(net, ALONE, 3, 6),  # micro-batches of 6, 6 and 4
+        partial(make_exact, virtual_shards=8, size=2),
+        partial(make_ddp, accumulation_steps=1, size=16),
+        partial(make_ddp, accumulation_steps=3, size=6),  # micro-batches of 6, 6 and 4
     ):
-        torch.manual_seed(0)
-        net = Net()
-        backward(make(net), x, y)
-        gradients.append([p.grad.clone() for p in net.parameters()])
-    for exact, whole, cut in zip(*gradients, strict=True):
+        model = make_net()
+        reduce_step(make(model), make_batch(16))
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for exact, whole, accumulated in zip(*gradients, strict=True):
         torch.testing.assert_close(exact, whole, rtol=1e-4, atol=1e-5)  # as above
-        torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-5)
 
 
 @given(st.integers(0, 100), st.sampled_from([(1, 8), (2, 8), (4, 8), (8, 8), (3, 6), (2, 12), (1, 1)]))
 def test_shards_do_not_depend_on_the_world_size(n, sizes):
     world_size, shards = sizes
     positions = torch.arange(n)
-    found = {}
+    split = {}
     for rank in range(world_size):
-        reduction = ExactReducer(nn.Linear(1, 1), DistributedEnvironment(rank, 0, world_size), shards, 99, watch=True)
-        for shard, (part,) in reduction.micro_batches(positions[rank::world_size]):
-            assert shard not in found
-            found[shard] = part.tolist()
-    assert found == {shard: positions[shard::shards].tolist() for shard in range(shards)}
+        env = DistributedEnvironment(rank, 0, world_size)
+        reducer = ExactReducer(nn.Linear(1, 1), env, shards, 99, check_finite=True)
+        for micro_batch in reducer.split(positions[rank::world_size]):
+            assert micro_batch.number not in split
+            split[micro_batch.number] = micro_batch.data.tolist()
+    assert split == {shard: positions[shard::shards].tolist() for shard in range(shards)}
 
 
-BOTH = (lambda net: ExactReducer(net, ALONE, 4, 4, watch=True), lambda net: DdpReducer(net, ALONE, 4, 4))
+@pytest.mark.parametrize("kind", [DdpReducer, ExactReducer])
+def test_reducers_implement_the_protocol(kind):
+    """The type checker compares the types; here, members and parameters."""
+    model = nn.Linear(1, 1)
+    attributes = {"model", "micro_batch_size", "micro_batches_per_rank"}
+    methods = get_protocol_members(Reducer) - attributes
+    assert methods == {"warm_up", "reset", "cap_micro_batch_size", "split", "step"}
+    for name in methods:
+        expected = inspect.signature(getattr(Reducer, name)).parameters
+        assert list(inspect.signature(getattr(kind, name)).parameters.values()) == list(expected.values())
+    if kind is ExactReducer:
+        assert attributes <= vars(make_exact(model)).keys()
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("make", BOTH)
+@BOTH
+def test_reducer_goes_through_the_calls_of_a_run(make):
+    """Warm up, cap the micro-batches, fail in a step, reset: the gradient is that of a new reducer."""
+    model = make_net()
+    reducer: Reducer = make(model)
+    weights = [p.clone() for p in model.parameters()]
+    batch = make_batch(16)
+
+    def empty_loss(wrapped):
+        return wrapped(batch[0][:0]).sum()
+
+    reducer.warm_up(empty_loss)
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    reducer.cap_micro_batch_size(4)
+    with pytest.raises(IndexError):  # of the last micro-batch: the others have changed the reducer's state
+        reduce_step(reducer, (batch[0], torch.where(torch.arange(16) < 15, batch[1], 10)))
+    model.zero_grad()
+    reducer.reset(empty_loss)
+    result = reduce_step(reducer, batch)
+    assert (bool(result.stop > 0), bool(result.nonfinite)) == (False, False)
+    assert result.gradient_ready.host_s <= result.reduced.host_s
+    fresh = make_net()
+    reduce_step(make(fresh), batch)
+    for parameter, expected, before in zip(model.parameters(), fresh.parameters(), weights, strict=True):
+        assert torch.equal(parameter.grad, expected.grad)
+        assert torch.equal(parameter, before)
+
+
+@pytest.mark.usefixtures("group")
+@BOTH
+def test_result_is_not_available_within_the_step(make):
+    reducer = make(make_net())
+    images, labels = make_batch(16)
+    with reducer.step(16, torch.tensor(0.0)) as step:
+        for micro_batch in step.micro_batches((images, labels)):
+            step.backward(reducer.model(micro_batch.data[0]).sum())
+            with pytest.raises(RuntimeError, match="no result before its with block ends"):
+                _ = step.result
+    assert not step.result.nonfinite
+
+
+@pytest.mark.usefixtures("group")
+@BOTH
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf")])
-def test_a_loss_that_is_not_finite_is_found(make, factor):
-    reduction = make(Net())
-    backward(reduction, *batch(16))
-    assert not reduction.bad
-    backward(reduction, *batch(16), break_shard=2, factor=factor)
-    assert reduction.bad
-    backward(reduction, *batch(16))
-    assert not reduction.bad
+def test_nonfinite_loss_is_detected(make, factor):
+    reducer = make(make_net())
+    assert not reduce_step(reducer, make_batch(16)).nonfinite
+    assert reduce_step(reducer, make_batch(16), factors={2: factor}).nonfinite
+    assert not reduce_step(reducer, make_batch(16)).nonfinite
 
 
 @pytest.mark.usefixtures("group")
-def test_a_gradient_out_of_the_exact_sums_bounds_is_found():
-    reduction = ExactReducer(Net(), ALONE, 4, 4, watch=True)
-    backward(reduction, *batch(16), break_shard=2, factor=1e30)
-    assert reduction.bad
+def test_gradient_too_large_for_the_exact_sum_is_detected():
+    assert reduce_step(make_exact(make_net()), make_batch(16), factors={2: 1e30}).nonfinite
 
 
 @pytest.mark.usefixtures("group")
-def test_the_bound_is_exact():
-    """Just inside it passes, unrounded by the sum; at it, it is found."""
+def test_bound_of_the_exact_sum():
+    """A gradient just below the bound is summed without rounding; one at the bound is detected."""
     layer = nn.Linear(1, 1, bias=False)
-    reduction = ExactReducer(layer, ALONE, 8, 1, watch=True)
-    assert reduction.limit == 512
-    inside = torch.nextafter(torch.tensor(512.0), torch.tensor(0.0))
-    for value, fine in ((inside, True), (-inside, True), (torch.tensor(512.0), False)):
-        reduction.begin(asked=False)
-        for shard in range(8):
-            with reduction.accumulate(last=shard == 7):
-                layer.weight.grad = value.view(1, 1).clone()
-        reduction.finish()
-        if fine:
-            assert layer.weight.grad.item() == 8 * value.item()
-        assert bool(reduction.bad) == (not fine)
+    reducer = make_exact(layer, virtual_shards=8, size=1)
+    assert reducer.limit == 512
+    below = torch.nextafter(torch.tensor(512.0), torch.tensor(0.0)).item()
+    for value in (below, -below):
+        assert not reduce_gradients(layer, reducer, [value] * 8).nonfinite
+        assert layer.weight.grad.item() == 8 * value
+    assert reduce_gradients(layer, reducer, [512.0] * 8).nonfinite
 
 
 @pytest.mark.usefixtures("group")
-def test_fp16_expects_overflows_and_shows_them_to_the_scaler():
+def test_loss_scaling_expects_overflows_and_passes_them_to_the_scaler():
     layer = nn.Linear(1, 1, bias=False)
-    reduction = ExactReducer(layer, ALONE, 1, 1, watch=False)
-    reduction.begin(asked=False)
-    with reduction.accumulate(last=True):
-        layer.weight.grad = torch.full((1, 1), float("inf"))
-    reduction.finish()
-    assert not reduction.bad
+    reducer = make_exact(layer, virtual_shards=1, size=1, check_finite=False)
+    layer.weight.register_hook(lambda _: torch.full((1, 1), float("inf")))
+    assert not reduce_gradients(layer, reducer, [1.0]).nonfinite
     assert not layer.weight.grad.isfinite().all()
 
 
 @pytest.mark.usefixtures("group")
-def test_a_parameter_without_gradient_gets_zeros():
-    net = nn.ModuleDict({"used": nn.Linear(1, 1), "unused": nn.Linear(1, 1)})
-    reduction = ExactReducer(net, ALONE, 1, 1, watch=True)
-    with reduction.accumulate(last=True):
-        net["used"](torch.ones(1, 1)).sum().backward()
-    reduction.finish()
-    assert torch.equal(net["unused"].weight.grad, torch.zeros(1, 1))
-    assert torch.equal(net["used"].weight.grad, torch.ones(1, 1))
+def test_parameter_without_gradient_gets_zeros():
+    model = nn.ModuleDict({"used": nn.Linear(1, 1), "unused": nn.Linear(1, 1)})
+    reducer = make_exact(model, virtual_shards=1, size=1)
+    with reducer.step(1, torch.tensor(0.0)) as step:
+        for micro_batch in step.micro_batches(torch.ones(1, 1)):
+            step.backward(model["used"](micro_batch.data).sum())
+    assert torch.equal(model["unused"].weight.grad, torch.zeros(1, 1))
+    assert torch.equal(model["used"].weight.grad, torch.ones(1, 1))
 
 
 def test_batch_statistics_are_refused():
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
     with pytest.raises(UserError, match=r"1 \(BatchNorm2d\).*GroupNorm"):
-        ExactReducer(net, ALONE, 8, 2, watch=True)
+        make_exact(model)
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(UserError, match="float32 parameters without gaps, but weight"):
-        ExactReducer(nn.Linear(1, 1).double(), ALONE, 8, 2, watch=True)
+    with pytest.raises(UserError, match="needs dense float32 parameters, but weight"):
+        make_exact(nn.Linear(1, 1).double())
 
 
 EXACT, DDP = "distributed.reduction=exact", "distributed.reduction=ddp"
@@ -189,7 +263,7 @@ EXACT, DDP = "distributed.reduction=exact", "distributed.reduction=ddp"
         ([EXACT, "train.accumulation_steps=2"], 1, "raise distributed.virtual_shards"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_with_those_that_do(overrides, ranks, message):
+def test_sizes_that_do_not_divide_are_refused_and_others_suggested(overrides, ranks, message):
     with pytest.raises(UserError, match=message):
         micro_batch_size(load_config([], overrides), ranks)
 
@@ -201,67 +275,71 @@ def test_sizes_that_divide():
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize(("name", "kind"), [(EXACT, ExactReducer), (DDP, DdpReducer)])
-def test_the_configured_one_is_made(name, kind):
-    assert re.fullmatch(kind.__name__, type(make_reducer(load_config([], [name]), Net(), ALONE, True)).__name__)
+@pytest.mark.parametrize(("setting", "kind"), [(EXACT, ExactReducer), (DDP, DdpReducer)])
+def test_configured_reducer_is_made(setting, kind):
+    assert type(make_reducer(load_config([], [setting]), Net(), ONE_RANK, check_finite=True)) is kind
 
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 3, 1, 0), (3, 0, 2, 1)])
-def test_the_order_of_shards_does_not_matter(order):
-    """Chosen so that it matters in plain float64: 1 + 2**-24 is half way between two float32, and whether the
-    two 2**-53 are added to each other first or lost one by one decides which of them is nearer."""
+def test_order_of_shards_does_not_matter(order):
+    """The values are chosen so that it matters in plain float64.
+
+    1 + 2**-24 is half way between two float32. Whether the two 2**-53 are added to each other first, or lost one by
+    one, decides which of the two is nearer.
+    """
     shards = [1.0, 2.0**-24, 2.0**-53, 2.0**-53]
     layer = nn.Linear(1, 1, bias=False)
-    reduction = ExactReducer(layer, ALONE, 4, 1, watch=True)
-    for number in order:
-        with reduction.accumulate(last=number == order[-1]):
-            layer.weight.grad = torch.full((1, 1), shards[number])
-    reduction.finish()
+    reduce_gradients(layer, make_exact(layer, size=1), [shards[number] for number in order])
     assert layer.weight.grad.item() == 1.0
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize(
-    "reduction", [lambda n: DdpReducer(n, ALONE, 2, 8), lambda n: ExactReducer(n, ALONE, 8, 2, True)]
-)
-def test_who_is_asked_to_stop_is_heard_and_the_gradient_stays(reduction):
-    x, y = batch(16)
+@BOTH
+def test_stop_request_reaches_the_result_and_does_not_change_the_gradient(make):
     gradients = []
-    for asked in (False, True):
-        torch.manual_seed(0)
-        net = Net()
-        made = reduction(net)
-        made.begin(asked=asked)
-        for shard, (images, labels) in (parts := made.micro_batches(x, y)):
-            with made.accumulate(last=shard == parts[-1][0]):
-                made.backward(F.cross_entropy(made.model(images), labels, reduction="sum") / 16)
-        made.finish()
-        made.hear()
-        assert made.heard.yes == asked
-        gradients.append([p.grad.clone() for p in net.parameters()])
+    for stop in (False, True):
+        model = make_net()
+        result = reduce_step(make(model), make_batch(16), stop=stop)
+        assert bool(result.stop > 0) == stop
+        assert not result.nonfinite
+        gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.usefixtures("group")
-def test_fewer_ranks_take_no_larger_micro_batches():
-    reduction = DdpReducer(Net(), ALONE, 1, 64)
-    reduction.limit_micro_batch(24)
-    assert [len(part) for _, (part,) in reduction.micro_batches(torch.zeros(64, 1))] == [24, 24, 16]
-    assert reduction.micro_batches_per_rank == 3
-    reduction.limit_micro_batch(100)
-    assert reduction.micro_batch_size == 24
+def test_capped_micro_batches_are_smaller_and_more():
+    reducer = make_ddp(Net(), accumulation_steps=1, size=64)
+    reducer.cap_micro_batch_size(24)
+    assert [len(micro_batch.data) for micro_batch in reducer.split(torch.zeros(64, 1))] == [24, 24, 16]
+    assert reducer.micro_batches_per_rank == 3
+    reducer.cap_micro_batch_size(100)
+    assert reducer.micro_batch_size == 24
 
 
-@pytest.mark.parametrize(("settings", "size"), [([], 43), (["distributed.reduction=exact"], 16)])
-def test_uneven_ranks_must_be_asked_for(settings, size):
+@pytest.mark.usefixtures("group")
+@BOTH
+def test_rank_without_samples_takes_part(make):
+    """In a short last batch, a rank may have no sample: its micro-batches are empty, its gradient is zero."""
+    model = make_net()
+    images, labels = make_batch(16)
+    reducer = make(model)
+    with reducer.step(3, torch.tensor(1.0)) as step:
+        for micro_batch in step.micro_batches((images[:0], labels[:0])):
+            step.backward(F.cross_entropy(reducer.model(micro_batch.data[0]), micro_batch.data[1], reduction="sum"))
+    assert (bool(step.result.stop > 0), bool(step.result.nonfinite)) == (True, False)
+    assert all(bool((p.grad == 0).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(("overrides", "size"), [([], 43), ([EXACT], 16)])
+def test_uneven_batches_need_a_setting(overrides, size):
     with pytest.raises(UserError, match="does not divide by 3 ranks"):
-        micro_batch_size(load_config([], settings), 3)
-    assert micro_batch_size(load_config([], [*settings, "distributed.allow_uneven_batches=true"]), 3) == size
+        micro_batch_size(load_config([], overrides), 3)
+    assert micro_batch_size(load_config([], [*overrides, "distributed.allow_uneven_batches=true"]), 3) == size
     with pytest.raises(UserError, match="does not divide by 9 ranks"):
-        micro_batch_size(load_config([], ["distributed.reduction=exact", "distributed.allow_uneven_batches=true"]), 9)
+        micro_batch_size(load_config([], [EXACT, "distributed.allow_uneven_batches=true"]), 9)
 
 
-def test_exact_sums_and_rounded_gradients_exclude_each_other():
+def test_exact_sums_of_compressed_gradients_are_refused():
     with pytest.raises(UserError, match=r"distributed\.gradient_compression=bf16: rounds"):
-        make_reducer(load_config([], [EXACT, "distributed.gradient_compression=bf16"]), Net(), ALONE, watch=True)
+        make_reducer(load_config([], [EXACT, "distributed.gradient_compression=bf16"]), Net(), ONE_RANK, True)
