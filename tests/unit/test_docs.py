@@ -1,6 +1,7 @@
 """The documentation: its links, settings and commands exist, and the language is plain."""
 
 import ast
+import pkgutil
 import re
 from pathlib import Path
 
@@ -103,6 +104,17 @@ def test_each_command_exists(page):
         path = REPO / module.rstrip(".").replace(".", "/")
         if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
             missing.append(module)
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_each_name_of_the_package_exists(page):
+    missing = []
+    for name in set(re.findall(r"(?<![\w./-])distlenet(?:\.\w+)+", page.read_text())):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.append(name)
     assert missing == []
 
 
