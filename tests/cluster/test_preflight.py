@@ -105,7 +105,7 @@ def test_a_pair_of_nodes_that_is_slow(slurm: SlurmCluster, shared: Path) -> None
     report = json.loads("".join(line.partition(": ")[2] for line in result.stdout.splitlines()))
     ((one, other, times),) = report["slow_pairs"]
     assert (one, other) == ("n1", "n2")
-    assert times > 20  # 0.2 s back and forth, compared with milliseconds
+    assert times > 5  # 0.2 s back and forth, compared with milliseconds
     (pairs,) = [check for check in report["checks"] if check["name"] == "pairs of nodes"]
     assert pairs["status"] == "note"
     assert pairs["found"] == f"slower than the median: n1 – n2 {times:.1f}×"
