@@ -114,7 +114,7 @@ def read_clock() -> float:
 def own_address(interface: str) -> str:
     """Return the address that Gloo publishes for this node, or "" if there is none.
 
-    It is the address of ``interface`` (GLOO_SOCKET_IFNAME) if given, else the one that the host name resolves to.
+    It is the address of ``interface`` (GLOO_SOCKET_IFNAME) if given, otherwise that of the host name.
     """
     if interface:
         addresses = [a.address for a in psutil.net_if_addrs().get(interface, []) if a.family == socket.AF_INET]
