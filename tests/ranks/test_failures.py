@@ -1,4 +1,4 @@
-"""What a failing rank leaves: one block for the user, a log for each rank, a diagnosis, stacks when asked."""
+"""A failing rank: one traceback for the user, a log per rank, a diagnosis, and stacks on request."""
 
 import json
 import os
@@ -27,15 +27,15 @@ run_entry(lambda: train.main(trainer_class=Dies))
 """
 
 
-def test_the_first_failure_is_one_block_and_the_others_a_line_each(tmp_path):
+def test_the_first_failure_is_a_traceback_and_the_others_one_line_each(tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(DIES)
     ended = run_torchrun(3, script, *SETTINGS, f"run.dir={tmp_path}")
     assert ended.status == 1
-    told = ended.stderr.partition("torch/distributed/elastic")[0]
-    ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
-    assert re.match(r"distlenet: rank 1 of 3 on \S+ failed:$", ours[0]), str(ended)
-    assert told.index("MemoryError: on purpose") < told.index("distlenet: its log is"), str(ended)
+    output = ended.stderr.partition("torch/distributed/elastic")[0]
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
+    assert re.match(r"distlenet: rank 1 of 3 on \S+ failed:$", lines[0]), str(ended)
+    assert output.index("MemoryError: on purpose") < output.index("distlenet: the log is"), str(ended)
     assert ended.stderr.count("MemoryError: on purpose") == 1, str(ended)
     for rank in range(3):
         log = (tmp_path / f"run/logs/rank-{rank:05d}.log").read_text()
@@ -44,20 +44,20 @@ def test_the_first_failure_is_one_block_and_the_others_a_line_each(tmp_path):
     assert "MemoryError: on purpose" in (tmp_path / "run/logs/rank-00001.log").read_text()
 
 
-def test_a_rank_says_where_it_is_when_asked(tmp_path):
+def test_a_rank_writes_its_stacks_on_request(tmp_path):
     words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "distlenet.train")
     words = (sys.executable, *words, *SETTINGS, "train.epochs=1000", "train.log_every=5", f"run.dir={tmp_path}")
     log = tmp_path / "run/logs/rank-00001.log"
     with Job(tmp_path, *words) as job:
         job.wait_for_records(2)
-        os.kill(job.rank_pids()[1], signal.SIGSTOP)  # so that the other one hangs in a collective
+        os.kill(job.rank_pids()[1], signal.SIGSTOP)  # the other rank then waits in a collective
         try:
             os.kill(job.rank_pids()[0], signal.SIGURG)
             other = log.with_name("rank-00000.log")
             job.wait_until(lambda: "most recent call first" in other.read_text(), "stacks")
         finally:
             os.kill(job.rank_pids()[1], signal.SIGCONT)
-        job.wait_for_records(1)  # and goes on
+        job.wait_for_records(1)  # training continues
         assert "Thread 0x" in other.read_text()
         assert "trainer.py" in other.read_text()
         assert "most recent call first" not in log.read_text()
@@ -78,7 +78,7 @@ run_entry(lambda: train.main(Poisoned))
 
 
 @pytest.mark.parametrize("reduction", ["ddp", "exact"])
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_it(tmp_path, reduction):
+def test_a_non_finite_loss_stops_all_ranks_and_is_reported_with_its_rank(tmp_path, reduction):
     script = tmp_path / "poison.py"
     script.write_text(POISON)
     words = (f"distributed.reduction={reduction}", "train.global_batch_size=64", f"run.dir={tmp_path}")
@@ -86,10 +86,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_names_it(tmp_path, 
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
     step, rank = map(int, re.match(r"distlenet: step (\d+): the loss of rank (\d) is not finite", line).groups())
     report = json.loads((tmp_path / f"run/diagnosis/step-{step:08d}.json").read_text())
-    (bad,) = report["ranks"]
-    assert bad["rank"] == rank
-    assert bad["worst"][0]["index"] == 77
-    assert 77 in bad["indices"]
+    (rank_report,) = report["ranks"]
+    assert rank_report["rank"] == rank
+    assert rank_report["worst"][0]["index"] == 77
+    assert 77 in rank_report["indices"]
     assert not list((tmp_path / "run/checkpoints").glob("*.pt"))
 
 
