@@ -81,6 +81,7 @@ def _run(words: Sequence[object], environments: list[dict[str, str]], timeout: f
 
 def _main(command: list[str], env: dict[str, str], cwd: Path, outputs: list[Path]) -> None:
     """Become the command: a session, environment, directory and standard streams as a new interpreter would have."""
+    multiprocessing.set_start_method(None, force=True)  # the default, as in a new interpreter
     os.setsid()
     for descriptor, path in enumerate(outputs, start=1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
