@@ -29,7 +29,7 @@ from distlenet.distributed.watchdog import Watchdog, run_watchdog
 from distlenet.utils.errors import Preempted, UserError, warn
 from distlenet.utils.process import tune_malloc
 
-BACKEND_MARGIN_S = 60.0  # between the watchdog's timeout, whose message says more, and the backend's
+BACKEND_MARGIN_S = 60.0  # from the watchdog's timeout, whose message is better, to the backend's
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def init_distributed(
 def process_group(
     store: Store, env: DistributedEnvironment, backend: str, device: torch.device, timeout_s: float
 ) -> Iterator[None]:
-    """Join the default process group, with the ``store`` of ``rendezvous``; leave it on every path out of the block.
+    """Join the default process group until the end of the block; ``timeout_s`` limits each collective.
 
-    ``timeout_s`` limits each collective. Raise RankError if the ranks cannot connect.
+    ``store`` is the result of ``rendezvous``. Raise RankError if the ranks cannot connect.
     """
     with convert_rendezvous_errors(env):
         dist.init_process_group(
@@ -143,5 +143,6 @@ def set_threads(threads: int | None) -> None:
     Not torch's default: the batches of a rank are small, and results on CPU depend on the number of threads, so they
     would differ between machines. Raise RankError if OMP_NUM_THREADS is invalid.
     """
-    if threads is not None or threads_from_environ(os.environ) is None:
+    from_environ = threads_from_environ(os.environ)
+    if threads is not None or from_environ is None:
         torch.set_num_threads(threads or 1)

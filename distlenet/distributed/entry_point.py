@@ -1,4 +1,4 @@
-"""The frame of every command: exit status, error messages, and which rank prints them."""
+"""Run a command: exit status, error messages, and which rank prints them."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from distlenet.distributed.rank_log import dump_stacks_on_signal
 from distlenet.utils.errors import Preempted, RankError, UserError, print_error, warn
 
 PREEMPTED = 75  # exit status of a run that stopped on request and can be resumed: EX_TEMPFAIL of BSD's sysexits.h
-LINGER_S = 10.0  # time that the other ranks leave to rank 0 to print an error of all ranks
+LINGER_S = 10.0  # how long the other ranks wait for rank 0 to print an error
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
@@ -79,6 +79,7 @@ def should_report(error: Exception | None = None) -> bool:
 
 def _stop_agent() -> None:
     """End torchrun's agent, the parent process, if it would restart ranks that must fail again."""
-    limit, count = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    if "TORCHELASTIC_RUN_ID" in os.environ and count < limit:
-        os.kill(os.getppid(), signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        limit, count = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+        if count < limit:
+            os.kill(os.getppid(), signal.SIGTERM)

@@ -22,10 +22,7 @@ PEER_LOST = re.compile("(?i)closed by peer|reset by peer|broken pipe|remote proc
 
 @contextmanager
 def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> Iterator[None]:
-    """Report an exception of this rank, write its traceback to the rank's log, and raise it again.
-
-    ``store``, which counts the failures, must be used by this start of the ranks only.
-    """
+    """Report an exception of this rank, log its traceback, and raise it again; ``store`` counts the failures."""
     try:
         yield
     except (UserError, Preempted):
@@ -56,7 +53,7 @@ def format_failure(error: Exception, env: DistributedEnvironment) -> str:
 
 
 def _traceback(error: Exception) -> list[str]:
-    """Return the lines of a traceback, without the outer frames of this package, which only pass exceptions on."""
+    """Return the lines of a traceback without the outer frames of distlenet.distributed, which only forward it."""
     inner = error.__traceback__
     while inner and inner.tb_next and Path(inner.tb_frame.f_code.co_filename).parent == Path(__file__).parent:
         inner = inner.tb_next

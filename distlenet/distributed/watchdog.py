@@ -77,7 +77,7 @@ class Watchdog:
             warn(f"{text} {finding}")
 
     def collect_notes(self, wait_s: float) -> str | None:
-        """Write this rank's note, give the others ``wait_s`` to write theirs, and return what the notes show.
+        """Write this rank's note, wait ``wait_s`` for the notes of the others, and return what they show.
 
         Only the lowest rank with a note returns it; the others return None. Raise DistError if the store fails.
         """
