@@ -9,7 +9,7 @@ DistributedDataParallel", and https://docs.nvidia.com/deeplearning/nccl/user-gui
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from torch.optim import Optimizer
 
 from distlenet.distributed.collectives import any_rank
 from distlenet.task import Batch
+from distlenet.training.step_result import DeviceResult
 from distlenet.utils.errors import warn
 from distlenet.utils.nested import map_tensors, tensors_in
-
-if TYPE_CHECKING:
-    from distlenet.training.train_step import DeviceResult, TrainStep
 
 WARM_UP_STEPS = 11
 """Steps before the capture: DistributedDataParallel times some of its first ten with events."""
@@ -53,15 +51,20 @@ class GraphedStep:
 
     def __init__(
         self,
-        step: "TrainStep",
+        compute: Callable[[Batch, int, bool], DeviceResult],
+        seed: Callable[[int], None],
+        reset: Callable[[], None],
         optimizer: Optimizer,
         batch_size: int,
         device: torch.device,
-        micro_batch: int = 0,
         capture: Callable[[Callable[[], None]], torch.cuda.CUDAGraph] = capture_cuda_graph,
     ) -> None:
-        """Capture ``step`` for global batches of ``batch_size`` samples; ``micro_batch`` is the number of its one."""
-        self.step, self.optimizer, self.batch_size, self.micro_batch = step, optimizer, batch_size, micro_batch
+        """Capture ``compute`` for global batches of ``batch_size`` samples.
+
+        ``seed(step)`` seeds the generator of the device; ``reset``, a collective, recovers from a failed step.
+        """
+        self.compute, self.seed, self.reset = compute, seed, reset
+        self.optimizer, self.batch_size = optimizer, batch_size
         self.capture = capture
         self.warm_up_left = WARM_UP_STEPS
         self.failed = False
@@ -70,8 +73,8 @@ class GraphedStep:
         self.result: DeviceResult | None = None
         self.lr = torch.zeros((), device=device)  # float32: what fused optimizers read
 
-    def run(self, batch: Batch, step: int, want_grad_norm: bool) -> "DeviceResult":
-        """Take one step, with the same effect as ``TrainStep.compute``."""
+    def run(self, batch: Batch, step: int, want_grad_norm: bool) -> DeviceResult:
+        """Take one step, with the same effect as ``compute``."""
         self.lr.fill_(self.optimizer.param_groups[0]["lr"])
         with self._settings_on_device():
             if batch.global_size == self.batch_size and not self.failed and self.warm_up_left == 0:
@@ -80,7 +83,7 @@ class GraphedStep:
                 if self.graph is not None:
                     return self._replay(self.graph, batch, step)
             self.warm_up_left = max(0, self.warm_up_left - 1)
-            return self.step.compute(batch, step, want_grad_norm)
+            return self.compute(batch, step, want_grad_norm)
 
     def _capture(self, batch: Batch, step: int) -> None:
         """Capture the step, or note that it cannot be captured. A collective."""
@@ -94,7 +97,7 @@ class GraphedStep:
         reason = ""
 
         def work() -> None:
-            self.result = self.step.compute(static, step, True)
+            self.result = self.compute(static, step, True)
 
         try:
             self.graph = self.capture(work)
@@ -105,9 +108,9 @@ class GraphedStep:
             warn(f"train.cuda_graph=auto: the step cannot be captured on every rank, so it runs eagerly{reason}")
             self.close()
             self.failed = True
-            self.step.reset()
+            self.reset()
 
-    def _replay(self, graph: torch.cuda.CUDAGraph, batch: Batch, step: int) -> "DeviceResult":
+    def _replay(self, graph: torch.cuda.CUDAGraph, batch: Batch, step: int) -> DeviceResult:
         static = self.static_batch
         assert static is not None
         assert static.keys is not None
@@ -115,7 +118,7 @@ class GraphedStep:
             target.copy_(source, non_blocking=True)
         assert isinstance(static.keys.epoch, Tensor)
         static.keys.epoch.fill_(batch.epoch)
-        self.step.seed(step, self.micro_batch)
+        self.seed(step)
         graph.replay()
         assert self.result is not None
         return self.result

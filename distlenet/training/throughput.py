@@ -10,7 +10,7 @@ from torch import Tensor
 from distlenet.distributed.collectives import gather
 from distlenet.task import Batch
 from distlenet.tracking.base import Record
-from distlenet.training.train_step import StepResult
+from distlenet.training.step_result import StepResult
 from distlenet.utils.clock import Clock, Mark
 
 Marks = tuple[Mark, Mark, Mark, Mark]

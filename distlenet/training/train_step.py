@@ -1,6 +1,6 @@
 """One optimizer step, and everything it changes."""
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,34 +20,13 @@ from distlenet.training.cuda_graph import GraphedStep, is_capturing
 from distlenet.training.meter import Meter
 from distlenet.training.nonfinite_guard import NonfiniteGuard
 from distlenet.training.optimizers import check_optimizer_state, load_optimizer, make_optimizer, make_schedule
-from distlenet.utils.clock import Mark
+from distlenet.training.step_result import DeviceResult, StepResult
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.keyed_random import seed_micro_batch
 from distlenet.utils.nested import map_tensors
 from distlenet.utils.structure import check_same_structure
 
 DIVERGENCE_HINT = "give a smaller optim.lr, a longer optim.warmup_steps or train.max_grad_norm, and check the data"
-
-
-@dataclass(frozen=True)
-class DeviceResult:
-    """What the device computes in a step; in a CUDA graph, the same tensors in every replay."""
-
-    reduction: ReductionResult
-    grad_norm: Tensor | None  # scalar; None if not computed
-    skipped: bool
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The outcome of one optimizer step, the same on all ranks except for the marks."""
-
-    lr: float
-    stop: bool  # a rank was asked to stop
-    skipped: bool  # the step was not taken: a loss or gradient is not finite
-    grad_norm: Tensor | None  # scalar on the device, before clipping
-    gradient_ready: Mark
-    reduced: Mark
 
 
 class TrainStep:
@@ -149,8 +128,9 @@ class TrainStep:
                 if self.context.env.rank == 0:
                     warn(f"train.cuda_graph=auto: no graph, because {reason or 'another rank cannot have one'}")
             else:
-                size, rank = self.config.train.global_batch_size, self.context.env.rank
-                self.graph = GraphedStep(self, self.optimizer, size, self.device, micro_batch=rank)
+                seed = partial(self.seed, micro_batch=self.context.env.rank)  # a graph has one micro-batch
+                size = self.config.train.global_batch_size
+                self.graph = GraphedStep(self.compute, seed, self.reset, self.optimizer, size, self.device)
 
     def empty_loss(self, model: nn.Module) -> Tensor:
         """Return the loss of a batch without samples, a scalar."""

@@ -27,8 +27,9 @@ from distlenet.training.nonfinite_report import handle_nonfinite
 from distlenet.training.records import measurements, run_info, summary
 from distlenet.training.starts import choose_run_id, process_age_s, record_start
 from distlenet.training.state import TrainState
+from distlenet.training.step_result import StepResult
 from distlenet.training.throughput import Throughput
-from distlenet.training.train_step import StepResult, TrainStep
+from distlenet.training.train_step import TrainStep
 from distlenet.utils.errors import warn
 from distlenet.utils.files import replace_text
 
@@ -80,7 +81,7 @@ class Trainer:
             self.train_epoch()
             self.finish_epoch()
         self.checkpoints.finish()  # collective
-        return summary(self)
+        return summary(self.state, self.throughput, self.start_s, self.context)
 
     def train_epoch(self) -> None:
         """Train to the end of the epoch, or of the run."""
@@ -93,7 +94,9 @@ class Trainer:
                 check_replicas(self.model)  # collective, host sync
             if self.logs_after(batch):
                 self.check_finite()  # host sync
-                self.log("train", self.meter.window(), **measurements(self, result))  # collective, host sync
+                self.log(
+                    "train", self.meter.window(), **measurements(self.throughput, self.train_step.scaler, result)
+                )  # collective, host sync
             if result.stop:
                 self.checkpoints.save_and_exit(self, self.state.step, self.preemption)  # collective
             if self.due(config.checkpoint.every_steps) and self.state.batch < self.sampler.steps:
@@ -147,7 +150,7 @@ class Trainer:
             if self.env.rank == 0:
                 limit = self.config.checkpoint.max_restarts_without_progress
                 record_start(self.run_dir, self.state.step, self.env.world_size, limit, self.state.run_id, settings)
-            self.tracker.start(run_info(self))
+            self.tracker.start(self.run_info())
         self.watchdog.set_timeout(self.config.distributed.step_timeout_s, "distributed.step_timeout_s")
         self.start_s = process_age_s()
         self.preemption.install()  # before, there is nothing to save, and a signal ends the rank
@@ -205,6 +208,19 @@ class Trainer:
         record = {"split": split, "step": self.state.step, "epoch": self.state.epoch + 1, "batch": self.state.batch}
         record["time"] = round(time.time(), 3)
         self.tracker.log({**record, **metrics.to_dict(), "lr": self.state.lr, **more})
+
+    def run_info(self) -> Record:
+        """Return what a tracker receives before the first step."""
+        shared = run_info(self.config, self.context, self.state, self.sampler, self.train_step.reducer)
+        return {
+            **shared,
+            "run": self.run_dir.name,
+            "hosts": list(self.throughput.hosts),
+            "steps": self.total_steps,
+            "complete": self.state.evaluated >= self.total_steps,
+            "resumed_from": self.resumed_from and str(self.resumed_from),
+            "data_source": self.data_source,
+        }
 
     def state_dict(self) -> State:
         """Return everything that the rest of the run depends on: tensors and plain values. A collective.

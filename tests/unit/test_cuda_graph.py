@@ -55,7 +55,15 @@ def train(run_dir, settings, capture=None):
     with init_distributed(config) as context, closing(make_trainer(config, context, run_dir)) as trainer:
         step = trainer.train_step
         if capture:
-            step.graph = GraphedStep(step, step.optimizer, 64, context.device, capture=capture_and_count)
+            step.graph = GraphedStep(
+                step.compute,
+                lambda number: step.seed(number, micro_batch=0),
+                step.reset,
+                step.optimizer,
+                64,
+                context.device,
+                capture_and_count,
+            )
         else:
             step.__class__ = Float32LearningRate
         trainer.fit()

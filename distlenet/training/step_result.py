@@ -1,0 +1,29 @@
+"""The outcome of one optimizer step."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distlenet.reduction.reducer import ReductionResult
+from distlenet.utils.clock import Mark
+
+
+@dataclass(frozen=True)
+class DeviceResult:
+    """What the device computes in a step; in a CUDA graph, the same tensors in every replay."""
+
+    reduction: ReductionResult
+    grad_norm: Tensor | None  # scalar; None if not computed
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the training loop receives: the same on all ranks, except for the marks."""
+
+    lr: float
+    stop: bool  # a rank was asked to stop
+    skipped: bool  # the step was not taken: a loss or gradient is not finite
+    grad_norm: Tensor | None  # scalar on the device, before clipping
+    gradient_ready: Mark
+    reduced: Mark
