@@ -51,7 +51,7 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training and a test set, the names of their classes, and where they came from."""
+    """A training and a test set, the names of their classes, and their source."""
 
     train: ImageDataset
     test: ImageDataset
@@ -75,7 +75,7 @@ class OpenData(NamedTuple):
 def open_data(config: DataConfig, debian: bool = False) -> Iterator[OpenData]:
     """Locate or download the configured data set, verify it, and keep its files open for the ranks of this node.
 
-    What is mapped when the context ends stays mapped. Raise UserError if the data cannot be had or is damaged.
+    Mappings stay valid after the context ends. Raise UserError if the data is unavailable or damaged.
     """
     root, source = Path(config.root), "generated"
     if config.name == "digits":
