@@ -59,7 +59,7 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    name: Literal["lenet"] = setting("lenet", "Network, by its name in distlenet.models.lenet.MODELS.", result=True)
+    name: Literal["lenet"] = setting("lenet", "Network, by its name in distlenet.models.registry.MODELS.", result=True)
     channels_last: bool = setting(True, "Store images and convolution weights in channels-last format.", result=True)
 
 
