@@ -23,21 +23,22 @@ pytestmark = pytest.mark.ranks
 
 SETTINGS = ("data.name=digits", "train.epochs=4", "train.log_every=5", "checkpoint.every_steps=4", "run.name=run")
 KILLED_AT_STEP_32 = """
-import os, signal, sys
-from pathlib import Path
+import os, signal
 from distlenet import train
-from distlenet.training import trainer
 from distlenet.distributed.entry_point import run_entry
-whole = trainer.Trainer.train_step
-def step(self, *batch):
-    whole(self, *batch)
-    mark = self.folder / "died"
-    if self.at.step == 32 and not mark.exists() and self.env.rank == 0:
-        self.checkpointer.files.wait()
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-trainer.Trainer.train_step = step
-run_entry(train.main)
+from distlenet.training.trainer import Trainer
+
+class KilledAtStep32(Trainer):
+    def step(self, batch):
+        result = super().step(batch)
+        marker = self.run_dir / "killed"
+        self.checkpoints.store.wait()  # an optional checkpoint is skipped while another is written
+        if self.state.step == 32 and not marker.exists() and os.environ["RANK"] == "0":
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+run_entry(lambda: train.main(trainer_class=KilledAtStep32))
 """
 
 
