@@ -1,21 +1,22 @@
-# make train [NPROC=4] [ARGS="train.epochs=2 ..."]    environment, data, training
-# make test                                           environment, data, linters, all tests but those on a cluster
-# make prove-exact                                    the same bits on 1, 2, 4, 8 ranks, and after kills
-# make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; nothing is lost
-# make fuzz [TIMES=30]                                odd settings, files and environments, that many times a minute
-# make bench [ARGS="--only reduction"]               measure; writes benchmarks/RESULTS.md
+# make train [NPROC=4] [ARGS="train.epochs=2 ..."]    install, download the data, train
+# make check                                          the inner loop, below a minute: linters, types, fast unit tests
+# make test                                           install, download the data, all tests except cluster and browser
+# make prove-exact                                    compare the bits of runs on 1, 2, 4, 8 ranks, and after kills
+# make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; check that nothing is lost
+# make fuzz [TIMES=30]                                random settings, files and environments, TIMES as many as usual
+# make bench [ARGS="--only reduction"]                measure; write benchmarks/RESULTS.md
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
-# make test-browser                                   as root on Debian: install Chromium, look at a report in it
-# make lint, format, coverage                         linters and types; mend style; which lines no test runs
-# make data, clean                                    get Fashion-MNIST; remove the environment
+# make test-browser                                   as root on Debian: install Chromium, test the report in it
+# make lint, format, coverage                         linters and types; format the code; report untested lines
+# make data, clean                                    download Fashion-MNIST; remove the environment
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
-# Processes on this machine: one for every GPU, or else 2 on the CPU.
+# Processes on this machine: one per GPU, or 2 without a GPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-.PHONY: help train data test test-cluster test-browser chaos coverage fuzz bench prove-exact lint format clean
+.PHONY: help train data check test test-cluster test-browser chaos coverage fuzz bench prove-exact lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +28,9 @@ train: data
 data: $(VENV)/.installed
 	@$(BIN)/python -m distlenet.data $(ARGS)
 
+check: $(VENV)/.installed-dev lint
+	$(BIN)/pytest --quiet --numprocesses=2 --dist=worksteal -m "not slow" tests/unit
+
 test: $(VENV)/.installed-dev lint
 	@$(BIN)/python -m distlenet.data
 	$(BIN)/pytest --numprocesses=2 tests/unit
@@ -35,7 +39,7 @@ test: $(VENV)/.installed-dev lint
 chaos: $(VENV)/.installed
 	@$(BIN)/python benchmarks/chaos.py $(ARGS)
 
-# Lines that no test runs; those for a GPU are among them where there is none.
+# Report the lines that no test runs; without a GPU, those for a GPU are among them.
 coverage: $(VENV)/.installed-dev
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --numprocesses=2 tests/unit
@@ -73,7 +77,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The stamps are older than pyproject.toml when it changes; pip then installs what is new.
+# When pyproject.toml is newer than a stamp, pip installs what has changed.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[report]'

@@ -1,7 +1,7 @@
-"""``make bench [ARGS="--only throughput recipes"]``: run the benchmarks, and write ``benchmarks/RESULTS.md``.
+"""``make bench [ARGS="--only throughput recipes"]``: run the benchmarks and write ``benchmarks/RESULTS.md``.
 
-Each section is a program that prints Markdown; what it printed last, with machine and date, is kept in
-``benchmarks/results/``, so that one section can be measured anew alone.
+Each section is a program that prints Markdown. Its last output, with machine and date, is kept in
+``benchmarks/results/``, so that a single section can be measured again.
 """
 
 import argparse
@@ -17,17 +17,20 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
+DIRECTORY = Path(__file__).parent
 SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
-    "throughput": ("Training speed beside peers", [["throughput.py", "--json", str(HERE / "results/throughput.json")]]),
-    "parts": ("Where a step's time goes", [["parts.py"]]),
-    "reduction": ("Ways of adding gradients", [["reduction_cost.py"]]),
+    "throughput": (
+        "Training speed compared with peers",
+        [["throughput.py", "--json", str(DIRECTORY / "results/throughput.json")]],
+    ),
+    "parts": ("Time per part of a step", [["parts.py"]]),
+    "reduction": ("Ways to sum gradients", [["reduction_cost.py"]]),
     "recipes": (
         "Recipes",
         [["recipes.py", "sprint", "--seeds", "5", "--against", "tutorial"], ["recipes.py", "best", "--seeds", "3"]],
     ),
-    "wandb": ("What W&B costs the training", [["wandb_cost.py", "--within", "--rounds", "3"]]),
-    "size": ("Large sets: memory and start", [["size.py"]]),
+    "wandb": ("Cost of W&B", [["wandb_cost.py", "--within", "--rounds", "3"]]),
+    "size": ("Large datasets: memory and start", [["size.py"]]),
     "gpu": (
         "On a GPU",
         [
@@ -36,11 +39,11 @@ SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
         ],
     ),
 }
-OF_DEVICE = {"cpu": [name for name in SECTIONS if name != "gpu"], "cuda": ["gpu"]}
+DEVICE_SECTIONS = {"cpu": [name for name in SECTIONS if name != "gpu"], "cuda": ["gpu"]}
 
 
 def machine() -> str:
-    """Describe this machine and the versions on it, in a line."""
+    """Describe this machine and its software versions in one line."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     parts = [f"{os.cpu_count()} cores ({cpu.strip()})"]
@@ -52,21 +55,21 @@ def machine() -> str:
 
 
 def measure(section: str) -> None:
-    """Run a section's programs and keep what they print."""
+    """Run the programs of a section and save their output."""
     title, commands = SECTIONS[section]
     lines = [f"## {title}", "", f"{time.strftime('%Y-%m-%d')}; {machine()}"]
     for program, *words in commands:
         print(f"== {program} {' '.join(words)}", file=sys.stderr, flush=True)
-        command = [sys.executable, str(HERE / program), *words]
+        command = [sys.executable, str(DIRECTORY / program), *words]
         shown = " ".join(Path(word).name if "/" in word else word for word in words)
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         lines += ["", f"`benchmarks/{program} {shown}`".replace(" `", "`"), "", ended.stdout.strip()]
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / f"results/{section}.md").write_text("\n".join(lines) + "\n")
+    (DIRECTORY / "results").mkdir(exist_ok=True)
+    (DIRECTORY / f"results/{section}.md").write_text("\n".join(lines) + "\n")
 
 
-def draw(figures: Path, picture: Path) -> None:
-    """Draw the speeds of ``throughput.json``: a panel for each setting, a bar for each contestant's median."""
+def draw(figures: Path, chart: Path) -> None:
+    """Draw ``throughput.json``: a panel per setting, a bar for the median of each contestant."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -84,28 +87,30 @@ def draw(figures: Path, picture: Path) -> None:
         panel.margins(x=0.18)
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(picture, metadata={"Date": None})
+    figure.savefig(chart, metadata={"Date": None})
 
 
 def main() -> None:
-    """Measure the sections asked for, and put all that are there together."""
+    """Measure the requested sections, and combine all saved ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only",
         nargs="*",
         choices=SECTIONS,
-        help="sections (all that are for the device); none: only put together what is there",
+        help="sections (all for the device); without names: only combine the saved sections",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure (cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure (cpu)")
     arguments = parser.parse_args()
-    for section in OF_DEVICE[arguments.device] if arguments.only is None else arguments.only:
+    for section in DEVICE_SECTIONS[arguments.device] if arguments.only is None else arguments.only:
         measure(section)
-    parts = [path.read_text() for path in (HERE / f"results/{section}.md" for section in SECTIONS) if path.exists()]
-    if (figures := HERE / "results/throughput.json").exists():
-        draw(figures, HERE / "results/throughput.svg")
+    parts = [
+        path.read_text() for path in (DIRECTORY / f"results/{section}.md" for section in SECTIONS) if path.exists()
+    ]
+    if (figures := DIRECTORY / "results/throughput.json").exists():
+        draw(figures, DIRECTORY / "results/throughput.svg")
     head = "# Results\n\nWritten by `make bench`. Machines are shared and noisy: read medians and ratios.\n"
     head += "\n![images per second of each contestant](results/throughput.svg)\n"
-    (HERE / "RESULTS.md").write_text("\n".join([head, *parts]))
+    (DIRECTORY / "RESULTS.md").write_text("\n".join([head, *parts]))
 
 
 if __name__ == "__main__":

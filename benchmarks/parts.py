@@ -1,8 +1,8 @@
-"""Where the time of a training step goes: load, augment, forward, backward, all-reduce, optimizer, and the rest.
+"""The time of each part of a training step: load, augment, forward, backward, all-reduce, optimizer, and the rest.
 
-``python benchmarks/parts.py [--ranks 1 2] [--batches 64 256]``: a trainer as in training, with a clock around each
-part. Steps come in turns of two kinds, with and without an all-reduce behind the backward pass; what the first take
-longer there is the wait for the all-reduce. Medians over STEPS steps of each kind, rank 0.
+``python benchmarks/parts.py [--ranks 1 2] [--batches 64 256]``: a normal trainer with a clock around each part.
+Steps alternate between two kinds, with and without an all-reduce in the backward pass; the difference is the time
+waited for the all-reduce. Medians over STEPS steps of each kind, on rank 0.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reduction_cost import batches
+from reduction_cost import batches, make_trainer
 
 from distlenet.config.loading import load_config
 from distlenet.data.sources import load_on_node
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.preemption import handle_preemption
-from distlenet.tracking.base import Trackers
+from distlenet.reduction import ddp
 from distlenet.training.trainer import Trainer
 
 STEPS, WARM_UP = 300, 30
@@ -33,43 +33,44 @@ PARTS = ("load", "augment", "forward", "backward", "all-reduce", "meter", "optim
 
 
 class Clocks:
-    """Adds up the time of each part of the step under way, milliseconds."""
+    """The time of each part of the current step, in milliseconds."""
 
     def __init__(self, device: torch.device) -> None:
-        """Measure on ``device``: a GPU is waited for before each look at the clock."""
+        """Measure on ``device``; a GPU is synchronized before each reading."""
         self.device = device
-        self.now: dict[str, float] = defaultdict(float)
+        self.step: dict[str, float] = defaultdict(float)
 
     def time(self) -> float:
-        """Return the time at which the device has done all it was told, milliseconds."""
+        """Return the time in milliseconds, after all work of the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return 1e3 * time.perf_counter()
 
     def around(self, part: str, action: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``action`` with a clock around it."""
+        """Return ``action``, timed as ``part``."""
 
         def timed(*arguments: Any) -> Any:
             started = self.time()
             result = action(*arguments)
-            self.now[part] += self.time() - started
+            self.step[part] += self.time() - started
             return result
 
         return timed
 
 
-def watch(trainer: Trainer, clocks: Clocks) -> None:
-    """Put clocks around the parts of ``trainer``'s step."""
-    step: Any = trainer.take_step
-    step.prepare.augmented = clocks.around("augment", step.prepare.augmented)
-    step.reduction.model = clocks.around("forward", step.reduction.model)
-    step.reduction.backward = clocks.around("backward", step.reduction.backward)
+def add_clocks(trainer: Trainer, clocks: Clocks) -> None:
+    """Time the parts of the trainer's steps."""
+    step: Any = trainer.train_step
+    step.task.transform = clocks.around("augment", step.task.transform)
+    step.task.loss = clocks.around("forward", step.task.loss)
+    reduction_step: Any = ddp._DdpStep
+    reduction_step.backward = clocks.around("backward", reduction_step.backward)
     step.meter.update = clocks.around("meter", step.meter.update)
     step.scaler.step = clocks.around("optimizer", step.scaler.step)
 
 
 def measure(batch: int) -> None:
-    """Be one rank; rank 0 prints the table's row for ``batch`` images a step."""
+    """Measure as one rank; rank 0 prints the row for global batches of ``batch`` images."""
     config = load_config([], ["train.epochs=1000", "optim.lr=0.02", f"train.global_batch_size={batch}"])
     rows: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     with (
@@ -78,26 +79,25 @@ def measure(batch: int) -> None:
         init_distributed(config) as context,
     ):
         data = load_on_node(config.data, context.env)
-        trainer = Trainer(config, context, data, Path(scratch), Trackers([]), preemption)
-        trainer.take_step.settle(trainer.feed.no_images)
+        trainer = make_trainer(config, context, data, Path(scratch), preemption)
         clocks = Clocks(context.device)
-        model: Any = trainer.reduction.model
-        watch(trainer, clocks)
+        model: Any = trainer.train_step.reducer.model
+        add_clocks(trainer, clocks)
         feed = batches(trainer)
-        load, take = clocks.around("load", lambda: next(feed)), clocks.around("step", trainer.train_step)
+        load, take = clocks.around("load", lambda: next(feed)), clocks.around("step", trainer.step)
         for number in range(2 * (WARM_UP + STEPS)):
             reduces = number % 2 == 0
-            clocks.now.clear()
+            clocks.step.clear()
             with nullcontext() if reduces else model.no_sync():
-                take(*load())
-            rows[reduces].append({**clocks.now, "step": clocks.now["step"] + clocks.now["load"]})
-        trainer.checkpointer.close()
+                take(load())
+            rows[reduces].append({**clocks.step, "step": clocks.step["step"] + clocks.step["load"]})
+        trainer.close()
         if context.env.rank == 0:
             print(row(context.env.world_size, batch, rows), flush=True)
 
 
 def row(ranks: int, batch: int, rows: dict[bool, list[dict[str, float]]]) -> str:
-    """Write one row: medians, milliseconds."""
+    """Return a table row with the medians in milliseconds."""
     full, alone = (
         {part: statistics.median(step[part] for step in steps[WARM_UP:]) for part in steps[-1]}
         for steps in (rows[True], rows[False])

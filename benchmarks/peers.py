@@ -1,10 +1,10 @@
-"""The same training as a user would write it without this package: one program a peer, started by torchrun.
+"""The same training, written without this package: one program per peer, started by torchrun.
 
 ``torchrun --nproc-per-node=2 benchmarks/peers.py plain --data torchvision --batch 256 --steps 200``: rank 0 prints the
-images/s of all ranks after a warm-up, and the seconds until its first step was done, as JSON. All train distlenet's
-Net, with the same optimizer and loss, on Fashion-MNIST: either through torchvision's data set and transforms, image by
-image, or from a tensor set prepared beforehand. ``limit`` has nothing around the step: each rank alone steps on one
-batch that is already there; with ``--device cuda`` it replays that step as a CUDA graph.
+images/s of all ranks after a warm-up, and the seconds until the end of its first step, as JSON. All train distlenet's
+Net with the same optimizer and loss on Fashion-MNIST, either with torchvision's dataset and transforms, image by image,
+or from tensors prepared in advance. ``limit`` is the bare step: each rank trains on one batch in memory, without
+communication; with ``--device cuda`` it replays the step as a CUDA graph.
 """
 
 import argparse
@@ -32,8 +32,8 @@ SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_de
 
 
 @dataclass(frozen=True)
-class How:
-    """Where and in which numbers to compute."""
+class Compute:
+    """Device and precision."""
 
     device: torch.device
     precision: str
@@ -45,14 +45,14 @@ class How:
 
 
 class Clock:
-    """Counts steps of a rank; knows the speed after the warm-up."""
+    """Count steps, and measure the speed after the warm-up."""
 
     def __init__(self, batch: int, steps: int) -> None:
-        """Measure ``steps`` steps of ``batch`` images over all ranks."""
+        """Measure ``steps`` steps of global batches of ``batch`` images."""
         self.batch, self.steps, self.done, self.started, self.start_s = batch, steps, 0, 0.0, 0.0
 
     def tick(self) -> bool:
-        """Count one step; say whether it was the last."""
+        """Count one step; return whether it was the last."""
         self.done += 1
         if self.done == 1:
             self.start_s = process_age_s()
@@ -62,81 +62,85 @@ class Clock:
             self.started = time.perf_counter()
         return self.done == WARM_UP + self.steps
 
-    def tell(self) -> None:
-        """Print the speed, on rank 0."""
+    def report(self) -> None:
+        """Print the speed on rank 0."""
         speed = self.batch * self.steps / (time.perf_counter() - self.started)
         if os.environ["RANK"] == "0":
             print(json.dumps({"images_per_s": speed, "start_s": self.start_s}), flush=True)
 
 
 def optimizer(net: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer of the default recipe as a user would write it."""
+    """Return the optimizer of the default recipe."""
     return torch.optim.SGD(net.parameters(), **SGD)
 
 
-def data_set(form: str, folder: Path) -> Dataset[tuple[Tensor, Tensor]]:
-    """Open Fashion-MNIST through torchvision, or as tensors padded and normalised beforehand."""
+def make_dataset(form: str, directory: Path) -> Dataset[tuple[Tensor, Tensor]]:
+    """Return Fashion-MNIST with torchvision's transforms, or as padded and normalised tensors."""
     from torchvision import transforms
     from torchvision.datasets import FashionMNIST
 
     steps = [transforms.ToTensor(), transforms.Pad(2), transforms.Normalize((MEAN,), (STD,))]
-    images: Dataset[tuple[Tensor, Tensor]] = FashionMNIST(folder, transform=transforms.Compose(steps))
+    images: Dataset[tuple[Tensor, Tensor]] = FashionMNIST(directory, transform=transforms.Compose(steps))
     if form == "torchvision":
         return images
     raw = images.data.float().div(255)  # type: ignore[attr-defined]
     return TensorDataset(F.pad(raw, (2, 2, 2, 2)).sub(MEAN).div(STD).unsqueeze(1), images.targets)  # type: ignore[attr-defined]
 
 
-def for_ever(batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
-    """Go through the epochs."""
+def repeat(batches: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Yield the batches of one epoch after another."""
     while True:
         yield from batches
 
 
-def plain(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, how: How, clock: Clock) -> None:
-    """Write it with PyTorch alone: DistributedSampler, DataLoader, DistributedDataParallel."""
-    cuda = how.device.type == "cuda"
+def plain(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, compute: Compute, clock: Clock) -> None:
+    """PyTorch only: DistributedSampler, DataLoader, DistributedDataParallel."""
+    cuda = compute.device.type == "cuda"
     dist.init_process_group("nccl" if cuda else "gloo")
-    net = DistributedDataParallel(Net().to(how.device))
+    net = DistributedDataParallel(Net().to(compute.device))
     optim = optimizer(net)
-    scaler = torch.amp.GradScaler(enabled=how.precision == "fp16")
+    scaler = torch.amp.GradScaler(enabled=compute.precision == "fp16")
     sampler = DistributedSampler(data)
     loader = DataLoader(data, per_rank, sampler=sampler, num_workers=workers, pin_memory=cuda)
-    for images, labels in for_ever(loader):
-        with how.autocast():
-            loss = F.cross_entropy(net(images.to(how.device)), labels.to(how.device))
+    for images, labels in repeat(loader):
+        with compute.autocast():
+            loss = F.cross_entropy(net(images.to(compute.device)), labels.to(compute.device))
         optim.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optim)
         scaler.update()
         if clock.tick():
             break
-    clock.tell()
+    clock.report()
     dist.destroy_process_group()
 
 
-def accelerate(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, how: How, clock: Clock) -> None:
-    """Write it with Hugging Face Accelerate."""
+def accelerate(
+    data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, compute: Compute, clock: Clock
+) -> None:
+    """Hugging Face Accelerate."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=how.device.type == "cpu", mixed_precision=how.precision.replace("fp32", "no"))
+    accelerator = Accelerator(cpu=compute.device.type == "cpu", mixed_precision=compute.precision.replace("fp32", "no"))
     net = Net()
     net, optim, loader = accelerator.prepare(
         net, optimizer(net), DataLoader(data, per_rank, shuffle=True, num_workers=workers)
     )
-    for images, labels in for_ever(loader):
+    for images, labels in repeat(loader):
         loss = F.cross_entropy(net(images), labels)
         optim.zero_grad()
         accelerator.backward(loss)
         optim.step()
         if clock.tick():
             break
-    clock.tell()
+    clock.report()
     accelerator.end_training()
 
 
-def lightning(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, how: How, clock: Clock) -> None:
-    """Write it with Lightning's Trainer; without progress bar, logger and checkpoints, which the others lack too."""
+def lightning(
+    data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, compute: Compute, clock: Clock
+) -> None:
+    """Lightning's Trainer, without progress bar, logger and checkpoints, as the others."""
     import lightning.pytorch as pl
 
     class Module(pl.LightningModule):
@@ -153,11 +157,11 @@ def lightning(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int,
 
         def on_train_batch_end(self, *_: object) -> None:
             if clock.tick():
-                clock.tell()
+                clock.report()
 
     trainer = pl.Trainer(
-        accelerator="gpu" if how.device.type == "cuda" else "cpu",
-        precision={"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[how.precision],
+        accelerator="gpu" if compute.device.type == "cuda" else "cpu",
+        precision={"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[compute.precision],
         devices=int(os.environ["WORLD_SIZE"]),
         strategy="ddp",
         max_steps=WARM_UP + clock.steps,
@@ -169,16 +173,16 @@ def lightning(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int,
     trainer.fit(Module(), DataLoader(data, per_rank, shuffle=True, num_workers=workers))
 
 
-def limit(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, how: How, clock: Clock) -> None:  # noqa: ARG001
-    """Step on one batch that is there: no loader, no DistributedDataParallel, no all-reduce."""
-    cuda = how.device.type == "cuda"
-    net = Net().to(how.device)
+def limit(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, compute: Compute, clock: Clock) -> None:  # noqa: ARG001
+    """Train on one batch in memory: no loader, no DistributedDataParallel, no all-reduce."""
+    cuda = compute.device.type == "cuda"
+    net = Net().to(compute.device)
     optim = torch.optim.SGD(net.parameters(), **SGD, fused=cuda)
-    images = torch.randn(per_rank, 1, 32, 32, device=how.device)
-    labels = torch.randint(0, 10, (per_rank,), device=how.device)
+    images = torch.randn(per_rank, 1, 32, 32, device=compute.device)
+    labels = torch.randint(0, 10, (per_rank,), device=compute.device)
 
     def step() -> None:
-        with how.autocast():
+        with compute.autocast():
             loss = F.cross_entropy(net(images), labels)
         optim.zero_grad()
         loss.backward()
@@ -196,7 +200,7 @@ def limit(data: Dataset[tuple[Tensor, Tensor]], per_rank: int, workers: int, how
         step()
         if clock.tick():
             break
-    clock.tell()
+    clock.report()
 
 
 PEERS = {program.__name__: program for program in (plain, accelerate, lightning, limit)}
@@ -209,7 +213,7 @@ def main() -> None:
     parser.add_argument("--data", choices=("torchvision", "tensors"), default="tensors")
     parser.add_argument("--folder", type=Path, default=Path("data"), help="torchvision's root of Fashion-MNIST")
     parser.add_argument("--batch", type=int, default=256, help="images per step over all ranks (256)")
-    parser.add_argument("--steps", type=int, default=200, help="steps on the clock (200)")
+    parser.add_argument("--steps", type=int, default=200, help="measured steps (200)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes per rank (0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
@@ -220,9 +224,9 @@ def main() -> None:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
     per_rank = arguments.batch // int(os.environ["WORLD_SIZE"])
-    data = TensorDataset() if arguments.peer == "limit" else data_set(arguments.data, arguments.folder)
-    how, clock = How(device, arguments.precision), Clock(arguments.batch, arguments.steps)
-    PEERS[arguments.peer](data, per_rank, arguments.workers, how, clock)
+    data = TensorDataset() if arguments.peer == "limit" else make_dataset(arguments.data, arguments.folder)
+    compute, clock = Compute(device, arguments.precision), Clock(arguments.batch, arguments.steps)
+    PEERS[arguments.peer](data, per_rank, arguments.workers, compute, clock)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Show on this machine that ``distributed.reduction=exact`` gives the same bits on any number of ranks.
+"""Check on this machine that ``distributed.reduction=exact`` gives the same bits on any number of ranks.
 
-``make prove-exact`` trains one small run on 1, 2, 4 and 8 ranks, and once more while killing it and going on
-with another number of ranks, then compares the weights, byte by byte. Extra arguments are settings.
+``make prove-exact`` trains a small run on 1, 2, 4 and 8 ranks, and once more with kills and restarts on other numbers
+of ranks, then compares the weights byte by byte. Extra arguments are settings.
 """
 
 import argparse
@@ -30,19 +30,19 @@ SETTINGS = (
     "optim.lr=0.1",
     "checkpoint.every_steps=1",
 )
-LIMIT_S = 300.0  # for one run, seconds
+LIMIT_S = 300.0  # per run
 
 
 def start(ranks: int, folder: Path, settings: list[str]) -> list[subprocess.Popen[str]]:
-    """Start the ranks of a run in one process group, without torchrun, which would put each into its own."""
+    """Start the ranks of a run in one process group, without torchrun, which gives each rank a separate group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     words = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={folder}", "run.name=run", *settings)
     processes: list[subprocess.Popen[str]] = []
     for rank in range(ranks):
-        environ = {name: str(value) for name, value in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        environ = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
         processes.append(
             subprocess.Popen(
                 words,
@@ -57,7 +57,7 @@ def start(ranks: int, folder: Path, settings: list[str]) -> list[subprocess.Pope
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> None:
-    """Wait for a run to end well; else show what its ranks printed."""
+    """Wait for a run; exit with the output of its ranks if it fails."""
     try:
         outputs = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
     finally:
@@ -67,18 +67,18 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def kill(processes: list[subprocess.Popen[str]]) -> None:
-    """End all ranks at once, as a power cut would."""
+    """Kill all ranks at once."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(processes[0].pid, signal.SIGKILL)
 
 
 def newest_step(folder: Path) -> int:
-    """Return the step of the newest checkpoint; 0 where there is none."""
+    """Return the step of the newest checkpoint, or 0."""
     return max((int(path.stem[5:]) for path in (folder / "run/checkpoints").glob("step-*.pt")), default=0)
 
 
 def kill_after(step: int, processes: list[subprocess.Popen[str]], folder: Path) -> int:
-    """Kill a run once it has saved ``step`` steps or more; return how many."""
+    """Kill a run when it has saved at least ``step`` steps; return the number of saved steps."""
     deadline = time.monotonic() + LIMIT_S
     while newest_step(folder) < step and processes[0].poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -99,29 +99,29 @@ def digest(folder: Path) -> tuple[str, float]:
 
 
 def main() -> None:
-    """Train, kill, compare; leave with status 1 where anything differs."""
+    """Train, kill, compare; exit with status 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of ranks (1 2 4 8)")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings over those of the proof")
     arguments = parser.parse_intermixed_args()
-    found = []
+    results = []
     with tempfile.TemporaryDirectory(prefix="prove-exact-") as scratch:
         for ranks in arguments.ranks:
             folder = Path(scratch) / str(ranks)
             finish(start(ranks, folder, arguments.settings))
-            found.append((f"{ranks} ranks", *digest(folder)))
-            print("{:44} {:.16}...  test loss {!r}".format(*found[-1]), flush=True)
+            results.append((f"{ranks} ranks", *digest(folder)))
+            print("{:44} {:.16}...  test loss {!r}".format(*results[-1]), flush=True)
         folder, story = Path(scratch) / "killed", []
         for number, ranks in enumerate(arguments.ranks, start=1):
             step = kill_after(17 * number, start(ranks, folder, arguments.settings), folder)
             story.append(f"{ranks} until {step}")
         finish(start(arguments.ranks[0], folder, arguments.settings))
-        found.append((f"killed: {', '.join(story)}, {arguments.ranks[0]}", *digest(folder)))
-        print("{:44} {:.16}...  test loss {!r}".format(*found[-1]), flush=True)
+        results.append((f"killed: {', '.join(story)}, {arguments.ranks[0]}", *digest(folder)))
+        print("{:44} {:.16}...  test loss {!r}".format(*results[-1]), flush=True)
         ledger = subprocess.run([sys.executable, "-m", "distlenet.ledger", folder / "run"], check=False)
-    if len({result[1:] for result in found}) != 1 or ledger.returncode != 0:
-        sys.exit("NOT equal")
-    print(f"{len(found)} runs, all equal to the bit")
+    if len({result[1:] for result in results}) != 1 or ledger.returncode != 0:
+        sys.exit("NOT identical")
+    print(f"{len(results)} runs, all bit-identical")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a recipe reaches, and in how much training time, over several seeds; beside the tutorial's recipe.
+"""Accuracy and training time of a recipe over several seeds, compared with another recipe.
 
-``python benchmarks/recipes.py sprint --seeds 5 --against tutorial``: the recipe trains on 2 ranks, the one that it is
-compared with in one process, in turn. Training time is the time in the training loop, without start and evaluation.
+``python benchmarks/recipes.py sprint --seeds 5 --against tutorial``: the recipe trains on 2 ranks, the other one in one
+process, alternately. Training time is the time in the training loop, without start and evaluation.
 """
 
 import argparse
@@ -30,25 +30,25 @@ def train(recipe: str, seed: int, ranks: int, settings: list[str]) -> tuple[floa
 
 
 def main() -> None:
-    """Train with each seed and print."""
+    """Train with each seed and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="name of a file in configs/, without .yaml")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (5)")
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks (2)")
     parser.add_argument("--against", metavar="RECIPE", help="a recipe to compare training times with, in one process")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings over the recipe's")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the recipe")
     arguments = parser.parse_intermixed_args()
     accuracies, times, ratios = [], [], []
     for seed in range(arguments.seeds):
         accuracy, seconds = train(arguments.recipe, seed, arguments.ranks, arguments.settings)
-        told = f"seed {seed}: {accuracy:.2%} in {seconds:.2f} s"
+        line = f"seed {seed}: {accuracy:.2%} in {seconds:.2f} s"
         if arguments.against:
             other_accuracy, other_seconds = train(arguments.against, seed, 1, [])
             ratios.append(other_seconds / seconds)
-            told += f"; {arguments.against} {other_accuracy:.2%} in {other_seconds:.2f} s; ratio {ratios[-1]:.1f}"
+            line += f"; {arguments.against} {other_accuracy:.2%} in {other_seconds:.2f} s; ratio {ratios[-1]:.1f}"
         accuracies.append(accuracy)
         times.append(seconds)
-        print(told, flush=True)
+        print(line, flush=True)
     print(f"mean accuracy {statistics.mean(accuracies):.2%}, median time {statistics.median(times):.2f} s", end="")
     print(f", median ratio {statistics.median(ratios):.1f}" if ratios else "")
 

@@ -1,8 +1,8 @@
-"""What other ways of adding gradients cost beside the default: training steps, in turn, in the same processes.
+"""The cost of other ways to sum gradients, compared with the default: interleaved steps in the same processes.
 
-``python benchmarks/reduction_cost.py [--ranks 2] [--batches 64 256 1024]``: for each global batch, ROUNDS times: some
-steps in each way, which are other options of DistributedDataParallel, and the exact reduction with several numbers of
-virtual shards; the ratio is taken within a round.
+``python benchmarks/reduction_cost.py [--ranks 2] [--batches 64 256 1024]``: for each global batch, each of ROUNDS
+rounds takes some steps in each way: DistributedDataParallel with other options, and the exact reduction with several
+numbers of virtual shards. Ratios are computed within a round.
 """
 
 import argparse
@@ -13,15 +13,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from distlenet.config.loading import load_config
-from distlenet.data.loader import Batch
-from distlenet.data.sources import load_on_node
-from distlenet.distributed.context import init_distributed
-from distlenet.distributed.preemption import handle_preemption
+from distlenet.config.schema import Config
+from distlenet.data.sources import ImageData, load_on_node
+from distlenet.distributed.context import DistributedContext, init_distributed
+from distlenet.distributed.preemption import Preemption, handle_preemption
 from distlenet.reduction import ddp
+from distlenet.task import Batch
+from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
 from distlenet.training.trainer import Trainer
 
@@ -37,21 +40,27 @@ SHARDS = (2, 4, 8)
 GLOO = "distributed.shared_memory=off"
 
 
+def make_trainer(
+    config: Config, context: DistributedContext, data: ImageData, run_dir: Path, preemption: Preemption
+) -> Trainer:
+    """Make a trainer that is ready for its first step. A collective."""
+    trainer = Trainer(config, context, ImageClassification(config, data), run_dir, Trackers([]), preemption)
+    empty = trainer.loader.empty_batch()
+    trainer.train_step.warm_up(trainer.task.transform(empty.data, empty.keys))
+    return trainer
+
+
 def batches(trainer: Trainer) -> Iterator[Batch]:
-    """Load one epoch after the other."""
-    epoch = 0
-    while True:
-        trainer.feed.sampler.set_position(epoch, 0)
-        trainer.at.batch = 0
-        yield from trainer.feed.train
-        epoch += 1
+    """Yield the batches of one epoch after another."""
+    for epoch in count():
+        yield from trainer.loader.epoch(epoch)
 
 
 def measure(batch: int) -> None:
-    """Be one rank; rank 0 prints the table's rows for ``batch`` images a step."""
+    """Measure as one rank; rank 0 prints the rows for global batches of ``batch`` images."""
     exact = "distributed.reduction=exact"
     ways: dict[str, list[str]] = {name: [] for name in OPTIONS} | {BF16: ["distributed.gradient_compression=bf16"]}
-    ways |= {f"exact, {count} shards": [exact, f"distributed.virtual_shards={count}"] for count in SHARDS}
+    ways |= {f"exact, {shards} shards": [exact, f"distributed.virtual_shards={shards}"] for shards in SHARDS}
     ways |= {f"{name}, by Gloo": [*ways[name], GLOO] for name in ("ddp", f"exact, {SHARDS[0]} shards")}
     common = ["train.epochs=1000", "optim.lr=0.02", f"train.global_batch_size={batch}"]
     configs = [load_config([], [*common, *settings]) for settings in ways.values()]
@@ -64,21 +73,21 @@ def measure(batch: int) -> None:
         data = load_on_node(configs[0].data, context.env)
         for name, config in zip(ways, configs, strict=True):
             ddp.OPTIONS = OPTIONS.get(name, OPTIONS["ddp"])
-            trainers.append(Trainer(config, context, data, Path(scratch), Trackers([]), preemption))
+            trainers.append(make_trainer(config, context, data, Path(scratch), preemption))
         feeds = [batches(trainer) for trainer in trainers]
         seconds: list[list[float]] = [[] for _ in trainers]
         for _ in range(ROUNDS):
             for trainer, feed, times in zip(trainers, feeds, seconds, strict=True):
-                trainer.train_step(*next(feed))  # the other trainer's data leaves the caches
+                trainer.step(next(feed))  # warms the caches, which hold the data of another trainer
                 started = time.perf_counter()
                 for _ in range(STEPS):
-                    trainer.train_step(*next(feed))
+                    trainer.step(next(feed))
                 times.append((time.perf_counter() - started) / STEPS)
         for trainer in trainers:
-            trainer.checkpointer.close()
+            trainer.close()
         if context.env.rank == 0:
             for name, times in zip(ways, seconds, strict=True):
-                ratios = [a / b for a, b in zip(times, seconds[0], strict=True)][2:]  # two rounds to warm up
+                ratios = [a / b for a, b in zip(times, seconds[0], strict=True)][2:]  # without two warm-up rounds
                 speed = batch / statistics.median(times[2:])
                 print(f"| {batch} | {name} | {speed:,.0f} | {statistics.median(ratios):.2f} |", flush=True)
 
@@ -92,7 +101,7 @@ def main() -> None:
     if "RANK" in os.environ:
         measure(arguments.batches[0])
         return
-    print(f"{arguments.ranks} ranks\n\n| global batch | reduction | images/s | time beside ddp's |")
+    print(f"{arguments.ranks} ranks\n\n| global batch | reduction | images/s | time relative to ddp |")
     print("| ---: | --- | ---: | ---: |", flush=True)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}")
     for batch in arguments.batches:

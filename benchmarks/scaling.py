@@ -1,15 +1,14 @@
-"""How far training scales: a model of all-reduce and step, fitted on the ranks that run this, and what it predicts.
+"""How training scales: a model of all-reduce and step, fitted to measurements on these ranks, and its predictions.
 
-``torchrun --nproc-per-node=2 benchmarks/scaling.py``, or under srun on a cluster; rank 0 prints Markdown. Or in one
-process, ``--from FILE``, with the all-reduces that ``python -m distlenet.preflight --allreduce --json`` has timed. The
-model:
+``torchrun --nproc-per-node=2 benchmarks/scaling.py``, or under srun on a cluster; rank 0 prints Markdown. With
+``--from FILE``, one process uses the all-reduce times of ``python -m distlenet.preflight --allreduce --json``. Model:
 
     all-reduce of n bytes over W ranks, as a ring    2 (W-1) α + 2 (W-1)/W n β
                                         as a tree    2 log2(W) α + 2 n β
     step of b images on a rank                       s + b c
 
-α is the time of a message, β that of a byte (Thakur, Rabenseifner & Gropp, "Optimization of Collective Communication
-Operations in MPICH", 2005), s what a step costs without images, c an image. Nothing is taken to overlap.
+α is the time per message, β the time per byte (Thakur, Rabenseifner & Gropp, "Optimization of Collective Communication
+Operations in MPICH", 2005), s the fixed time of a step, c the time per image. The model assumes no overlap.
 """
 
 import argparse
@@ -33,7 +32,7 @@ EFFICIENCY = 0.9
 
 
 def step(batch: int, device: torch.device) -> Callable[[], None]:
-    """Make a training step of one rank on a batch that is there."""
+    """Return a training step of one rank on a batch in memory."""
     net = make_model("lenet", True, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
     images, labels = torch.randn(batch, 1, 32, 32, device=device), torch.randint(0, 10, (batch,), device=device)
@@ -47,12 +46,12 @@ def step(batch: int, device: torch.device) -> Callable[[], None]:
 
 
 def batch_for(efficiency: float, all_reduce: float, s: float, c: float) -> int:
-    """Return the images of a rank at which the step is ``efficiency`` of step and all-reduce together."""
+    """Return the images per rank at which the step takes the share ``efficiency`` of step plus all-reduce."""
     return max(1, math.ceil((efficiency / (1 - efficiency) * all_reduce - s) / c))
 
 
 def timing_of(file: Path) -> Timing:
-    """Read what preflight has timed."""
+    """Read the times that preflight measured."""
     timed = json.loads(file.read_text())["all_reduce"]
     return Timing(**{**timed, "seconds": {int(size): seconds for size, seconds in timed["seconds"].items()}})
 
@@ -61,27 +60,27 @@ def main() -> None:
     """Measure, fit, predict, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--from", dest="file", metavar="FILE", type=Path, help="what preflight --allreduce --json printed"
+        "--from", dest="file", metavar="FILE", type=Path, help="the output of preflight --allreduce --json"
     )
     file = parser.parse_args().file
     with init_distributed(load_config()) as context:
         device = context.device
         if file is None and context.env.world_size < 2:
             raise SystemExit(
-                "an all-reduce takes 2 ranks at least: start this with torchrun or srun, or give --from FILE"
+                "an all-reduce needs at least 2 ranks: start this with torchrun or srun, or give --from FILE"
             )
         timing = time_all_reduces(SIZES, device) if file is None else timing_of(file)
-        env = timing.ranks
+        world_size = timing.ranks
         steps = {batch: median_s(step(batch, device)) for batch in BATCHES}
         gradient = 4 * sum(p.numel() for p in make_model("lenet", True, device).parameters())
         rank_0, backend, name = context.env.rank == 0, context.backend, context.describe()["device"]
     if not rank_0:
         return
     times, intercept, slope = timing.seconds, timing.latency_s, timing.seconds_per_byte
-    alpha, beta = intercept / (2 * (env - 1)), slope * env / (2 * (env - 1))
+    alpha, beta = intercept / (2 * (world_size - 1)), slope * world_size / (2 * (world_size - 1))
     s, c = fit_line(list(steps), list(steps.values()))
     fit = f"α = {1e6 * alpha:.0f} µs, 1/β = {1e-9 / beta if beta else math.inf:.2f} GB/s"
-    print(f"{env} ranks, {backend}, {name}. {fit}; s = {1e3 * s:.2f} ms, c = {1e6 * c:.1f} µs per image.\n")
+    print(f"{world_size} ranks, {backend}, {name}. {fit}; s = {1e3 * s:.2f} ms, c = {1e6 * c:.1f} µs per image.\n")
     print("| all-reduce of | measured | model |\n| ---: | ---: | ---: |")
     for size, seconds in times.items():
         print(f"| {size:,} B | {1e6 * seconds:,.0f} µs | {1e6 * (intercept + slope * size):,.0f} µs |")

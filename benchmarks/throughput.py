@@ -1,9 +1,9 @@
-"""Training speed beside peers, on the same machine, data, network and optimizer.
+"""Training speed compared with peers, on the same machine, data, network and optimizer.
 
-``python benchmarks/throughput.py [--batches 64 256] [--rounds 5]``. The machine is taken as noisy: in each round every
-contestant runs once, one after the other, in an order that rotates; a ratio is taken within a round, and reported as
-the median over the rounds. The start is the time from a rank's launch to its first step. Prints Markdown, and writes
-all figures as JSON where ``--json FILE`` says.
+``python benchmarks/throughput.py [--batches 64 256] [--rounds 5]``. Machines are noisy: in each round, every
+contestant runs once, in rotating order; ratios are computed within a round, and their median over the rounds is
+reported. The start is the time from a rank's launch to its first step. Prints Markdown; ``--json FILE`` writes all
+figures.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from distlenet.data.download import locate_or_download
 
-SECONDS = 4.0  # what a measurement should take at ROUGH images/s
-LOG_EVERY = 50  # steps; the first of these windows is distlenet's warm-up, as the first 30 are the peers'
+SECONDS = 4.0  # the approximate duration of a measurement, at ROUGH images/s
+LOG_EVERY = 50  # steps; the first window is distlenet's warm-up
 ROUGH = {"torchvision": 4000, "tensors": 10000}
 PEERS = (
     ("plain", "torchvision"),
@@ -39,12 +39,12 @@ ON_GPU: dict[str, tuple[str, ...]] = {
     "distlenet, images on the host": ("data.device=cpu",),
     "distlenet, exact": ("distributed.reduction=exact", "distributed.virtual_shards=1", "train.cuda_graph=auto"),
 }
-FASTER_ON_GPU = 10  # so many times more steps, roughly
+FASTER_ON_GPU = 10  # factor on the number of steps
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contestants have in common."""
+    """The parameters of a measurement."""
 
     ranks: int
     batch: int  # over all ranks
@@ -52,28 +52,28 @@ class Setting:
     precision: str
 
     def __str__(self) -> str:
-        """Write it as a heading does."""
-        more = f", {self.precision} on a GPU" if self.device == "cuda" else ""
-        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, global batch {self.batch}{more}"
+        """Return the heading of the section."""
+        device = f", {self.precision} on a GPU" if self.device == "cuda" else ""
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, global batch {self.batch}{device}"
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one run of a contestant says."""
+    """The result of one run of a contestant."""
 
     images_per_s: float
     start_s: float
 
 
 Rounds = dict[str, list[Figures]]
-"""The figures of each contestant, a round's after the other's."""
+"""The figures of each contestant, by round."""
 
 
 def torchrun(ranks: int, *words: object, last: str = "") -> str:
-    """Run a program on ``ranks`` ranks with one thread each, and return what it prints.
+    """Run a program on ``ranks`` ranks with one thread each, and return its output.
 
-    One that fails ends the benchmark, unless it had printed ``last`` before: some peers abort at their very end, when
-    Python leaves while threads of Gloo still run.
+    A failure ends the benchmark, unless the output contains ``last``: some peers abort when Python exits while threads
+    of Gloo still run.
     """
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
@@ -81,7 +81,9 @@ def torchrun(ranks: int, *words: object, last: str = "") -> str:
     ended = subprocess.run(command, env=environ, capture_output=True, text=True)
     if ended.returncode and last and last in ended.stdout:
         print(
-            f"ended with status {ended.returncode}, after its figures: {' '.join(command)}", file=sys.stderr, flush=True
+            f"exited with status {ended.returncode} after printing its figures: {' '.join(command)}",
+            file=sys.stderr,
+            flush=True,
         )
     elif ended.returncode:
         sys.exit(f"{' '.join(command)}\n{ended.stdout}\n{ended.stderr}")
@@ -97,12 +99,12 @@ def run_peer(peer: str, form: str, setting: Setting, folder: Path) -> Figures:
     words = (program, peer, "--data", form, "--batch", setting.batch, "--steps", steps, "--folder", folder)
     more = ("--device", setting.device, "--precision", setting.precision)
     printed = torchrun(setting.ranks, *words, *more, last='"images_per_s"').splitlines()
-    told = json.loads(next(line for line in printed if '"images_per_s"' in line))
-    return Figures(told["images_per_s"], told["start_s"])
+    result = json.loads(next(line for line in printed if '"images_per_s"' in line))
+    return Figures(result["images_per_s"], result["start_s"])
 
 
 def run_ours(settings: tuple[str, ...], setting: Setting, folder: Path) -> Figures:
-    """Return distlenet's own figures, after as long a warm-up: metering, logging and checks are in them."""
+    """Measure distlenet, including metering, logging and checks."""
     batch, device = setting.batch, setting.device
     steps = max(300, int(SECONDS * 2 * ROUGH["tensors"] / batch)) * (FASTER_ON_GPU if device == "cuda" else 1)
     with tempfile.TemporaryDirectory() as runs:
@@ -112,12 +114,12 @@ def run_ours(settings: tuple[str, ...], setting: Setting, folder: Path) -> Figur
         torchrun(setting.ranks, "-m", "distlenet.train", *words, *more)
         summary = json.loads((Path(runs) / "run/summary.json").read_text())
         lines = map(json.loads, (Path(runs) / "run/metrics.jsonl").read_text().splitlines())
-        windows = [record["images_per_s"] for record in lines if record["split"] == "train"]  # equally many images each
+        windows = [record["images_per_s"] for record in lines if record["split"] == "train"]  # of equally many images
         return Figures(statistics.harmonic_mean(windows[1:]), summary["start_s"])
 
 
 def unpack(folder: Path) -> None:
-    """Put Fashion-MNIST where torchvision looks for it, unpacked."""
+    """Write Fashion-MNIST uncompressed, in torchvision's layout."""
     raw = folder / "FashionMNIST/raw"
     raw.mkdir(parents=True)
     for name, path in locate_or_download("fashion_mnist", Path("data"), debian=True).items():
@@ -125,7 +127,7 @@ def unpack(folder: Path) -> None:
 
 
 def measure(setting: Setting, rounds: int, peers: tuple[tuple[str, str], ...], folder: Path) -> Rounds:
-    """Return the figures of each contestant, by name, a round's after the other's."""
+    """Return the figures of each contestant, by name and round."""
     ours = ON_GPU if setting.device == "cuda" else OURS
     contestants = {
         **{name: (lambda s=settings: run_ours(s, setting, folder)) for name, settings in ours.items()},
@@ -142,19 +144,19 @@ def measure(setting: Setting, rounds: int, peers: tuple[tuple[str, str], ...], f
 
 
 def table(figures: Rounds) -> list[str]:
-    """Write one setting's figures as a Markdown table: median, range, and distlenet's ratio to each."""
+    """Return a Markdown table of a setting: median, range, and distlenet's ratio to each contestant."""
     lines = [
         "| | images/s | lowest to highest | distlenet is faster by | start |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for name, mine in figures.items():
-        values = [one.images_per_s for one in mine]
+    for name, rounds in figures.items():
+        values = [run.images_per_s for run in rounds]
         ratios = [ours.images_per_s / value for ours, value in zip(figures["distlenet"], values, strict=True)]
         ratio = (
             "" if name == "distlenet" else f"{statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
         )
         median = statistics.median(values)
-        start = statistics.median(one.start_s for one in mine)
+        start = statistics.median(run.start_s for run in rounds)
         lines.append(f"| {name} | {median:,.0f} | {min(values):,.0f} to {max(values):,.0f} | {ratio} | {start:.1f} s |")
     return lines
 
@@ -164,11 +166,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (1 2)")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024], help="global batches (64 256 1024)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all compute (cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device of all contestants (cpu)")
     parser.add_argument("--precisions", nargs="+", default=["fp32"], help="fp32, bf16, fp16 (fp32)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
-    parser.add_argument("--no-torchvision", action="store_true", help="leave out the peers on torchvision's data set")
-    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--no-torchvision", action="store_true", help="leave out the peers with torchvision's dataset")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = parser.parse_args()
     peers = tuple(peer for peer in PEERS if not (arguments.no_torchvision and peer[1] == "torchvision"))
     figures = []
@@ -179,7 +181,7 @@ def main() -> None:
             setting = Setting(ranks, batch, arguments.device, precision)
             measured = measure(setting, arguments.rounds, peers, folder)
             print("\n".join(["", f"### {setting}", "", *table(measured)]), flush=True)
-            speeds = {name: [one.images_per_s for one in mine] for name, mine in measured.items()}
+            speeds = {name: [run.images_per_s for run in runs] for name, runs in measured.items()}
             figures.append({**asdict(setting), "title": str(setting), "images_per_s": speeds})
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
