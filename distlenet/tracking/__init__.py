@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: the console, the run directory, W&B and TensorBoard.
+"""Log the numbers of a run to the console, the run directory, W&B and TensorBoard.
 
 The trainer logs records to a ``Tracker`` (``base``) on rank 0; ``history`` also reads them back for reports. W&B and
 TensorBoard are fed by a separate process, which ``sidecar`` starts.
