@@ -1,5 +1,6 @@
-"""Chromium without a window, driven over a pipe by its DevTools protocol."""
+"""Headless Chromium, controlled by the DevTools protocol over a pipe."""
 
+import base64
 import json
 import os
 import shutil
@@ -12,82 +13,80 @@ LIMIT_S = 60.0
 
 
 class Browser:
-    """One page, and every event that it caused."""
+    """One page and its events."""
 
     def __init__(self, profile: Path) -> None:
-        """Start the browser; it reads commands from descriptor 3 and answers on descriptor 4."""
+        """Start the browser, which reads commands from descriptor 3 and writes responses to descriptor 4."""
         assert PROGRAM is not None
         commands, self.to_browser = os.pipe()
-        self.from_browser, answers = os.pipe()
+        self.from_browser, responses = os.pipe()
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]
         flags.append(f"--user-data-dir={profile}")
         self.process = subprocess.Popen(
-            # A shell puts the ends of the pipes where Chromium looks for them.
-            ["/bin/bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "bash", PROGRAM, *flags],
-            pass_fds=(commands, answers),
+            # A shell moves the ends of the pipes to the descriptors that Chromium uses.
+            ["/bin/bash", "-c", f'exec "$@" 3<&{commands} 4>&{responses}', "bash", PROGRAM, *flags],
+            pass_fds=(commands, responses),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         os.close(commands)
-        os.close(answers)
-        self.answers = os.fdopen(self.from_browser, "rb")
+        os.close(responses)
+        self.responses = os.fdopen(self.from_browser, "rb")
         self.events: list[dict[str, Any]] = []
-        self.number = 0
+        self.last_id = 0
         self.context: str | None = None
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self.context = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.context = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable")
+            self.send(f"{domain}.enable")
 
     def _read(self) -> dict[str, Any]:
         content = b""
         while not content.endswith(b"\0"):
-            byte = self.answers.read(1)
-            assert byte, "the browser is gone"
+            byte = self.responses.read(1)
+            assert byte, "the browser has exited"
             content += byte
         message: dict[str, Any] = json.loads(content[:-1])
         return message
 
-    def ask(self, method: str, **parameters: object) -> dict[str, Any]:
-        """Send a command and return its result; events on the way are kept."""
-        self.number += 1
-        message: dict[str, Any] = {"id": self.number, "method": method, "params": parameters}
+    def send(self, method: str, **parameters: object) -> dict[str, Any]:
+        """Send a command and return its result; keep the events that arrive before it."""
+        self.last_id += 1
+        message: dict[str, Any] = {"id": self.last_id, "method": method, "params": parameters}
         if self.context:
             message["sessionId"] = self.context
         os.write(self.to_browser, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._read()
-            if answer.get("id") == self.number:
-                assert "error" not in answer, answer
-                result: dict[str, Any] = answer["result"]
+            message = self._read()
+            if message.get("id") == self.last_id:
+                assert "error" not in message, message
+                result: dict[str, Any] = message["result"]
                 return result
-            self.events.append(answer)
+            self.events.append(message)
 
     def open(self, url: str, width: int, height: int) -> None:
-        """Load a page as a screen of that size shows it, and wait until it is there."""
-        self.ask(
+        """Load a page for a screen of that size, and wait for its load event."""
+        self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.events.clear()
-        self.ask("Page.navigate", url=url)
+        self.send("Page.navigate", url=url)
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._read())
 
-    def value(self, expression: str) -> Any:
-        """Return what JavaScript says, as plain values."""
-        result = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+    def evaluate(self, expression: str) -> Any:
+        """Evaluate JavaScript and return the result as plain values."""
+        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"]["value"]
 
     def screenshot(self) -> bytes:
         """Return the whole page as PNG."""
-        import base64
-
-        return base64.b64decode(self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        return base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
     def close(self) -> None:
-        """End it."""
+        """Kill the browser."""
         self.process.kill()
         self.process.wait(LIMIT_S)
         os.close(self.to_browser)
-        self.answers.close()
+        self.responses.close()
