@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from conftest import REPO, run_command
+from conftest import REPO
 
 from distlenet.config.loading import load_config, to_yaml
 from distlenet.report.__main__ import main
 from distlenet.report.charts import MAX_POINTS, thin
 from distlenet.report.page import write_report
 from distlenet.report.runs import differences, read_run
+from distlenet.train import write_report as write_report_after_training
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -189,20 +190,16 @@ def test_command_prints_the_path_of_the_page(tmp_path, monkeypatch, capsys, fail
     assert "the following arguments are required: RUN" in fails(lambda: report())
 
 
-WITHOUT_MATPLOTLIB = """
-import sys
-sys.modules["matplotlib"] = None
-from distlenet.distributed.entry_point import run_entry
-from distlenet.report.__main__ import main
-run_entry(main)
-"""
-
-
-def test_missing_package_is_one_line(tmp_path):
-    """In a fresh interpreter: the command must not import matplotlib before it checks that it is installed."""
-    ended = run_command(sys.executable, "-c", WITHOUT_MATPLOTLIB, make_run(tmp_path / "run"))
-    assert ended.status == 2
-    assert ended.stderr == "distlenet: matplotlib: not installed; pip install 'distlenet[report]'\n"
+def test_missing_package_is_one_line_and_a_warning_after_training(tmp_path, monkeypatch, capfd):
+    folder = make_run(tmp_path / "run")
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    write_report_after_training(str(folder))
+    install, warning = capfd.readouterr().err.splitlines()
+    assert install == "distlenet: matplotlib: not installed; pip install 'distlenet[report]'"
+    assert warning.startswith("distlenet: no report: ")
+    assert "exit status 2" in warning
+    assert warning.endswith(f"python -m distlenet.report {folder} writes it")
 
 
 def test_settings_are_yaml_values(tmp_path):
