@@ -15,6 +15,7 @@ import throughput  # noqa: E402
 PROGRAMS = sorted(path for path in (REPO / "benchmarks").glob("*.py") if path.name != "scaling.py")  # needs a launcher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
 def test_help(program):
     assert "usage: " in run_python(program, "--help").succeeded().stdout

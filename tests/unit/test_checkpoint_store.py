@@ -149,6 +149,7 @@ print(sorted(path.name for path in store.directory.iterdir()))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_byte_of_a_write_leaves_the_old_file(tmp_path):
     path = CheckpointStore(tmp_path, keep_last=1).write(tiny_state(1), best=False)
     size = path.stat().st_size

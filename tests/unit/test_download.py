@@ -82,6 +82,7 @@ print(sorted(path.name for path in download.locate_or_download("mnist", Path(sys
 """
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_downloads(tmp_path, server):
     packed = {f"{name}.gz": gzip.compress(data) for name, data in small_set().items()}
     server.files |= packed

@@ -106,6 +106,7 @@ def test_dry_run_is_refused_in_a_job_of_several_ranks(monkeypatch, fails):
     assert "start it alone" in fails(train.main)
 
 
+@pytest.mark.slow
 def test_4096_ranks_take_seconds_and_less_than_a_gigabyte(fashion_mnist):
     """Ten seconds and 10**9 bytes are promised. The time is the CPU time of the process."""
     script = (  # ru_maxrss would be the parent's if that is larger

@@ -31,7 +31,7 @@ from distlenet.serving.predictor import Predictor
 from distlenet.tracking.history import read_records
 from distlenet.utils.errors import Preempted, UserError
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 

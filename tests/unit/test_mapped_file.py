@@ -24,6 +24,7 @@ print(mapped.tolist())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_a_mapping_in_another_process_outlives_the_file(tmp_path, kind):
     (tmp_path / "file").write_bytes(bytes((5, 6, 7)))

@@ -42,15 +42,15 @@ def test_a_part_is_computed_without_the_rest():
 
 @pytest.mark.parametrize("size", [10, 60_000])
 def test_all_numbers_are_equally_likely_at_a_position(size):
-    """Numbers at the first, a middle and the last position, over 20,000 permutations, in 10 equal bins.
+    """Numbers at the first, a middle and the last position, over 4,000 permutations, in 10 equal bins.
 
     Chi-square with 9 degrees of freedom: 99.9999 % of fair draws are below 45; three positions and two sizes.
     """
     positions = torch.tensor([0, size // 3, size - 1])
-    drawn = torch.stack([permutation(size, seed, epoch)(positions) for seed in range(200) for epoch in range(100)])
+    drawn = torch.stack([permutation(size, seed, epoch)(positions) for seed in range(200) for epoch in range(20)])
     for column in (drawn * 10 // size).T:
         counts = torch.bincount(column, minlength=10).double()
-        assert float(((counts - 2000) ** 2 / 2000).sum()) < 45
+        assert float(((counts - 400) ** 2 / 400).sum()) < 45
 
 
 def test_neighbouring_numbers_are_uncorrelated():

@@ -14,7 +14,7 @@ from distlenet.serving.image_files import MAX_PIXELS, UnreadableImage, find_imag
 from distlenet.serving.predictor import Predictor
 from distlenet.utils.errors import UserError
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ print(faults() - before)
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_is_reused():
     """32 MiB are 8,192 pages. If they are returned to the kernel, each of 20 steps faults them in again.
 

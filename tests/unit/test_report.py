@@ -143,13 +143,16 @@ def test_damaged_part_is_left_out(tmp_path, capsys, file, content, warned):
         (folder / file).mkdir()
     else:
         (folder / file).write_text(content)
-    write_report([read_run(folder)], tmp_path / "report.html")
-    assert "<svg" in (tmp_path / "report.html").read_text() or file == "metrics.jsonl"
+    run = read_run(folder)
+    if not warned:  # other parts are empty: see test_incomplete_run_has_a_report
+        write_report([run], tmp_path / "report.html")
+        assert "<svg" in (tmp_path / "report.html").read_text() or file == "metrics.jsonl"
     stderr = capsys.readouterr().err
     assert stderr.count("the report leaves it out") == warned
     assert (f"{folder / file}: " in stderr) == warned
 
 
+@pytest.mark.slow
 def test_page_of_many_runs_is_small(tmp_path):
     """60 runs of 500 records."""
     first = make_run(tmp_path / "0", steps=500)
@@ -190,6 +193,7 @@ def test_command_prints_the_path_of_the_page(tmp_path, monkeypatch, capsys, fail
     assert "the following arguments are required: RUN" in fails(lambda: report())
 
 
+@pytest.mark.slow
 def test_missing_package_is_one_line_and_a_warning_after_training(tmp_path, monkeypatch, capfd):
     folder = make_run(tmp_path / "run")
     (tmp_path / "matplotlib.py").write_text("raise ImportError")

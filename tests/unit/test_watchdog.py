@@ -70,6 +70,7 @@ with run_watchdog(store, DistributedEnvironment(1, 0, 2), 60, None) as watchdog:
 """
 
 
+@pytest.mark.slow
 def test_the_process_ends_if_no_step_ends_and_not_before():
     ended = run_command(sys.executable, "-c", HANGS, timeout=60)
     assert (ended.status, ended.stdout) == (1, "trained\n"), str(ended)
