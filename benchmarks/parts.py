@@ -60,7 +60,7 @@ class Clocks:
 
 def add_clocks(trainer: Trainer, clocks: Clocks) -> None:
     """Time the parts of the trainer's steps."""
-    step: Any = trainer.train_step
+    step: Any = trainer.train_step.on_device
     step.task.transform = clocks.around("augment", step.task.transform)
     step.task.loss = clocks.around("forward", step.task.loss)
     reduction_step: Any = ddp._DdpStep
@@ -81,7 +81,7 @@ def measure(batch: int) -> None:
         data = load_on_node(config.data, context.env)
         trainer = make_trainer(config, context, data, Path(scratch), preemption)
         clocks = Clocks(context.device)
-        model: Any = trainer.train_step.reducer.model
+        model: Any = trainer.reducer.model
         add_clocks(trainer, clocks)
         feed = batches(trainer)
         load, take = clocks.around("load", lambda: next(feed)), clocks.around("step", trainer.step)

@@ -102,8 +102,13 @@ def train(config: Config, make_task: MakeTask = ImageClassification, trainer_cla
         with raise_on_all_ranks():
             consoles = [make_console(config.run.console), History(run_dir, to_yaml(config)), sidecar] if rank_0 else []
         tracker = stack.enter_context(closing(Trackers(consoles)))
-        with closing(trainer_class(config, context, make_task(config, data), run_dir, tracker, preemption)) as trainer:
-            summary = trainer.fit()
+
+        def fit() -> Record:  # a function: the trainer must be gone before the process group ends
+            task = make_task(config, data)
+            with closing(trainer_class(config, context, task, run_dir, tracker, preemption)) as trainer:
+                return trainer.fit()
+
+        summary = fit()
         summary |= {"wall_s": process_age_s(), "folder": str(run_dir)}
         tracker.finish(summary)
     return {**summary, "rank": context.env.rank}

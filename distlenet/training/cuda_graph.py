@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from distlenet.distributed.collectives import any_rank
 from distlenet.task import Batch
+from distlenet.training.device_step import DeviceStep
 from distlenet.training.step_result import DeviceResult
 from distlenet.utils.errors import warn
 from distlenet.utils.nested import map_tensors, tensors_in
@@ -37,11 +37,6 @@ def capture_cuda_graph(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Return whether work on ``device`` is being captured rather than run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 class GraphedStep:
     """A step, captured at the first full global batch after ``WARM_UP_STEPS`` others; shorter batches run eagerly.
 
@@ -51,30 +46,23 @@ class GraphedStep:
 
     def __init__(
         self,
-        compute: Callable[[Batch, int, bool], DeviceResult],
-        seed: Callable[[int], None],
-        reset: Callable[[], None],
-        optimizer: Optimizer,
+        step: DeviceStep,
         batch_size: int,
-        device: torch.device,
+        micro_batch: int,
         capture: Callable[[Callable[[], None]], torch.cuda.CUDAGraph] = capture_cuda_graph,
     ) -> None:
-        """Capture ``compute`` for global batches of ``batch_size`` samples.
-
-        ``seed(step)`` seeds the generator of the device; ``reset``, a collective, recovers from a failed step.
-        """
-        self.compute, self.seed, self.reset = compute, seed, reset
-        self.optimizer, self.batch_size = optimizer, batch_size
+        """Capture ``step`` for global batches of ``batch_size`` samples; ``micro_batch`` is the rank's one."""
+        self.step, self.optimizer, self.batch_size, self.micro_batch = step, step.optimizer, batch_size, micro_batch
         self.capture = capture
         self.warm_up_left = WARM_UP_STEPS
         self.failed = False
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static_batch: Batch | None = None
         self.result: DeviceResult | None = None
-        self.lr = torch.zeros((), device=device)  # float32: what fused optimizers read
+        self.lr = torch.zeros((), device=step.device)  # float32: what fused optimizers read
 
     def run(self, batch: Batch, step: int, want_grad_norm: bool) -> DeviceResult:
-        """Take one step, with the same effect as ``compute``."""
+        """Take one step, with the same effect as ``DeviceStep.compute``."""
         self.lr.fill_(self.optimizer.param_groups[0]["lr"])
         with self._settings_on_device():
             if batch.global_size == self.batch_size and not self.failed and self.warm_up_left == 0:
@@ -83,7 +71,7 @@ class GraphedStep:
                 if self.graph is not None:
                     return self._replay(self.graph, batch, step)
             self.warm_up_left = max(0, self.warm_up_left - 1)
-            return self.compute(batch, step, want_grad_norm)
+            return self.step.compute(batch, step, want_grad_norm)
 
     def _capture(self, batch: Batch, step: int) -> None:
         """Capture the step, or note that it cannot be captured. A collective."""
@@ -97,7 +85,7 @@ class GraphedStep:
         reason = ""
 
         def work() -> None:
-            self.result = self.compute(static, step, True)
+            self.result = self.step.compute(static, step, True)
 
         try:
             self.graph = self.capture(work)
@@ -108,7 +96,7 @@ class GraphedStep:
             warn(f"train.cuda_graph=auto: the step cannot be captured on every rank, so it runs eagerly{reason}")
             self.close()
             self.failed = True
-            self.reset()
+            self.step.reset()
 
     def _replay(self, graph: torch.cuda.CUDAGraph, batch: Batch, step: int) -> DeviceResult:
         static = self.static_batch
@@ -118,7 +106,7 @@ class GraphedStep:
             target.copy_(source, non_blocking=True)
         assert isinstance(static.keys.epoch, Tensor)
         static.keys.epoch.fill_(batch.epoch)
-        self.seed(step)
+        self.step.seed(step, self.micro_batch)
         graph.replay()
         assert self.result is not None
         return self.result

@@ -51,7 +51,7 @@ def plan(config: Config, world_size: int) -> list[Row]:
         trainer = Trainer(config, context, task, run_folder(config), Trackers(), Preemption(0.0))
         for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        trainer.train_step.optimizer.step()  # creates its state; the changed model is discarded
+        trainer.train_step.on_device.optimizer.step()  # creates its state; the changed model is discarded
         rows = _describe(trainer, len(to_bytes(trainer.state_dict())))
     rows.append(("besides", f"images {_size(data.nbytes)}, once per node; on a GPU that keeps them, once per GPU"))
     rows.append(("", f"PyTorch itself {_size(resident_before)} on this machine"))
@@ -98,7 +98,7 @@ def fake_process_group(config: Config, world_size: int) -> Iterator[DistributedC
 
 def _describe(trainer: Trainer, checkpoint: int) -> list[Row]:
     """Return the plan of a composed trainer; ``checkpoint`` is the size of one in bytes."""
-    config, sampler, reducer = trainer.config, trainer.sampler, trainer.train_step.reducer
+    config, sampler, reducer = trainer.config, trainer.sampler, trainer.reducer
     ranks = trainer.env.world_size
     batch, share = sampler.global_batch_size, len(sampler.rank_offsets)
     shares = f"ranks {ranks:,} × {share:,}" if batch == share * ranks else f"{ranks:,} ranks with up to {share:,} each"
@@ -126,7 +126,7 @@ def _describe(trainer: Trainer, checkpoint: int) -> list[Row]:
 def _memory(trainer: Trainer) -> dict[str, int]:
     """Return the bytes that a rank keeps for training."""
     weights = sum(p.nbytes for p in trainer.model.parameters())
-    states = trainer.train_step.optimizer.state.values()
+    states = trainer.train_step.on_device.optimizer.state.values()
     memory = {"weights": weights, "gradients": weights}
     memory["optimizer"] = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
     if trainer.config.distributed.reduction == "exact":
@@ -140,7 +140,7 @@ def _memory(trainer: Trainer) -> dict[str, int]:
 
 def _activations(trainer: Trainer, sample: Data) -> int:
     """Return the bytes that forward keeps for backward on a micro-batch, in float32; nothing is allocated."""
-    size = trainer.train_step.reducer.micro_batch_size
+    size = trainer.reducer.micro_batch_size
     data = map_tensors(lambda t: torch.empty(size, *t.shape[1:], dtype=t.dtype, device="meta"), sample)
     model = trainer.task.model().to("meta")
     saved: dict[int, torch.UntypedStorage] = {}

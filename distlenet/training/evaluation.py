@@ -7,8 +7,8 @@ from torch import nn
 
 from distlenet.distributed.context import DistributedContext
 from distlenet.task import Batch, ErrorAnalysis, Task
+from distlenet.training.device_step import values_per_sample
 from distlenet.training.meter import Meter, Metrics
-from distlenet.training.train_step import values_per_sample
 
 
 @torch.no_grad()

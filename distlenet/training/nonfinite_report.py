@@ -53,15 +53,15 @@ def diagnose(train_step: TrainStep, batch: Batch, step: int, run_dir: Path) -> s
     if train_step.context.env.rank == 0:
         path = run_dir / "diagnosis" / f"step-{step + 1:08d}.json"
         cause = f"step {step + 1}: {_describe(ranks)}; see {path}"
-        parameters = train_step.model.named_parameters()
+        parameters = train_step.on_device.model.named_parameters()
         report = {
             "step": step + 1,
             "epoch": batch.epoch + 1,
             "time": round(time.time(), 3),
             "images": batch.global_size,
-            "lr": train_step.optimizer.param_groups[0]["lr"],
+            "lr": train_step.on_device.optimizer.param_groups[0]["lr"],
             "precision": train_step.context.precision,
-            "loss_scale": train_step.scaler.get_scale(),
+            "loss_scale": train_step.on_device.scaler.get_scale(),
             "not_finite": [name for name, tensor in parameters if not tensor.isfinite().all()],
             "ranks": [rank for rank in ranks if not rank["finite"]] or ranks,
         }
@@ -75,7 +75,7 @@ def diagnose(train_step: TrainStep, batch: Batch, step: int, run_dir: Path) -> s
 
 def inspect_rank(train_step: TrainStep, batch: Batch, step: int) -> Record:
     """Return losses and gradients of this rank's share of a step, as plain values. Not a collective."""
-    losses, gradients = train_step.recompute(batch, step)
+    losses, gradients = train_step.on_device.recompute(batch, step)
     samples = [{"index": i, "loss": loss} for i, loss in zip(batch.indices.tolist(), losses.tolist(), strict=True)]
     worst_first = sorted(samples, key=lambda s: math.inf if math.isnan(s["loss"]) else s["loss"], reverse=True)
     rows = [_gradient_row(name, gradient) for name, gradient in gradients.items()]

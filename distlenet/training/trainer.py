@@ -58,7 +58,8 @@ class Trainer:
         epochs_steps = config.train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
         self.train_step = TrainStep(config, context, task, self.total_steps)
-        self.model, self.meter = self.train_step.model, self.train_step.meter
+        on_device = self.train_step.on_device
+        self.model, self.meter, self.reducer = on_device.model, on_device.meter, on_device.reducer
         self.throughput = Throughput(self.device, hosts_of_ranks())
         self.checkpoints = CheckpointManager(
             config, context, run_dir, self.model, blocker=self._unwritten_sample_log, before_write=tracker.sync
@@ -67,7 +68,7 @@ class Trainer:
         self.resumed_from: Path | None = None
         resume = config.checkpoint.resume
         self.state = TrainState(
-            micro_batch=self.train_step.reducer.micro_batch_size,
+            micro_batch=self.reducer.micro_batch_size,
             started_from=resume if resume not in ("auto", "never") else None,
         )
 
@@ -95,7 +96,9 @@ class Trainer:
             if self.logs_after(batch):
                 self.check_finite()  # host sync
                 self.log(
-                    "train", self.meter.window(), **measurements(self.throughput, self.train_step.scaler, result)
+                    "train",
+                    self.meter.window(),
+                    **measurements(self.throughput, self.train_step.on_device.scaler, result),
                 )  # collective, host sync
             if result.stop:
                 self.checkpoints.save_and_exit(self, self.state.step, self.preemption)  # collective
@@ -165,7 +168,7 @@ class Trainer:
 
     def check_finite(self) -> None:
         """Raise UserError, on every rank, if something is not finite. A host sync; if so, a collective."""
-        if (bad_step := self.train_step.guard.first_bad_step()) is not None:
+        if (bad_step := self.train_step.on_device.guard.first_bad_step()) is not None:
             number = self.state.batch - (self.state.step - bad_step)
             batch = self.loader.batch(self.state.epoch, number)
             handle_nonfinite(self.train_step, batch, bad_step, self.state.skipped + 1, self.run_dir)
@@ -211,7 +214,7 @@ class Trainer:
 
     def run_info(self) -> Record:
         """Return what a tracker receives before the first step."""
-        shared = run_info(self.config, self.context, self.state, self.sampler, self.train_step.reducer)
+        shared = run_info(self.config, self.context, self.state, self.sampler, self.reducer)
         return {
             **shared,
             "run": self.run_dir.name,
@@ -243,7 +246,7 @@ class Trainer:
         if saved.batch > self.sampler.steps or saved.micro_batch < 1:
             raise ValueError(f"batch {saved.batch} of {self.sampler.steps}, micro-batches of {saved.micro_batch}")
         self.state = replace(saved, started_from=self.state.started_from or saved.started_from)
-        self.train_step.reducer.cap_micro_batch_size(saved.micro_batch)
+        self.reducer.cap_micro_batch_size(saved.micro_batch)
 
     def close(self) -> None:
         """Release what the process group must not outlive, and let a write in progress end. Not a collective."""

@@ -17,7 +17,7 @@ from distlenet.distributed.preemption import Preemption
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
 from distlenet.training.cuda_graph import WARM_UP_STEPS, GraphedStep
-from distlenet.training.train_step import TrainStep
+from distlenet.training.device_step import DeviceStep
 from distlenet.training.trainer import Trainer
 
 pytestmark = pytest.mark.unit
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.unit
 SETTINGS = ("data.name=digits", "train.global_batch_size=64", "data.augment=flip_shift", "train.epochs=2", "device=cpu")
 
 
-class Float32LearningRate(TrainStep):
+class Float32LearningRate(DeviceStep):
     """Rounds the learning rate to float32, as a graph does."""
 
     def compute(self, batch, step, want_grad_norm):
@@ -55,17 +55,9 @@ def train(run_dir, settings, capture=None):
     with init_distributed(config) as context, closing(make_trainer(config, context, run_dir)) as trainer:
         step = trainer.train_step
         if capture:
-            step.graph = GraphedStep(
-                step.compute,
-                lambda number: step.seed(number, micro_batch=0),
-                step.reset,
-                step.optimizer,
-                64,
-                context.device,
-                capture_and_count,
-            )
+            step.graph = GraphedStep(step.on_device, 64, micro_batch=0, capture=capture_and_count)
         else:
-            step.__class__ = Float32LearningRate
+            step.on_device.__class__ = Float32LearningRate
         trainer.fit()
         trainer.close()
         trainer.close()
@@ -129,7 +121,7 @@ def test_capture_that_fails_in_backward_leaves_no_trace(tmp_path, capsys, reduct
 
 def test_optimizer_settings_are_the_schedules_again_after_a_step(tmp_path):
     trainer, _ = train(tmp_path / "run", ("optim.name=adamw", "optim.lr=0.01"), capture=lambda work: work)
-    (group,) = trainer.train_step.optimizer.param_groups
+    (group,) = trainer.train_step.on_device.optimizer.param_groups
     assert isinstance(group["lr"], float)
     assert group["capturable"] is False
 
@@ -148,7 +140,7 @@ def test_all_ranks_have_a_graph_or_none(monkeypatch, tmp_path, capsys):
     with init_distributed(config) as context, closing(make_trainer(config, context, tmp_path)) as trainer:
         step, batch = trainer.train_step, trainer.loader.empty_batch()
         data = trainer.task.transform(batch.data, batch.keys)
-        monkeypatch.setattr(step, "why_no_graph", lambda: None)
+        monkeypatch.setattr(step, "_why_no_graph", lambda: None)
         step.warm_up(data)
         assert step.graph is not None
         step.graph = None

@@ -51,7 +51,7 @@ def make(run_dir, context, config, task=PoisonedTask, deferred=False):
     (run_dir / "checkpoints").mkdir(parents=True)
     trainer = Trainer(config, context, task(config, load_data(config.data)), run_dir, Recorder(), Preemption(1.0))
     if deferred:  # as on a GPU
-        step = trainer.train_step
+        step = trainer.train_step.on_device
         step.guard = NonfiniteGuard(step.optimizer, context.device, deferred=True, loss_scaling=False)
     return closing(trainer)
 
@@ -141,7 +141,7 @@ def test_finite_loss_with_an_infinite_gradient_is_found(tmp_path, reduction, log
 def test_gradient_beyond_the_bound_of_exact_sums_is_reported(tmp_path):
     config = load_config([], [*SETTINGS, "distributed.reduction=exact"])
     with init_distributed(config) as context, make(tmp_path / "run", context, config, ImageClassification) as trainer:
-        trainer.train_step.reducer.to_bound *= 2.0**12  # as if the bound were that much lower
+        trainer.reducer.to_bound *= 2.0**12  # as if the bound were that much lower
         with pytest.raises(
             UserError, match=r"step 1: the loss is finite, but the sum of the gradients was not, or too"
         ):

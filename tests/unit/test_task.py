@@ -122,7 +122,7 @@ def reference_losses(model, batch):
 def test_steps_equal_plain_training(reduction):
     """Batches of 8, 8 and 4 samples, in micro-batches: the same weights as with the mean loss of a batch at once."""
     with make_step(*reduction) as (train_step, loader, _, config):
-        reference = copy.deepcopy(train_step.model)
+        reference = copy.deepcopy(train_step.on_device.model)
         options = {"lr": 0.05, "momentum": config.optim.momentum, "nesterov": config.optim.nesterov}
         optimizer = torch.optim.SGD(reference.parameters(), **options, weight_decay=config.optim.weight_decay)
         squared, absolute, close = [], [], []
@@ -139,9 +139,9 @@ def test_steps_equal_plain_training(reduction):
             error = (outputs["score"] - batch.data["sample"]["score"]).abs()
             squared, absolute = squared + losses.tolist(), absolute + error.tolist()
             close += (error < 1).tolist()
-        for ours, expected in zip(train_step.model.parameters(), reference.parameters(), strict=True):
+        for ours, expected in zip(train_step.on_device.model.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)  # three steps of float32, 6e-8 each
-        metrics = train_step.meter.total()
+        metrics = train_step.on_device.meter.total()
         assert metrics.count == 20
         assert list(metrics.means) == ["loss", "absolute_error", "close"]
         expected = [sum(values) / 20 for values in (squared, absolute, close)]
@@ -154,18 +154,18 @@ def test_recomputed_step_lists_each_sample(reduction):
     with make_step(*reduction) as (train_step, loader, *_):
         for number in (0, 2):
             batch = loader.batch(0, number)
-            losses, gradients = train_step.recompute(batch, step=number)
-            expected, _ = reference_losses(train_step.model, batch)
+            losses, gradients = train_step.on_device.recompute(batch, step=number)
+            expected, _ = reference_losses(train_step.on_device.model, batch)
             torch.testing.assert_close(losses, expected.detach())
             expected.mean().backward()
-            for name, parameter in train_step.model.named_parameters():
+            for name, parameter in train_step.on_device.model.named_parameters():
                 torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
-            train_step.model.zero_grad()
+            train_step.on_device.model.zero_grad()
 
 
 def test_evaluation_equals_means_over_the_set():
     with make_step(*REDUCTIONS[0]) as (train_step, _, context, _):
-        test, model = TASK.datasets().test, train_step.model
+        test, model = TASK.datasets().test, train_step.on_device.model
         loader = EvaluationLoader(test, TASK.eval_batch_size, 0, 1, context.device)
         metrics = evaluate(TASK, model, loader, len(test), context)
         error = (model(test.words, test.features) - test.scores).detach()

@@ -1,0 +1,139 @@
+"""The part of an optimizer step that runs on the device, and that a CUDA graph can capture."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from distlenet.config.schema import Config
+from distlenet.distributed.context import DistributedContext
+from distlenet.distributed.device import make_scaler
+from distlenet.reduction.factory import make_reducer
+from distlenet.reduction.reducer import ReductionResult
+from distlenet.task import Batch, Data, Task
+from distlenet.training.meter import Meter
+from distlenet.training.nonfinite_guard import NonfiniteGuard
+from distlenet.training.optimizers import make_optimizer
+from distlenet.training.step_result import DeviceResult
+from distlenet.utils.keyed_random import seed_micro_batch
+from distlenet.utils.nested import map_tensors
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether work on ``device`` is being captured in a CUDA graph rather than run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class DeviceStep:
+    """Model, loss scaler, optimizer, reducer, guard and meter."""
+
+    def __init__(self, config: Config, context: DistributedContext, task: Task) -> None:
+        """Build all parts. Raise UserError for settings that do not fit each other or the ranks. A collective."""
+        self.task, self.device, self.autocast = task, context.device, context.autocast()
+        self.seed_value, self.max_grad_norm = config.seed, config.train.max_grad_norm
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        self.model = task.model().to(self.device)
+        self.scaler = make_scaler(context.precision, self.device)
+        scaled = self.scaler.is_enabled()
+        self.optimizer = make_optimizer(config.optim, self.model, loss_scaling=scaled)
+        self.reducer = make_reducer(config, self.model, context.env, check_finite=not scaled)
+        deferred = self.device.type == "cuda" and config.train.on_nonfinite == "stop"
+        self.guard = NonfiniteGuard(self.optimizer, self.device, deferred, loss_scaling=scaled)
+        self.meter = Meter(task.metric_names, self.device)
+        self.stop_input = torch.zeros((), device=self.device)
+        self.step_input = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def set_inputs(self, step: int, stop: bool) -> None:
+        """Copy the values that differ from step to step to the device, besides the batch."""
+        self.step_input.fill_(step)
+        self.stop_input.fill_(stop)
+
+    def compute(self, batch: Batch, step: int, want_grad_norm: bool) -> DeviceResult:
+        """Compute the gradient of a global batch and take the step. A collective."""
+        data = self.task.transform(batch.data, batch.keys)
+        values = []
+        with self.reducer.step(batch.global_size, self.stop_input) as reduction:
+            for micro_batch in reduction.micro_batches(data):
+                self.seed(step, micro_batch.number)
+                with self.autocast:
+                    losses, outputs = self.task.loss(self.reducer.model, micro_batch.data)
+                reduction.backward(self.scaler.scale(losses.sum()))  # with the last micro-batch, a collective
+                values.append(values_per_sample(self.task, losses, outputs, micro_batch.data))
+        return self._apply(reduction.result, torch.cat(values, 1), want_grad_norm)
+
+    def _apply(self, reduction: ReductionResult, values: Tensor, want_grad_norm: bool) -> DeviceResult:
+        """Clip the gradients and take the step, unless something is not finite."""
+        nonfinite, grad_norm, scaled = reduction.nonfinite, None, self.scaler.is_enabled()
+        want_grad_norm |= self.max_grad_norm is not None or is_capturing(self.device)
+        if want_grad_norm and not scaled:
+            grad_norm = self._clip_gradients()
+            nonfinite = nonfinite | ~grad_norm.isfinite()
+        skipped = self.guard.should_skip(nonfinite, self.step_input)  # host sync, unless deferred
+        if not skipped:
+            if want_grad_norm and scaled:  # an overflow is expected, and unscaling must be followed by a step
+                grad_norm = self._clip_gradients()
+            self.meter.update(values)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return DeviceResult(reduction, grad_norm, skipped)
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip to ``train.max_grad_norm``, if set, and return the norm before, a scalar. No host sync."""
+        self.scaler.unscale_(self.optimizer)
+        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if self.max_grad_norm is not None:
+            clip_grads_with_norm_(self.model.parameters(), self.max_grad_norm, norm)
+        return norm
+
+    def seed(self, step: int, micro_batch: int) -> None:
+        """Seed the generator of the device, for dropout, by step and micro-batch."""
+        if not is_capturing(self.device):  # a captured step is seeded before each replay
+            seed_micro_batch(self.device, self.seed_value, step, micro_batch)
+
+    def warm_up(self, empty_data: Data) -> None:
+        """Prepare the reducer; ``empty_data`` holds the transformed samples of an empty batch. A collective."""
+        self.empty_data = empty_data
+        self.reducer.warm_up(self._empty_loss)
+
+    def reset(self) -> None:
+        """Recover from a step that an exception ended. A collective."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.reducer.reset(self._empty_loss)
+
+    def _empty_loss(self, model: nn.Module) -> Tensor:
+        with self.autocast:
+            return self.task.loss(model, self.empty_data)[0].sum()
+
+    def recompute(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute this rank's share of a step again, changing nothing.
+
+        Return the losses (n,) in the order of ``batch.indices`` and the gradients by parameter name. Not a collective.
+        """
+        named = dict(self.model.named_parameters())
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        gradients = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+        losses = torch.zeros(len(batch), device=self.device)
+        data = self.task.transform(batch.data, batch.keys)
+        for number, (part, positions) in self.reducer.split((data, torch.arange(len(batch), device=self.device))):
+            self.seed(step, number)
+            with self.autocast:
+                part_losses, _ = self.task.loss(self.model, part)
+            scaled = self.scaler.scale(part_losses.sum() / batch.global_size)
+            # Not backward(): its hooks would start a collective, and the other ranks are elsewhere.
+            part_gradients = torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
+            for name, gradient in zip(named, part_gradients, strict=True):
+                if gradient is not None:
+                    gradients[name].add_(gradient)
+            losses[positions] = part_losses.detach().float()
+        for name, buffer in self.model.named_buffers():  # such as the statistics of a BatchNorm
+            buffer.copy_(buffers[name])
+        return losses, gradients
+
+
+def values_per_sample(task: Task, losses: Tensor, outputs: Any, data: Data) -> Tensor:
+    """Return loss and metrics per sample: (1 + number of metrics, n), of the dtype of ``losses``. No host sync."""
+    metrics = task.metrics(map_tensors(Tensor.detach, outputs), data)
+    losses = losses.detach()
+    return torch.stack([losses, *(metrics[name].to(losses.dtype) for name in task.metric_names)])
