@@ -40,6 +40,7 @@ def test_a_part_is_computed_without_the_rest():
     assert torch.equal(batch, huge(torch.arange(5, 2**16, 4096)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10, 60_000])
 def test_all_numbers_are_equally_likely_at_a_position(size):
     """Numbers at the first, a middle and the last position, over 4,000 permutations, in 10 equal bins.
