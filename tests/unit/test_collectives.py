@@ -54,8 +54,11 @@ def test_the_value_of_the_own_node_is_returned(monkeypatch):
 
 
 def test_no_error(messages):
+    passed = False
     with raise_on_all_ranks():
-        pass
+        passed = True
+    assert passed
+    assert not any(messages)
 
 
 def test_an_error_of_another_rank_is_raised_with_its_rank(messages):
