@@ -106,7 +106,6 @@ class EvaluationLoader:
     """Load a rank's share of a set: every sample once, ``chunk`` at a time, in the order of the set."""
 
     def __init__(self, dataset: MapDataset, chunk: int, rank: int, world_size: int, device: torch.device) -> None:
-        """Load the chunks of ``rank``."""
         self.batched, self.device = BatchedDataset(dataset), device
         self.samples, self.chunk, self.rank, self.world_size = len(dataset), chunk, rank, world_size
 

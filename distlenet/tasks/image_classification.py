@@ -27,7 +27,6 @@ class ImageClassification:
     eval_batch_size: int = EVAL_BATCH_SIZE
 
     def __init__(self, config: Config, data: ImageData) -> None:
-        """Measure the mean and standard deviation of the training images."""
         self.data, self.model_config = data, config.model
         self.label_smoothing = config.train.label_smoothing
         self.image_transform = ImageTransform(*mean_and_std(data.train.images), config.data.augment, config.data.shift)

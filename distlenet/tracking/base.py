@@ -1,4 +1,4 @@
-"""The ``Tracker`` interface, and ``Trackers``, which passes everything on to several trackers.
+"""The ``Tracker`` interface, and ``Trackers``, which calls several trackers.
 
 A record is one measurement, a flat dict: ``split`` (train, train_epoch or test), ``step`` (completed optimizer steps),
 ``epoch`` (from 1), ``batch`` (completed steps of the epoch), ``loss`` (nats per image), ``accuracy`` (0 to 1),
@@ -48,7 +48,6 @@ class Trackers(Tracker):
     """Call each of several trackers in order. Ranks other than 0 have none."""
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
-        """Combine ``trackers``."""
         self.trackers = trackers
 
     def start(self, run_info: Record) -> None:

@@ -13,15 +13,14 @@ from distlenet.utils.files import LineFile, convert_io_errors, replace_text
 class History(Tracker):
     """Write the settings, append each record to ``metrics.jsonl`` as a line of JSON, and write the summary at the end.
 
-    Numbers that are not finite become null. Raises UserError if a file cannot be written, except while training: then
+    Numbers that are not finite become null. Raise UserError if a file cannot be written, except while training: then
     the lines of ``metrics.jsonl`` are kept in memory until they can be written.
     """
 
     def __init__(self, directory: Path, settings_yaml: str) -> None:
         """Write to ``directory``, which exists; ``settings_yaml`` is the content of ``config.yaml``."""
         self.directory, self.settings_yaml = directory, settings_yaml
-        self.path = directory / "metrics.jsonl"
-        self.summary_path = directory / "summary.json"
+        self.path, self.summary_path = directory / "metrics.jsonl", directory / "summary.json"
         self.lines: LineFile | None = None
         self.was_complete = False
 
@@ -29,7 +28,11 @@ class History(Tracker):
         """Resume after step ``run_info["step"]``, and remove later records: those steps are trained again."""
         self.was_complete = run_info["complete"]
         with convert_io_errors(self.directory):
-            kept = [line for line, record in read_records(self.path) if _is_in_checkpoint(record, run_info)]
+            kept = [
+                line
+                for line, record in read_records(self.path)
+                if record["step"] <= run_info["step" if record["split"] == "train" else "evaluated"]
+            ]  # a checkpoint may be older than the evaluation after its step
             replace_text(self.directory / "config.yaml", self.settings_yaml)
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
             self.lines = LineFile(self.path)
@@ -41,16 +44,16 @@ class History(Tracker):
 
     def sync(self) -> None:
         """Flush all records to disk, so that no checkpoint outlives the records before it."""
-        if self.lines is not None:
-            with convert_io_errors(self.directory):
-                self.lines.sync()
+        assert self.lines is not None, "sync before start"
+        with convert_io_errors(self.directory):
+            self.lines.sync()
 
     def finish(self, summary: Record) -> None:
         """Write ``summary.json``. A run that was complete at its start keeps the existing one, with its speed."""
         if self.was_complete and self.summary_path.exists():
             return
-        if self.lines is not None:
-            self.lines.flush()
+        assert self.lines is not None, "finish before start"
+        self.lines.flush()
         self.sync()
         with convert_io_errors(self.directory):
             replace_text(self.summary_path, to_json(summary, indent=2) + "\n")
@@ -61,29 +64,16 @@ class History(Tracker):
             self.lines.close()
 
 
-def _is_in_checkpoint(record: Record, run_info: Record) -> bool:
-    """Return whether the checkpoint includes a record; it may be older than the evaluation after its step."""
-    last_step = run_info["step"] if record["split"] == "train" else run_info["evaluated"]
-    return bool(record["step"] <= last_step)
-
-
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """Yield each complete line of ``metrics.jsonl`` and its record. A kill may have cut the last line short.
-
-    Raises UserError if a line is no record.
-    """
-    if not path.exists():
-        return
-    content = path.read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            continue
+    """Yield each complete line of ``metrics.jsonl`` and its record. Raise UserError if a line is no record."""
+    content = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for number, line in enumerate(content.split("\n")[:-1], start=1):  # a kill may have cut the last line short
         try:
             record = json.loads(line)
             record["step"] + 0, record["split"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is no record: {line[:40]!r}; remove it") from error
-        yield line[:-1], record
+        yield line, record
 
 
 def to_json(record: Record, indent: int | None = None) -> str:

@@ -20,31 +20,46 @@ class TextLogger(Tracker):
     """Print a line at the start, for each test, and for training at most every LINE_INTERVAL_S."""
 
     def __init__(self) -> None:
-        """Print to standard output."""
         self.run_info: Record = {}
         self.last_line_time = float("-inf")
         self.slow_ranks: list[int] = []  # the slowest rank of each of the last records, if it was slow
         self.reported_ranks: set[int] = set()
 
     def start(self, run_info: Record) -> None:
-        """Print the configuration of the run."""
-        self.run_info = run_info
-        for line in opening_lines(run_info):
-            self.print(line)
+        """Print the configuration of the run, and the step from which it resumes."""
+        self.run_info = i = run_info
+        self.print(
+            f"distlenet {i['version']}: {i['model']} on {i['data']} ({i['train_count']} images, {i['data_source']})"
+        )
+        self.print(
+            f"world size {i['world_size']}, {i['backend']}, {i['device']}, {i['precision']}, "
+            f"threads per rank {i['threads']}, reduction {i['reduction']}, W&B {i['wandb']}"
+        )
+        self.print(
+            f"epochs {i['epochs']}, steps {i['steps']}, global batch {i['global_batch_size']} = "
+            f"ranks {i['world_size']} × micro-batches {i['micro_batches']} × images {i['micro_batch_size']}"
+        )
+        if i["complete"]:
+            self.print(
+                f"this run is complete; to continue training: run.name={i['run']} "
+                "checkpoint.allow_changed=[train.epochs] and more train.epochs; to train anew: another run.name"
+            )
+        elif i["step"]:
+            self.print(f"resumed at step {i['step']} of {i['steps']} from {i['resumed_from']}")
 
     def log(self, record: Record) -> None:
         """Print a record; a training record only if no other was printed just before."""
         self.report_slow_rank(record)
+        epoch = f"epoch {record['epoch']}/{self.run_info['epochs']}"
         if record["split"] == "test":
             self.print(
-                f"epoch {record['epoch']}/{self.run_info['epochs']}  test loss {record['loss']:.4f}  "
+                f"{epoch}  test loss {record['loss']:.4f}  "
                 f"test accuracy {record['accuracy']:.2%} of {record['count']} images"
             )
         elif record["split"] == "train" and time.monotonic() - self.last_line_time >= LINE_INTERVAL_S:
             self.last_line_time = time.monotonic()
             self.print(
-                f"epoch {record['epoch']}/{self.run_info['epochs']}  step {record['step']}/{self.run_info['steps']}  "
-                f"loss {record['loss']:.4f}  accuracy {record['accuracy']:.1%}  lr {record['lr']:.4g}  "
+                f"{epoch}  step {record['step']}/{self.run_info['steps']}  loss {record['loss']:.4f}  accuracy {record['accuracy']:.1%}  lr {record['lr']:.4g}  "
                 f"{record['images_per_s']:,.0f} images/s  {time_left(record, self.run_info)} left"
             )
 
@@ -91,26 +106,6 @@ class TutorialLogger(TextLogger):
         """Print the tutorial's last lines."""
         self.print("Finished Training")
         super().finish(summary)
-
-
-def opening_lines(run_info: Record) -> list[str]:
-    """Return the lines about the run's configuration, and about the step from which it resumes."""
-    i = run_info
-    lines = [
-        f"distlenet {i['version']}: {i['model']} on {i['data']} ({i['train_count']} images, {i['data_source']})",
-        f"world size {i['world_size']}, {i['backend']}, {i['device']}, {i['precision']}, "
-        f"threads per rank {i['threads']}, reduction {i['reduction']}, W&B {i['wandb']}",
-        f"epochs {i['epochs']}, steps {i['steps']}, global batch {i['global_batch_size']} = "
-        f"ranks {i['world_size']} × micro-batches {i['micro_batches']} × images {i['micro_batch_size']}",
-    ]
-    if i["complete"]:
-        lines.append(
-            f"this run is complete; to continue training: run.name={i['run']} "
-            "checkpoint.allow_changed=[train.epochs] and more train.epochs; to train anew: another run.name"
-        )
-    elif i["step"]:
-        lines.append(f"resumed at step {i['step']} of {i['steps']} from {i['resumed_from']}")
-    return lines
 
 
 def accuracy_line(accuracy: float, count: int) -> str:

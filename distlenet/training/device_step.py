@@ -29,7 +29,7 @@ class DeviceStep:
     """Model, loss scaler, optimizer, reducer, guard and meter."""
 
     def __init__(self, config: Config, context: DistributedContext, task: Task) -> None:
-        """Build all parts. Raise UserError for settings that do not fit each other or the ranks. A collective."""
+        """Build all parts. A collective. Raise UserError for settings that the model or the ranks do not allow."""
         self.task, self.device, self.autocast = task, context.device, context.autocast()
         self.seed_value, self.max_grad_norm = config.seed, config.train.max_grad_norm
         torch.manual_seed(config.seed)  # the same initial weights on every rank

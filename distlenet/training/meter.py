@@ -29,7 +29,6 @@ class Meter:
     """
 
     def __init__(self, metric_names: Sequence[str], device: torch.device) -> None:
-        """Start at zero."""
         self.names = ("loss", *metric_names)
         self.epoch = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device)  # the last is the count
         self.window_start = self.epoch.clone()

@@ -16,7 +16,6 @@ class NonfiniteGuard:
     """
 
     def __init__(self, optimizer: Optimizer, device: torch.device, deferred: bool, loss_scaling: bool) -> None:
-        """Guard the steps of ``optimizer``."""
         self.deferred = deferred
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.found_inf = torch.zeros((), device=device)

@@ -17,7 +17,6 @@ class Clock:
     """Marks moments on a device."""
 
     def __init__(self, device: torch.device) -> None:
-        """Mark moments of ``device``."""
         self.on_gpu = device.type == "cuda"
 
     def mark(self) -> Mark:
