@@ -32,11 +32,10 @@ def choose_resumable(config: Config, store: CheckpointStore, model: torch.nn.Mod
     if selected is None and resume not in ("auto", "never"):
         path = find_checkpoint(Path(resume))
         selected = path, load_checkpoint(path)
-    if selected is None:
-        return None
-    path, state = selected
-    load_model(model, state, path)  # before the settings: a different architecture is the clearer message
-    check_same_settings(state, config, path)
+    if selected is not None:
+        path, state = selected
+        load_model(model, state, path)  # before the settings: a different architecture is the clearer message
+        check_same_settings(state, config, path)
     return selected
 
 

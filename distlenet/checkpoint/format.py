@@ -28,17 +28,6 @@ class CheckpointError(UserError):
     """A checkpoint cannot be read or is damaged."""
 
 
-def to_host(value: Any) -> Any:
-    """Copy all tensors in nested dicts, lists and tuples to host memory, so that training cannot change them."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: to_host(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_host(item) for item in value)
-    return value
-
-
 def to_bytes(state: State) -> bytes:
     """Return the contents of a checkpoint file."""
     buffer = io.BytesIO()
@@ -63,10 +52,7 @@ def _comment(archive: bytes) -> bytes:
 
 
 def write_atomically(state: State, path: Path) -> None:
-    """Write ``state``; at any moment, also after a power cut, ``path`` is the old file or the new one.
-
-    Write and sync a temporary file in the same directory, rename it, sync the directory. Raise OSError.
-    """
+    """Write ``state``; at any moment, even after a power cut, ``path`` is the old file or the new one."""
     content = to_bytes(state)
     temporary = path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(8)}")
     try:
@@ -94,11 +80,9 @@ def load_checkpoint(path: Path) -> State:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"checkpoint {path}: cannot be read: {reason}; give another, or remove it") from error
     match state:
-        case {"model": dict(model), "config": dict(), "step": int(step), "epoch": int(epoch)} if (
-            all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in model.items())
-            and min(step, epoch) >= 0
-        ):
-            return cast(State, state)
+        case {"model": dict(model), "config": dict(), "step": int(step), "epoch": int(epoch)} if min(step, epoch) >= 0:
+            if all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in model.items()):
+                return cast(State, state)
     raise CheckpointError(f"checkpoint {path}: is not one of distlenet, with model, step, epoch and config")
 
 
@@ -107,6 +91,5 @@ def load_model(model: torch.nn.Module, state: State, path: Path) -> None:
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 1000, placeholder=" ...")
-        name = type(model).__name__
+        name, reason = type(model).__name__, textwrap.shorten(str(error), 1000, placeholder=" ...")
         raise UserError(f"checkpoint {path}: is of another architecture than {name}: {reason}") from error

@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from distlenet.checkpoint.format import TEMP_PREFIX, CheckpointError, State, load_checkpoint, to_host, write_atomically
+from distlenet.checkpoint.format import TEMP_PREFIX, CheckpointError, State, load_checkpoint, write_atomically
 from distlenet.utils.errors import UserError, warn
+from distlenet.utils.nested import map_tensors
 
-FILE_NAME = re.compile(r"step-(\d+)\.pt")
+FILE_NAME = re.compile(r"step-\d+\.pt")
 
 
 class CheckpointStore:
@@ -31,7 +32,8 @@ class CheckpointStore:
         warning is logged once until a write succeeds.
         """
         self.wait()
-        arguments = (to_host(state), best, before)
+        copy = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), state)
+        arguments = (copy, best, before)
         self._thread = threading.Thread(target=self._write_or_warn, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -100,8 +102,8 @@ class CheckpointStore:
 
     def remove_temporary_files(self) -> None:
         """Remove the files of writes that were killed. No process may be writing."""
-        for path in self.directory.glob(f"{TEMP_PREFIX}*"):
-            with contextlib.suppress(OSError):  # if the directory is not writable, the next write reports it
+        with contextlib.suppress(OSError):  # if the directory is not writable, the next write reports it
+            for path in self.directory.glob(f"{TEMP_PREFIX}*"):
                 path.unlink()
 
     def by_step(self) -> list[Path]:
@@ -113,7 +115,7 @@ class CheckpointStore:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"checkpoint {self.directory}: cannot be read: {reason}; fix its permissions") from error
-        return sorted(paths, key=lambda path: int(path.stem.partition("-")[2]))
+        return sorted(paths, key=lambda path: int(path.stem.removeprefix("step-")))
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -33,10 +33,8 @@ def set_session_share(nice: int) -> None:
 
 def process_tree(pid: int) -> list[psutil.Process]:
     """Return a process and all its descendants, as far as they are visible; none if it has ended."""
-    try:
-        root = psutil.Process(pid)
-        with suppress(OSError, psutil.Error):
-            return [root, *root.children(recursive=True)]
-        return [root]
-    except psutil.Error:
-        return []
+    tree: list[psutil.Process] = []
+    with suppress(OSError, psutil.Error):
+        tree.append(psutil.Process(pid))
+        tree += tree[0].children(recursive=True)
+    return tree

@@ -28,20 +28,14 @@ class ProgressBar(TextLogger):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        """Print to standard output, or to ``console``."""
         super().__init__()
         self.console = console or Console(highlight=False)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}"),
-            console=self.console,
-            expand=True,
-        )
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[numbers]}")
+        self.progress = Progress(*columns, console=self.console, expand=True)
         self.task: TaskID | None = None
         self.last_train: Record = {}
         self.last_train_epoch: Record = {}
-        self.columns: list[str] = []  # of the table; empty before its first row
+        self.columns: list[str] = []  # the heading of the table, once it is printed
 
     def start(self, run_info: Record) -> None:
         """Print the configuration and show the bar."""
@@ -81,7 +75,6 @@ class ProgressBar(TextLogger):
         )
 
     def _print_row(self, test: Record) -> None:
-        """Print an evaluation, the first one under a heading."""
         train = self.last_train_epoch
         has_train = train.get("step") == test["step"]  # not if tested within an epoch
         cells = {
@@ -109,6 +102,6 @@ class ProgressBar(TextLogger):
         """Restore the terminal."""
         self.progress.stop()
 
-    def print(self, line: str) -> None:
-        """Print one line above the bar."""
-        self.console.print(line, markup=False, soft_wrap=True)
+    def print(self, text: str) -> None:
+        """Print text above the bar."""
+        self.console.print(text, markup=False, soft_wrap=True)

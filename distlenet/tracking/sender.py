@@ -14,7 +14,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread, Timer
-from typing import Any, Protocol
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 
@@ -33,20 +33,19 @@ class Sink(Protocol):
     """A service that receives records."""
 
     def put(self, record: Record) -> None:
-        """Take one record."""
+        """Send one record."""
 
     def mark_replayed(self) -> None:
         """Note that all records from before this start were put."""
 
-    def finish(self, outcome: str, summary: Record, details: Record | None) -> None:
-        """End the run; ``outcome`` is finished, preempted or failed."""
+    def finish(self, outcome: str, summary: Record, details: Record) -> None:
+        """End the run; ``outcome`` is finished, preempted or failed. Records that do not exist are empty."""
 
 
 class JsonlTail:
     """The records of a file to which lines are being appended."""
 
     def __init__(self, path: Path) -> None:
-        """Begin at the start of ``path``."""
         self.path, self.offset = path, 0
 
     def new_records(self) -> Iterator[Record]:
@@ -83,10 +82,7 @@ def drop_on_error(sinks: dict[str, Sink], name: str) -> Iterator[None]:
 
 
 def send(run_dir: Path, sinks: dict[str, Sink], statuses: Iterator[str]) -> None:
-    """Send the records to ``sinks``, new ones at each status "running", until a status is the run's outcome.
-
-    Removes sinks that fail.
-    """
+    """Send the records until a status is not "running" but the run's outcome. Remove sinks that fail."""
     tail = JsonlTail(run_dir / "metrics.jsonl")
 
     def each(action: Callable[[Sink], None]) -> None:
@@ -104,37 +100,33 @@ def send(run_dir: Path, sinks: dict[str, Sink], statuses: Iterator[str]) -> None
     while outcome == "running":
         outcome = next(statuses, "failed")
         put_new_records()
-    summary = (read_json(run_dir / "summary.json") if outcome == "finished" else None) or {}
+    summary = read_json(run_dir / "summary.json") if outcome == "finished" else {}
     details = read_json(run_dir / TEST_FILE)
     each(lambda sink: sink.finish(outcome, summary, details))
 
 
-def read_json(path: Path) -> Record | None:
-    """Read a JSON file; return None if there is none."""
-    if not path.exists():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path) -> Record:
+    """Read a JSON file; return an empty record if there is none."""
+    content: Record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return content
 
 
-def receive(lines: Iterator[str], job: "Future[Record]", outcome: "Future[str]") -> None:
+def receive(lines: Iterator[str], job: Future[Record], outcome: Future[str]) -> None:
     """Receive what the training process sends. Runs in a thread, since W&B may block the main thread for minutes.
 
     Exits the process if the training ends before its start, or if sending takes too long after its end.
     """
-    first = next(lines, "")
-    if not first:
+    if not (first := next(lines, "")):
         os._exit(0)  # W&B's process then exits, too
     job.set_result(json.loads(first))
     outcome.set_result(next(lines, "failed").strip())
-    # Sidecar.close ends this process earlier, unless the training process was killed.
     timer = Timer(job.result()["config"]["wandb"]["finish_timeout_s"] + EXIT_S, os._exit, (1,))
-    timer.daemon = True
+    timer.daemon = True  # Sidecar.close ends this process earlier, unless the training process was killed
     timer.start()
     set_session_share(0)
 
 
-def statuses(outcome: "Future[str]") -> Iterator[str]:
+def statuses(outcome: Future[str]) -> Iterator[str]:
     """Yield "running" every POLL_S, then the outcome."""
     while not wait([outcome], POLL_S).done:
         yield "running"
@@ -147,8 +139,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # they are for the training; its outcome arrives on standard input
     lower_priority()
     run_dir, sinks = Path(sys.argv[1]), sys.argv[2:]
-    job: Future[Record] = Future()
-    outcome: Future[str] = Future()
+    job, outcome = Future[Record](), Future[str]()
     Thread(target=receive, args=(iter(sys.stdin), job, outcome), daemon=True).start()
     if "wandb" in sinks:
         with suppress(Exception):  # reported when the sink is created

@@ -34,7 +34,7 @@ class Sidecar(Tracker):
     def __init__(self, run_dir: Path, config: dict[str, Any], seconds_left: Callable[[], float]) -> None:
         """Prepare for the run in ``run_dir``; ``seconds_left`` returns the time until this job is killed.
 
-        Raises UserError if a package that the settings require is not installed.
+        Raise UserError if a package that the settings require is not installed.
         """
         self.run_dir, self.config, self.seconds_left = run_dir, config, seconds_left
         self.wandb_mode = wandb_mode(config["wandb"]["mode"], os.environ)
@@ -69,12 +69,11 @@ class Sidecar(Tracker):
 
     def start(self, run_info: Record) -> None:
         """Send what the process needs to begin; a complete run has nothing to send."""
-        if run_info["complete"] or self.process is None or self.process.stdin is None:
-            return
-        job = {"run_info": run_info, "config": self.config, "sinks": self.sinks, "wandb_mode": self.wandb_mode}
-        with suppress(OSError):  # it has ended: close() reports that
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-        self.started = True
+        if not run_info["complete"] and self.process is not None and self.process.stdin is not None:
+            job = {"run_info": run_info, "config": self.config, "sinks": self.sinks, "wandb_mode": self.wandb_mode}
+            with suppress(OSError):  # it has ended: close() reports that
+                self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            self.started = True
 
     def finish(self, summary: Record) -> None:  # noqa: ARG002
         """Record that the run is complete."""
@@ -84,7 +83,7 @@ class Sidecar(Tracker):
         """Send the outcome, and wait until everything is sent, for at most ``wandb.finish_timeout_s``."""
         if self.process is None:
             return
-        problem = self._wait() if self.started else ""
+        problem = self._wait(self.process) if self.started else ""
         for process in reversed(process_tree(self.process.pid)):  # one that survives would keep standard error open
             with suppress(OSError, psutil.Error):
                 process.kill()
@@ -94,9 +93,8 @@ class Sidecar(Tracker):
             fix = f": python -m distlenet.report {self.run_dir} --replay-wandb" * ("wandb" in self.sinks)
             warn(f"{self.names}: the process that sends the records {problem}; nothing is lost{fix}")
 
-    def _wait(self) -> str:
+    def _wait(self, process: subprocess.Popen[bytes]) -> str:
         """Send the outcome and wait; return what went wrong, or an empty string."""
-        assert self.process is not None
         left = self.seconds_left()
         if isinstance(sys.exception(), Preempted):
             self.outcome = "preempted"
@@ -104,9 +102,8 @@ class Sidecar(Tracker):
         finish_timeout_s = self.config["wandb"]["finish_timeout_s"]
         limit = max(0.0, min(finish_timeout_s, left - EXIT_S))
         try:
-            self.process.communicate(self.outcome.encode(), timeout=limit)
+            process.communicate(self.outcome.encode(), timeout=limit)
         except subprocess.TimeoutExpired:
             reason = "wandb.finish_timeout_s" if limit == finish_timeout_s else "the job was asked to stop"
             return f"was not done within {limit:.3g} s ({reason})"
-        status = self.process.returncode
-        return f"ended with status {status}" if status else ""
+        return f"ended with status {process.returncode}" if process.returncode else ""

@@ -13,9 +13,8 @@ class TensorBoard:
         """Remove the files of earlier starts: they may contain steps that are trained again."""
         from tensorboard.summary import Writer
 
-        directory = run_dir / "tensorboard"
-        shutil.rmtree(directory, ignore_errors=True)
-        self.writer = Writer(str(directory))
+        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+        self.writer = Writer(str(run_dir / "tensorboard"))
 
     def put(self, record: Record) -> None:
         """Write one record."""
@@ -28,6 +27,6 @@ class TensorBoard:
         """Make the records visible."""
         self.writer.flush()
 
-    def finish(self, outcome: str, summary: Record, details: Record | None) -> None:  # noqa: ARG002
+    def finish(self, outcome: str, summary: Record, details: Record) -> None:  # noqa: ARG002
         """Close the file."""
         self.writer.close()

@@ -29,13 +29,9 @@ class TextLogger(Tracker):
         """Print the configuration of the run, and the step from which it resumes."""
         self.run_info = i = run_info
         self.print(
-            f"distlenet {i['version']}: {i['model']} on {i['data']} ({i['train_count']} images, {i['data_source']})"
-        )
-        self.print(
+            f"distlenet {i['version']}: {i['model']} on {i['data']} ({i['train_count']} images, {i['data_source']})\n"
             f"world size {i['world_size']}, {i['backend']}, {i['device']}, {i['precision']}, "
-            f"threads per rank {i['threads']}, reduction {i['reduction']}, W&B {i['wandb']}"
-        )
-        self.print(
+            f"threads per rank {i['threads']}, reduction {i['reduction']}, W&B {i['wandb']}\n"
             f"epochs {i['epochs']}, steps {i['steps']}, global batch {i['global_batch_size']} = "
             f"ranks {i['world_size']} × micro-batches {i['micro_batches']} × images {i['micro_batch_size']}"
         )
@@ -53,13 +49,14 @@ class TextLogger(Tracker):
         epoch = f"epoch {record['epoch']}/{self.run_info['epochs']}"
         if record["split"] == "test":
             self.print(
-                f"{epoch}  test loss {record['loss']:.4f}  "
-                f"test accuracy {record['accuracy']:.2%} of {record['count']} images"
+                f"{epoch}  test loss {record['loss']:.4f}  test accuracy {record['accuracy']:.2%} "
+                f"of {record['count']} images"
             )
         elif record["split"] == "train" and time.monotonic() - self.last_line_time >= LINE_INTERVAL_S:
             self.last_line_time = time.monotonic()
             self.print(
-                f"{epoch}  step {record['step']}/{self.run_info['steps']}  loss {record['loss']:.4f}  accuracy {record['accuracy']:.1%}  lr {record['lr']:.4g}  "
+                f"{epoch}  step {record['step']}/{self.run_info['steps']}  loss {record['loss']:.4f}  "
+                f"accuracy {record['accuracy']:.1%}  lr {record['lr']:.4g}  "
                 f"{record['images_per_s']:,.0f} images/s  {time_left(record, self.run_info)} left"
             )
 
@@ -85,10 +82,10 @@ class TextLogger(Tracker):
         self.print(f"{summary['start_s']:.1f} s to start, {trained}{summary['wall_s']:.1f} s in all")
         self.print(f"Files of this run: {summary['folder']}")
 
-    def print(self, line: str) -> None:
-        """Print one line immediately. If nothing can be written (``| head``, a full disk), training continues."""
+    def print(self, text: str) -> None:
+        """Print text immediately. If nothing can be written (``| head``, a full disk), training continues."""
         try:
-            print(line, flush=True)
+            print(text, flush=True)
         except OSError as error:
             warn(f"standard output cannot be written ({error.strerror}); see metrics.jsonl")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -31,7 +31,7 @@ MODES = {name: name for name in ("online", "offline", "disabled")} | {"dryrun": 
 def wandb_mode(mode: str, environ: Mapping[str, str]) -> str:
     """Resolve ``wandb.mode``: auto follows WANDB_MODE, else is online if a key is configured, else offline.
 
-    Raises UserError if WANDB_MODE is invalid.
+    Raise UserError if WANDB_MODE is invalid.
     """
     if mode != "auto":
         return mode
@@ -94,7 +94,6 @@ class Wandb:
         self.last: Record | None = None
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
-        settings = {key: self.config["wandb"][key] for key in ("project", "entity", "group", "tags", "notes")}
         return self.wandb.init(
             mode=mode,
             id=self.run_info["run_id"],
@@ -105,7 +104,7 @@ class Wandb:
             settings=self.wandb.Settings(
                 silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_TIMEOUT_S
             ),
-            **settings,
+            **{key: self.config["wandb"][key] for key in ("project", "entity", "group", "tags", "notes")},
         )
 
     def put(self, record: Record) -> None:
@@ -122,10 +121,10 @@ class Wandb:
             shutil.rmtree(path, ignore_errors=True)
         self.replaced = []
 
-    def finish(self, outcome: str, summary: Record, details: Record | None) -> None:
+    def finish(self, outcome: str, summary: Record, details: Record) -> None:
         """End the run; ``outcome`` is finished, preempted or failed."""
         if outcome == "finished":
-            if details is not None and self.last is not None and self.next_row == row_number(self.last) + 1:
+            if details and self.last is not None and self.next_row == row_number(self.last) + 1:
                 try:
                     self.run.log({"step": self.last["step"], **self._tables(details)}, step=self.next_row)
                 except Exception as error:  # any: the numbers are more important than the tables
@@ -142,8 +141,7 @@ class Wandb:
         """Return the confusion matrix, and a table of the mistakes with their images."""
         from PIL import Image
 
-        classes = details["classes"]
-        labels, predictions = [], []
+        classes, labels, predictions = details["classes"], [], []
         for label, counts in enumerate(details["confusion"]):
             for predicted, count in enumerate(counts):
                 labels += [label] * count
@@ -172,8 +170,7 @@ def row_number(record: Record) -> int:
 def row(record: Record) -> Record:
     """Return a record as W&B's row: keys like ``train/loss``, without null values."""
     values = {k: v for k, v in record.items() if k not in ("split", "step", "epoch", "time") and v is not None}
-    axes = {key: record[key] for key in ("step", "epoch")}
-    return axes | {f"{record['split']}/{key}": value for key, value in values.items()}
+    return {"step": record["step"], "epoch": record["epoch"]} | {f"{record['split']}/{k}": v for k, v in values.items()}
 
 
 def environment(run_info: Record) -> Record:
@@ -185,8 +182,7 @@ def environment(run_info: Record) -> Record:
             info[f"{package}_version"] = version(package)
     with suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        git = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        info["git_commit"] = git.stdout.strip()
+        info["git_commit"] = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
     if job := os.environ.get("SLURM_JOB_ID"):
         info["slurm_job_id"] = job
     return info

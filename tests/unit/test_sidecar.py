@@ -188,7 +188,7 @@ def test_a_sink_that_fails_is_dropped_and_the_others_get_everything(tmp_path, ca
     send(tmp_path, sinks, training())
     assert sinks == {"tensorboard": good}
     assert good.calls == [1, "replayed", 2, 3, 4]
-    assert good.end == ("finished", {"steps": 4}, None)
+    assert good.end == ("finished", {"steps": 4}, {})
     assert (bad.calls, bad.end) == ([1, "replayed"], None)
     assert capsys.readouterr().err.count("W&B: ConnectionError: gone for good; nothing more is sent there") == 1
 
@@ -209,7 +209,7 @@ def test_a_run_without_an_outcome_has_failed(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "summary.json").write_text("{}")  # of an earlier, longer run
     send(tmp_path, {"wandb": sink}, iter(["running"]))
-    assert sink.end == ("failed", {}, None)
+    assert sink.end == ("failed", {}, {})
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_tensorboard_has_each_number_of_the_last_start_once(tmp_path):
         for step, loss in enumerate(losses):
             board.put({"split": "train", "step": step, "time": 100.0 + step, "loss": loss, "slowest_host": "n1"})
         board.mark_replayed()
-        board.finish("finished", {}, None)
+        board.finish("finished", {}, {})
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["tensors"] == ["train/loss"]
