@@ -1,7 +1,6 @@
 """IDX files, the format of MNIST and Fashion-MNIST (http://yann.lecun.com/exdb/mnist/): find, verify and read them."""
 
 import gzip
-import math
 import os
 import struct
 import zlib
@@ -16,12 +15,7 @@ from distlenet.utils.mapped_file import CHUNK, SharedFile, create_shared, open_s
 UINT8 = 8  # the type code of unsigned bytes
 MAX_BYTES = 16 + 60_000 * 28 * 28  # size of the largest published file, the training images
 
-FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 
 _DIGESTS = {
     "fashion_mnist": (
@@ -43,11 +37,8 @@ SHA256 = {name: dict(zip(FILES, digests, strict=True)) for name, digests in _DIG
 
 def find_files(directory: Path) -> dict[str, Path] | None:
     """Return the four files in ``directory``, plain or .gz, or None. Raise UserError if only some of them exist."""
-    paths: dict[str, Path] = {}
-    for name in FILES:
-        for path in (directory / f"{name}.gz", directory / name):  # a plain file takes precedence
-            if os.path.lexists(path):
-                paths[name] = path
+    candidates = ((name, directory / f"{name}{suffix}") for suffix in (".gz", "") for name in FILES)
+    paths = {name: path for name, path in candidates if os.path.lexists(path)}  # a plain file takes precedence
     if paths and (missing := [name for name in FILES if name not in paths]):
         raise UserError(f"data {directory}: lacks {', '.join(missing)} (plain or .gz); add the rest or remove all")
     return paths or None
@@ -88,20 +79,12 @@ def header(shape: tuple[int, ...]) -> bytes:
 
 
 def parse(content: Tensor) -> Tensor:
-    """Return the data of an IDX file, given as uint8 (n,), in its shape and without a copy.
-
-    Raise ValueError if the file does not hold unsigned bytes, or header and length disagree.
-    """
+    """Return the data of an IDX file, given as uint8 (n,), in its shape and without a copy. Raise ValueError."""
     if len(content) < 4 or content[:3].tolist() != [0, 0, UINT8]:
         raise ValueError("not an IDX file of unsigned bytes")
-    dimensions = int(content[3])
-    start = 4 + 4 * dimensions
-    if len(content) < start:
-        raise ValueError("the IDX header is truncated")
-    shape = struct.unpack(f">{dimensions}I", bytes(content[4:start].tolist()))
-    if len(content) != start + math.prod(shape):
-        raise ValueError(f"IDX data of {len(content) - start} bytes do not fill the shape {shape}")
+    start = 4 + 4 * int(content[3])
     try:
+        shape = struct.unpack(f">{content[3]}I", bytes(content[4:start].tolist()))
         return content[start:].view(shape)
-    except RuntimeError as error:  # one size is 0 and the product of the others overflows
-        raise ValueError(f"no tensor can have the shape {shape}") from error
+    except (struct.error, RuntimeError) as error:
+        raise ValueError(f"the sizes in the IDX header do not fit the length of the file: {error}") from error

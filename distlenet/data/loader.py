@@ -16,7 +16,7 @@ from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import block_signals, worker_init_fn
 from distlenet.task import Batch, Data, Datasets, MapDataset, SampleKeys
 from distlenet.utils.errors import UserError
-from distlenet.utils.nested import map_tensors
+from distlenet.utils.nested import map_tensors, tensors_in
 
 GPU_SHARE = 0.25
 """The share of a GPU's free memory that a dataset may take to be kept there (``data.device=auto``)."""
@@ -26,10 +26,9 @@ Fetched = tuple[Data, Tensor, Tensor]
 
 
 class BatchedDataset(Dataset[Fetched]):
-    """A dataset whose item is a whole batch: its index is a tensor of indices."""
+    """A dataset whose item is a whole batch, on the GPU if an ``ImageDataset`` was placed there."""
 
     def __init__(self, dataset: MapDataset) -> None:
-        """Serve the samples of ``dataset``, from the GPU if an ``ImageDataset`` was placed there."""
         self.dataset = dataset
         self.device = dataset.images.device if isinstance(dataset, ImageDataset) else torch.device("cpu")
 
@@ -55,18 +54,13 @@ class Loader:
     def __init__(
         self, dataset: MapDataset, sampler: GlobalBatchSampler, num_workers: int, device: torch.device
     ) -> None:
-        """Load what ``sampler`` chooses.
-
-        ``batch_size=None`` disables the DataLoader's own batching: the index tensors reach the dataset whole
-        (https://docs.pytorch.org/docs/stable/data.html#disable-automatic-batching).
-        """
         self.sampler, self.device = sampler, device
         self.batched = BatchedDataset(dataset)
         self.copies = device != self.batched.device
         self.epoch_sampler = _EpochSampler()
         self.loader = DataLoader(
             self.batched,
-            batch_size=None,
+            batch_size=None,  # no batching by the DataLoader: the index tensors reach the dataset whole
             sampler=self.epoch_sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -153,12 +147,9 @@ def prefetch_to_device(batches: Iterator[Fetched], device: torch.device) -> Iter
     in_flight: deque[tuple[Fetched, torch.cuda.Event]] = deque()
 
     def wait(fetched: Fetched, copied: torch.cuda.Event) -> Fetched:
-        def record(tensor: Tensor) -> Tensor:
-            tensor.record_stream(compute_stream)  # its memory is not reused before that stream is done with it
-            return tensor
-
         compute_stream.wait_event(copied)
-        map_tensors(record, (fetched[0], fetched[2]))
+        for tensor in tensors_in((fetched[0], fetched[2])):
+            tensor.record_stream(compute_stream)  # its memory is not reused before that stream is done with it
         return fetched
 
     for data, indices, _ in batches:
@@ -176,18 +167,20 @@ def place_datasets(datasets: Datasets, wanted: str, num_workers: int, device: to
 
     ``wanted`` is auto, cpu or cuda. Raise UserError if it is cuda and the images cannot be there.
     """
-    if wanted == "cuda" and (device.type != "cuda" or num_workers):
-        reason = "this rank has no GPU"
-        if num_workers:
-            reason = f"data.num_workers={num_workers}: they have no GPU; give data.num_workers=0"
-        raise UserError(f"data.device=cuda: {reason}, or give data.device=auto")
+    if wanted == "cuda" and num_workers:
+        raise UserError(
+            f"data.device=cuda: data.num_workers={num_workers}: they have no GPU; give data.num_workers=0, or "
+            "data.device=auto"
+        )
+    if wanted == "cuda" and device.type != "cuda":
+        raise UserError("data.device=cuda: this rank has no GPU; give data.device=auto")
     train, test = datasets.train, datasets.test
-    if not (isinstance(train, ImageDataset) and isinstance(test, ImageDataset)):
-        return datasets
     if wanted == "cpu" or device.type == "cpu" or num_workers:
         return datasets
+    if not (isinstance(train, ImageDataset) and isinstance(test, ImageDataset)):
+        return datasets
     needed, free = train.nbytes + test.nbytes, torch.cuda.mem_get_info(device)[0]
-    if needed <= free * GPU_SHARE or (wanted == "cuda" and needed <= free):
+    if needed <= free * (1 if wanted == "cuda" else GPU_SHARE):
         return replace(datasets, train=train.to(device), test=test.to(device))
     if wanted == "cuda":
         raise UserError(f"data.device=cuda: the images take {needed:,} bytes of {free:,} free; give data.device=auto")

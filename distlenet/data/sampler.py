@@ -3,11 +3,11 @@
 import hashlib
 import struct
 from collections.abc import Iterator, Sized
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from distlenet.data.permutation import Permutation
 from distlenet.utils.errors import UserError
@@ -39,10 +39,8 @@ class GlobalBatchSampler(DistributedSampler[Tensor]):
         virtual_shards: int | None = None,
     ) -> None:
         """Order ``dataset`` for this rank; ``virtual_shards`` divides B. Raise UserError if an epoch has no step."""
-        as_dataset: Any = dataset
-        super().__init__(as_dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
-        self.samples = len(dataset)
-        self.global_batch_size = global_batch_size
+        super().__init__(cast(Dataset[Any], dataset), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+        self.samples, self.global_batch_size = len(dataset), global_batch_size
         self.steps = self.samples // global_batch_size if drop_last else -(-self.samples // global_batch_size)
         offsets = torch.arange(min(global_batch_size, self.samples))
         shards = offsets % (virtual_shards or global_batch_size)
@@ -88,10 +86,7 @@ def evaluation_chunks(samples: int, chunk: int, rank: int, world_size: int) -> I
 
 
 def permutation(samples: int, seed: int, epoch: int) -> Permutation:
-    """Shuffle 0 to ``samples`` - 1 for an epoch.
-
-    Seed and epoch are hashed together: with their sum, as in ``DistributedSampler``, epoch 1 of seed 0 equals epoch 0
-    of seed 1.
-    """
+    """Shuffle 0 to ``samples`` - 1 for an epoch."""
+    # Hashed together: with their sum, as in DistributedSampler, epoch 1 of seed 0 would equal epoch 0 of seed 1.
     digest = hashlib.sha256(f"order of seed {seed} in epoch {epoch}".encode()).digest()
     return Permutation(samples, struct.unpack("<8I", digest))
