@@ -42,9 +42,7 @@ def read_environment(environ: Mapping[str, str]) -> DistributedEnvironment:
     if env.rank >= env.world_size:
         wrong = f"rank {env.rank} of {env.world_size} ranks (RANK, WORLD_SIZE)"
     elif env.local_world_size > env.world_size:
-        wrong = (
-            f"{env.local_world_size} ranks on this node (LOCAL_WORLD_SIZE), but {env.world_size} in all (WORLD_SIZE)"
-        )
+        wrong = f"{env.local_world_size} ranks on this node (LOCAL_WORLD_SIZE), but {env.world_size} in all"
     elif env.local_rank >= env.local_world_size:
         wrong = f"local rank {env.local_rank} of {env.local_world_size} ranks (LOCAL_RANK, LOCAL_WORLD_SIZE)"
     else:
@@ -56,9 +54,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> DistributedEnvironment:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     if missing := ", ".join(name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)):
         given = "RANK" if "RANK" in environ else "WORLD_SIZE"
-        raise RankError(
-            f"environment: {given} is set, but not {missing}; start ranks with torchrun, or unset {given} to run one"
-        )
+        raise RankError(f"environment: {given} is set, but not {missing}; start ranks with torchrun, or unset {given}")
     rank, local_rank, world_size, local_world_size = (read_int(environ, name) for name in names)
     address = environ["MASTER_ADDR"], read_int(environ, "MASTER_PORT", 1, 65535)
     agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -72,25 +68,25 @@ def _from_srun(environ: Mapping[str, str]) -> DistributedEnvironment:
     tasks = slurm_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""), world_size)
     if node_rank >= len(tasks):
         raise RankError(f"environment: SLURM_NODEID={node_rank}: only {len(tasks)} nodes have tasks; srun sets it")
-    if environ.get("SLURM_DISTRIBUTION", "").startswith("arbitrary") and "MASTER_ADDR" not in environ:
-        raise RankError(
-            "environment: SLURM_DISTRIBUTION=arbitrary: rank 0 may be on any node; set MASTER_ADDR to its host name"
-        )
-    addr = environ.get("MASTER_ADDR") or slurm_first_host(environ.get("SLURM_STEP_NODELIST", ""))
-    port = read_int(environ, "MASTER_PORT", 1, 65535) if "MASTER_PORT" in environ else slurm_port(environ)
-    address = ("", 0) if world_size == 1 else (addr, port)
+    address = _srun_address(environ) if world_size > 1 else ("", 0)
     own_gpu = "SLURM_GPUS_PER_TASK" in environ
     return DistributedEnvironment(rank, local_rank, world_size, tasks[node_rank], node_rank, *address, own_gpu=own_gpu)
 
 
-def read_int(environ: Mapping[str, str], name: str, minimum: int = 0, maximum: int = 999_999_999) -> int:
-    """Return a variable as an integer. Raise RankError if it is none, or outside the limits."""
+def _srun_address(environ: Mapping[str, str]) -> tuple[str, int]:
+    if environ.get("SLURM_DISTRIBUTION", "").startswith("arbitrary") and "MASTER_ADDR" not in environ:
+        raise RankError("environment: SLURM_DISTRIBUTION=arbitrary: set MASTER_ADDR to the host of rank 0")
+    port = read_int(environ, "MASTER_PORT", 1, 65535) if "MASTER_PORT" in environ else slurm_port(environ)
+    return environ.get("MASTER_ADDR") or slurm_first_host(environ.get("SLURM_STEP_NODELIST", "")), port
+
+
+def read_int(environ: Mapping[str, str], name: str, minimum: int = 0, maximum: int = 2**32 - 1) -> int:
+    """Return a variable as an integer; SLURM's IDs have 32 bits. Raise RankError if it is none or out of range."""
     value = environ.get(name, "")
-    if not re.fullmatch("[0-9]{1,9}", value) or not minimum <= int(value) <= maximum:
-        raise RankError(
-            f"environment: {name}={value!r}: expected an integer, {minimum} to {maximum}; torchrun and srun set it"
-        )
-    return int(value)
+    if re.fullmatch("[0-9]{1,10}", value) and minimum <= int(value) <= maximum:
+        return int(value)
+    expected = f"an integer, {minimum} to {maximum}"
+    raise RankError(f"environment: {name}={value!r}: expected {expected}; torchrun and srun set it")
 
 
 def threads_from_environ(environ: Mapping[str, str]) -> int | None:

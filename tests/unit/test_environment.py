@@ -39,18 +39,14 @@ SRUN = {
 
 
 def test_torchrun():
-    assert read_environment(TORCHRUN) == DistributedEnvironment(5, 1, 8, 4, 1, "n1", 29500, agent_store=True)
+    expected = DistributedEnvironment(5, 1, 8, 4, 1, "n1", 29500, agent_store=True)
+    assert read_environment(TORCHRUN) == expected
+    assert read_environment({**SRUN, **TORCHRUN}) == expected  # it has precedence
 
 
 def test_ranks_started_by_hand_use_a_store_in_rank_0():
     by_hand = {k: v for k, v in TORCHRUN.items() if k not in ("TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK")}
     assert read_environment(by_hand) == DistributedEnvironment(5, 1, 8, 4, 1, "n1", 29500)
-
-
-def test_torchrun_takes_precedence_over_srun():
-    assert read_environment({**SRUN, **TORCHRUN}) == DistributedEnvironment(
-        5, 1, 8, 4, 1, "n1", 29500, agent_store=True
-    )
 
 
 def test_srun():
@@ -76,8 +72,14 @@ def test_srun_uses_the_address_that_the_user_sets():
 
 
 def test_a_single_task_has_no_address():
-    alone = {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0"}
-    assert read_environment({**alone, "SLURM_NODEID": "0"}) == DistributedEnvironment()
+    """As in the interactive step of an salloc shell, even if the job is on many nodes."""
+    alone = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
+    interactive = {"SLURM_STEP_ID": "4294967290", "SLURM_DISTRIBUTION": "arbitrary"}
+    assert read_environment({**SRUN, **alone, **interactive}) == DistributedEnvironment()
+
+
+def test_a_job_of_a_federation_has_an_id_of_32_bits():
+    assert 20_000 <= read_environment({**SRUN, "SLURM_JOB_ID": "4227858433"}).master_port < 30_000
 
 
 def test_a_single_process_without_a_launcher():
@@ -114,10 +116,7 @@ def test_invalid_and_contradicting_variables_are_named(change, message):
         read_environment({**TORCHRUN, **change})
 
 
-@pytest.mark.parametrize(
-    ("text", "counts"),
-    [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,2(x2)", [1, 2, 2])],
-)
+@pytest.mark.parametrize(("text", "counts"), [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,2(x2)", [1, 2, 2])])
 def test_tasks_per_node(text, counts):
     assert slurm_tasks_per_node(text, 99) == counts
 
@@ -146,14 +145,10 @@ def test_first_host_of_a_node_list(nodes, first):
 
 
 def test_ports_of_jobs_and_steps_differ_and_are_below_the_ephemeral_range():
-    ports = [
-        slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
-        for job in range(1000, 1200)
-        for step in range(10)
-    ]
-    assert len(set(ports)) == len(ports)
-    assert min(ports) >= 20_000
-    assert max(ports) < 30_000
+    jobs = [(job, step) for job in range(1000, 1200) for step in range(10)]
+    ports = {slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job, step in jobs}
+    assert len(ports) == len(jobs)
+    assert ports <= set(range(20_000, 30_000))
 
 
 def test_the_list_of_tasks_per_node_is_limited():
