@@ -10,11 +10,16 @@ def map_tensors(function: Callable[[Tensor], Tensor], data: Any) -> Any:
     """Return ``data`` with ``function`` applied to each tensor; other values stay."""
     if isinstance(data, Tensor):
         return function(data)
-    if isinstance(data, tuple | list):
-        return type(data)(map_tensors(function, item) for item in data)
-    if isinstance(data, dict):
-        return {key: map_tensors(function, item) for key, item in data.items()}
+    if isinstance(data, tuple | list | dict):
+        return _map_items(lambda item: map_tensors(function, item), data)
     return data
+
+
+def _map_items(function: Callable[[Any], Any], data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: function(item) for key, item in data.items()}
+    items = map(function, data)
+    return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)  # a named tuple takes arguments
 
 
 def tensors_in(data: Any) -> Iterator[Tensor]:
@@ -39,8 +44,6 @@ def select_samples(data: Any, samples: slice) -> Any:
         return data[samples].contiguous()
     if isinstance(data, list):
         return data[samples]
-    if isinstance(data, tuple):
-        return tuple(select_samples(item, samples) for item in data)
-    if isinstance(data, dict):
-        return {key: select_samples(item, samples) for key, item in data.items()}
+    if isinstance(data, tuple | dict):
+        return _map_items(lambda item: select_samples(item, samples), data)
     raise TypeError(f"a batch consists of tensors, lists, tuples and dicts, but holds a {type(data).__name__}")

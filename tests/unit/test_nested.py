@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -42,6 +44,19 @@ def test_selection_has_the_same_samples_of_each_part(samples):
     assert [len(box) for box in selected["boxes"]] == [(1, 0, 2, 5)[i] for i in expected]
     assert selected["target"][0].tolist() == expected
     assert selected["target"][1]["weight"].shape == (len(expected),)
+
+
+class Sample(NamedTuple):
+    image: torch.Tensor
+    target: torch.Tensor
+
+
+def test_a_named_tuple_keeps_its_type():
+    """torch's default_collate makes one of named tuples."""
+    batch = Sample(torch.zeros(4, 2), torch.arange(4))
+    for result in (map_tensors(torch.clone, batch), select_samples(batch, slice(2))):
+        assert type(result) is Sample
+    assert result.target.tolist() == [0, 1]
 
 
 def test_selection_of_other_values_is_refused():
