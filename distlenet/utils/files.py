@@ -1,5 +1,6 @@
 """Text files that stay consistent through a full disk, a kill or a power cut."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ class LineFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open ``path`` for appending, and create it if needed. Raises OSError."""
+        """Open or create ``path``. Raise OSError if that fails."""
         self.path = path
         self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self.size = os.fstat(self.descriptor).st_size
@@ -30,26 +31,19 @@ class LineFile:
 
     def flush(self) -> None:
         """Try to write the pending lines. Warn at the first failure."""
-        if not self.pending:
-            return
+        rest = memoryview(self.pending)
         try:
-            self._write(self.pending)
+            while rest:  # a full disk may accept a part before it reports the error
+                rest = rest[os.write(self.descriptor, rest) :]
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.descriptor, self.size)  # remove the incomplete line
             if self.failure is None:
                 warn(f"{self.path}: cannot be written: {error.strerror}; its lines stay in memory, training continues")
             self.failure = error
         else:
+            self.size += len(self.pending)
             self.pending, self.failure = b"", None
-
-    def _write(self, content: bytes) -> None:
-        rest = memoryview(content)
-        try:
-            while rest:  # a full disk may accept a part before it reports the error
-                rest = rest[os.write(self.descriptor, rest) :]
-        except OSError:
-            os.ftruncate(self.descriptor, self.size)  # remove the incomplete line
-            raise
-        self.size += len(content)
 
     def sync(self) -> None:
         """Write all lines to the disk. Raises OSError if lines are pending. Any thread may call it."""
@@ -78,7 +72,5 @@ def convert_io_errors(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"run directory {run_dir}: cannot be written: {reason}; check its disk and permissions"
-        ) from error
+        failure = f"cannot be written: {error.strerror or error}"
+        raise UserError(f"run directory {run_dir}: {failure}; check its disk and permissions") from error

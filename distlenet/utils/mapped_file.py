@@ -29,8 +29,7 @@ class FileRef:
     def map(self, shared: bool = False) -> Tensor:
         """Return the bytes of the file, as uint8 (n,). Writes are private unless ``shared``.
 
-        Raises OSError if there is no memory, or if the path leads to no file or to another file, as in a container
-        with a separate process namespace.
+        Raise OSError without memory, or if the path leads elsewhere, as in a container with its own process namespace.
         """
         status = os.stat(self.path)
         if (status.st_dev, status.st_ino) != (self.device, self.inode):
@@ -45,7 +44,6 @@ class SharedFile:
     """An open file that other processes can map until it is closed."""
 
     def __init__(self, descriptor: int) -> None:
-        """Take ownership of the open file ``descriptor``."""
         self.descriptor = descriptor
         status = os.fstat(descriptor)
         self.ref = FileRef(f"/proc/{os.getpid()}/fd/{descriptor}", status.st_dev, status.st_ino)
