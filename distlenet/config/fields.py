@@ -10,9 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from distlenet.config.schema import Config
 
-MAX_LENGTH = 1000
-"""Characters of a string: it has to fit into a path and into a message of one line."""
-
+MAX_LENGTH = 1000  # characters of a string: it has to fit into a path and into a message of one line
 STRING_HINT = f", of at most {MAX_LENGTH:,} printable characters; put numbers and booleans in quotes"
 NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", list: "a list of strings"}
 INPUTS = {bool: (bool, int, str), int: (int, str), float: (float, int, str), str: (str,), list: (list,)}
@@ -34,9 +32,8 @@ class Field:
     def describe(self) -> str:
         """Return the accepted values in words, such as ``an integer, at least 1, or null``."""
         choices = ", ".join((*self.choices[:-2], " or ".join(self.choices[-2:])))
-        words = [choices or NAMES[self.kind]]
-        words += [f"{BOUNDS[name][0]} {bound:,}" for name, bound in self.bounds.items()]
-        return ", ".join(words + ["or null"] * self.nullable)
+        bounds = [f"{BOUNDS[name][0]} {bound:,}" for name, bound in self.bounds.items()]
+        return ", ".join([choices or NAMES[self.kind], *bounds, *["or null"] * self.nullable])
 
     def convert(self, value: Any) -> Any:
         """Return ``value`` in the type of this setting. Raise ValueError, with what is expected, if it is wrong."""
@@ -55,20 +52,15 @@ class Field:
             raise ValueError
         if self.kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
-        if self.kind is list:
-            return [_check_string(item) for item in value]
-        if self.kind is str:
-            return _check_string(value)
-        number = self.kind(value)
-        if not math.isfinite(number) or not all(BOUNDS[name][1](number, bound) for name, bound in self.bounds.items()):
+        if self.kind in (str, list):
+            strings = value if self.kind is list else [value]
+            valid = all(isinstance(s, str) and s.isprintable() and len(s) <= MAX_LENGTH for s in strings)
+        else:
+            value = self.kind(value)
+            valid = math.isfinite(value) and all(BOUNDS[n][1](value, bound) for n, bound in self.bounds.items())
+        if not valid:
             raise ValueError
-        return number
-
-
-def _check_string(value: Any) -> str:
-    if not (isinstance(value, str) and value.isprintable() and len(value) <= MAX_LENGTH):
-        raise ValueError
-    return value
+        return value
 
 
 def _read_schema(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Field]]:
@@ -84,12 +76,10 @@ def _read_schema(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 GROUPS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
-"""The class of each group of settings."""
-
 FIELDS: dict[str, Field] = dict(_read_schema(Config))
 """Every setting by its dotted key, in the schema's order."""
 
-RENAMED = {
+RENAMED = {  # former names of settings: unknown keys, for which the message suggests the present name
     "train.clip_norm": "train.max_grad_norm",
     "train.skip_at_most": "train.max_skipped_steps",
     "data.workers": "data.num_workers",
@@ -102,7 +92,6 @@ RENAMED = {
     "checkpoint.restarts_in_vain": "checkpoint.max_restarts_without_progress",
     "wandb.finish_s": "wandb.finish_timeout_s",
 }
-"""Former names of settings. They are unknown keys; the message suggests the present name."""
 
 
 def unknown_key(key: str) -> str:

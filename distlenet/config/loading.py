@@ -24,7 +24,7 @@ def load_config(
 ) -> Config:
     """Merge ``base``, then ``files``, then ``key=value`` overrides over the defaults; the last value wins.
 
-    Raises UserError, with one line, for an unreadable file, an unknown key, a wrong type or a value out of range.
+    Raise UserError for an unreadable file, an unknown key, a wrong type or a value out of range.
     """
     values, given_as = dict(flatten(Config().to_dict())), {}
     for key, value, text in _read(files, overrides, base or {}):
@@ -106,16 +106,11 @@ def _check_combinations(config: Config) -> None:
     if (name := config.run.name) is not None and (name in ("", "..") or Path(name).name != name):
         raise UserError(f"run.name={name}: expected the name of one directory; its parent is run.dir")
     if not 0 < len(config.wandb.project) <= 128 or set("/\\#?%:") & set(config.wandb.project):
-        raise UserError(
-            f"wandb.project={config.wandb.project[:200]}: expected 1 to 128 characters, without / \\ # ? % :"
-        )
+        raise UserError(f"wandb.project={config.wandb.project[:200]}: expected 1 to 128 characters, without /\\#?%:")
     if unknown := [key for key in config.checkpoint.allow_changed if key not in FIELDS]:
         raise UserError(f"checkpoint.allow_changed: {unknown_key(unknown[0])}")
     if fixed := {"model.name", "optim.name"} & set(config.checkpoint.allow_changed):
-        raise UserError(
-            f"checkpoint.allow_changed: {min(fixed)} cannot change, since the checkpoint's state would not fit; "
-            "remove it from the list"
-        )
+        raise UserError(f"checkpoint.allow_changed: {min(fixed)} cannot change: the state would not fit; remove it")
 
 
 def to_yaml(config: Config) -> str:
@@ -124,11 +119,7 @@ def to_yaml(config: Config) -> str:
 
 
 def run_folder(config: Config) -> Path:
-    """Return the directory of a run: ``run.dir`` / ``run.name``.
-
-    For ``run.name=null`` the name depends only on the settings that change the result: the same command resumes the
-    same run, and a changed command starts another.
-    """
+    """Return the directory of a run. Without a ``run.name``, the settings that change the result name it."""
     return Path(config.run.dir) / (config.run.name or f"{config.data.name}-{identity(config)}")
 
 

@@ -11,10 +11,8 @@ def setting(default: Any, help: str, *, result: bool = False, **bounds: float) -
     ``result=True`` marks a setting that changes what is learned. These settings name the run, and a checkpoint made
     with other values of them is not resumed.
     """
-    metadata = {"help": help, "result": result, "bounds": bounds}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    value: Any = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**value, metadata={"help": help, "result": result, "bounds": bounds})
 
 
 @dataclass(frozen=True)
@@ -22,9 +20,7 @@ class RunConfig:
     """The files and the output of a run."""
 
     dir: str = setting("runs", "Parent directory of all runs; all nodes share it.")
-    name: str | None = setting(
-        None, "Name of the run's directory; null: derived from the settings that change the result."
-    )
+    name: str | None = setting(None, "Name of the run; null: derived from the settings that change the result.")
     console: Literal["auto", "tutorial"] = setting(
         "auto", "auto: a progress bar on a terminal, else plain lines; tutorial: the lines of the PyTorch tutorial."
     )
@@ -68,18 +64,12 @@ class TrainConfig:
     """The length of the training and its steps."""
 
     epochs: int = setting(8, "Passes over the training set.", ge=1, lt=2**31, result=True)
-    max_steps: int | None = setting(
-        None, "Stop after this many optimizer steps; null: after train.epochs.", ge=1, lt=2**53, result=True
-    )
-    global_batch_size: int = setting(
-        128, "Images per optimizer step, over all ranks and micro-batches.", ge=1, lt=2**31, result=True
-    )
+    max_steps: int | None = setting(None, "Stop after this many steps; null: no limit.", ge=1, lt=2**53, result=True)
+    global_batch_size: int = setting(128, "Images per optimizer step, over all ranks.", ge=1, lt=2**31, result=True)
     accumulation_steps: int = setting(
         1, "Micro-batches per optimizer step on each rank; ranks × this must divide the global batch.", ge=1, lt=2**20
     )
-    log_every: int = setting(
-        50, "Steps between records of the training loss; plain lines are at least 5 s apart.", ge=1
-    )
+    log_every: int = setting(50, "Steps between records of the loss; plain lines are at least 5 s apart.", ge=1)
     check_replicas_every: int | None = setting(
         500, "Steps between checks that all ranks hold the same parameters; null: only at start and end.", ge=1
     )
@@ -105,9 +95,7 @@ class OptimConfig:
     momentum: float = setting(0.9, "Momentum of SGD.", ge=0, lt=1, result=True)
     nesterov: bool = setting(True, "Nesterov momentum, for SGD.", result=True)
     weight_decay: float = setting(5e-4, "Weight decay.", ge=0, result=True)
-    schedule: Literal["constant", "cosine", "one_cycle"] = setting(
-        "one_cycle", "Learning-rate schedule, advanced once per optimizer step.", result=True
-    )
+    schedule: Literal["constant", "cosine", "one_cycle"] = setting("one_cycle", "Learning-rate schedule.", result=True)
     warmup_steps: int | None = setting(
         None, "Steps of rising learning rate; null: 30 % of all steps for one_cycle, else 0.", ge=0, result=True
     )
@@ -142,19 +130,13 @@ class DistributedConfig:
 class CheckpointConfig:
     """Saving and resuming."""
 
-    every_steps: int | None = setting(
-        None, "Optimizer steps between checkpoints within an epoch; null: only at the end of each epoch.", ge=1
-    )
+    every_steps: int | None = setting(None, "Steps between checkpoints; null: only at the end of each epoch.", ge=1)
     preemption_grace_s: float = setting(
         25.0, "Seconds from the stop signal to the exit, saved or not; torchrun kills a job after 30.", gt=0, lt=10**6
     )
-    max_restarts_without_progress: int = setting(
-        5, "Automatic restarts in a row from the same checkpoint before the run gives up.", ge=1
-    )
+    max_restarts_without_progress: int = setting(5, "Restarts from the same checkpoint before the run gives up.", ge=1)
     keep_last: int = setting(3, "Newest checkpoints to keep, in addition to the best.", ge=1)
-    resume: str = setting(
-        "auto", "auto: resume from the run's newest checkpoint; never: start anew; or a file or run directory."
-    )
+    resume: str = setting("auto", "auto: the run's newest checkpoint; never: start anew; or a file or run directory.")
     allow_changed: list[str] = setting([], "Result-changing keys that may differ from those of the resumed checkpoint.")
     path: str | None = setting(None, "File or run directory that evaluate reads; checkpoint=PATH is its short form.")
 
