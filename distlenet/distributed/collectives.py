@@ -79,5 +79,4 @@ def raise_on_all_ranks() -> Iterator[None]:
         raise failure
     for rank, text in enumerate(messages):
         if text is not None:
-            same_everywhere = all(other == text for other in messages)
-            raise UserError(text if same_everywhere else f"rank {rank}: {text}")
+            raise UserError(text if messages.count(text) == len(messages) else f"rank {rank}: {text}")

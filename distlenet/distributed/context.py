@@ -19,7 +19,6 @@ from distlenet.distributed.device import (
     resolve_device,
     resolve_precision,
     use_deterministic_kernels,
-    use_side_stream,
 )
 from distlenet.distributed.environment import DistributedEnvironment, read_environment, threads_from_environ
 from distlenet.distributed.failures import report_failures
@@ -66,21 +65,19 @@ def init_distributed(
 ) -> Iterator[DistributedContext]:
     """Join the job until the end of the block. NCCL's trace of a hang is written to ``run_dir``.
 
-    ``store`` is the result of ``rendezvous``, if the ranks have met before. Raise UserError, before the ranks meet, if
-    environment, device, backend or precision are invalid.
+    ``store`` is the result of ``rendezvous``, if the ranks have met before. Raise UserError before if a setting or the
+    environment is invalid.
     """
     env = read_environment(os.environ)
     device = resolve_device(config.device, env, torch.cuda.device_count())
     if config.device == "auto" and device.type == "cpu" and torch.cuda.device_count() > 0 and env.local_rank == 0:
-        warn(
-            f"device=auto: training on the CPU, since {env.local_world_size} ranks on this node share "
-            f"{torch.cuda.device_count()} GPUs; start one rank per GPU to use them"
-        )
+        shared = f"{env.local_world_size} ranks on this node share {torch.cuda.device_count()} GPUs"
+        warn(f"device=auto: training on the CPU, since {shared}; start one rank per GPU to use them")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         use_deterministic_kernels()
         if config.train.cuda_graph == "auto":
-            use_side_stream(device)
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream cannot be captured
     backend = resolve_backend(config.distributed.backend, device)
     precision = resolve_precision(config.precision, device)
     set_threads(config.distributed.threads)
@@ -90,10 +87,9 @@ def init_distributed(
         for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # since torch 2.9, and before
             os.environ.setdefault(name, "2000")
     init_s, step_s = config.distributed.init_timeout_s, config.distributed.step_timeout_s
-    if store is None:
-        store = rendezvous(env, init_s)
+    store = store or rendezvous(env, init_s)
     with (
-        process_group(store, env, backend, device, max(init_s, step_s) + BACKEND_MARGIN_S),
+        _process_group(store, env, backend, device, max(init_s, step_s) + BACKEND_MARGIN_S),
         closing(RankLog(env, device)) as log,
         run_watchdog(store, env, init_s, trace_dir) as watchdog,
         report_failures(store, env, log),
@@ -102,13 +98,10 @@ def init_distributed(
 
 
 @contextmanager
-def process_group(
+def _process_group(
     store: Store, env: DistributedEnvironment, backend: str, device: torch.device, timeout_s: float
 ) -> Iterator[None]:
-    """Join the default process group until the end of the block; ``timeout_s`` limits each collective.
-
-    ``store`` is the result of ``rendezvous``. Raise RankError if the ranks cannot connect.
-    """
+    """Join the default process group until the end of the block. Raise RankError if the ranks cannot connect."""
     with convert_rendezvous_errors(env):
         dist.init_process_group(
             backend,

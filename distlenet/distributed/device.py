@@ -33,17 +33,14 @@ def resolve_backend(wanted: str, device: torch.device) -> str:
     nccl = device.type == "cuda" and dist.is_nccl_available()
     if wanted == "nccl" and not nccl:
         raise UserError(
-            f"distributed.backend=nccl: needs a GPU for every rank and a PyTorch with NCCL, "
-            f"but this rank is on {device.type}; set distributed.backend=auto or gloo"
+            "distributed.backend=nccl: needs a GPU for every rank and a PyTorch with NCCL; "
+            "set distributed.backend=auto or gloo"
         )
     return ("nccl" if nccl else "gloo") if wanted == "auto" else wanted
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
-    """Resolve ``auto`` to bf16 if the GPU supports it, else fp16; to fp32 on CPU.
-
-    Raise UserError if the device does not support ``wanted``.
-    """
+    """Resolve ``auto`` to bf16 or fp16 on a GPU, fp32 on CPU. Raise UserError if ``wanted`` is not supported."""
     if device.type == "cpu":
         if wanted == "fp16":
             raise UserError("precision=fp16: needs a GPU; on CPU set precision=fp32 or bf16")
@@ -67,8 +64,3 @@ def use_deterministic_kernels() -> None:
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     """Return the loss scaler, enabled for fp16 only."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-
-def use_side_stream(device: torch.device) -> None:
-    """Make a new CUDA stream current for this process: the default stream cannot be captured in a CUDA graph."""
-    torch.cuda.set_stream(torch.cuda.Stream(device))

@@ -19,19 +19,13 @@ LINGER_S = 10.0  # how long the other ranks wait for rank 0 to print an error
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: 0 done, 2 user error, 75 stopped on request, 130 interrupted, 1 any other failure.
-
-    Rank 0 prints a user error in one line; a RankError may concern one node only, so the node's first rank prints it.
-    The other ranks linger, because torchrun ends all ranks when one exits, and rank 0 may still be importing. A rank
-    that torchrun has not ended by then prints the line itself.
-    """
+    """Run a command and exit: 0 done, 2 user error, 75 stopped on request, 130 interrupted, 1 any other failure."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character outside the locale's encoding must not end the run
-    if sys.__stderr__ is not None:
-        dump_stacks_on_signal(sys.__stderr__)
+    dump_stacks_on_signal(sys.stderr)
     try:
         sys.exit(_run(main))
     except Exception as error:
@@ -44,7 +38,11 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
 
 
 def _run(main: Callable[[], None]) -> int:
-    """Return the exit status of ``main``."""
+    """Return the exit status of ``main``.
+
+    Rank 0 prints a user error; the first rank of each node prints a RankError. The other ranks linger: torchrun ends
+    all ranks when one exits, and rank 0 may still be importing. One that is not ended by then prints the line itself.
+    """
     try:
         main()
     except UserError as error:
@@ -63,10 +61,7 @@ def _run(main: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         if should_report():
-            warn(
-                "interrupted without a save; the same command resumes from the run's newest checkpoint, if it has one; "
-                "kill -TERM saves first"
-            )
+            warn("interrupted without a save; the same command resumes from the newest checkpoint; kill -TERM saves")
         return 130
     return 0
 
@@ -80,6 +75,6 @@ def should_report(error: Exception | None = None) -> bool:
 def _stop_agent() -> None:
     """End torchrun's agent, the parent process, if it would restart ranks that must fail again."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        limit, count = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+        count, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
         if count < limit:
             os.kill(os.getppid(), signal.SIGTERM)

@@ -4,12 +4,14 @@ A scheduler signals a job before it ends it, but not every rank receives the sig
 flag of each rank is therefore part of what the ranks reduce in every step anyway (see ``distlenet.reduction``).
 """
 
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -21,15 +23,14 @@ from distlenet.utils.process import exit_with_parent
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL may use
 
 
+@dataclass
 class Preemption:
-    """The stop request of this rank, which must exit ``grace_s`` seconds after it."""
+    """The stop request of this rank, which must exit ``grace_s`` seconds after it. It needs ``install``."""
 
-    def __init__(self, grace_s: float) -> None:
-        """Handle no signal before ``install``."""
-        self.grace_s = grace_s
-        self.requested_by: str | None = None
-        self.deadline = float("inf")
-        self.previous_handlers: dict[int, Any] = {}
+    grace_s: float
+    requested_by: str | None = None  # the name of the signal
+    deadline: float = math.inf
+    previous_handlers: dict[int, Any] = field(default_factory=dict)
 
     def install(self) -> None:
         """Handle the signals from now on."""
@@ -96,9 +97,7 @@ class StopFlag:
     DELAY = 4  # steps until a value is read on a GPU: it is computed by then, and all ranks read the same step's
 
     def __init__(self, device: torch.device) -> None:
-        """Read values from ``device``."""
-        self._stop = False
-        self._step = 0
+        self._stop, self._step = False, 0
         self._events: list[torch.cuda.Event] = []
         if device.type == "cuda":
             self._values = torch.zeros(self.DELAY, pin_memory=True)

@@ -21,9 +21,7 @@ import torch
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.utils.errors import LOGGER, warn
 
-LOGGED_VARIABLES = re.compile(
-    r"(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_\w+|TORCH\w*|SLURM_\w+|NCCL_\w+|GLOO_\w+|CUDA_\w+|OMP_\w+|MKL_\w+|OMPI_\w+)"
-)
+LOGGED_VARIABLES = re.compile(r"(LOCAL_)?RANK|WORLD_SIZE|TORCH\w*|(MASTER|SLURM|NCCL|GLOO|CUDA|OMP|MKL|OMPI)_\w+")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|JWT|CRED|AUTH", re.IGNORECASE)
 
 
@@ -45,7 +43,6 @@ class RankLog:
     """The log file of one rank; before ``open`` and after ``close``, ``write`` does nothing."""
 
     def __init__(self, env: DistributedEnvironment, device: torch.device) -> None:
-        """Prepare the log of a rank."""
         self.env, self.device = env, device
         self.handler: logging.FileHandler | None = None
 
@@ -63,7 +60,7 @@ class RankLog:
         formatter.converter = time.gmtime
         self.handler.setFormatter(formatter)
         LOGGER.addHandler(self.handler)
-        if self.handler.stream is not None:
+        if self.handler.stream is not None:  # for mypy: the handler opens its file at once
             dump_stacks_on_signal(self.handler.stream)
         versions = f"Python {platform.python_version()}, torch {torch.__version__}"
         self.write(f"{self.env}, {self.device}, process {os.getpid()}, {versions}\n{format_environment(os.environ)}")

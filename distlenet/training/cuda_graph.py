@@ -29,7 +29,7 @@ def capture_cuda_graph(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Capture ``work`` on the current stream, without running it.
 
     The stream must not be the default stream, and must be the one on which the model and its wrapper were made
-    (``use_side_stream``). Mode thread_local: a loader's thread may pin memory meanwhile.
+    (``init_distributed`` sets one). Mode thread_local: a loader's thread may pin memory meanwhile.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
