@@ -38,7 +38,7 @@ def locate_or_download(name: str, root: Path, debian: bool = False) -> dict[str,
     """Locate the four files, or download them into ``root`` with torchvision.
 
     Processes that share ``root`` wait while one of them downloads. With ``debian``, Debian's package is the second
-    source. Raise UserError that lists the ways to get the data if none works.
+    source. Raise UserError that lists the ways to get the data.
     """
     if files := locate(name, root):
         return files
@@ -72,16 +72,11 @@ def _download(name: str, root: Path, debian: bool) -> dict[str, Path]:
         files = find_files(target)
         assert files is not None, f"no data in {target} after a successful download"
         return files
-    package = [f"apt install {DEBIAN_PACKAGE[name]}"] if name in DEBIAN_PACKAGE else []
-    options = [
-        f"put its four IDX files (plain or .gz) into {root}",
-        *package,
-        f"python -m distlenet.data data.name={name} on a machine with a network",
-        "train on the bundled set with data.name=digits and --config configs/ci.yaml",
-    ]
+    package = f"apt install {DEBIAN_PACKAGE[name]}, or " if name in DEBIAN_PACKAGE else ""
     raise UserError(
-        f"data.name={name}: is not in data.root={root} and cannot be downloaded ({', '.join(failures)}); "
-        + ", or ".join(options)
+        f"data.name={name}: is not in data.root={root} and cannot be downloaded ({', '.join(failures)}); put its four "
+        f"IDX files (plain or .gz) into {root}, or {package}python -m distlenet.data data.name={name} on a machine with "
+        "a network, or train on the bundled set with data.name=digits and --config configs/ci.yaml"
     )
 
 

@@ -21,58 +21,46 @@ from distlenet.utils.files import LineFile, convert_io_errors
 from distlenet.utils.structure import check_same_structure
 
 START_DIRECTORY = re.compile(r"(\d+)-from-(\d+)")
-START_INFO = {"samples": 0, "steps_per_epoch": 0, "global_batch_size": 0, "world_size": 0}
-"""The structure of ``start.json``."""
+START_INFO = dict.fromkeys(("samples", "steps_per_epoch", "global_batch_size", "world_size"), 0)  # the structure
 
 
-class NoSampleLog:
-    """Records nothing."""
+class SampleLog:
+    """Records the samples of one rank in a directory that ``create_start`` returned; without one, records nothing."""
+
+    def __init__(self, directory: Path | None = None, rank: int = 0) -> None:
+        self.lines = None if directory is None else LineFile(directory / f"rank-{rank:05d}.jsonl")
+
+    def record(self, epoch: int, step: int, indices: Tensor) -> None:
+        """Append a line: the samples ``indices`` (n,) of the optimizer step after ``step`` other steps.
+
+        The line stays in memory as long as the disk is full.
+        """
+        if self.lines is not None:
+            self.lines.add(json.dumps({"epoch": epoch, "step": step, "indices": indices.tolist()}))
 
     @property
     def has_unwritten_lines(self) -> bool:
-        """Whether lines are not on the disk yet: a run that resumed from a checkpoint saved now would miss them."""
+        """Try to write all lines; return whether that failed: a run that resumed from now would miss them."""
+        if self.lines is not None:
+            self.lines.flush()
+            try:
+                self.lines.sync()
+            except OSError:
+                return True
         return False
-
-    def record(self, epoch: int, step: int, indices: Tensor) -> None:
-        """Append a line at once: the samples ``indices`` (n,) of the optimizer step after ``step`` other steps."""
 
     def close(self) -> None:
         """Close the file."""
-
-
-class SampleLog(NoSampleLog):
-    """Records the samples of one rank."""
-
-    def __init__(self, directory: Path, rank: int) -> None:
-        """Write into ``directory``, as returned by ``create_start``."""
-        self.lines = LineFile(directory / f"rank-{rank:05d}.jsonl")
-
-    @property
-    def has_unwritten_lines(self) -> bool:
-        """Try to write all lines; return whether that failed."""
-        self.lines.flush()
-        try:
-            self.lines.sync()
-        except OSError:
-            return True
-        return False
-
-    def record(self, epoch: int, step: int, indices: Tensor) -> None:
-        """Append a line, or keep it in memory as long as the disk is full."""
-        self.lines.add(json.dumps({"epoch": epoch, "step": step, "indices": indices.tolist()}))
-
-    def close(self) -> None:
-        """Close the file."""
-        self.lines.close()
+        if self.lines is not None:
+            self.lines.close()
 
 
 def open_sample_log(run_dir: Path, step: int, info: dict[str, Any], rank: int) -> SampleLog:
     """Open the log of a rank for a start after ``step`` steps, described by ``info``. A collective."""
     directory: Path | None = None
-    with raise_on_all_ranks():  # a collective
+    with raise_on_all_ranks(), convert_io_errors(run_dir):  # a collective
         if rank == 0:
-            with convert_io_errors(run_dir):
-                directory = create_start(run_dir, step, info)
+            directory = create_start(run_dir, step, info)
     directory = broadcast_object(directory)  # a collective
     assert directory is not None
     with raise_on_all_ranks(), convert_io_errors(run_dir):  # a collective
@@ -108,12 +96,10 @@ class Start:
         """Yield the complete lines of all ranks. Raise UserError if a file is unreadable or damaged."""
         for path in sorted(self.directory.glob("rank-*.jsonl")):
             with _name_file(path):
-                complete = path.read_text(encoding="utf-8").split("\n")[:-1]  # a kill may truncate the last line
-                lines = [json.loads(line) for line in complete]
-                for line in lines:
-                    expected = {"epoch": 0, "step": 0, "indices": [0] * len(line["indices"])}
-                    check_same_structure(line, expected, "line")
-            yield from lines
+                for text in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a kill may truncate the last line
+                    line = json.loads(text)
+                    check_same_structure(line, {"epoch": 0, "step": 0, "indices": [0] * len(line["indices"])}, "line")
+                    yield line
 
 
 def read_starts(run_dir: Path) -> list[Start]:

@@ -94,8 +94,8 @@ def open_data(config: DataConfig, debian: bool = False) -> Iterator[OpenData]:
 
 def require_local_data(config: DataConfig) -> None:
     """Raise UserError if the configured data set is not on this machine; download nothing."""
+    name, root = f"data.name={config.name}", f"data.root={config.root}"
     if config.name in idx.SHA256 and download.locate(config.name, Path(config.root)) is None:
-        name, root = f"data.name={config.name}", f"data.root={config.root}"
         raise UserError(f"{name}: is not in {root}; run python -m distlenet.data {name} {root}")
 
 
@@ -122,14 +122,13 @@ def load_on_node(config: DataConfig, env: DistributedEnvironment) -> ImageData:
         opened = broadcast_from_local_rank_0(opened, env)
         with raise_on_all_ranks():  # a collective: no rank closes the files before all have mapped them
             try:
-                data = map_data(config.name, opened)
+                return map_data(config.name, opened)
             except OSError as error:
                 warn(
                     f"rank {env.rank}: cannot map the images that local rank 0 has opened ({error}) and keeps a copy "
                     "of them; let the ranks of a node share their process namespace"
                 )
-                data = load_data(config)
-        return data
+                return load_data(config)
 
 
 def _digits() -> dict[str, SharedFile]:

@@ -14,7 +14,7 @@ from distlenet.checkpoint.manager import CheckpointManager
 from distlenet.config.loading import identity
 from distlenet.config.schema import Config
 from distlenet.data.loader import EvaluationLoader, make_loaders
-from distlenet.data.sample_log import NoSampleLog, open_sample_log
+from distlenet.data.sample_log import SampleLog, open_sample_log
 from distlenet.distributed.collectives import any_rank, hosts_of_ranks, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import Preemption
@@ -64,7 +64,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             config, context, run_dir, self.model, blocker=self._unwritten_sample_log, before_write=tracker.sync
         )
-        self.sample_log = NoSampleLog()
+        self.sample_log = SampleLog()
         self.resumed_from: Path | None = None
         resume = config.checkpoint.resume
         self.state = TrainState(
@@ -251,4 +251,5 @@ class Trainer:
     def close(self) -> None:
         """Release what the process group must not outlive, and let a write in progress end. Not a collective."""
         self.checkpoints.close()
+        self.sample_log.close()
         self.train_step.close()

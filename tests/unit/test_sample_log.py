@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distlenet import ledger
-from distlenet.data.sample_log import NoSampleLog, SampleLog, create_start, read_starts
+from distlenet.data.sample_log import SampleLog, create_start, read_starts
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -111,9 +111,9 @@ def test_a_full_disk_is_reported_until_the_lines_are_written(tmp_path, monkeypat
     assert len(list(read_starts(tmp_path)[0].read_lines())) == 1
 
 
-def test_no_sample_log_writes_nothing(tmp_path, monkeypatch):
+def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    log = NoSampleLog()
+    log = SampleLog()
     log.record(0, 0, torch.tensor([1]))
     assert not log.has_unwritten_lines
     log.close()

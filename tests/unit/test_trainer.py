@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -8,9 +10,9 @@ from distlenet.config.loading import load_config
 pytestmark = pytest.mark.unit
 
 
-def train_digits(tmp_path):
+def train_digits(tmp_path, *more):
     """Train two steps on the bundled digits, in ``tmp_path/run``."""
-    settings = ("data.name=digits", "device=cpu", "train.max_steps=2", "run.name=run", f"run.dir={tmp_path}")
+    settings = ("data.name=digits", "device=cpu", "train.max_steps=2", "run.name=run", f"run.dir={tmp_path}", *more)
     return train.train(load_config([], settings))
 
 
@@ -29,3 +31,9 @@ def test_error_analysis_that_cannot_be_written_does_not_fail_the_run(tmp_path, c
     (tmp_path / "run/test.json").mkdir(parents=True)  # no file can replace it
     assert train_digits(tmp_path)["steps"] == 2
     assert "test.json: cannot be written: Is a directory; the report has no confusion matrix" in capsys.readouterr().err
+
+
+def test_a_run_leaves_no_file_of_its_directory_open(tmp_path):
+    train_digits(tmp_path, "data.ledger=true")
+    links = [path for path in Path("/proc/self/fd").iterdir() if os.path.lexists(path)]
+    assert not [link for link in links if os.readlink(link).startswith(str(tmp_path))]
