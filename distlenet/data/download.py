@@ -2,10 +2,10 @@
 
 import http.client
 import os
-import shutil
 import socket
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -35,30 +35,30 @@ def torchvision_directory(name: str, root: Path) -> Path:
 
 
 def locate_or_download(name: str, root: Path, debian: bool = False) -> dict[str, Path]:
-    """Locate the four files, or download them into ``root`` with torchvision.
+    """Locate the four files, or download them into ``root`` while other processes that share it wait.
 
-    Processes that share ``root`` wait while one of them downloads. With ``debian``, Debian's package is the second
-    source. Raise UserError that lists the ways to get the data.
+    The source is torchvision and, with ``debian``, also Debian's package. Raise UserError if both fail.
     """
     if files := locate(name, root):
         return files
-    created = not root.exists()
+    created, lock = not root.exists(), root / f".{name}.lock"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{name}.lock", timeout=LOCK_TIMEOUT_S):
+        with FileLock(lock, timeout=LOCK_TIMEOUT_S):
             return locate(name, root) or _download(name, root, debian)
     except UserError:
         if created:  # data.root may be mistyped
-            shutil.rmtree(root, ignore_errors=True)
+            with suppress(OSError):  # not empty: another process has put its data there
+                lock.unlink(missing_ok=True)
+                root.rmdir()
         raise
     except OSError as error:  # also a timeout of the lock
         raise UserError(f"data.root={root}: cannot be written: {error.strerror or error}; give another") from error
 
 
 def _download(name: str, root: Path, debian: bool) -> dict[str, Path]:
-    sources = [_torchvision] + ([_debian] if debian and name in DEBIAN_PACKAGE else [])
     failures = []
-    for source in sources:
+    for source in [_torchvision, _debian] if debian and name in DEBIAN_PACKAGE else [_torchvision]:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as scratch:
             try:
                 downloaded = source(name, Path(scratch))
@@ -74,9 +74,9 @@ def _download(name: str, root: Path, debian: bool) -> dict[str, Path]:
         return files
     package = f"apt install {DEBIAN_PACKAGE[name]}, or " if name in DEBIAN_PACKAGE else ""
     raise UserError(
-        f"data.name={name}: is not in data.root={root} and cannot be downloaded ({', '.join(failures)}); put its four "
-        f"IDX files (plain or .gz) into {root}, or {package}python -m distlenet.data data.name={name} on a machine with "
-        "a network, or train on the bundled set with data.name=digits and --config configs/ci.yaml"
+        f"data.name={name}: is not in data.root={root} and cannot be downloaded ({', '.join(failures)}); "
+        f"put its four IDX files (plain or .gz) into {root}, or {package}python -m distlenet.data data.name={name} on "
+        "a machine with a network, or train on the bundled set with data.name=digits and --config configs/ci.yaml"
     )
 
 
@@ -87,13 +87,12 @@ def _torchvision(name: str, scratch: Path) -> Path:
     default_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SOCKET_TIMEOUT_S)  # torchvision sets none
     try:
-        dataset = getattr(torchvision.datasets, TORCHVISION_CLASS[name])(scratch, download=True)
+        getattr(torchvision.datasets, TORCHVISION_CLASS[name])(scratch, download=True)
     finally:
         socket.setdefaulttimeout(default_timeout)
-    directory = Path(dataset.raw_folder)
     for file in FILES:
-        (directory / file).unlink()
-    return directory
+        (torchvision_directory(name, scratch) / file).unlink()
+    return torchvision_directory(name, scratch)
 
 
 def _debian(name: str, scratch: Path) -> Path:

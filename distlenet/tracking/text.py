@@ -80,7 +80,7 @@ class TextLogger(Tracker):
         trained = f"trained at {speed:,.0f} images/s, " if speed else ""
         self.print(accuracy_line(summary["test_accuracy"], summary["test_count"]))
         self.print(f"{summary['start_s']:.1f} s to start, {trained}{summary['wall_s']:.1f} s in all")
-        self.print(f"Files of this run: {summary['folder']}")
+        self.print(f"Files of this run: {summary['run_dir']}")
 
     def print(self, text: str) -> None:
         """Print text immediately. If nothing can be written (``| head``, a full disk), training continues."""

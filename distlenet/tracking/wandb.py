@@ -10,10 +10,9 @@ import io
 import netrc
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -94,13 +93,14 @@ class Wandb:
         self.last: Record | None = None
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
+        replayed = "hosts" not in self.run_info  # on another machine, perhaps: its environment is not the run's
         return self.wandb.init(
             mode=mode,
             id=self.run_info["run_id"],
             resume="allow",
             name=self.run_dir.name,
             dir=str(self.run_dir),
-            config={**self.config, "environment": environment(self.run_info)},
+            config=self.config if replayed else {**self.config, "environment": environment(self.run_info)},
             settings=self.wandb.Settings(
                 silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_TIMEOUT_S
             ),
@@ -174,15 +174,8 @@ def row(record: Record) -> Record:
 
 
 def environment(run_info: Record) -> Record:
-    """Return the hosts, device, versions, git commit and SLURM job id of a run. No secrets."""
-    info: Record = {key: run_info[key] for key in ("world_size", "backend", "device", "precision") if key in run_info}
-    info["hosts"] = sorted(set(run_info.get("hosts", [])))
-    for package in ("distlenet", "torch", "torchvision", "wandb"):
-        with suppress(PackageNotFoundError):
-            info[f"{package}_version"] = version(package)
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        info["git_commit"] = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=5).strip()
-    if job := os.environ.get("SLURM_JOB_ID"):
-        info["slurm_job_id"] = job
-    return info
+    """Return the hosts, device, versions and SLURM job id of a run. No secrets."""
+    info = {key: run_info[key] for key in ("world_size", "backend", "device", "precision")}
+    info |= {"hosts": sorted(set(run_info["hosts"])), "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
+    packages = {f"{package}_version": version(package) for package in ("torch", "torchvision", "wandb")}
+    return info | packages | {"distlenet_version": run_info["version"]}

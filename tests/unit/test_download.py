@@ -188,3 +188,14 @@ def test_a_failed_download_removes_the_directory_that_it_created(monkeypatch, tm
     with pytest.raises(UserError, match="cannot be downloaded"):
         download.locate_or_download("fashion_mnist", tmp_path / "mistyped")
     assert not (tmp_path / "mistyped").exists()
+
+
+def test_a_failed_download_keeps_what_another_process_has_put_there(monkeypatch, tmp_path, no_debian):
+    def fail(name, root, debian):
+        write_set(root, small_set(), packed=False)
+        raise UserError("no network")
+
+    monkeypatch.setattr(download, "_download", fail)
+    with pytest.raises(UserError, match="no network"):
+        download.locate_or_download("fashion_mnist", tmp_path / "shared")
+    assert download.locate("fashion_mnist", tmp_path / "shared")

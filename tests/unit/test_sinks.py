@@ -1,11 +1,13 @@
 """W&B's settings and rows, and TensorBoard's files."""
 
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
+from distlenet.config.loading import load_config
 from distlenet.tracking.tensorboard import TensorBoard
-from distlenet.tracking.wandb import base_url, has_key, row, row_number, wandb_mode
+from distlenet.tracking.wandb import Wandb, base_url, has_key, row, row_number, wandb_mode
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -62,6 +64,19 @@ def test_unusual_configurations_of_keys(tmp_path, monkeypatch):
     assert base_url(home) == "https://api.wandb.ai"
     monkeypatch.setattr(Path, "expanduser", lambda _: (_ for _ in ()).throw(RuntimeError("no home")))
     assert not has_key({})
+
+
+def test_a_replay_does_not_replace_the_environment_of_the_run(tmp_path, monkeypatch):
+    config = load_config([], ["wandb.mode=offline"]).to_dict()
+    run_info = {"run_id": "abc", "version": "1", "world_size": 2, "hosts": ["n2", "n1", "n2"]}
+    run_info |= {"backend": "gloo", "device": "cpu", "precision": "fp32"}
+    calls = []
+    monkeypatch.setattr("wandb.init", lambda **arguments: calls.append(arguments) or MagicMock())
+    for info in (run_info, {"run_id": "abc", "complete": True}):  # the second as in a replay
+        Wandb(tmp_path, config, info, "offline")
+    first, replayed = (call["config"] for call in calls)
+    assert (first["environment"]["hosts"], first["environment"]["world_size"]) == (["n1", "n2"], 2)
+    assert replayed == config
 
 
 def test_rows_are_numbered_by_step_and_split():
