@@ -13,13 +13,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distlenet.config.schema import Config
-from distlenet.distributed.device import (
-    DTYPES,
-    resolve_backend,
-    resolve_device,
-    resolve_precision,
-    use_deterministic_kernels,
-)
+from distlenet.distributed.device import DTYPES, resolve_backend, resolve_device, resolve_precision
 from distlenet.distributed.environment import DistributedEnvironment, read_environment, threads_from_environ
 from distlenet.distributed.failures import report_failures
 from distlenet.distributed.rank_log import RankLog
@@ -75,7 +69,9 @@ def init_distributed(
         warn(f"device=auto: training on the CPU, since {shared}; start one rank per GPU to use them")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        use_deterministic_kernels()
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True  # https://docs.pytorch.org/docs/stable/notes/randomness.html
+        torch.backends.cudnn.benchmark = False
         if config.train.cuda_graph == "auto":
             torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream cannot be captured
     backend = resolve_backend(config.distributed.backend, device)

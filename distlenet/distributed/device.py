@@ -51,16 +51,6 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return ("bf16" if bf16 else "fp16") if wanted == "auto" else wanted
 
 
-def use_deterministic_kernels() -> None:
-    """Make cuDNN compute float32 without TF32, by kernels that return the same bits each time.
-
-    Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
-    """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-
-
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     """Return the loss scaler, enabled for fp16 only."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

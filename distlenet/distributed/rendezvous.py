@@ -65,21 +65,20 @@ def wait_for_server(env: DistributedEnvironment, is_server: bool, timeout_s: flo
             if not is_server:
                 socket.create_connection((host, port), timeout=min(5.0, timeout_s)).close()
             return
-        except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            waited_s = time.monotonic() - started
-            unresolved = isinstance(error, (socket.gaierror, UnicodeError))
-            if unresolved and attempt > 1 and waited_s > RESOLVE_TIMEOUT_S:  # a name server may fail once
+        except (socket.gaierror, UnicodeError) as error:
+            if attempt > 1 and time.monotonic() - started > RESOLVE_TIMEOUT_S:  # a name server may fail once
                 raise RankError(
-                    f"the host name {host} of rank 0 cannot be resolved on {socket.gethostname()} ({reason}); set "
+                    f"the host name {host} of rank 0 cannot be resolved on {socket.gethostname()} ({error}); set "
                     "MASTER_ADDR, or on that node torchrun's --local-addr, to an address that all nodes know"
                 ) from error
-            if not unresolved and waited_s > timeout_s:
+            time.sleep(0.5)
+        except OSError as error:
+            if time.monotonic() - started > timeout_s:
                 raise RankError(
-                    f"{env} cannot connect to rank 0 at {host}:{port}: {reason}; check that MASTER_ADDR is rank 0's "
-                    "host, that rank 0 has started, and that the port is open"
+                    f"{env} cannot connect to rank 0 at {host}:{port}: {error.strerror or error}; check that "
+                    "MASTER_ADDR is rank 0's host, that rank 0 has started, and that the port is open"
                 ) from error
-            time.sleep(0.5 if unresolved else 0.1)
+            time.sleep(0.1)
 
 
 def register(store: Store, env: DistributedEnvironment, timeout_s: float, setting: str) -> Store:
@@ -162,10 +161,8 @@ def convert_rendezvous_errors(env: DistributedEnvironment) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise RankError(
-                f"port {env.master_port} on {socket.gethostname()} is in use, by another job or the rest of one; set "
-                "MASTER_PORT to a free port for all ranks, or end that process"
-            ) from error
+            used = f"port {env.master_port} on {socket.gethostname()} is in use"
+            raise RankError(f"{used}; set MASTER_PORT to a free port for all ranks, or end that process") from error
         if "find address for" in str(error):  # Gloo
             known = ", ".join(name for _, name in socket.if_nameindex())
             raise RankError(
