@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from distlenet.distributed import collectives
 from distlenet.distributed.collectives import (
@@ -17,13 +16,6 @@ from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -29,9 +29,9 @@ def test_device_of_a_task_that_sees_only_its_own_gpu():
     assert resolve_device("auto", env, 4) == torch.device("cuda", 3)  # GPUs are not bound to tasks: all are visible
 
 
-@pytest.mark.parametrize("gpus", [0, 3])
-def test_missing_and_shared_gpus_are_refused(gpus):
-    with pytest.raises(UserError, match="device=cpu"):
+@pytest.mark.parametrize(("gpus", "message"), [(0, "sees no GPU; set device=cpu"), (3, "4 ranks .* 3 visible GPUs")])
+def test_missing_and_shared_gpus_are_refused(gpus, message):
+    with pytest.raises(UserError, match=message):
         resolve_device("cuda", ENV, gpus)
 
 

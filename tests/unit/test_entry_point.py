@@ -42,8 +42,6 @@ DIGITS = ("data.name=digits", "device=cpu")
     ("words", "message"),
     [
         (["optim.lrr=1"], "did you mean optim.lr?"),
-        (["train.epochs=many"], "expected an integer"),
-        (["train.epochs=-3"], "at least 1"),
         (["--config", "none.yaml"], "--config none.yaml: cannot be read: No such file or directory"),
         (["--config", "broken.yaml"], "--config broken.yaml: not valid YAML"),
         (["--epochs", "3"], "unrecognized arguments: --epochs"),
@@ -58,11 +56,8 @@ DIGITS = ("data.name=digits", "device=cpu")
         ([*DIGITS, "checkpoint.resume=broken.yaml"], "cannot be read: its bytes do not match"),
         ([*DIGITS, "checkpoint.resume=seed-1.pt"], "seed (was 1, now 0)"),
         ([*DIGITS, "checkpoint.path=seed-1.pt"], "checkpoint.resume"),
-        ([*DIGITS, "run.dir=broken.yaml"], "run folder broken.yaml"),
-        (
-            [*DIGITS, "data.drop_last=true", "train.global_batch_size=4000"],
-            "=true: drops all 1437 images",
-        ),
+        ([*DIGITS, "run.dir=broken.yaml"], "run directory broken.yaml"),
+        ([*DIGITS, "data.drop_last=true", "train.global_batch_size=4000"], "=true: drops all 1437 images"),
     ],
 )
 def test_training(error_of, tmp_path, words, message):
@@ -103,26 +98,19 @@ def test_two_jobs_in_one_run_directory(error_of, tmp_path):
     train_two_steps()
 
 
-@pytest.mark.parametrize("key", ["optimizer", "schedule", "meter", "batch", "best_accuracy"])
+@pytest.mark.parametrize("key", ["optimizer", "schedule", "meter", "batch", "best_accuracy", "an index"])
 def test_a_checkpoint_without_the_state_of_training(error_of, tmp_path, key):
     train_two_steps()
     path = tmp_path / "runs/run/checkpoints/step-00000002.pt"
     state = torch.load(path, weights_only=True)
-    del state[key]
+    if key == "an index":
+        state["optimizer"]["param_groups"][0]["params"][0] = torch.zeros(1)  # compares equal to the index 0
+    else:
+        del state[key]
     write_atomically(state, path)
     message = error_of(*DIGITS, "train.max_steps=2", f"checkpoint.resume={path}", "run.name=other")
-    assert "no state from which training can resume" in message
-
-
-def test_a_checkpoint_whose_optimizer_has_a_tensor_for_a_parameter_index(error_of, tmp_path):
-    """A tensor of 0 compares equal to index 0."""
-    train_two_steps()
-    path = tmp_path / "runs/run/checkpoints/step-00000002.pt"
-    state = torch.load(path, weights_only=True)
-    state["optimizer"]["param_groups"][0]["params"][0] = torch.zeros(1)
-    write_atomically(state, path)
-    message = error_of(*DIGITS, "train.max_steps=2", f"checkpoint.resume={path}", "run.name=other")
-    assert "optimizer.param_groups are of the parameters" in message
+    expected = "optimizer.param_groups are of the parameters" if key == "an index" else "no state from which training"
+    assert expected in message
 
 
 def test_a_warm_up_longer_than_the_run(error_of):
@@ -131,19 +119,12 @@ def test_a_warm_up_longer_than_the_run(error_of):
 
 def test_a_run_stopped_by_max_steps_resumes_within_the_epoch(error_of, tmp_path):
     """An epoch has one record, which counts all its samples."""
-    constant = ("optim.schedule=constant", "optim.lr=0.01")
+    constant = ("optim.schedule=constant", "optim.lr=0.01", "checkpoint.allow_changed=[train.max_steps]")
     train_two_steps(*constant, "train.max_steps=20")
-    train_two_steps(
-        *constant, "train.max_steps=30", "train.epochs=9", "checkpoint.allow_changed=[train.max_steps,train.epochs]"
-    )
+    train_two_steps(*constant, "train.max_steps=30")
     text = (tmp_path / "runs/run/metrics.jsonl").read_text()
     epochs = [record for line in text.splitlines() if (record := json.loads(line))["split"] == "train_epoch"]
     assert [(record["step"], record["count"]) for record in epochs] == [(12, 1437), (24, 1437)]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
-def test_a_missing_gpu(error_of):
-    assert "device=cuda: PyTorch sees no GPU" in error_of(*DIGITS, "device=cuda")
 
 
 @pytest.mark.parametrize(
@@ -165,18 +146,9 @@ def test_evaluation(error_of, tmp_path, words, message):
     assert message in error_of(*words, main=evaluate.main)
 
 
-@pytest.mark.parametrize(
-    ("environ", "message"),
-    [
-        ({"RANK": "0"}, "RANK is set, but not LOCAL_RANK, WORLD_SIZE"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but not RANK"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, "rank 2 of 2 ranks"),
-    ],
-)
-def test_the_environment(error_of, monkeypatch, environ, message):
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", **environ}.items():
-        monkeypatch.setenv(name, value)
-    assert message in error_of(*DIGITS)
+def test_the_environment(error_of, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert "RANK is set, but not LOCAL_RANK, WORLD_SIZE" in error_of(*DIGITS)
 
 
 @pytest.mark.parametrize(
@@ -222,11 +194,6 @@ def test_any_other_failure_is_a_traceback(monkeypatch, capsys):
     assert lines[:2] == ["distlenet: failed:", "  Traceback (most recent call last):"]
     assert lines[-1] == "  ZeroDivisionError: division by zero"
     assert not any("/entry_point.py" in line for line in lines)
-
-
-def test_files_and_overrides_in_any_order():
-    words = ["seed=1", "--config", "a.yaml", "optim.lr=-1", "--config", "b.yaml"]
-    assert parse_arguments("x", "y", words) == (["a.yaml", "b.yaml"], ["seed=1", "optim.lr=-1"])
 
 
 def test_help_lists_every_setting(capsys):

@@ -54,17 +54,11 @@ def test_a_failed_mapping_raises_an_oserror(monkeypatch):
             file.ref.map()
 
 
-def test_a_rank_that_cannot_map_the_images_loads_a_copy_and_warns(monkeypatch, capfd):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    config, missing = load_config([], ["data.name=digits"]).data, FileRef("/proc/1/fd/999999", 0, 0)
-    try:
-        monkeypatch.setattr(
-            sources,
-            "broadcast_from_local_rank_0",
-            lambda value, _: value._replace(refs=dict.fromkeys(value.refs, missing)),
-        )
-        data = sources.load_on_node(config, DistributedEnvironment())
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_rank_that_cannot_map_the_images_loads_a_copy_and_warns(monkeypatch, capfd, group):
+    def broadcast(value, _):
+        return value._replace(refs=dict.fromkeys(value.refs, FileRef("/proc/1/fd/999999", 0, 0)))
+
+    monkeypatch.setattr(sources, "broadcast_from_local_rank_0", broadcast)
+    data = sources.load_on_node(load_config([], ["data.name=digits"]).data, DistributedEnvironment())
     assert len(data.train) == 1437
     assert "rank 0: cannot map the images that local rank 0 has opened" in capfd.readouterr().err
