@@ -65,9 +65,9 @@ def children(pid: int) -> list[int]:
     return []
 
 
-def startup_s(ranks: int, folder: Path, *options: str) -> float:
+def startup_s(ranks: int, directory: Path, *options: str) -> float:
     """Return the median time of 5 trials from starting the ranks' processes until all have joined a group."""
-    script = folder / "join.py"
+    script = directory / "join.py"
     script.write_text(JOIN)
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     seconds = []
@@ -96,18 +96,18 @@ class Ledger:
 
     def __init__(self, run: Path) -> None:
         """Read the ledger of the run directory ``run``."""
-        self.folder = run / "ledger"
+        self.directory = run / "ledger"
 
     def starts(self) -> list[Path]:
         """Return the directories of the starts that reached a step, in order."""
-        folders = sorted(self.folder.glob("*-from-*"))
-        return [folder for folder in folders if any(path.stat().st_size for path in folder.glob("rank-*.jsonl"))]
+        starts = sorted(self.directory.glob("*-from-*"))
+        return [start for start in starts if any(path.stat().st_size for path in start.glob("rank-*.jsonl"))]
 
     def steps_taken(self) -> int:
         """Count the optimizer steps of all starts, including repeated ones."""
         steps = 0
-        for folder in self.starts():
-            steps += max(path.read_text().count("\n") for path in folder.glob("rank-*.jsonl"))
+        for directory in self.starts():
+            steps += max(path.read_text().count("\n") for path in directory.glob("rank-*.jsonl"))
         return steps
 
 
@@ -126,15 +126,15 @@ def wait_for_start(number: int, ledger: Ledger, agent: subprocess.Popen[bytes], 
         time.sleep(0.005)
 
 
-def train_with_kills(arguments: argparse.Namespace, folder: Path, words: list[str]) -> None:
+def train_with_kills(arguments: argparse.Namespace, directory: Path, words: list[str]) -> None:
     """Train while killing; print the cost."""
     random_ = random.Random(arguments.seed)
-    log, ledger = folder / "log.txt", Ledger(folder / "run")
-    command = ("-m", "distlenet.train", *words, f"run.dir={folder}")
+    log, ledger = directory / "log.txt", Ledger(directory / "run")
+    command = ("-m", "distlenet.train", *words, f"run.dir={directory}")
     agent, recoveries, killed = launch(arguments.ranks, *command, log=log), [], {"rank": 0, "agent": 0}
     wait_for_start(0, ledger, agent, log)
     while sum(killed.values()) < arguments.kills and agent.poll() is None:
-        # One kill in three comes while the ranks are starting, up to a second after the previous one.
+        # One kill in three is sent while the ranks are starting, up to a second after the previous one.
         time.sleep(random_.uniform(0.0, 1.0))
         what = "agent" if random_.random() < 0.2 else "rank"
         ranks = children(agent.pid)
@@ -154,9 +154,9 @@ def train_with_kills(arguments: argparse.Namespace, folder: Path, words: list[st
                 recoveries.append(time.monotonic() - killed_at)
     if agent.wait() != 0 or sum(killed.values()) < arguments.kills:
         sys.exit(f"{log.read_text()[-6000:]}\nstatus {agent.returncode} after {killed} kills")
-    bare, with_dynamo = startup_s(arguments.ranks, folder), startup_s(arguments.ranks, folder, "dynamo")
-    starts = [json.loads(line) for line in (folder / "run/starts.jsonl").read_text().splitlines()]
-    steps = json.loads((folder / "run/summary.json").read_text())["steps"]
+    bare, with_dynamo = startup_s(arguments.ranks, directory), startup_s(arguments.ranks, directory, "dynamo")
+    starts = [json.loads(line) for line in (directory / "run/starts.jsonl").read_text().splitlines()]
+    steps = json.loads((directory / "run/summary.json").read_text())["steps"]
     print(f"kills: {killed['rank']} of ranks, {killed['agent']} of agents; starts of the run: {len(starts)}")
     print(f"steps: {steps}, and {ledger.steps_taken() - steps} repeated")
     median, longest = statistics.median(recoveries), max(recoveries)

@@ -211,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--data", choices=("torchvision", "tensors"), default="tensors")
-    parser.add_argument("--folder", type=Path, default=Path("data"), help="torchvision's root of Fashion-MNIST")
+    parser.add_argument("--directory", type=Path, default=Path("data"), help="torchvision's root of Fashion-MNIST")
     parser.add_argument("--batch", type=int, default=256, help="images per step over all ranks (256)")
     parser.add_argument("--steps", type=int, default=200, help="measured steps (200)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes per rank (0)")
@@ -224,7 +224,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
     per_rank = arguments.batch // int(os.environ["WORLD_SIZE"])
-    data = TensorDataset() if arguments.peer == "limit" else make_dataset(arguments.data, arguments.folder)
+    data = TensorDataset() if arguments.peer == "limit" else make_dataset(arguments.data, arguments.directory)
     compute, clock = Compute(device, arguments.precision), Clock(arguments.batch, arguments.steps)
     PEERS[arguments.peer](data, per_rank, arguments.workers, compute, clock)
 

@@ -33,13 +33,13 @@ SETTINGS = (
 LIMIT_S = 300.0  # per run
 
 
-def start(ranks: int, folder: Path, settings: list[str]) -> list[subprocess.Popen[str]]:
+def start(ranks: int, directory: Path, settings: list[str]) -> list[subprocess.Popen[str]]:
     """Start the ranks of a run in one process group, without torchrun, which gives each rank a separate group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    words = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={folder}", "run.name=run", *settings)
+    words = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={directory}", "run.name=run", *settings)
     processes: list[subprocess.Popen[str]] = []
     for rank in range(ranks):
         environ = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
@@ -72,29 +72,29 @@ def kill(processes: list[subprocess.Popen[str]]) -> None:
         os.killpg(processes[0].pid, signal.SIGKILL)
 
 
-def newest_step(folder: Path) -> int:
+def newest_step(directory: Path) -> int:
     """Return the step of the newest checkpoint, or 0."""
-    return max((int(path.stem[5:]) for path in (folder / "run/checkpoints").glob("step-*.pt")), default=0)
+    return max((int(path.stem[5:]) for path in (directory / "run/checkpoints").glob("step-*.pt")), default=0)
 
 
-def kill_after(step: int, processes: list[subprocess.Popen[str]], folder: Path) -> int:
+def kill_after(step: int, processes: list[subprocess.Popen[str]], directory: Path) -> int:
     """Kill a run when it has saved at least ``step`` steps; return the number of saved steps."""
     deadline = time.monotonic() + LIMIT_S
-    while newest_step(folder) < step and processes[0].poll() is None and time.monotonic() < deadline:
+    while newest_step(directory) < step and processes[0].poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     kill(processes)
     outputs = [process.communicate()[0] for process in processes]
-    if newest_step(folder) < step or (folder / "run/summary.json").exists():
+    if newest_step(directory) < step or (directory / "run/summary.json").exists():
         sys.exit("\n".join(outputs) + f"\nthe run could not be killed soon after step {step}")
-    return newest_step(folder)
+    return newest_step(directory)
 
 
-def digest(folder: Path) -> tuple[str, float]:
+def digest(directory: Path) -> tuple[str, float]:
     """Return the SHA-256 of the final weights, and the test loss."""
-    path = folder / f"run/checkpoints/step-{newest_step(folder):08d}.pt"
+    path = directory / f"run/checkpoints/step-{newest_step(directory):08d}.pt"
     weights = torch.load(path, weights_only=True, map_location="cpu")["model"]
     content = b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(weights.items()))
-    summary = json.loads((folder / "run/summary.json").read_text())
+    summary = json.loads((directory / "run/summary.json").read_text())
     return hashlib.sha256(content).hexdigest(), summary["test_loss"]
 
 
@@ -107,18 +107,18 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory(prefix="prove-exact-") as scratch:
         for ranks in arguments.ranks:
-            folder = Path(scratch) / str(ranks)
-            finish(start(ranks, folder, arguments.settings))
-            results.append((f"{ranks} ranks", *digest(folder)))
+            directory = Path(scratch) / str(ranks)
+            finish(start(ranks, directory, arguments.settings))
+            results.append((f"{ranks} ranks", *digest(directory)))
             print("{:44} {:.16}...  test loss {!r}".format(*results[-1]), flush=True)
-        folder, story = Path(scratch) / "killed", []
+        directory, story = Path(scratch) / "killed", []
         for number, ranks in enumerate(arguments.ranks, start=1):
-            step = kill_after(17 * number, start(ranks, folder, arguments.settings), folder)
+            step = kill_after(17 * number, start(ranks, directory, arguments.settings), directory)
             story.append(f"{ranks} until {step}")
-        finish(start(arguments.ranks[0], folder, arguments.settings))
-        results.append((f"killed: {', '.join(story)}, {arguments.ranks[0]}", *digest(folder)))
+        finish(start(arguments.ranks[0], directory, arguments.settings))
+        results.append((f"killed: {', '.join(story)}, {arguments.ranks[0]}", *digest(directory)))
         print("{:44} {:.16}...  test loss {!r}".format(*results[-1]), flush=True)
-        ledger = subprocess.run([sys.executable, "-m", "distlenet.ledger", folder / "run"], check=False)
+        ledger = subprocess.run([sys.executable, "-m", "distlenet.ledger", directory / "run"], check=False)
     if len({result[1:] for result in results}) != 1 or ledger.returncode != 0:
         sys.exit("NOT identical")
     print(f"{len(results)} runs, all bit-identical")

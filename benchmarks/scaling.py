@@ -1,4 +1,4 @@
-"""How training scales: a model of all-reduce and step, fitted to measurements on these ranks, and its predictions.
+"""The scaling of training: a model of all-reduce and step, fitted to measurements on these ranks, and its predictions.
 
 ``torchrun --nproc-per-node=2 benchmarks/scaling.py``, or under srun on a cluster; rank 0 prints Markdown. With
 ``--from FILE``, one process uses the all-reduce times of ``python -m distlenet.preflight --allreduce --json``. Model:

@@ -22,14 +22,14 @@ from browser import Browser
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "distlenet.train"]
 
 
-def terminal(command: list[str], folder: Path, size: tuple[int, int], until: str, limit_s: float = 300) -> str:
+def terminal(command: list[str], directory: Path, size: tuple[int, int], until: str, limit_s: float = 300) -> str:
     """Run a command in tmux until its screen contains a text; return the screen with escape codes."""
     server = ["tmux", "-L", f"screenshots-{os.getpid()}"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"}
     columns, rows = map(str, size)
     shell = f"{shlex.join(command)}; sleep 1000"
     subprocess.run(
-        [*server, "new-session", "-d", "-c", folder, "-x", columns, "-y", rows, shell], check=True, env=environ
+        [*server, "new-session", "-d", "-c", directory, "-x", columns, "-y", rows, shell], check=True, env=environ
     )
     try:
         deadline = time.monotonic() + limit_s

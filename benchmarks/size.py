@@ -1,6 +1,6 @@
 """Memory and the start of an epoch, by size of the dataset and number of ranks.
 
-``python benchmarks/size.py [--no-large]``: each measurement runs in new processes; ``--no-large`` leaves out the
+``python benchmarks/size.py [--no-large]``: each measurement runs in new processes; ``--no-large`` omits the
 dataset of ten million images, which takes 7.9 GB below ``data/``.
 """
 
@@ -54,15 +54,15 @@ def sampler(kind: str, samples: int) -> str:
 
 def training(ranks: int, *settings: str) -> str:
     """Train for some steps; return the memory of a rank, of all ranks, and the speed, as three table cells."""
-    with tempfile.TemporaryDirectory(prefix="size-") as folder:
-        script = Path(folder) / "measure.py"
+    with tempfile.TemporaryDirectory(prefix="size-") as directory:
+        script = Path(directory) / "measure.py"
         script.write_text(TRAINING)
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-        words = ("device=cpu", f"run.dir={folder}", "run.name=run", "train.global_batch_size=256", *settings)
+        words = ("device=cpu", f"run.dir={directory}", "run.name=run", "train.global_batch_size=256", *settings)
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
         subprocess.run([*launcher, script, *words], env=environ, check=True, stdout=subprocess.DEVNULL)
-        memory = [json.loads(path.read_text()) for path in (Path(folder) / "run").glob("memory-*")]
-        speed = json.loads((Path(folder) / "run/summary.json").read_text())["train_images_per_s"]
+        memory = [json.loads(path.read_text()) for path in (Path(directory) / "run").glob("memory-*")]
+        speed = json.loads((Path(directory) / "run/summary.json").read_text())["train_images_per_s"]
     private = max(rank["private"] for rank in memory)
     return f"{private:,} MiB | {sum(rank['pss'] for rank in memory):,} MiB | {speed:,.0f}"
 
@@ -75,7 +75,7 @@ def format_count(number: int) -> str:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-large", action="store_true", help="leave out the dataset of 10 M images")
+    parser.add_argument("--no-large", action="store_true", help="omit the dataset of 10 M images")
     large = not parser.parse_args().no_large
     print("The first batch of an epoch on one of 4,096 ranks, 64 images each:\n")
     print("| samples | sampler | time | memory |\n| ---: | --- | ---: | ---: |")

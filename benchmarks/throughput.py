@@ -90,25 +90,25 @@ def torchrun(ranks: int, *words: object, last: str = "") -> str:
     return ended.stdout
 
 
-def run_peer(peer: str, form: str, setting: Setting, folder: Path) -> Figures:
+def run_peer(peer: str, form: str, setting: Setting, directory: Path) -> Figures:
     """Measure a peer: images/s after its warm-up."""
     steps = max(100, int(SECONDS * ROUGH[form] / setting.batch))
     if setting.device == "cuda" and peer == "limit":
         steps *= FASTER_ON_GPU
     program = Path(__file__).with_name("peers.py")
-    words = (program, peer, "--data", form, "--batch", setting.batch, "--steps", steps, "--folder", folder)
+    words = (program, peer, "--data", form, "--batch", setting.batch, "--steps", steps, "--directory", directory)
     more = ("--device", setting.device, "--precision", setting.precision)
     printed = torchrun(setting.ranks, *words, *more, last='"images_per_s"').splitlines()
     result = json.loads(next(line for line in printed if '"images_per_s"' in line))
     return Figures(result["images_per_s"], result["start_s"])
 
 
-def run_ours(settings: tuple[str, ...], setting: Setting, folder: Path) -> Figures:
+def run_ours(settings: tuple[str, ...], setting: Setting, directory: Path) -> Figures:
     """Measure distlenet, including metering, logging and checks."""
     batch, device = setting.batch, setting.device
     steps = max(300, int(SECONDS * 2 * ROUGH["tensors"] / batch)) * (FASTER_ON_GPU if device == "cuda" else 1)
     with tempfile.TemporaryDirectory() as runs:
-        words = (f"data.root={folder}", f"train.global_batch_size={batch}", f"train.max_steps={steps}", *settings)
+        words = (f"data.root={directory}", f"train.global_batch_size={batch}", f"train.max_steps={steps}", *settings)
         more = ("train.epochs=1000", "optim.lr=0.05", f"device={device}", f"run.dir={runs}", "run.name=run")
         more += (f"precision={setting.precision}", f"train.log_every={LOG_EVERY}")
         torchrun(setting.ranks, "-m", "distlenet.train", *words, *more)
@@ -118,20 +118,20 @@ def run_ours(settings: tuple[str, ...], setting: Setting, folder: Path) -> Figur
         return Figures(statistics.harmonic_mean(windows[1:]), summary["start_s"])
 
 
-def unpack(folder: Path) -> None:
+def unpack(directory: Path) -> None:
     """Write Fashion-MNIST uncompressed, in torchvision's layout."""
-    raw = folder / "FashionMNIST/raw"
+    raw = directory / "FashionMNIST/raw"
     raw.mkdir(parents=True)
     for name, path in locate_or_download("fashion_mnist", Path("data"), debian=True).items():
         (raw / name).write_bytes(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
 
 
-def measure(setting: Setting, rounds: int, peers: tuple[tuple[str, str], ...], folder: Path) -> Rounds:
+def measure(setting: Setting, rounds: int, peers: tuple[tuple[str, str], ...], directory: Path) -> Rounds:
     """Return the figures of each contestant, by name and round."""
     ours = ON_GPU if setting.device == "cuda" else OURS
     contestants = {
-        **{name: (lambda s=settings: run_ours(s, setting, folder)) for name, settings in ours.items()},
-        **{f"{p}, {form}": (lambda p=p, f=form: run_peer(p, f, setting, folder)) for p, form in peers},
+        **{name: (lambda s=settings: run_ours(s, setting, directory)) for name, settings in ours.items()},
+        **{f"{p}, {form}": (lambda p=p, f=form: run_peer(p, f, setting, directory)) for p, form in peers},
     }
     figures: Rounds = {name: [] for name in contestants}
     names = list(contestants)
@@ -169,17 +169,17 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device of all contestants (cpu)")
     parser.add_argument("--precisions", nargs="+", default=["fp32"], help="fp32, bf16, fp16 (fp32)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (5)")
-    parser.add_argument("--no-torchvision", action="store_true", help="leave out the peers with torchvision's dataset")
+    parser.add_argument("--no-torchvision", action="store_true", help="omit the peers with torchvision's dataset")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = parser.parse_args()
     peers = tuple(peer for peer in PEERS if not (arguments.no_torchvision and peer[1] == "torchvision"))
     figures = []
     with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
-        folder = Path(scratch)
-        unpack(folder)
+        directory = Path(scratch)
+        unpack(directory)
         for ranks, batch, precision in product(arguments.ranks, arguments.batches, arguments.precisions):
             setting = Setting(ranks, batch, arguments.device, precision)
-            measured = measure(setting, arguments.rounds, peers, folder)
+            measured = measure(setting, arguments.rounds, peers, directory)
             print("\n".join(["", f"### {setting}", "", *table(measured)]), flush=True)
             speeds = {name: [run.images_per_s for run in runs] for name, runs in measured.items()}
             figures.append({**asdict(setting), "title": str(setting), "images_per_s": speeds})

@@ -1,4 +1,4 @@
-"""What W&B costs the training, with a working server and with broken ones: ``python benchmarks/wandb_cost.py``.
+"""The cost of W&B for the training, with a working server and with broken ones: ``python benchmarks/wandb_cost.py``.
 
 In each round the same training runs once without W&B and once in each other mode. The time is that of the training
 loop, which shares the CPUs with the sidecar. Ratios are taken within a round.

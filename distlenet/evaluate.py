@@ -27,7 +27,7 @@ from distlenet.utils.errors import UserError, warn
 
 
 def main() -> None:
-    """Evaluate as the arguments say; settings that are not given are the checkpoint's."""
+    """Evaluate a checkpoint; settings that are not given are taken from it."""
     files, overrides = parse_arguments("distlenet.evaluate", "Evaluate a checkpoint on the test set.")
     # checkpoint=PATH is the short form of checkpoint.path=PATH
     overrides = [f"checkpoint.path={o.partition('=')[2]}" if o.startswith("checkpoint=") else o for o in overrides]

@@ -1,4 +1,4 @@
-"""What a user supplies: a ``Task``. The engine supplies order, distribution, exactness and survival."""
+"""The interface between a user's task and the engine, which supplies order, distribution and exactness."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,11 +63,11 @@ class Datasets:
 
     train: MapDataset
     test: MapDataset
-    source: str  # where the samples come from, for people
+    source: str  # the origin of the samples, for messages
 
 
 class ErrorAnalysis(Protocol):
-    """What a task reports about its test samples besides metrics."""
+    """A report on the test samples, in addition to the metrics."""
 
     def update(self, outputs: Any, data: Data, indices: Tensor) -> None:
         """Add the outputs for one batch. No host sync."""

@@ -46,7 +46,7 @@ MakeTask = Callable[[Config, ImageData], Task]
 
 
 def main(make_task: MakeTask = ImageClassification, trainer_class: type[Trainer] = Trainer) -> None:
-    """Train as the arguments say, or print the plan of a dry run."""
+    """Train, or print the plan of a dry run."""
     parser = settings_parser("distlenet.train", "Train the network, on this process's share of the data.")
     parser.add_argument("--dry-run", action="store_true", help="compose and check everything, print the plan, and exit")
     parser.add_argument(
@@ -61,7 +61,7 @@ def main(make_task: MakeTask = ImageClassification, trainer_class: type[Trainer]
         raise UserError("--world-size: is for --dry-run; torchrun or srun sets how many ranks train")
     summary = train(config, make_task, trainer_class)
     if summary["rank"] == 0 and wants_report(config.run.report, summary):
-        write_report(summary["folder"])
+        write_report(summary["run_dir"])
 
 
 def dry_run(config: Config, world_size: int) -> None:
@@ -109,15 +109,15 @@ def train(config: Config, make_task: MakeTask = ImageClassification, trainer_cla
                 return trainer.fit()
 
         summary = fit()
-        summary |= {"wall_s": process_age_s(), "folder": str(run_dir)}
+        summary |= {"wall_s": process_age_s(), "run_dir": str(run_dir)}
         tracker.finish(summary)
     return {**summary, "rank": context.env.rank}
 
 
 def make_sidecar(config: Config, run_dir: Path, preemption: Preemption) -> Sidecar:
-    """Make the tracker that sends records to W&B; on rank 0 its process starts to import what it needs.
+    """Create the tracker that sends records to W&B; on rank 0, start its process, which imports for seconds.
 
-    Raise UserError, on every rank, if a package is missing that the settings ask for.
+    Raise UserError, on every rank, if a package that the settings require is missing.
     """
 
     def seconds_left() -> float:
@@ -140,11 +140,11 @@ def lock_run_dir(run_dir: Path, init_timeout_s: float) -> FileLock:
         lock.acquire()
     except Timeout as error:
         raise UserError(
-            f"run folder {run_dir}: another job is writing there; give another run.name, or wait"
+            f"run directory {run_dir}: another job is writing there; give another run.name, or wait"
         ) from error
     except OSError as error:
         raise UserError(
-            f"run folder {run_dir}: cannot be written: {error.strerror or error}; give another run.dir or run.name"
+            f"run directory {run_dir}: cannot be written: {error.strerror or error}; give another run.dir or run.name"
         ) from error
     return lock
 

@@ -1,4 +1,4 @@
-"""How a global batch divides into ranks and micro-batches."""
+"""The division of a global batch into ranks and micro-batches."""
 
 from distlenet.config.schema import Config
 from distlenet.utils.errors import UserError

@@ -36,7 +36,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class ReductionResult:
-    """What all ranks know after a step."""
+    """The result of a step, identical on all ranks."""
 
     stop: Tensor  # scalar, positive if any rank was asked to stop
     nonfinite: Tensor  # bool scalar: a loss, or with ``exact`` a gradient, is not finite or too large to sum exactly

@@ -1,4 +1,4 @@
-"""What the final evaluation reports besides metrics: the confusion matrix and the most confident mistakes."""
+"""The confusion matrix and the most confident mistakes of the final evaluation."""
 
 import base64
 import io
@@ -16,8 +16,8 @@ MAX_MISTAKES = 24
 class ClassificationErrors:
     """Count predictions by label, and keep the mistakes of the highest confidence.
 
-    Memory does not grow with the test set. Of equally confident mistakes, the smaller index comes first; so the result
-    does not depend on the number of ranks.
+    Memory does not grow with the test set. Equally confident mistakes are ordered by index, so the result does not
+    depend on the number of ranks.
     """
 
     def __init__(self, images: Tensor, classes: Sequence[str], device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What was wrong with a step whose loss or gradient is not finite: each rank computes its share again.
+"""The report on a step whose loss or gradient is not finite: each rank computes its share again.
 
 The weights are still those from before the step (see ``distlenet.training.nonfinite_guard``), so the result is what
 happened.
@@ -23,7 +23,7 @@ from distlenet.utils.errors import UserError, warn
 from distlenet.utils.files import replace_text
 
 MAX_SAMPLES = 10
-"""How many samples of a rank are listed with their losses, the worst first."""
+"""Samples of a rank that are listed with their losses, the worst first."""
 
 
 def handle_nonfinite(train_step: TrainStep, batch: Batch, step: int, skipped: int, run_dir: Path) -> None:

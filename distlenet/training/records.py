@@ -1,4 +1,4 @@
-"""What a trainer reports besides loss and metrics: the run before its first step, measurements, and a summary."""
+"""The records of a trainer: the run before its first step, measurements, and a summary."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""How far a run has come: the plain values of every checkpoint."""
+"""The progress of a run: the plain values of every checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace

@@ -10,7 +10,7 @@ from distlenet.utils.clock import Mark
 
 @dataclass(frozen=True)
 class DeviceResult:
-    """What the device computes in a step; in a CUDA graph, the same tensors in every replay."""
+    """The result of a step on the device; in a CUDA graph, the same tensors in every replay."""
 
     reduction: ReductionResult
     grad_norm: Tensor | None  # scalar; None if not computed
@@ -19,7 +19,7 @@ class DeviceResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the training loop receives: the same on all ranks, except for the marks."""
+    """The result of a step for the training loop, identical on all ranks except for the marks."""
 
     lr: float
     stop: bool  # a rank was asked to stop

@@ -1,4 +1,4 @@
-"""How fast training is, and what each rank spends its time on."""
+"""The speed of training, and how each rank spends its time."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""Stop a run after each of its steps, and resume it in a fresh process: ``every_stop.py FOLDER [key=value]...``.
+"""Stop a run after each of its steps, and resume it in a fresh process: ``every_stop.py DIRECTORY [key=value]...``.
 
 Each process is forked from this one, which has imported everything and computed nothing: as fresh as a new interpreter,
 in a tenth of the time. A stop is a SIGKILL after the step's checkpoint. The final checkpoint and the history of every
@@ -60,14 +60,14 @@ def result(folder: Path) -> tuple[dict, list[dict]]:
     records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     records = [{k: v for k, v in record.items() if k not in NONDETERMINISTIC_KEYS} for record in records]
     state = torch.load(newest, weights_only=True)
-    state.pop("config")  # names this folder
+    state.pop("config")  # contains this directory
     state.pop("restarts")
     state.pop("run_id")
     return state, records
 
 
 def differences(a: object, b: object, place: str = "") -> list[str]:
-    """Name the places where two nested states differ, comparing tensors bit by bit."""
+    """Name the entries in which two nested states differ, comparing tensors bit by bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
     if isinstance(a, dict) and isinstance(b, dict):

@@ -41,7 +41,7 @@ RUN_INFO = {
     "evaluated": 0,
     "resumed_from": None,
 }
-SUMMARY = {"test_accuracy": 0.98765, "test_count": 360, "steps": 40, "folder": "runs/x"}
+SUMMARY = {"test_accuracy": 0.98765, "test_count": 360, "steps": 40, "run_dir": "runs/x"}
 SUMMARY |= {"start_s": 2.31, "wall_s": 20.0, "train_images_per_s": 12345.6}
 TIMES = "2.3 s to start, trained at 12,346 images/s, 20.0 s in all"
 

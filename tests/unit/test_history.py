@@ -10,7 +10,7 @@ from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
-SUMMARY = {"test_accuracy": 0.98765, "test_count": 360, "steps": 40, "folder": "runs/x"}
+SUMMARY = {"test_accuracy": 0.98765, "test_count": 360, "steps": 40, "run_dir": "runs/x"}
 SUMMARY |= {"start_s": 2.31, "wall_s": 20.0, "train_images_per_s": 12345.6}
 
 

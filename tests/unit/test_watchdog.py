@@ -1,4 +1,4 @@
-"""The watchdog: what it reports, and that it ends the process."""
+"""The watchdog reports a hang, and ends the process."""
 
 import sys
 import threading
