@@ -43,16 +43,15 @@ class CheckpointManager:
         ``blocker``, a collective, returns the reason not to write a checkpoint now, or None. ``before_write`` is called
         before each write, in the background.
         """
-        self.config, self.context, self.model = config, context, model
+        self.config, self.context, self.model, self.rank = config, context, model, context.env.rank
         self.blocker, self.before_write = blocker, before_write
-        self.rank = context.env.rank
         self.store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)
         self.not_saved: str | None = None  # why the last checkpoint was not written
 
     def restore(self, target: Stateful) -> Path | None:
-        """Load the checkpoint that ``checkpoint.resume`` selects: rank 0 reads it. Return None without one.
+        """Load the checkpoint that ``checkpoint.resume`` selects, and return its path; None without one.
 
-        Raise UserError, on every rank, if training cannot resume from it.
+        Rank 0 reads it. Raise UserError, on every rank, if training cannot resume from it.
         """
         selected: tuple[Path, State] | None = None
         with raise_on_all_ranks():
@@ -74,10 +73,7 @@ class CheckpointManager:
         return path
 
     def save(self, source: Stateful, best: bool = False, optional: bool = False) -> None:
-        """Have rank 0 write a checkpoint in the background.
-
-        An ``optional`` one is left out while the previous one is being written.
-        """
+        """Have rank 0 write a checkpoint in the background; skip an ``optional`` one if it is still writing another."""
         state = source.state_dict()  # collective
         self.not_saved = self.blocker()  # collective
         if self.not_saved is None and self.rank == 0 and not (optional and self.store.busy):

@@ -16,25 +16,33 @@ FILE_NAME = re.compile(r"step-\d+\.pt")
 
 
 class CheckpointStore:
-    """The files ``step-00001234.pt`` and ``best.pt``. Only rank 0 writes, one checkpoint at a time."""
+    """The files ``step-00001234.pt``, the ``keep_last`` newest, and ``best.pt``. Only rank 0 writes, one at a time."""
 
     def __init__(self, directory: Path, keep_last: int) -> None:
-        """Keep the ``keep_last`` newest files in ``directory``, which is created when needed."""
         self.directory, self.keep_last = directory, keep_last
         self.failure: str | None = None  # the error of the last write
         self._thread: threading.Thread | None = None
         self._unwritten_best: State | None = None  # a best checkpoint that the next write must include
 
-    def save(self, state: State, best: bool = False, before: Callable[[], None] | None = None) -> None:
-        """Copy ``state`` to host memory and write it in the background; wait for the previous write first.
+    def save(self, state: State, best: bool = False, before: Callable[[], None] = lambda: None) -> None:
+        """Copy ``state`` to host memory, call ``before`` and write it in the background, after the previous write.
 
-        ``before`` is called first, in the background. If it or the write fails, all older files stay as they are, and a
-        warning is logged once until a write succeeds.
+        If that fails, all older files stay as they are, and a warning is logged once until a write succeeds.
         """
+
+        def write_or_warn() -> None:
+            try:
+                before()
+                self.write(copy, best)
+                self.failure = None
+            except Exception as error:  # an exception of a thread would be lost
+                if self.failure is None:
+                    warn(f"{error}; training continues, and saves again when the next checkpoint is due")
+                self.failure = str(error)
+
         self.wait()
         copy = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), state)
-        arguments = (copy, best, before)
-        self._thread = threading.Thread(target=self._write_or_warn, args=arguments, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=write_or_warn, name="checkpoint", daemon=True)
         self._thread.start()
 
     @property
@@ -49,17 +57,6 @@ class CheckpointStore:
             if self._thread.is_alive():
                 return f"not done within {timeout:.3g} s, see checkpoint.preemption_grace_s"
         return self.failure
-
-    def _write_or_warn(self, state: State, best: bool, before: Callable[[], None] | None) -> None:
-        try:
-            if before is not None:
-                before()
-            self.write(state, best)
-            self.failure = None
-        except Exception as error:  # an exception of a thread would be lost
-            if self.failure is None:
-                warn(f"{error}; training continues, and saves again when the next checkpoint is due")
-            self.failure = str(error)
 
     def write(self, state: State, best: bool) -> Path:
         """Write a checkpoint, also as ``best.pt`` if it is the best, and remove old ones. Raise UserError."""
@@ -113,8 +110,8 @@ class CheckpointStore:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"checkpoint {self.directory}: cannot be read: {reason}; fix its permissions") from error
+            failure = f"cannot be read: {error.strerror or error}"
+            raise UserError(f"checkpoint {self.directory}: {failure}; fix its permissions") from error
         return sorted(paths, key=lambda path: int(path.stem.removeprefix("step-")))
 
 

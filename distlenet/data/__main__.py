@@ -7,7 +7,7 @@ from distlenet.distributed.entry_point import run_entry
 
 
 def main() -> None:
-    """Locate or download the configured data set, also from Debian's package, and verify it."""
+    """Print the source of the configured data set, after its download if needed, also from Debian's package."""
     files, overrides = parse_arguments("distlenet.data", "Locate or download the configured data set, and verify it.")
     config = load_config(files, overrides).data
     data = load_data(config, debian=True)

@@ -1,5 +1,6 @@
 """Random images and labels in any number, for measurements of speed."""
 
+import math
 import os
 import shutil
 import tempfile
@@ -14,7 +15,6 @@ from distlenet.data import idx
 from distlenet.utils.errors import UserError
 from distlenet.utils.mapped_file import SharedFile, create_shared, open_shared
 
-IMAGE_SIZE = 28  # height and width in pixels
 CHUNK_IMAGES = 2**16  # images generated at a time
 MAX_IMAGES_IN_MEMORY = 2**20  # larger sets are written to a disk and mapped
 
@@ -24,8 +24,7 @@ def open_synthetic(root: Path, train: int, test: int) -> dict[str, SharedFile]:
 
     Raise UserError if the disk has too little space or cannot be written.
     """
-    images = (IMAGE_SIZE, IMAGE_SIZE)
-    shapes = dict(zip(idx.FILES, ((train, *images), (train,), (test, *images), (test,)), strict=True))
+    shapes = dict(zip(idx.FILES, ((train, 28, 28), (train,), (test, 28, 28), (test,)), strict=True))
     if train + test <= MAX_IMAGES_IN_MEMORY:
         return {name: create_shared(_random_file(shape)) for name, shape in shapes.items()}
     directory = root / f"synthetic-{train}-{test}"
@@ -33,8 +32,7 @@ def open_synthetic(root: Path, train: int, test: int) -> dict[str, SharedFile]:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".synthetic.lock"):
             if not directory.exists():
-                needed = sum(torch.Size(shape).numel() for shape in shapes.values())
-                if needed > (free := shutil.disk_usage(root).free):
+                if (needed := sum(map(math.prod, shapes.values()))) > (free := shutil.disk_usage(root).free):
                     raise UserError(
                         f"data.synthetic_train={train}: {train + test} images take {needed:,} bytes, but data.root="
                         f"{root} has {free:,} left; give a smaller number, or another data.root"
@@ -50,8 +48,8 @@ def open_synthetic(root: Path, train: int, test: int) -> dict[str, SharedFile]:
                     complete.rename(directory)
         return {name: open_shared(directory / name) for name in shapes}
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"data {directory}: cannot be written: {reason}; give another data.root") from error
+        failure = f"cannot be written: {error.strerror or error}"
+        raise UserError(f"data {directory}: {failure}; give another data.root") from error
 
 
 def _random_file(shape: tuple[int, ...]) -> Iterator[Buffer]:
