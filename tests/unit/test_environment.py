@@ -16,26 +16,19 @@ from distlenet.utils.errors import RankError, UserError
 
 pytestmark = pytest.mark.unit
 
-TORCHRUN = {
-    "RANK": "5",
-    "LOCAL_RANK": "1",
-    "WORLD_SIZE": "8",
-    "LOCAL_WORLD_SIZE": "4",
-    "GROUP_RANK": "1",
-    "MASTER_ADDR": "n1",
-    "MASTER_PORT": "29500",
-    "TORCHELASTIC_USE_AGENT_STORE": "True",
-}
-SRUN = {
-    "SLURM_JOB_ID": "17",
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NUM_TASKS": "3",
-    "SLURM_STEP_TASKS_PER_NODE": "2,1",
-    "SLURM_STEP_NODELIST": "n[1-2]",
-    "SLURM_PROCID": "2",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "1",
-}
+
+def variables(text: str) -> dict[str, str]:
+    return dict(word.split("=") for word in text.split())
+
+
+TORCHRUN = variables(
+    "RANK=5 LOCAL_RANK=1 WORLD_SIZE=8 LOCAL_WORLD_SIZE=4 GROUP_RANK=1 MASTER_ADDR=n1 MASTER_PORT=29500 "
+    "TORCHELASTIC_USE_AGENT_STORE=True"
+)
+SRUN = variables(
+    "SLURM_JOB_ID=17 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=3 SLURM_STEP_TASKS_PER_NODE=2,1 SLURM_STEP_NODELIST=n[1-2] "
+    "SLURM_PROCID=2 SLURM_LOCALID=0 SLURM_NODEID=1"
+)
 
 
 def test_torchrun():
@@ -73,8 +66,8 @@ def test_srun_uses_the_address_that_the_user_sets():
 
 def test_a_single_task_has_no_address():
     """As in the interactive step of an salloc shell, even if the job is on many nodes."""
-    alone = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
-    interactive = {"SLURM_STEP_ID": "4294967290", "SLURM_DISTRIBUTION": "arbitrary"}
+    alone = variables("SLURM_STEP_NUM_TASKS=1 SLURM_STEP_TASKS_PER_NODE=1 SLURM_PROCID=0 SLURM_NODEID=0")
+    interactive = variables("SLURM_STEP_ID=4294967290 SLURM_DISTRIBUTION=arbitrary")
     assert read_environment({**SRUN, **alone, **interactive}) == DistributedEnvironment()
 
 
@@ -88,8 +81,8 @@ def test_a_single_process_without_a_launcher():
 
 def test_a_batch_script_is_a_single_process():
     """SLURM sets SLURM_PROCID=0 and SLURM_NTASKS there too, but only a job step has started tasks."""
-    batch = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-    assert read_environment(batch) == DistributedEnvironment()
+    batch = "SLURM_JOB_ID=17 SLURM_NTASKS=4 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0"
+    assert read_environment(variables(batch)) == DistributedEnvironment()
 
 
 @pytest.mark.parametrize("name", sorted(TORCHRUN.keys() - {"GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE"}))

@@ -1,8 +1,9 @@
 """The rendezvous of the ranks, and the messages if it fails."""
 
+import re
 import socket
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
@@ -68,41 +69,32 @@ def test_a_port_in_use(listener):
 
 
 def test_errors_of_torch():
-    env = environment(1)
+    env, unreachable = environment(1), r"could not connect to 127\.0\.0\.1:1: refused; check"
     with pytest.raises(RuntimeError, match="out of memory"), convert_rendezvous_errors(env):
         raise RuntimeError("out of memory")
-    with (
-        pytest.raises(RankError, match=r"could not connect to 127\.0\.0\.1:1: refused; check"),
-        convert_rendezvous_errors(env),
-    ):
+    with pytest.raises(RankError, match=unreachable), convert_rendezvous_errors(env):
         raise dist.DistNetworkError("refused\nand more")
 
 
 def test_a_network_interface_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
-    with (
-        pytest.raises(RankError, match=r"GLOO_SOCKET_IFNAME=ib7: .* has no such network interface .* set one of lo"),
-        convert_rendezvous_errors(environment(1)),
-    ):
+    message = r"GLOO_SOCKET_IFNAME=ib7: .* has no such network interface .* set one of lo"
+    with pytest.raises(RankError, match=message), convert_rendezvous_errors(environment(1)):
         raise RuntimeError("[enforce fail] Unable to find address for: ib7")
 
 
 def register_ranks(store, world_size, timeout_s=20.0, ranks=None):
     """Register ranks, each in a thread; return the store, or the error message, of each."""
-    results = {}
 
     def run(rank):
         try:
-            results[rank] = register(store, DistributedEnvironment(rank, 0, world_size), timeout_s, "the.setting")
+            return register(store, DistributedEnvironment(rank, 0, world_size), timeout_s, "the.setting")
         except UserError as error:
-            results[rank] = str(error)
+            return str(error)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks or range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    ranks = ranks or range(world_size)
+    with ThreadPoolExecutor(world_size) as pool:
+        return dict(zip(ranks, pool.map(run, ranks), strict=True))
 
 
 def test_restarts_with_one_store_never_read_entries_of_earlier_starts():
@@ -113,17 +105,15 @@ def test_restarts_with_one_store_never_read_entries_of_earlier_starts():
         stores = register_ranks(store, world_size, ranks=order)
         for rank in range(world_size):
             stores[rank].set(f"address/{rank}", f"{attempt}")
-        for rank in range(world_size):
-            for other in range(world_size):
-                assert stores[rank].get(f"address/{other}") == f"{attempt}".encode()
+        for store_of_rank in stores.values():
+            values = store_of_rank.multi_get([f"address/{rank}" for rank in range(world_size)])
+            assert values == [f"{attempt}".encode()] * world_size
 
 
 def test_missing_ranks_are_named():
-    (message,) = register_ranks(dist.HashStore(), 3, timeout_s=0.2, ranks=[0]).values()
-    assert message.startswith("rank 0 of 3 on ")
-    assert "ranks 1, 2 did not join in time (the.setting)" in message
-    (message,) = register_ranks(dist.HashStore(), 3, timeout_s=0.2, ranks=[2]).values()
-    assert "rank 0 did not join in time (the.setting)" in message
+    for rank, missing in ((0, "ranks 1, 2"), (2, "rank 0")):
+        message = register_ranks(dist.HashStore(), 3, timeout_s=0.2, ranks=[rank])[rank]
+        assert re.match(rf"rank {rank} of 3 on .*: {missing} did not join in time \(the\.setting\)", message)
 
 
 def test_a_start_that_failed_does_not_disturb_the_next():

@@ -1,7 +1,7 @@
 """The watchdog reports a hang, and ends the process."""
 
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
@@ -24,13 +24,8 @@ def watchdogs(ranks: int) -> list[Watchdog]:
 
 def collect(late: list[Watchdog]) -> list[str | None]:
     """Return what ranks report that collect notes at the same time."""
-    reports: dict[int, str | None] = {}
-    threads = [threading.Thread(target=lambda w=w: reports.update({w.env.rank: w.collect_notes(0.5)})) for w in late]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [reports[watchdog.env.rank] for watchdog in late]
+    with ThreadPoolExecutor(len(late)) as pool:
+        return list(pool.map(lambda watchdog: watchdog.collect_notes(0.5), late))
 
 
 def test_ranks_without_a_note_are_reported_once_with_their_hosts():
