@@ -8,7 +8,7 @@ if __name__ == "__main__":
 import os
 import socket
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from distlenet.config.arguments import positive_int, settings_parser
@@ -17,7 +17,7 @@ from distlenet.config.schema import Config
 from distlenet.distributed.entry_point import run_entry, should_report
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
 from distlenet.distributed.rendezvous import rendezvous
-from distlenet.preflight.exchange import broadcast_findings, run_node_checks, wait_for_all
+from distlenet.preflight.exchange import Exchange, run_node_checks
 from distlenet.preflight.finding import Finding, PreflightReport
 from distlenet.preflight.node_checks import remove_if_created
 from distlenet.preflight.trial_step import run_collective_checks
@@ -48,8 +48,7 @@ def main() -> None:
         report = run_checks(config, env, arguments.wait, arguments.allreduce)
     except RankError as error:
         if env.local_rank == 0:
-            host, text = socket.gethostname(), str(error)
-            show(PreflightReport([Finding("ranks", "FAIL", text if host in text else f"on {host}: {text}")]))
+            show(PreflightReport([Finding("ranks", "FAIL", f"on {socket.gethostname()}: {error}")]))
         raise RankError("preflight: the ranks cannot communicate; see the table") from error
     if env.rank == 0:
         show(report)
@@ -59,18 +58,18 @@ def main() -> None:
 
 def run_checks(config: Config, env: DistributedEnvironment, wait_s: float, all_sizes: bool) -> PreflightReport:
     """Return rank 0's findings on every rank. Raise RankError if the ranks cannot communicate."""
-    store = rendezvous(env, wait_s, "--wait")
+    exchange = Exchange(rendezvous(env, wait_s, "--wait"), env, wait_s)
     with remove_if_created(Path(config.run.dir)) if env.rank == 0 else nullcontext():
-        report = PreflightReport(run_node_checks(config, env, store, wait_s))
+        report = PreflightReport(run_node_checks(config, exchange))
         if not report.failures:
             try:
-                run_collective_checks(report, config, store, all_sizes)
+                run_collective_checks(report, config, exchange.store, all_sizes)
             except (UserError, RuntimeError, OSError) as error:
-                text = " ".join(str(error).split())[:300]
-                hint = "fix this: training would fail in the same way"
+                text, hint = " ".join(str(error).split())[:300], "fix this: training would fail in the same way"
                 report.findings.append(Finding("training", "FAIL", text, hint))
-        report.findings = broadcast_findings(store, env, "all findings", report.findings, 10 * wait_s)
-        wait_for_all(store, env, "end", wait_s)
+        report.findings = [Finding(*value) for value in exchange.broadcast("all findings", report.findings, 10)]
+        with suppress(RankError):
+            exchange.gather("end", None)  # rank 0 may hold the store, so it exits last
     return report
 
 

@@ -1,5 +1,6 @@
 """Check the sums of all-reduces, and time all-reduces and pairs of nodes."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distlenet.distributed.collectives import broadcast_object
+from distlenet.distributed.collectives import all_gather_object, broadcast_object
 
 SIZES = [4**k for k in range(1, 14)]
 """Message sizes in bytes, 4 B to 64 MiB."""
@@ -44,34 +45,28 @@ def wrong_sums(rank: int, world_size: int, device: torch.device) -> int:
 
 def time_all_reduces(sizes: Sequence[int], device: torch.device) -> Timing:
     """Time all-reduces of ``sizes`` bytes, and fit a line. A collective."""
-    seconds = {}
-    for size in sizes:
-        values = torch.zeros(max(1, size // 4), device=device)
-        seconds[size] = median_s(partial(dist.all_reduce, values))
-    seconds = broadcast_object(seconds)
-    latency_s, seconds_per_byte = fit_line(list(seconds), list(seconds.values()))
-    return Timing(dist.get_world_size(), seconds, latency_s, seconds_per_byte)
+    own_seconds = {size: median_s(partial(dist.all_reduce, torch.zeros(size // 4, device=device))) for size in sizes}
+    seconds = broadcast_object(own_seconds)
+    return Timing(dist.get_world_size(), seconds, *fit_line(list(seconds), list(seconds.values())))
 
 
 def median_s(action: Callable[[], object], repetitions: int = 15, barrier: bool = True) -> float:
     """Return the median time of ``action`` in seconds; with ``barrier``, all ranks start each repetition together."""
+    synchronize: Callable[[], object] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds = []
     for _ in range(repetitions + 3):
         if barrier:
             dist.barrier()
-        _synchronize()
+        synchronize()
         started = time.perf_counter()
         action()
-        _synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[3:])  # without the warm-up
 
 
 def slow_pairs(leaders: Sequence[int], rank: int, device: torch.device) -> list[tuple[int, int, float]]:
-    """Send 1 MiB back and forth between each pair of ``leaders``, one rank per node. A collective.
-
-    Return the slow pairs as (rank, rank, time relative to the median).
-    """
+    """Exchange 1 MiB in each pair of ``leaders``; return slow pairs as (rank, rank, relative time). A collective."""
     own_seconds: dict[tuple[int, int], float] = {}
     buffer = torch.zeros(PAIR_BYTES // 4, device=device)
     for pairs in tournament_rounds(leaders):
@@ -80,22 +75,16 @@ def slow_pairs(leaders: Sequence[int], rank: int, device: torch.device) -> list[
             if rank in pair:
                 exchange = partial(_ping_pong, buffer, peer=sum(pair) - rank, first=rank == pair[0])
                 own_seconds[pair] = median_s(exchange, repetitions=5, barrier=False)
-    gathered: list[dict[tuple[int, int], float]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, own_seconds)
-    seconds = {pair: value for by_pair in gathered for pair, value in by_pair.items()}
+    seconds = {pair: value for by_pair in all_gather_object(own_seconds) for pair, value in by_pair.items()}
     median = statistics.median(seconds.values())
     return [(*pair, value / median) for pair, value in sorted(seconds.items()) if value > SLOW_FACTOR * median]
 
 
 def tournament_rounds(players: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Return all pairs in rounds in which each player occurs at most once (the circle method)."""
-    circle: list[int | None] = [*players, *([None] * (len(players) % 2))]
-    half = len(circle) // 2
-    rounds = []
-    for _ in range(len(circle) - 1):
-        pairs = zip(circle[:half], reversed(circle[half:]), strict=True)
-        rounds.append([(min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None])
-        circle = [circle[0], circle[-1], *circle[1:-1]]
+    """Return all pairs in rounds in which each player occurs at most once."""
+    rounds: list[list[tuple[int, int]]] = [[] for _ in players]
+    for (i, one), (j, other) in itertools.combinations(enumerate(players), 2):
+        rounds[(i + j) % len(players)].append((one, other))  # i and the round determine j
     return rounds
 
 
@@ -113,8 +102,3 @@ def fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
 def _ping_pong(buffer: Tensor, peer: int, first: bool) -> None:
     for send in (first, not first):
         dist.send(buffer, peer) if send else dist.recv(buffer, peer)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

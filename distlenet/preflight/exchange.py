@@ -2,11 +2,12 @@
 
 import contextlib
 import json
-import secrets
+import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch.distributed as dist
@@ -16,97 +17,62 @@ from distlenet.config.schema import Config
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rendezvous import format_ranks
 from distlenet.preflight.finding import Finding
-from distlenet.preflight.node_checks import NodeReport, apply_node_rules, check_node, token_path
+from distlenet.preflight.node_checks import NodeReport, apply_node_rules, check_node
 from distlenet.preflight.ports import publish_listener
-from distlenet.preflight.rank_info import RankInfo, collect_rank_info, read_clock, source_address
+from distlenet.preflight.rank_info import RankInfo, collect_rank_info
 from distlenet.preflight.rules import apply_rules
-from distlenet.tasks.image_transform import SIZE
 from distlenet.utils.errors import RankError
 
 
-def run_node_checks(config: Config, env: DistributedEnvironment, store: Store, wait_s: float) -> list[Finding]:
-    """Check every rank, and the ports, disks and data of every node.
+class Exchange:
+    """JSON values that the ranks exchange through a store; ``patience`` is a multiple of ``wait_s`` seconds."""
 
-    Each rank publishes its RankInfo, and the first rank of each node a NodeReport; rank 0 applies the rules. Return
-    the findings on every rank. Raise RankError if a rank does not answer.
+    def __init__(self, store: Store, env: DistributedEnvironment, wait_s: float):
+        self.store, self.env, self.wait_s = store, env, wait_s
+
+    def gather(self, name: str, value: object, patience: float = 1) -> list[Any]:
+        """Return every rank's ``value`` on rank 0, and [] on the others. Raise RankError if a rank is late."""
+        self.store.set(f"{name}/{self.env.rank}", json.dumps(value))
+        return self._read(name, range(self.env.world_size), patience) if self.env.rank == 0 else []
+
+    def broadcast(self, name: str, value: object, patience: float = 1) -> Any:
+        """Return rank 0's ``value`` on every rank. Raise RankError if rank 0 is late."""
+        if self.env.rank == 0:
+            self.store.set(f"{name}/0", json.dumps(value))
+        return self._read(name, [0], patience)[0]
+
+    def _read(self, name: str, ranks: Sequence[int], patience: float) -> list[Any]:
+        keys = [f"{name}/{rank}" for rank in ranks]
+        try:
+            self.store.wait(keys, timedelta(seconds=patience * self.wait_s))
+        except dist.DistStoreError as error:
+            missing = format_ranks([rank for rank, key in zip(ranks, keys, strict=True) if not self.store.check([key])])
+            waited = f"{patience * self.wait_s:g} s (--wait)"
+            raise RankError(f"{missing} did not answer within {waited}; check their output") from error
+        return [json.loads(value) for value in self.store.multi_get(keys)]
+
+
+def run_node_checks(config: Config, exchange: Exchange) -> list[Finding]:
+    """Check every rank, and the ports, disks and data of every node, on the first rank of each.
+
+    Return rank 0's findings on every rank. Raise RankError if a rank does not answer.
     """
+    env, store = exchange.env, exchange.store
     info = collect_rank_info(config, env)
-    store.set(f"info/{env.rank}", json.dumps(asdict(info)))
-    listener = None
-    if env.local_rank == 0:
-        reachable = "" if info.is_loopback else info.address
-        address = reachable or source_address(env.master_addr) or "127.0.0.1"
-        listener = publish_listener(store, env.node_rank, address)
-    if env.rank == 0:
-        wait_for_ranks(store, "info", range(env.world_size), wait_s)
-    nonce = broadcast(store, env, "nonce", secrets.token_hex(4), 2 * wait_s)
-    store.set(f"clock/{env.rank}", json.dumps(read_clock()))  # at the same time on all ranks
-    try:
-        if env.local_rank == 0:
-            num_nodes = get_rank_info(store, env.world_size - 1).node_rank + 1
-            report = check_node(config, info, num_nodes, store, nonce, wait_s)
-            store.set(f"node/{env.rank}", json.dumps(asdict(report)))
-        findings = apply_all_rules(config, env, store, wait_s) if env.rank == 0 else []
-        # Every node keeps its listener and token until all nodes have reported.
-        findings = broadcast_findings(store, env, "node findings", findings, 5 * wait_s)
-    finally:
-        if env.local_rank == 0:
-            with contextlib.suppress(OSError):
-                token_path(config, nonce, env.node_rank).unlink()
-        if listener is not None:
-            listener.close()
-    return findings
-
-
-def apply_all_rules(config: Config, env: DistributedEnvironment, store: Store, wait_s: float) -> list[Finding]:
-    """Wait for the results of all ranks and nodes, and turn them into findings."""
-    ranks = range(env.world_size)
-    wait_for_ranks(store, "clock", ranks, wait_s)
-    clocks = [json.loads(store.get(f"clock/{rank}")) for rank in ranks]
-    infos = [get_rank_info(store, rank) for rank in ranks]
-    first_ranks = [info.rank for info in infos if info.local_rank == 0]
-    wait_for_ranks(store, "node", first_ranks, 3 * wait_s)
-    nodes = [NodeReport(**json.loads(store.get(f"node/{rank}"))) for rank in first_ranks]
-    batch_bytes = -(-config.train.global_batch_size // env.world_size) * SIZE * SIZE
-    findings = apply_rules(infos, [clock - clocks[0] for clock in clocks], config, batch_bytes)
-    return findings + apply_node_rules(nodes, config)
-
-
-def get_rank_info(store: Store, rank: int) -> RankInfo:
-    """Return the RankInfo that a rank has published."""
-    return RankInfo(**json.loads(store.get(f"info/{rank}")))
-
-
-def broadcast(store: Store, env: DistributedEnvironment, name: str, value: Any, wait_s: float) -> Any:
-    """Return rank 0's ``value``, which JSON can represent, on every rank."""
-    if env.rank == 0:
-        store.set(f"{name}/0", json.dumps(value))
-    wait_for_ranks(store, name, [0], wait_s)
-    return json.loads(store.get(f"{name}/0"))
-
-
-def broadcast_findings(
-    store: Store, env: DistributedEnvironment, name: str, findings: Sequence[Finding], wait_s: float
-) -> list[Finding]:
-    """Return rank 0's findings on every rank."""
-    values = broadcast(store, env, name, [asdict(finding) for finding in findings], wait_s)
-    return [Finding(**value) for value in values]
-
-
-def wait_for_ranks(store: Store, name: str, ranks: Iterable[int], wait_s: float) -> None:
-    """Wait until ``ranks`` have set their key ``NAME/RANK``. Raise RankError if some do not within ``wait_s``."""
-    try:
-        store.wait([f"{name}/{rank}" for rank in ranks], timedelta(seconds=wait_s))
-    except dist.DistStoreError as error:
-        missing = [rank for rank in ranks if not store.check([f"{name}/{rank}"])]
-        raise RankError(
-            f"{format_ranks(missing)} did not answer within {wait_s:g} s (--wait); check their output"
-        ) from error
-
-
-def wait_for_all(store: Store, env: DistributedEnvironment, name: str, wait_s: float) -> None:
-    """On rank 0, which may hold the store, wait until all ranks have arrived or ``wait_s`` has passed."""
-    store.add(name, 1)
-    deadline = time.monotonic() + wait_s
-    while env.rank == 0 and store.add(name, 0) < env.world_size and time.monotonic() < deadline:
-        time.sleep(0.02)
+    address = ("" if info.is_loopback else info.address) or info.route_address or "127.0.0.1"
+    listener = publish_listener(store, env.node_rank, address) if env.local_rank == 0 else None
+    # Every node keeps its listener, and rank 0 its token, until all nodes have reported.
+    with listener or contextlib.nullcontext(), contextlib.ExitStack() as stack:
+        infos = [RankInfo(**value) for value in exchange.gather("info", asdict(info))]
+        token, num_nodes = "", infos[-1].node_rank + 1 if infos else 0
+        if env.rank == 0:
+            with contextlib.suppress(OSError):  # reported by check_run_dir
+                os.makedirs(config.run.dir, exist_ok=True)
+                file = stack.enter_context(NamedTemporaryFile(prefix=".preflight-", dir=config.run.dir))
+                token = os.path.basename(file.name)
+        token, num_nodes = exchange.broadcast("start", [token, num_nodes], 2)
+        clocks = exchange.gather("clock", time.time())  # at the same time on all ranks
+        report = asdict(check_node(config, info, num_nodes, store, token)) if env.local_rank == 0 else None
+        nodes = [NodeReport(**value) for value in exchange.gather("node", report, 3) if value]
+        findings = apply_rules(infos, clocks, config) + apply_node_rules(nodes, config) if env.rank == 0 else []
+        return [Finding(*value) for value in exchange.broadcast("node findings", findings, 5)]

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
@@ -12,8 +12,7 @@ from distlenet.preflight.allreduce import Timing
 STYLES = {"ok": "green", "note": "yellow", "FAIL": "bold red"}
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of the table: the check, its status, what was found, and how to fix a failure."""
 
     name: str
@@ -39,12 +38,8 @@ class PreflightReport:
         """Print one line per finding, in colour on a terminal, and the outcome; or all of it as JSON."""
         if as_json:
             report = {"good": not self.failures, "world_size": world_size, "seconds": round(seconds, 3)}
-            checks = [asdict(finding) for finding in self.findings]
-            timing = self.timing and asdict(self.timing)
-            print(
-                json.dumps({**report, "checks": checks, "all_reduce": timing, "slow_pairs": self.slow_pairs}),
-                flush=True,
-            )
+            checks, timing = [finding._asdict() for finding in self.findings], self.timing and asdict(self.timing)
+            print(json.dumps({**report, "checks": checks, "all_reduce": timing, "slow_pairs": self.slow_pairs}))
             return
         console = Console(highlight=False, soft_wrap=True)
         for finding in self.findings:

@@ -1,4 +1,4 @@
-"""What the first rank of each node checks: ports, the run directory and the data set."""
+"""Checks on the first rank of each node: ports, the run directory and the data set."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from torch.distributed.distributed_c10d import Store
 
@@ -29,15 +30,12 @@ class NodeReport:
     host: str
     unreachable: list[str]
     run_dir_error: str
-    run_dir_shared: bool
     data_source: str
     data_error: str
 
 
-def check_node(config: Config, info: RankInfo, num_nodes: int, store: Store, nonce: str, wait_s: float) -> NodeReport:
+def check_node(config: Config, info: RankInfo, num_nodes: int, store: Store, token: str) -> NodeReport:
     """Check this node and its connections to the other nodes."""
-    run_dir_error, shared = write_token(token_path(config, nonce, info.node_rank), token_path(config, nonce, 0))
-    unreachable = try_peers(store, peers_of(info.node_rank, num_nodes), wait_s)
     source = error = ""
     try:
         require_local_data(config.data)  # preflight downloads nothing
@@ -45,30 +43,21 @@ def check_node(config: Config, info: RankInfo, num_nodes: int, store: Store, non
             source = data.source
     except UserError as user_error:
         error = str(user_error)
-    return NodeReport(info.host, unreachable, run_dir_error, shared, source, error)
+    unreachable = try_peers(store, peers_of(info.node_rank, num_nodes))
+    return NodeReport(info.host, unreachable, check_run_dir(config.run.dir, token), source, error)
 
 
-def token_path(config: Config, nonce: str, node_rank: int) -> Path:
-    """Return the file by which a node proves that it writes to the same run directory as node 0."""
-    return Path(config.run.dir) / f".preflight-{nonce}-{node_rank}"
-
-
-def write_token(token: Path, token_of_node_0: Path) -> tuple[str, bool]:
-    """Write this node's token; return the error, or "", and whether the token of node 0 is visible.
-
-    Only node 0 creates a missing directory, so the other nodes wait for its token first.
-    """
-    is_node_0 = token == token_of_node_0
+def check_run_dir(run_dir: str, token: str) -> str:
+    """Wait for rank 0's file ``token`` in the run directory, then write there. Return the error, or ""."""
+    path = os.path.join(run_dir, token)
     deadline = time.monotonic() + TOKEN_TIMEOUT_S
-    while not (shared := is_node_0 or os.path.exists(token_of_node_0)) and time.monotonic() < deadline:
+    while not os.path.exists(path) and time.monotonic() < deadline:
         time.sleep(0.1)
     try:
-        if is_node_0:
-            token.parent.mkdir(parents=True, exist_ok=True)
-        token.write_text(token.name)
+        TemporaryFile(dir=run_dir).close()
     except OSError as error:
-        return f"{token.parent} cannot be written: {error.strerror or error}", shared
-    return "", shared
+        return f"{run_dir} cannot be written: {error.strerror or error}"
+    return "" if os.path.exists(path) else f"{run_dir} does not contain the file that rank 0 wrote"
 
 
 @contextmanager
@@ -84,31 +73,27 @@ def remove_if_created(run_dir: Path) -> Iterator[None]:
 
 
 def apply_node_rules(nodes: Sequence[NodeReport], config: Config) -> list[Finding]:
-    """Turn the reports of all nodes into findings."""
-    ports = [check_ports(nodes)] if len(nodes) > 1 else []
-    return [*ports, check_run_dir(nodes, config.run.dir), check_data(nodes, config.data.name)]
+    """Turn the reports of all nodes into findings on ports (of several nodes), run directory and data."""
 
+    def finding(name: str, faults: list[str], hint: str, success: str) -> Finding:
+        return Finding(name, "FAIL", shorten(faults, "; "), hint) if faults else Finding(name, "ok", success)
 
-def check_ports(nodes: Sequence[NodeReport]) -> Finding:
-    """Check that no connection between nodes failed."""
-    if failures := [f"{node.host} cannot reach {peer}" for node in nodes for peer in node.unreachable]:
-        hint = "allow TCP connections between nodes on all ports above 1023; ranks choose their ports freely"
-        return Finding("ports", "FAIL", shorten(failures, "; "), hint)
-    return Finding("ports", "ok", f"open between {len(nodes)} nodes")
-
-
-def check_run_dir(nodes: Sequence[NodeReport], run_dir: str) -> Finding:
-    """Check that all nodes write to one run directory."""
-    if errors := [f"{node.run_dir_error} on {node.host}" for node in nodes if node.run_dir_error]:
-        return Finding("run directory", "FAIL", errors[0], "give another run.dir, or fix its permissions")
-    if separate := [node.host for node in nodes if not node.run_dir_shared]:
-        found = f"{run_dir} on {shorten(separate)} is not the directory of {nodes[0].host}"
-        return Finding("run directory", "FAIL", found, "give a run.dir on a disk that all nodes share")
-    return Finding("run directory", "ok", f"{run_dir} is writable on {pluralize(len(nodes), 'node')}")
-
-
-def check_data(nodes: Sequence[NodeReport], name: str) -> Finding:
-    """Check that every node has the data set, undamaged."""
-    if errors := [f"{node.host}: {node.data_error}" for node in nodes if node.data_error]:
-        return Finding("data", "FAIL", shorten(errors, "; "), "fix this on that node, or give another data.root")
-    return Finding("data", "ok", f"{name}, verified, in {nodes[0].data_source}")
+    ports = finding(
+        "ports",
+        [f"{node.host} cannot reach {peer}" for node in nodes for peer in node.unreachable],
+        "allow TCP connections between nodes on all ports above 1023; ranks choose their ports freely",
+        f"open between {len(nodes)} nodes",
+    )
+    run_dir = finding(
+        "run directory",
+        [f"{node.host}: {node.run_dir_error}" for node in nodes if node.run_dir_error],
+        "give a run.dir on a disk that all nodes share, or fix its permissions",
+        f"{config.run.dir} is writable on {pluralize(len(nodes), 'node')}",
+    )
+    data = finding(
+        "data",
+        [f"{node.host}: {node.data_error}" for node in nodes if node.data_error],
+        "fix this on that node, or give another data.root",
+        f"{config.data.name}, verified, in {nodes[0].data_source}",
+    )
+    return [ports, run_dir, data] if len(nodes) > 1 else [run_dir, data]

@@ -6,7 +6,6 @@ import secrets
 import socket
 import threading
 from collections.abc import Sequence
-from datetime import timedelta
 
 from torch.distributed.distributed_c10d import Store
 
@@ -47,11 +46,10 @@ def peers_of(node_rank: int, num_nodes: int) -> list[int]:
     return [(node_rank + 2**k) % num_nodes for k in range((num_nodes - 1).bit_length())]
 
 
-def try_peers(store: Store, peers: Sequence[int], wait_s: float) -> list[str]:
+def try_peers(store: Store, peers: Sequence[int]) -> list[str]:
     """Connect to the published listener of each node in ``peers``; describe each failure."""
     failures = []
     for peer in peers:
-        store.wait([f"listener/{peer}"], timedelta(seconds=wait_s))
         host, address, port, nonce_or_error = json.loads(store.get(f"listener/{peer}"))
         if port is None:
             failures.append(f"{host} (cannot listen at {address}): {nonce_or_error}")
@@ -63,10 +61,8 @@ def try_peers(store: Store, peers: Sequence[int], wait_s: float) -> list[str]:
 def _connect(address: str, port: int, nonce: str) -> str:
     """Connect and read; return an error, or "" if the nonce was received."""
     try:
-        with socket.create_connection((address, port), timeout=CONNECT_TIMEOUT_S) as connection:
-            received = b""
-            while data := connection.recv(1024):
-                received += data
+        with socket.create_connection((address, port), CONNECT_TIMEOUT_S) as peer, peer.makefile("rb") as file:
+            received = file.read()
     except OSError as error:
         return str(error.strerror or error)
     return "" if received == nonce.encode() else "another program answers on this port"

@@ -1,4 +1,4 @@
-"""What one rank observes without the other ranks: versions, device, addresses, limits."""
+"""Observations of a single rank: versions, device, addresses, limits."""
 
 import hashlib
 import json
@@ -7,10 +7,8 @@ import platform
 import resource
 import shutil
 import socket
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -23,8 +21,6 @@ from distlenet.distributed.device import resolve_backend, resolve_device, resolv
 from distlenet.distributed.environment import DistributedEnvironment, threads_from_environ
 from distlenet.utils.errors import UserError
 
-SHM = Path("/dev/shm")
-
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -34,7 +30,6 @@ class RankInfo:
     node_rank: int
     local_rank: int
     local_world_size: int
-    host: str
     versions: dict[str, str]
     settings: str  # a digest of the settings that change the result
     device: str
@@ -42,18 +37,22 @@ class RankInfo:
     backend: str
     precision: str
     gpu: str  # the UUID of the GPU in use, "" on the CPU
-    visible_gpus: int
-    cores: int  # CPU cores that this process may use
     threads: int
     address: str  # at which Gloo on other nodes connects to this node, "" if the host name does not resolve
-    interface: str  # the network interface on the route to rank 0
+    route_address: str  # the address and interface on the route to rank 0, "" if unknown
+    interface: str
     socket_ifname: str  # GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, depending on the backend
-    shm_bytes: int  # free in /dev/shm
-    open_files: int
+    host: str = field(default_factory=socket.gethostname)
+    visible_gpus: int = field(default_factory=torch.cuda.device_count)
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))  # CPU cores that this process may use
+    open_files: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    shm_bytes: int = field(
+        default_factory=lambda: shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    )
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this node can reach ``address``; Debian's /etc/hosts maps the host name to 127.0.1.1."""
+        """True if only this node can reach ``address``; Debian's /etc/hosts maps the host name to 127.0.1.1."""
         return self.address.startswith("127.") or self.address == "::1"
 
 
@@ -68,13 +67,13 @@ def collect_rank_info(config: Config, env: DistributedEnvironment, environ: Mapp
     except UserError as user_error:
         error = str(user_error)
     socket_ifname = environ.get("NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME", "")
+    route_address, interface = route_to(env.master_addr)
     settings = json.dumps(result_settings(config.to_dict()), sort_keys=True)
     return RankInfo(
         rank=env.rank,
         node_rank=env.node_rank,
         local_rank=env.local_rank,
         local_world_size=env.local_world_size,
-        host=socket.gethostname(),
         versions=versions(),
         settings=hashlib.sha256(settings.encode()).hexdigest()[:12],
         device=str(device),
@@ -82,14 +81,11 @@ def collect_rank_info(config: Config, env: DistributedEnvironment, environ: Mapp
         backend=backend,
         precision=precision,
         gpu=gpu_uuid(device),
-        visible_gpus=torch.cuda.device_count(),
-        cores=len(os.sched_getaffinity(0)),
         threads=threads,
         address=own_address("" if backend == "nccl" else socket_ifname),
-        interface=interface_to(env.master_addr),
+        route_address=route_address,
+        interface=interface,
         socket_ifname=socket_ifname,
-        shm_bytes=shutil.disk_usage(SHM).free if SHM.is_dir() else 0,
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     )
 
 
@@ -106,42 +102,25 @@ def gpu_uuid(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
-def read_clock() -> float:
-    """Return this node's time in seconds since 1970."""
-    return time.time()
-
-
 def own_address(interface: str) -> str:
-    """Return the address that Gloo publishes for this node, or "" if there is none.
-
-    It is the address of ``interface`` (GLOO_SOCKET_IFNAME) if given, otherwise that of the host name.
-    """
+    """Return the address that Gloo publishes: that of ``interface``, if given, or of the host name. "" if none."""
     if interface:
-        addresses = [a.address for a in psutil.net_if_addrs().get(interface, []) if a.family == socket.AF_INET]
-        return addresses[0] if addresses else ""
+        addresses = psutil.net_if_addrs().get(interface, [])
+        return next((a.address for a in addresses if a.family == socket.AF_INET), "")
     try:
         return str(socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
         return ""
 
 
-def source_address(host: str) -> str:
-    """Return the local address on the route to ``host``, or "" if unknown."""
-    if not host:
-        return ""
+def route_to(host: str) -> tuple[str, str]:
+    """Return this node's address and network interface on the route to ``host``, or "" if unknown."""
     try:
         family, _, _, _, destination = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(destination)  # with UDP this chooses a route and sends nothing
-            return str(probe.getsockname()[0])
+            source = str(probe.getsockname()[0])
     except OSError:
-        return ""
-
-
-def interface_to(host: str) -> str:
-    """Return the network interface on the route to ``host``, or "" if unknown."""
-    source = source_address(host)
-    for name, addresses in psutil.net_if_addrs().items():
-        if source and any(address.address == source for address in addresses):
-            return str(name)
-    return ""
+        return "", ""
+    interfaces = psutil.net_if_addrs().items()
+    return source, next((name for name, addresses in interfaces if any(a.address == source for a in addresses)), "")

@@ -6,6 +6,7 @@ from distlenet.config.schema import Config
 from distlenet.distributed.rendezvous import format_ranks
 from distlenet.preflight.finding import Finding, pluralize
 from distlenet.preflight.rank_info import RankInfo
+from distlenet.tasks.image_transform import SIZE
 
 MAX_CLOCK_SKEW_S = 1.0
 """With a larger skew, the logs of a failure cannot be put in order."""
@@ -14,33 +15,16 @@ NCCL_SHM_BYTES = 32 << 20
 """Shared memory that NCCL needs for each rank of a node."""
 
 
-def apply_rules(
-    ranks: Sequence[RankInfo], clock_offsets: Sequence[float], config: Config, batch_bytes: int
-) -> list[Finding]:
-    """Check what the ranks observed.
-
-    ``clock_offsets`` are seconds ahead of rank 0; ``batch_bytes`` is the size of a batch from one loader worker.
-    """
-    return [
-        check_versions(ranks),
-        check_settings(ranks),
-        check_devices(ranks),
-        check_cores(ranks),
-        check_names(ranks),
-        check_clocks(ranks, clock_offsets),
-        check_shared_memory(ranks, config.data.num_workers, batch_bytes),
-        check_open_files(ranks),
-    ]
+def apply_rules(ranks: Sequence[RankInfo], clocks: Sequence[float], config: Config) -> list[Finding]:
+    """Check what the ranks observed; ``clocks`` are their times in seconds, read at the same moment."""
+    findings = [check(ranks) for check in (check_versions, check_settings, check_devices, check_cores, check_names)]
+    return [*findings, check_clocks(ranks, clocks), check_shared_memory(ranks, config), check_open_files(ranks)]
 
 
 def check_versions(ranks: Sequence[RankInfo]) -> Finding:
     """Check that all ranks run the same versions."""
-    mismatches = []
-    for package in ranks[0].versions:
-        groups = _group((r.versions.get(package, "none"), r) for r in ranks)
-        if len(groups) > 1:
-            mismatches.append(f"{package} {_format_groups(groups)}")
-    if mismatches:
+    groups = {package: _group((r.versions.get(package, "none"), r) for r in ranks) for package in ranks[0].versions}
+    if mismatches := [f"{package} {_format_groups(group)}" for package, group in groups.items() if len(group) > 1]:
         return Finding("versions", "FAIL", "; ".join(mismatches), "install the same environment on every node")
     return Finding("versions", "ok", ", ".join(f"{name} {version}" for name, version in ranks[0].versions.items()))
 
@@ -49,16 +33,16 @@ def check_settings(ranks: Sequence[RankInfo]) -> Finding:
     """Check that all ranks have the same settings."""
     groups = _group((r.settings, r) for r in ranks)
     if len(groups) > 1:
-        hint = "start every rank with the same arguments"
-        return Finding("settings", "FAIL", f"differ: {_format_groups(groups)}", hint)
+        return Finding(
+            "settings", "FAIL", f"differ: {_format_groups(groups)}", "start all ranks with the same arguments"
+        )
     return Finding("settings", "ok", f"identical on {pluralize(len(ranks), 'rank')}")
 
 
 def check_devices(ranks: Sequence[RankInfo]) -> Finding:
     """Check that each rank has its own device, and that all devices are of one type."""
     if errors := _group((r.device_error, r) for r in ranks if r.device_error):
-        hint = "give another device=, or start at most one rank per GPU"
-        return Finding("devices", "FAIL", _format_groups(errors), hint)
+        return Finding("devices", "FAIL", _format_groups(errors), "give another device=, or start one rank per GPU")
     for gpu, users in _group((f"{r.host} {r.gpu}", r) for r in ranks if r.gpu).items():
         if len(users) > 1:
             found = f"{format_ranks([r.rank for r in users])} share one GPU, {gpu}"
@@ -66,8 +50,7 @@ def check_devices(ranks: Sequence[RankInfo]) -> Finding:
             return Finding("devices", "FAIL", found, hint)
     types = _group((f"{r.device.partition(':')[0]}, {r.backend}, {r.precision}", r) for r in ranks)
     if len(types) > 1:
-        hint = "give device=, or fix the nodes whose GPUs are not visible"
-        return Finding("devices", "FAIL", _format_groups(types), hint)
+        return Finding("devices", "FAIL", _format_groups(types), "give device=, or make all GPUs visible to all ranks")
     if unused := [r for r in ranks if r.visible_gpus and not r.gpu]:
         return Finding("devices", "note", f"GPUs are not used on {_format_hosts(unused)}", "start one rank per GPU")
     return Finding("devices", "ok", next(iter(types)))
@@ -80,8 +63,8 @@ def check_cores(ranks: Sequence[RankInfo]) -> Finding:
         found = f"{threads} on {pluralize(crowded[0].cores, 'core')} of {_format_hosts(crowded)}"
         hint = "start fewer ranks, set OMP_NUM_THREADS lower, or give SLURM more --cpus-per-task"
         return Finding("CPU cores", "note", found, hint)
-    found = f"{pluralize(ranks[0].cores, 'core')} for {pluralize(ranks[0].local_world_size, 'rank')} per node"
-    return Finding("CPU cores", "ok", found)
+    cores, local_ranks = pluralize(ranks[0].cores, "core"), pluralize(ranks[0].local_world_size, "rank")
+    return Finding("CPU cores", "ok", f"{cores} for {local_ranks} per node")
 
 
 def check_names(ranks: Sequence[RankInfo]) -> Finding:
@@ -91,39 +74,39 @@ def check_names(ranks: Sequence[RankInfo]) -> Finding:
         return Finding("names", "ok", f"one node, {nodes[0].host}")
     gloo_nodes = [r for r in nodes if r.backend == "gloo"]  # NCCL chooses interfaces itself
     if unresolved := [r for r in gloo_nodes if not r.address]:
-        node = unresolved[0]
-        source = f"GLOO_SOCKET_IFNAME={node.socket_ifname}" if node.socket_ifname else "the host name"
-        hint = f"set GLOO_SOCKET_IFNAME={node.interface or 'INTERFACE'} there, or add the name to /etc/hosts"
+        ifname, interface = unresolved[0].socket_ifname, unresolved[0].interface or "INTERFACE"
+        source = f"GLOO_SOCKET_IFNAME={ifname}" if ifname else "the host name"
+        hint = f"set GLOO_SOCKET_IFNAME={interface} there, or add the name to /etc/hosts"
         return Finding("names", "FAIL", f"{source} has no address on {_format_hosts(unresolved)}", hint)
     if unreachable := [r for r in gloo_nodes if r.is_loopback]:
-        node = unreachable[0]
-        found = f"{_format_hosts(unreachable)} resolves to {node.address}, which no other node can reach"
-        hint = f"set GLOO_SOCKET_IFNAME={node.interface or 'INTERFACE'} for the job, or fix /etc/hosts there"
+        address, interface = unreachable[0].address, unreachable[0].interface or "INTERFACE"
+        found = f"{_format_hosts(unreachable)} resolves to {address}, which no other node can reach"
+        hint = f"set GLOO_SOCKET_IFNAME={interface} for the job, or fix /etc/hosts there"
         return Finding("names", "FAIL", found, hint)
     return Finding("names", "ok", shorten([f"{r.host} {r.socket_ifname or r.interface} {r.address}" for r in nodes]))
 
 
-def check_clocks(ranks: Sequence[RankInfo], clock_offsets: Sequence[float]) -> Finding:
+def check_clocks(ranks: Sequence[RankInfo], clocks: Sequence[float]) -> Finding:
     """Check that the clocks of all nodes agree."""
-    offset, rank = max(zip(clock_offsets, ranks, strict=True), key=lambda pair: abs(pair[0]))
+    offset, host = max(((c - clocks[0], r.host) for c, r in zip(clocks, ranks, strict=True)), key=lambda o: abs(o[0]))
     if abs(offset) > MAX_CLOCK_SKEW_S:
-        found = f"{rank.host} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} {ranks[0].host}"
+        found = f"{host} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} {ranks[0].host}"
         return Finding("clocks", "FAIL", found, "run chrony or another time service on every node")
     return Finding("clocks", "ok", f"within {max(0.01, abs(offset)):.2f} s")
 
 
-def check_shared_memory(ranks: Sequence[RankInfo], num_workers: int, batch_bytes: int) -> Finding:
-    """Check that /dev/shm is large enough for loader workers and NCCL."""
+def check_shared_memory(ranks: Sequence[RankInfo], config: Config) -> Finding:
+    """Check that /dev/shm is large enough for loader workers, each of which holds two batches, and NCCL."""
+    batch_bytes = -(-config.train.global_batch_size // len(ranks)) * SIZE * SIZE
 
     def needed(r: RankInfo) -> int:
-        nccl_bytes = NCCL_SHM_BYTES if r.backend == "nccl" else 0
-        return r.local_world_size * (num_workers * 2 * batch_bytes + nccl_bytes)
+        return r.local_world_size * (config.data.num_workers * 2 * batch_bytes + NCCL_SHM_BYTES * (r.backend == "nccl"))
 
     if short := [r for r in ranks if r.shm_bytes < needed(r)]:
-        free = f"/dev/shm has {_megabytes(short[0].shm_bytes)} free on {_format_hosts(short)}"
+        free = f"/dev/shm has {short[0].shm_bytes / 1e6:,.0f} MB free on {_format_hosts(short)}"
         hint = "give the container more (docker run --shm-size=8g, or --ipc=host), or data.num_workers=0"
-        return Finding("shared memory", "FAIL", f"{free}, its ranks need {_megabytes(needed(short[0]))}", hint)
-    return Finding("shared memory", "ok", f"{_megabytes(min(r.shm_bytes for r in ranks))} free in /dev/shm")
+        return Finding("shared memory", "FAIL", f"{free}, its ranks need {needed(short[0]) / 1e6:,.0f} MB", hint)
+    return Finding("shared memory", "ok", f"{min(r.shm_bytes for r in ranks) / 1e6:,.0f} MB free in /dev/shm")
 
 
 def check_open_files(ranks: Sequence[RankInfo]) -> Finding:
@@ -157,7 +140,3 @@ def _format_groups(groups: dict[str, list[RankInfo]]) -> str:
 
 def _format_hosts(ranks: Sequence[RankInfo]) -> str:
     return shorten(list(dict.fromkeys(r.host for r in ranks)))
-
-
-def _megabytes(number: int) -> str:
-    return f"{number / 10**6:,.0f} MB"

@@ -1,12 +1,12 @@
 """The checks that need a process group: all-reduces, and the first two training steps of the run."""
 
-import secrets
+import contextlib
 import shutil
 import socket
 import time
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch.distributed.distributed_c10d import Store
@@ -28,10 +28,7 @@ GRADIENT_BYTES = 1 << 18
 
 
 def run_collective_checks(report: PreflightReport, config: Config, store: Store, all_sizes: bool) -> None:
-    """Form the process group of a training, check all-reduces, and train two steps. A collective.
-
-    With ``all_sizes``, also time all-reduces of all sizes and each pair of nodes. Adds to ``report``.
-    """
+    """Form the process group, check and time all-reduces, and train two steps; add to ``report``. A collective."""
     with init_distributed(config, store=store) as context:
         env, device = context.env, context.device
         if env.world_size > 1:
@@ -66,36 +63,32 @@ def check_pairs(slow: list[tuple[str, str, float]]) -> Finding:
 
 def take_trial_step(config: Config, context: DistributedContext) -> list[Finding]:
     """Take the first two steps of the run in a temporary directory; check speed and checkpoint size. A collective."""
-    config_without_files = replace(
-        config, checkpoint=replace(config.checkpoint, resume="never"), data=replace(config.data, ledger=False)
-    )
+    data, checkpoint = replace(config.data, ledger=False), replace(config.checkpoint, resume="never")
     task = ImageClassification(config, load_on_node(config.data, context.env))
-    trial_dir = Path(broadcast_object(f"{config.run.dir}/.preflight-step-{secrets.token_hex(4)}"))
-    try:
+    with contextlib.ExitStack() as stack:
+        name = ""
         with raise_on_all_ranks():
             if context.env.rank == 0:
-                (trial_dir / "checkpoints").mkdir(parents=True)
-        with (
-            handle_preemption(1.0) as preemption,
-            closing(Trainer(config_without_files, context, task, trial_dir, Trackers(), preemption)) as trainer,
-        ):
-            trainer.start()
+                name = stack.enter_context(
+                    TemporaryDirectory(prefix=".preflight-", dir=config.run.dir, ignore_cleanup_errors=True)
+                )
+        trial_dir, preemption = Path(broadcast_object(name)), stack.enter_context(handle_preemption(1.0))
+        trial_config = replace(config, data=data, checkpoint=checkpoint)
+        trainer = Trainer(trial_config, context, task, trial_dir, Trackers(), preemption)
+        stack.callback(trainer.close)
+        trainer.start()
+        started = time.perf_counter()
+        for batch in trainer.loader.epoch(0, start=0, stop=2):
             started = time.perf_counter()
-            for batch in trainer.loader.epoch(0, start=0, stop=2):
-                started = time.perf_counter()
-                trainer.step(batch)
-            trainer.check_finite()  # host sync
-            seconds = time.perf_counter() - started
-            loss = trainer.meter.window().means["loss"]  # collective, host sync
-            state = trainer.state_dict()  # collective, host sync
-            checkpoint_bytes = len(to_bytes(state)) if context.env.rank == 0 else 0
-        free_bytes = shutil.disk_usage(config.run.dir).free
-    finally:
-        if context.env.rank == 0:
-            shutil.rmtree(trial_dir, ignore_errors=True)
+            trainer.step(batch)
+        trainer.check_finite()  # host sync
+        seconds = time.perf_counter() - started
+        loss = trainer.meter.window().means["loss"]  # collective, host sync
+        state = trainer.state_dict()  # collective, host sync
+        checkpoint_bytes = len(to_bytes(state)) if context.env.rank == 0 else 0
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU" if context.device.type == "cuda" else ""
     step = Finding("training step", "ok", f"{1e3 * seconds:.1f} ms, loss {loss:.3f}{memory}")
-    return [step, check_disk_space(config, checkpoint_bytes, free_bytes)]
+    return [step, check_disk_space(config, checkpoint_bytes, shutil.disk_usage(config.run.dir).free)]
 
 
 def check_disk_space(config: Config, checkpoint_bytes: int, free_bytes: int) -> Finding:

@@ -172,7 +172,7 @@ def test_a_host_name_that_resolves_to_loopback(slurm: SlurmCluster, shared: Path
 def test_a_run_directory_that_is_not_shared(slurm: SlurmCluster, shared: Path) -> None:
     with mounted(slurm, "n2", "-t", "tmpfs", "tmpfs", shared):
         (line,) = failed(run_preflight(slurm, *PREFLIGHT, f"run.dir={shared}"))
-    assert line.startswith(f"FAIL  run directory   {shared} on n2 is not the directory of n1")
+    assert line.startswith(f"FAIL  run directory   n2: {shared} does not contain the file that rank 0 wrote")
 
 
 def test_a_full_disk(slurm: SlurmCluster, shared: Path) -> None:

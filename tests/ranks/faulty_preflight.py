@@ -6,6 +6,7 @@
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 from distlenet.distributed.entry_point import run_entry
 from distlenet.preflight import __main__ as preflight
@@ -25,11 +26,11 @@ elif fault == "pair" and rank < 2:
 
     allreduce._ping_pong = slow_ping_pong
 elif rank == world_size - 1:
-    versions, read_clock = rank_info.versions, rank_info.read_clock
+    versions = rank_info.versions
     if fault == "torch":
         rank_info.versions = lambda: {**versions(), "torch": "2.0.1"}
     elif fault == "clock":
-        exchange.read_clock = lambda: read_clock() + 300
+        exchange.time = SimpleNamespace(time=lambda: time.time() + 300)
     elif fault == "settings":
         sys.argv.append("optim.lr=0.3")
 run_entry(preflight.main)

@@ -55,7 +55,7 @@ def test_a_rank_that_differs_is_reported(tmp_path, fault, line):
     assert len(failed) == 1, str(result)
     assert failed[0].startswith(line), str(result)
     assert [text for text in result.stderr.splitlines() if text.startswith("distlenet:")] == [
-        "distlenet: preflight: 1 of 11 checks failed; see the table"
+        "distlenet: preflight: 1 of 10 checks failed; see the table"
     ], str(result)
     assert "distlenet/preflight/" not in result.stderr, str(result)  # no traceback
 
