@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distlenet.config.schema import Config
-from distlenet.data.sampler import GlobalBatchSampler, evaluation_chunks
+from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.data.sources import ImageDataset
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
@@ -97,7 +97,11 @@ class Loader:
 
 
 class EvaluationLoader:
-    """Load a rank's share of a set: every sample once, ``chunk`` at a time, in the order of the set."""
+    """Load a rank's share of a set: every sample once, without padding.
+
+    Chunk k, of ``chunk`` consecutive samples, belongs to rank k % W. Which samples are computed together does
+    therefore not depend on W. The last chunk is shorter; a rank may have no chunk.
+    """
 
     def __init__(self, dataset: MapDataset, chunk: int, rank: int, world_size: int, device: torch.device) -> None:
         self.batched, self.device = BatchedDataset(dataset), device
@@ -105,7 +109,8 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
-        chunks = evaluation_chunks(self.samples, self.chunk, self.rank, self.world_size)
+        starts = range(self.rank * self.chunk, self.samples, self.world_size * self.chunk)
+        chunks = (torch.arange(start, min(start + self.chunk, self.samples)) for start in starts)
         fetched: Iterator[Fetched] = map(self.batched.__getitem__, chunks)
         if self.device != self.batched.device:
             pinned = (map_tensors(lambda tensor: tensor.pin_memory(), samples) for samples in fetched)

@@ -24,8 +24,8 @@ class GlobalBatchSampler(DistributedSampler[Tensor]):
     last batch of an epoch is shorter, or is left out (``drop_last``). With V virtual shards, p belongs to shard p % V,
     and the shard to rank p % V % W, which is the same if W divides V.
 
-    Index tensors are int64 (n,), with n = B/W if W divides B; in the last batch ranks may differ, down to n = 0. All
-    ranks have equally many batches.
+    Index tensors are int64 (n,), with n = B/W if W divides B; n may be 0 in the last batch, so that all ranks have
+    equally many batches.
     """
 
     def __init__(
@@ -73,16 +73,6 @@ class GlobalBatchSampler(DistributedSampler[Tensor]):
     def __len__(self) -> int:
         """Return the number of global batches of an epoch."""
         return self.steps
-
-
-def evaluation_chunks(samples: int, chunk: int, rank: int, world_size: int) -> Iterator[Tensor]:
-    """Yield a rank's share of a set for evaluation, int64 (n,) each: every sample once, without padding.
-
-    Chunk k, of ``chunk`` consecutive samples, belongs to rank k % W. Which samples are computed together does
-    therefore not depend on W. The last chunk is shorter; a rank may have no chunk.
-    """
-    for start in range(rank * chunk, samples, world_size * chunk):
-        yield torch.arange(start, min(start + chunk, samples))
 
 
 def permutation(samples: int, seed: int, epoch: int) -> Permutation:

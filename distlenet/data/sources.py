@@ -58,11 +58,6 @@ class ImageData:
     classes: tuple[str, ...]
     source: str
 
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes of both sets."""
-        return self.train.nbytes + self.test.nbytes
-
 
 class OpenData(NamedTuple):
     """The open files of a data set, by their names in ``idx.FILES``: all that other ranks need to map them."""

@@ -53,7 +53,8 @@ def plan(config: Config, world_size: int) -> list[Row]:
             parameter.grad = torch.zeros_like(parameter)
         trainer.train_step.on_device.optimizer.step()  # creates its state; the changed model is discarded
         rows = _describe(trainer, len(to_bytes(trainer.state_dict())))
-    rows.append(("besides", f"images {_size(data.nbytes)}, once per node; on a GPU that keeps them, once per GPU"))
+    images = _size(data.train.nbytes + data.test.nbytes)
+    rows.append(("besides", f"images {images}, once per node; on a GPU that keeps them, once per GPU"))
     rows.append(("", f"PyTorch itself {_size(resident_before)} on this machine"))
     return [*rows, ("not checked here", not_checked)] if not_checked else rows
 

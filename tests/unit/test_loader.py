@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distlenet.data.loader import EvaluationLoader, Loader, place_datasets
 from distlenet.data.sampler import GlobalBatchSampler
@@ -103,14 +105,16 @@ def test_a_loader_does_not_use_the_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_evaluation_uses_every_sample_once():
-    dataset = dataset_of(22)
-    ranks = [list(EvaluationLoader(dataset, 4, rank, 3, CPU)) for rank in range(3)]
-    assert sorted(index for batches in ranks for batch in batches for index in batch.indices.tolist()) == list(
-        range(22)
-    )
-    assert all(batch.data[1].tolist() == batch.indices.tolist() for batches in ranks for batch in batches)
-    assert all(batch.keys is None for batches in ranks for batch in batches)
+@given(st.integers(0, 250), st.integers(1, 50), st.integers(1, 9))
+def test_evaluation_has_every_sample_once_in_chunks_that_do_not_depend_on_ranks(samples, chunk, world_size):
+    dataset = dataset_of(samples)
+    batches = [batch for rank in range(world_size) for batch in EvaluationLoader(dataset, chunk, rank, world_size, CPU)]
+    one_rank = list(EvaluationLoader(dataset, chunk, 0, 1, CPU))
+    chunks = [batch.indices.tolist() for batch in one_rank]
+    assert sorted(batch.indices.tolist() for batch in batches) == chunks
+    assert [index for indices in chunks for index in indices] == list(range(samples))
+    assert [batch.data[1].tolist() for batch in one_rank] == chunks
+    assert all(batch.keys is None for batch in batches)
 
 
 @pytest.mark.parametrize(("samples", "expected"), [(22, 2), (8, 0), (9, 1), (24, 2), (25, 2)])

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distlenet.data.sampler import GlobalBatchSampler, evaluation_chunks, permutation
+from distlenet.data.sampler import GlobalBatchSampler, permutation
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -113,13 +113,3 @@ def test_order_is_stable():
 def test_dropping_all_samples_is_refused():
     with pytest.raises(UserError, match="drops all 10 images"):
         make_samplers(10, 11, 1, drop_last=True)
-
-
-@given(st.integers(0, 1000), st.integers(1, 50), st.integers(1, 9))
-def test_evaluation_has_every_sample_once_in_chunks_that_do_not_depend_on_ranks(samples, chunk, world_size):
-    chunks = [
-        part.tolist() for rank in range(world_size) for part in evaluation_chunks(samples, chunk, rank, world_size)
-    ]
-    one_rank = [part.tolist() for part in evaluation_chunks(samples, chunk, 0, 1)]
-    assert sorted(chunks) == one_rank
-    assert [sample for part in one_rank for sample in part] == list(range(samples))
