@@ -12,8 +12,7 @@ from distlenet.utils.errors import UserError
 
 def main() -> None:
     """Print one line per epoch; exit with status 1 if an epoch is wrong."""
-    description = "Check that each epoch used each training sample exactly once."
-    parser = Parser("python -m distlenet.ledger", description=description)
+    parser = Parser("python -m distlenet.ledger", description="Check that each epoch used each sample exactly once.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, trained with data.ledger=true")
     lines, correct = check_run(parser.parse_args().run)
     print("\n".join(lines))
@@ -26,12 +25,10 @@ def check_run(run_dir: Path) -> tuple[list[str], bool]:
     starts = read_starts(run_dir)
     if not starts:
         raise UserError(f"{run_dir}: has no ledger; give a run directory, trained with data.ledger=true")
-    info = starts[-1].read_info()
-    samples = info["samples"]
+    info, counts = starts[-1].read_info(), count_uses(starts)
+    samples, last = info["samples"], max(counts, default=-1)
     dropped = max(0, samples - info["global_batch_size"] * info["steps_per_epoch"])
-    counts = count_uses(starts)
     lines, correct = [], True
-    last = max(counts, default=-1)
     for epoch in range(last + 1):
         used = counts[epoch]
         repeated = sorted(index for index, count in used.items() if count > 1)

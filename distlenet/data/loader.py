@@ -18,8 +18,7 @@ from distlenet.task import Batch, Data, Datasets, MapDataset, SampleKeys
 from distlenet.utils.errors import UserError
 from distlenet.utils.nested import map_tensors, tensors_in
 
-GPU_SHARE = 0.25
-"""The share of a GPU's free memory that a dataset may take to be kept there (``data.device=auto``)."""
+GPU_SHARE = 0.25  # of a GPU's free memory, which a dataset may take to be kept there with data.device=auto
 
 Fetched = tuple[Data, Tensor, Tensor]
 """Samples, and their int64 indices (n,): on the host, and on the device of the samples."""

@@ -20,7 +20,7 @@ class Permutation:
         """Permute ``size`` numbers, at most 2**62, with one 32-bit key for each round."""
         self.size, self.keys = size, keys
         bits = max(2, (size - 1).bit_length())
-        self.widths = bits // 2, bits - bits // 2  # bits of the left and the right half
+        self.widths = bits // 2, bits - bits // 2  # of the left and the right half
 
     def __call__(self, positions: Tensor) -> Tensor:
         """Return the numbers at ``positions``, int64 (n,) from 0 to ``size`` - 1."""

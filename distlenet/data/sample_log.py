@@ -31,22 +31,19 @@ class SampleLog:
         self.lines = None if directory is None else LineFile(directory / f"rank-{rank:05d}.jsonl")
 
     def record(self, epoch: int, step: int, indices: Tensor) -> None:
-        """Append a line: the samples ``indices`` (n,) of the optimizer step after ``step`` other steps.
-
-        The line stays in memory as long as the disk is full.
-        """
+        """Append a line, in memory while the disk is full: the samples ``indices`` (n,) of the step after ``step``."""
         if self.lines is not None:
             self.lines.add(json.dumps({"epoch": epoch, "step": step, "indices": indices.tolist()}))
 
     @property
     def has_unwritten_lines(self) -> bool:
         """Try to write all lines; return whether that failed: a run that resumed from now would miss them."""
-        if self.lines is not None:
-            self.lines.flush()
-            try:
+        try:
+            if self.lines is not None:
+                self.lines.flush()
                 self.lines.sync()
-            except OSError:
-                return True
+        except OSError:
+            return True
         return False
 
     def close(self) -> None:
@@ -114,5 +111,4 @@ def _name_file(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be read or is damaged ({reason}); restore the file") from error
+        raise UserError(f"{path}: cannot be read or is damaged ({str(error)[:200]}); restore the file") from error

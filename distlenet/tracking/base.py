@@ -12,11 +12,8 @@ from typing import Any
 
 Record = dict[str, Any]
 
-TEST_FILE = "test.json"
-"""Details of a run's last test; see ``distlenet.training.error_analysis``."""
-
-SPLITS = ("train", "train_epoch", "test")
-"""The kinds of records, in the order in which they are logged after a step."""
+TEST_FILE = "test.json"  # details of a run's last test; see distlenet.training.error_analysis
+SPLITS = ("train", "train_epoch", "test")  # in the order in which their records are logged after a step
 
 NONDETERMINISTIC_KEYS = {
     *("time", "images_per_s", "load", "compute", "wait", "slowest_rank", "slowest_host", "gpu_memory_gib"),

@@ -8,10 +8,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from distlenet.tracking.base import Record, Tracker
 from distlenet.tracking.text import TextLogger, TutorialLogger, time_left
 
-NARROW, WIDE, VERY_WIDE = 60, 78, 110
-"""Widths of a terminal, in columns, from which the bar shows more numbers."""
-CELL = 9
-"""Minimum width of a column of the table."""
+NARROW, WIDE, VERY_WIDE = 60, 78, 110  # columns of a terminal from which the bar shows more numbers
+CELL = 9  # minimum width of a column of the table
 
 
 def make_console(style: str) -> Tracker:

@@ -25,8 +25,7 @@ from distlenet.tracking.tensorboard import TensorBoard
 from distlenet.tracking.wandb import Wandb, one_line
 from distlenet.utils.errors import warn
 
-POLL_S = 0.5
-"""Seconds between two reads of ``metrics.jsonl``."""
+POLL_S = 0.5  # between two reads of metrics.jsonl
 
 
 class Sink(Protocol):

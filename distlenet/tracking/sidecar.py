@@ -21,11 +21,8 @@ from distlenet.tracking.priority import process_tree
 from distlenet.tracking.wandb import has_key, wandb_mode
 from distlenet.utils.errors import Preempted, UserError, warn
 
-NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard"}
-"""Display names of the packages."""
-
-EXIT_S = 2.0
-"""Seconds of a preempted job's remaining time that are kept for its exit."""
+NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard"}  # of the packages, in messages
+EXIT_S = 2.0  # of a preempted job's remaining time, kept for its exit
 
 
 class Sidecar(Tracker):

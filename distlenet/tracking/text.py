@@ -8,12 +8,9 @@ from datetime import timedelta
 from distlenet.tracking.base import Record, Tracker
 from distlenet.utils.errors import warn
 
-LINE_INTERVAL_S = 5.0
-"""Seconds between two lines of training."""
-
-SLOW_RATIO = 1.15
-"""A rank is reported as slow if it computes this many times longer than the median, for SLOW_RECORDS in a row."""
-SLOW_RECORDS = 5
+LINE_INTERVAL_S = 5.0  # between two lines of training
+SLOW_RATIO = 1.15  # a rank is slow if it computes this many times longer than the median,
+SLOW_RECORDS = 5  # for this many records in a row
 
 
 class TextLogger(Tracker):

@@ -20,9 +20,7 @@ from urllib.parse import urlsplit
 from distlenet.tracking.base import SPLITS, Record
 from distlenet.utils.errors import UserError, warn
 
-INIT_TIMEOUT_S = 30.0
-"""Seconds that W&B has to answer at the start; then the run is kept offline."""
-
+INIT_TIMEOUT_S = 30.0  # in which W&B must answer at the start; then the run is kept offline
 MODES = {name: name for name in ("online", "offline", "disabled")} | {"dryrun": "offline", "run": "online"}
 """Values of WANDB_MODE; the last two are W&B's old names."""
 
