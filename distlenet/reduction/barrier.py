@@ -57,10 +57,11 @@ class Barrier:
     """
 
     def __init__(self, memory: Tensor, rank: int, peers: list[Peer]) -> None:
-        """Use the semaphores that ``init_semaphores`` made in ``memory``. Raise OSError if a peer is not visible."""
-        self.memory, self.pidfds = memory, [peer.open_pidfd() for peer in peers]
-        self.others = [self._semaphore(memory, peer) for peer in range(len(peers))]
-        self.own = self.others.pop(rank)
+        """Use the semaphores that ``init_semaphores`` created in ``memory``. Raise OSError if a peer is not visible."""
+        self.memory = memory  # keeps it mapped
+        self.pidfds = [peer.open_pidfd() for peer in peers]
+        self.other_semaphores = [self._semaphore(memory, peer) for peer in range(len(peers))]
+        self.own_semaphore = self.other_semaphores.pop(rank)
         cpus = frozenset[int]().union(*(peer.cpus for peer in peers))
         self.spin_s = SPIN_S if len(cpus) >= len(peers) else 0.0  # with fewer CPUs, polling would delay another rank
 
@@ -75,38 +76,41 @@ class Barrier:
 
     @classmethod
     def init_semaphores(cls, memory: Tensor, ranks: int) -> None:
-        """Make the semaphores in ``memory``. Raise OSError if the C library cannot share them between processes."""
+        """Create the semaphores in ``memory``. Raise OSError if the C library cannot share them between processes."""
         for rank in range(ranks):
             if LIBC.sem_init(cls._semaphore(memory, rank), 1, 0):
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def wait(self) -> None:
         """Return when all ranks have called this method. Raise RuntimeError if one of them has exited instead."""
-        for other in self.others:
-            LIBC.sem_post(other)
-        for _ in self.others:
+        for semaphore in self.other_semaphores:
+            LIBC.sem_post(semaphore)
+        for _ in self.other_semaphores:
             self._acquire()
 
     def _acquire(self) -> None:
-        """Wait for one post."""
+        """Wait for one post: poll for ``spin_s``, then sleep. Raise RuntimeError if a rank has exited."""
         deadline = time.perf_counter() + self.spin_s
         while True:
             for _ in range(SPIN_ITERATIONS):
-                if not LIBC.sem_trywait(self.own):
+                if not LIBC.sem_trywait(self.own_semaphore):
                     return
             if time.perf_counter() >= deadline:
                 break
         while not self._sleep():
-            if exited := select.select(self.pidfds, [], [], 0)[0]:
-                if not LIBC.sem_trywait(self.own):  # it had arrived before it exited
+            exited, _, _ = select.select(self.pidfds, [], [], 0)
+            if exited:
+                if not LIBC.sem_trywait(self.own_semaphore):  # the rank had arrived before it exited
                     return
                 raise RuntimeError(f"rank {self.pidfds.index(exited[0])}: remote process exited")
 
     def _sleep(self) -> bool:
         """Wait for one post, at most ``SLEEP_S``; return whether there was one."""
         deadline = time.time() + SLEEP_S
-        if not LIBC.sem_timedwait(self.own, ctypes.byref(Timespec(int(deadline), int(deadline % 1 * 1e9)))):
+        timespec = Timespec(int(deadline), int(deadline % 1 * 1e9))
+        if not LIBC.sem_timedwait(self.own_semaphore, ctypes.byref(timespec)):
             return True
-        if (number := ctypes.get_errno()) not in (errno.ETIMEDOUT, errno.EINTR):
-            raise OSError(number, os.strerror(number))
+        code = ctypes.get_errno()
+        if code not in (errno.ETIMEDOUT, errno.EINTR):
+            raise OSError(code, os.strerror(code))
         return False

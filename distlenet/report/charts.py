@@ -64,7 +64,7 @@ def draw_charts(runs: list[Run], png_directory: Path) -> Iterator[tuple[str, str
 
 
 def thin(xs: list[Any], ys: list[Any], lines: int = 1) -> tuple[list[float], list[float]]:
-    """Average neighboring points until at most MAX_POINTS are left; fewer if the chart has many ``lines``."""
+    """Average neighboring points until at most MAX_POINTS remain; fewer if the chart has many ``lines``."""
     size = -(-len(xs) // (MAX_POINTS * MAX_FULL_LINES // max(MAX_FULL_LINES, lines)))
     if size <= 1:
         return xs, ys
@@ -152,7 +152,7 @@ def _draw_confusion(runs: list[Run], axes: Axes) -> None:
 
 
 def _draw_class_accuracies(runs: list[Run], axes: Axes) -> None:
-    """Draw each class's accuracy; classes without images are left out."""
+    """Draw each class's accuracy; omit classes without images."""
     counts, names = runs[0].error_analysis["confusion"], runs[0].error_analysis["classes"]
     rows = [(names[label], row[label] / sum(row)) for label, row in enumerate(counts) if sum(row)][::-1]
     bars = axes.barh([name for name, _ in rows], [accuracy for _, accuracy in rows], color="C0", alpha=0.8)

@@ -52,7 +52,7 @@ class Run:
 def read_run(directory: Path) -> Run:
     """Read a run directory. Raise UserError if it is not one, or its settings or records are not readable.
 
-    Other damaged files are left out with a warning.
+    Other damaged files are omitted with a warning.
     """
     metrics, settings = directory / "metrics.jsonl", directory / "config.yaml"
     if not metrics.is_file() or not settings.is_file():
@@ -64,7 +64,7 @@ def read_run(directory: Path) -> Run:
         records = [record for _, record in read_records(metrics)]
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{metrics}: cannot be read: {reason}; restore the file or leave out the run") from error
+        raise UserError(f"{metrics}: cannot be read: {reason}; restore the file, or omit the run") from error
     return Run(
         directory,
         {str(key): to_yaml_value(value) for key, value in flatten(config)},
@@ -83,7 +83,7 @@ def _read_part(path: Path, parse: Callable[[str], T], empty: T) -> T:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"unexpected content: {str(error)[:200]}"
-        warn(f"{path}: {reason}; the report leaves it out")
+        warn(f"{path}: {reason}; the report omits it")
         return empty
 
 

@@ -42,7 +42,7 @@ class ImageTransform:
 def mean_and_std(images: Tensor) -> tuple[float, float]:
     """Return mean and standard deviation of uint8 images (N, H, W); of a large set, of 64 evenly spaced parts.
 
-    Both are exact: they come from a histogram of the 256 values.
+    Both are exact: they are computed from a histogram of the 256 values.
     """
     counts = torch.stack([torch.bincount(part.flatten(), minlength=256) for part in _parts(images)]).sum(0).double()
     values = torch.arange(256, dtype=torch.float64)

@@ -15,7 +15,7 @@ from distlenet.utils.structure import check_same_structure
 
 
 def make_optimizer(config: OptimConfig, model: nn.Module, loss_scaling: bool = False) -> Optimizer:
-    """Make SGD or AdamW (with PyTorch's betas) over all parameters of ``model``.
+    """Return SGD or AdamW (with PyTorch's betas) for all parameters of ``model``.
 
     With ``loss_scaling`` SGD is not fused: if the first step is skipped because of an overflow, the fused kernel keeps
     momentum buffers that were never initialised (seen with torch 2.15).
@@ -33,47 +33,12 @@ def make_optimizer(config: OptimConfig, model: nn.Module, loss_scaling: bool = F
 
 
 def make_schedule(config: OptimConfig, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Make the schedule of ``total_steps`` optimizer steps; see ``lr_factor``."""
+    """Return the schedule for ``total_steps`` optimizer steps; see ``lr_factor``."""
     if config.warmup_steps is None:
         warmup = int(0.3 * total_steps) if config.schedule == "one_cycle" else 0
     else:
         warmup = config.warmup_steps
     return LambdaLR(optimizer, partial(lr_factor, config.schedule, warmup, total_steps))
-
-
-def check_optimizer_state(config: OptimConfig, model: nn.Module, loss_scaling: bool, state: dict[str, Any]) -> None:
-    """Raise KeyError or ValueError if optimizer and schedule cannot resume from a checkpoint's ``state``."""
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    stepped = make_optimizer(config, model, loss_scaling)
-    stepped.step()  # creates the optimizer's state
-    optimizer, expected = state["optimizer"], stepped.state_dict()
-    if optimizer["state"]:  # empty if every step was skipped
-        check_same_structure(optimizer["state"], expected["state"], "optimizer.state")
-    # The settings in the groups may have other names in another version of torch; the present run's are used.
-    groups, expected_groups = ([group["params"] for group in s["param_groups"]] for s in (optimizer, expected))
-    if repr(groups) != repr(expected_groups):  # not ==: a tensor of 0 equals 0
-        raise ValueError(f"optimizer.param_groups are of the parameters {str(groups)[:60]}")
-    counts = {"last_epoch": 0, "_step_count": 0}
-    check_same_structure({name: state["schedule"][name] for name in counts}, counts, "schedule")
-
-
-def load_optimizer(optimizer: Optimizer, schedule: LambdaLR, state: dict[str, Any]) -> None:
-    """Load the state of optimizer and schedule, but keep the settings of the present run.
-
-    They differ only if ``checkpoint.allow_changed`` names them.
-    """
-    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
-    base_lrs = schedule.base_lrs
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    schedule.base_lrs = base_lrs
-    groups = zip(optimizer.param_groups, settings, base_lrs, schedule.lr_lambdas, strict=True)
-    for group, own_settings, base_lr, factor in groups:
-        group.update(own_settings)
-        group["lr"] = base_lr * factor(schedule.last_epoch)
-    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def lr_factor(schedule: str, warmup: int, total_steps: int, step: int) -> float:
@@ -97,3 +62,37 @@ def lr_factor(schedule: str, warmup: int, total_steps: int, step: int) -> float:
 
 def _half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+def check_optimizer_state(config: OptimConfig, model: nn.Module, loss_scaling: bool, state: dict[str, Any]) -> None:
+    """Raise KeyError or ValueError if optimizer and schedule cannot resume from a checkpoint's ``state``."""
+    trial_model = copy.deepcopy(model)
+    for parameter in trial_model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    trial = make_optimizer(config, trial_model, loss_scaling)
+    trial.step()  # creates the state of the optimizer
+    saved, expected = state["optimizer"], trial.state_dict()
+    if saved["state"]:  # empty if every step was skipped
+        check_same_structure(saved["state"], expected["state"], "optimizer.state")
+    # Only the parameters of the groups: load_optimizer ignores the saved settings, whose names depend on the version.
+    saved_params = [group["params"] for group in saved["param_groups"]]
+    if repr(saved_params) != repr([group["params"] for group in expected["param_groups"]]):  # a tensor of 0 equals 0
+        raise ValueError(f"optimizer.param_groups are of the parameters {str(saved_params)[:60]}")
+    counts = {"last_epoch": 0, "_step_count": 0}
+    check_same_structure({name: state["schedule"][name] for name in counts}, counts, "schedule")
+
+
+def load_optimizer(optimizer: Optimizer, schedule: LambdaLR, state: dict[str, Any]) -> None:
+    """Load the state of optimizer and schedule, but keep the settings of this run.
+
+    torch also loads the saved settings. They differ only if ``checkpoint.allow_changed`` names them.
+    """
+    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    peak_lrs = schedule.base_lrs
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    schedule.base_lrs = peak_lrs
+    groups = zip(optimizer.param_groups, settings, peak_lrs, schedule.lr_lambdas, strict=True)
+    for group, group_settings, peak_lr, factor in groups:
+        group.update(group_settings, lr=peak_lr * factor(schedule.last_epoch))
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]

@@ -27,7 +27,7 @@ class StoppedTrainer(Trainer):
 
     def step(self, batch):
         if self.state.step == self.stop_after:
-            self.checkpoints.save(self)  # this step's may have been left out, while another one was written
+            self.checkpoints.save(self)  # this step's may have been skipped, while another one was written
             assert self.checkpoints.store.wait() is None
             os.kill(os.getpid(), signal.SIGKILL)
         return super().step(batch)

@@ -25,7 +25,7 @@ class SavingTrainer(Trainer):
     out = Path()
 
     def step(self, batch):
-        self.checkpoints.store.wait()  # so that no optional checkpoint is left out
+        self.checkpoints.store.wait()  # so that no optional checkpoint is skipped
         if self.state.step == self.die_at:
             dist.barrier()
             if self.env.rank == self.env.world_size - 1:

@@ -148,7 +148,7 @@ def test_damaged_part_is_left_out(tmp_path, capsys, file, content, warned):
         write_report([run], tmp_path / "report.html")
         assert "<svg" in (tmp_path / "report.html").read_text() or file == "metrics.jsonl"
     stderr = capsys.readouterr().err
-    assert stderr.count("the report leaves it out") == warned
+    assert stderr.count("the report omits it") == warned
     assert (f"{folder / file}: " in stderr) == warned
 
 
