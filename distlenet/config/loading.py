@@ -135,7 +135,7 @@ def result_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: str, name: str) -> dict[str, Any]:
-    """Read a file of settings, which error messages call ``name``. Raises UserError."""
+    """Read a file of settings, which error messages call ``name``. Raise UserError."""
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:

@@ -27,10 +27,9 @@ SUSPENDED_S = 30.0  # no running process checks this late; one that was suspende
 
 
 class Watchdog:
-    """End this process if ``heartbeat`` is not called for ``limit_s`` seconds."""
+    """End this process if ``heartbeat`` is not called for ``limit_s`` seconds; NCCL's trace goes to ``trace_dir``."""
 
     def __init__(self, store: Store, env: DistributedEnvironment, limit_s: float, trace_dir: Path | None) -> None:
-        """Start the time limit; NCCL's flight recorder is written to ``trace_dir``, unless None."""
         # A separate connection, if torch has ``clone``: the main thread may be waiting on the first.
         self.store = store.clone() if env.master_addr and hasattr(store, "clone") else store
         self.env, self.trace_dir = env, trace_dir

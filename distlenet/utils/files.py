@@ -46,7 +46,7 @@ class LineFile:
             self.pending, self.failure = b"", None
 
     def sync(self) -> None:
-        """Write all lines to the disk. Raises OSError if lines are pending. Any thread may call it."""
+        """Write all lines to the disk. Raise OSError if lines are pending. Any thread may call it."""
         if (failure := self.failure) is not None:
             raise failure
         os.fsync(self.descriptor)
@@ -58,7 +58,7 @@ class LineFile:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader gets the old or the new text. Raises OSError."""
+    """Write a text file atomically: a reader gets the old or the new text. Raise OSError."""
     temporary = path.with_name(f".{path.name}.writing")
     temporary.unlink(missing_ok=True)  # left by a killed process, or a link to another file
     with open(temporary, "x", encoding="utf-8") as file:

@@ -59,7 +59,7 @@ class SharedFile:
 
 
 def open_shared(path: Path) -> SharedFile:
-    """Open a plain file. Raises OSError."""
+    """Open a plain file. Raise OSError."""
     return SharedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
 

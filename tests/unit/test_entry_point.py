@@ -56,6 +56,7 @@ DIGITS = ("data.name=digits", "device=cpu")
         ([*DIGITS, "checkpoint.resume=broken.yaml"], "cannot be read: its bytes do not match"),
         ([*DIGITS, "checkpoint.resume=seed-1.pt"], "seed (was 1, now 0)"),
         ([*DIGITS, "checkpoint.path=seed-1.pt"], "checkpoint.resume"),
+        ([*DIGITS, "train.max_steps=2", "optim.warmup_steps=2"], "the run has 2 steps"),
         ([*DIGITS, "run.dir=broken.yaml"], "run directory broken.yaml"),
         ([*DIGITS, "data.drop_last=true", "train.global_batch_size=4000"], "=true: drops all 1437 images"),
     ],
@@ -111,10 +112,6 @@ def test_a_checkpoint_without_the_state_of_training(error_of, tmp_path, key):
     message = error_of(*DIGITS, "train.max_steps=2", f"checkpoint.resume={path}", "run.name=other")
     expected = "optimizer.param_groups are of the parameters" if key == "an index" else "no state from which training"
     assert expected in message
-
-
-def test_a_warm_up_longer_than_the_run(error_of):
-    assert "the run has 2 steps" in error_of(*DIGITS, "train.max_steps=2", "optim.warmup_steps=2")
 
 
 def test_a_run_stopped_by_max_steps_resumes_within_the_epoch(error_of, tmp_path):
