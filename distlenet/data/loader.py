@@ -172,10 +172,7 @@ def place_datasets(datasets: Datasets, wanted: str, num_workers: int, device: to
     ``wanted`` is auto, cpu or cuda. Raise UserError if it is cuda and the images cannot be there.
     """
     if wanted == "cuda" and num_workers:
-        raise UserError(
-            f"data.device=cuda: data.num_workers={num_workers}: they have no GPU; give data.num_workers=0, or "
-            "data.device=auto"
-        )
+        raise UserError(f"data.device=cuda: data.num_workers={num_workers}: they have no GPU; give data.num_workers=0")
     if wanted == "cuda" and device.type != "cuda":
         raise UserError("data.device=cuda: this rank has no GPU; give data.device=auto")
     train, test = datasets.train, datasets.test
