@@ -23,16 +23,16 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """A page of one run that was started twice, and a page of two runs."""
-    folder = tmp_path_factory.mktemp("runs")
-    train = ("-m", "distlenet.train", "data.name=digits", "train.log_every=5", "optim.lr=0.05", f"run.dir={folder}")
+    directory = tmp_path_factory.mktemp("runs")
+    train = ("-m", "distlenet.train", "data.name=digits", "train.log_every=5", "optim.lr=0.05", f"run.dir={directory}")
     run_ranks(2, *train, "run.name=first", "train.epochs=6", "run.report=always").succeeded()
     resumed = ("run.name=first", "train.epochs=8", "checkpoint.allow_changed=[train.epochs]", "run.report=always")
     ended = run_ranks(2, *train, *resumed).succeeded()
-    assert f"Report: {folder}/first/report.html" in ended.stdout
+    assert f"Report: {directory}/first/report.html" in ended.stdout
     run_ranks(2, *train, "run.name=second", "train.epochs=4", "seed=1").succeeded()
-    both = folder / "both.html"
-    run_python("-m", "distlenet.report", folder / "first", folder / "second", "--output", both).succeeded()
-    return {"one": folder / "first/report.html", "two": both}
+    both = directory / "both.html"
+    run_python("-m", "distlenet.report", directory / "first", directory / "second", "--output", both).succeeded()
+    return {"one": directory / "first/report.html", "two": both}
 
 
 FIGURES = """
@@ -68,11 +68,11 @@ def test_everything_is_visible(browser, pages, page, charts, width, height):
 
 
 def test_script_in_a_name_does_not_run(browser, tmp_path):
-    folder = tmp_path / "<img src=x onerror=document.title='ran'>"
-    settings = ("data.name=digits", "train.epochs=1", f"run.dir={tmp_path}", f"run.name={folder.name}")
+    directory = tmp_path / "<img src=x onerror=document.title='ran'>"
+    settings = ("data.name=digits", "train.epochs=1", f"run.dir={tmp_path}", f"run.name={directory.name}")
     notes = "wandb.notes='<script>document.title=1</script>'"
     run_python("-m", "distlenet.train", *settings, "run.report=always", notes).succeeded()
-    browser.open((folder / "report.html").as_uri(), 390, 844)
-    assert browser.evaluate("document.title") == folder.name
+    browser.open((directory / "report.html").as_uri(), 390, 844)
+    assert browser.evaluate("document.title") == directory.name
     assert browser.evaluate("document.querySelectorAll('script').length") == 0
-    assert browser.evaluate("document.querySelector('h1').textContent") == folder.name
+    assert browser.evaluate("document.querySelector('h1').textContent") == directory.name

@@ -33,18 +33,18 @@ class StoppedTrainer(Trainer):
         return super().step(batch)
 
 
-def in_fresh_process(folder: Path, words: list[str], stop_after: int) -> int:
+def in_fresh_process(directory: Path, words: list[str], stop_after: int) -> int:
     """Train in a forked process; return its wait status."""
     child = os.fork()
     if child == 0:
         status = 1
-        with contextlib.suppress(BaseException), (folder.parent / "log.txt").open("a") as log:
+        with contextlib.suppress(BaseException), (directory.parent / "log.txt").open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
             try:
                 torch.set_num_threads(1)
                 StoppedTrainer.stop_after = stop_after
-                config = load_config([], [*words, f"run.dir={folder}", "run.name=run"])
+                config = load_config([], [*words, f"run.dir={directory}", "run.name=run"])
                 train(config, trainer_class=StoppedTrainer)
                 status = 0
             except BaseException:
@@ -54,10 +54,10 @@ def in_fresh_process(folder: Path, words: list[str], stop_after: int) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def result(folder: Path) -> tuple[dict, list[dict]]:
+def result(directory: Path) -> tuple[dict, list[dict]]:
     """Return the last checkpoint's state and the history, without what a clock measured."""
-    newest = sorted((folder / "run/checkpoints").glob("step-*.pt"))[-1]
-    records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    newest = sorted((directory / "run/checkpoints").glob("step-*.pt"))[-1]
+    records = [json.loads(line) for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
     records = [{k: v for k, v in record.items() if k not in NONDETERMINISTIC_KEYS} for record in records]
     state = torch.load(newest, weights_only=True)
     state.pop("config")  # contains this directory
@@ -81,17 +81,17 @@ def differences(a: object, b: object, place: str = "") -> list[str]:
 
 
 def main() -> None:
-    folder, words = Path(sys.argv[1]), sys.argv[2:]
-    whole = folder / "whole"
-    assert in_fresh_process(whole, words, -1) == 0, (folder / "log.txt").read_text()
+    directory, words = Path(sys.argv[1]), sys.argv[2:]
+    whole = directory / "whole"
+    assert in_fresh_process(whole, words, -1) == 0, (directory / "log.txt").read_text()
     wanted = result(whole)
     steps = wanted[0]["step"]
     for step in range(1, steps):
-        broken = folder / "broken"
+        broken = directory / "broken"
         shutil.rmtree(broken, ignore_errors=True)
-        assert in_fresh_process(broken, words, step) == signal.SIGKILL, (folder / "log.txt").read_text()
+        assert in_fresh_process(broken, words, step) == signal.SIGKILL, (directory / "log.txt").read_text()
         assert not (broken / "run/summary.json").exists()
-        assert in_fresh_process(broken, words, -1) == 0, (folder / "log.txt").read_text()
+        assert in_fresh_process(broken, words, -1) == 0, (directory / "log.txt").read_text()
         found = differences(list(wanted), list(result(broken)))
         assert not found, f"stopped after step {step}, these differ: {found[:10]}"
     print(f"{steps - 1} stops, all equal")

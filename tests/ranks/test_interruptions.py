@@ -25,8 +25,8 @@ SETTINGS = (
 )
 
 
-def history(folder: Path) -> list[dict]:
-    records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+def history(directory: Path) -> list[dict]:
+    records = [json.loads(line) for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in record.items() if k not in NONDETERMINISTIC_KEYS} for record in records]
 
 
@@ -34,8 +34,8 @@ def history(folder: Path) -> list[dict]:
 def test_killed_rank_ends_the_job_and_the_next_job_resumes_to_the_same_bits(tmp_path, ranks, die_at):
     """Within the first epoch, at the start of the second, and within it; an epoch has 23 steps."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
+    for directory in (whole, broken):
+        directory.mkdir()
     run_ranks(ranks, PROGRAM, whole, *SETTINGS, f"run.dir={whole}").succeeded()
     # The time limit is the promise: the job ends long before distributed.step_timeout_s (120 s).
     died = run_torchrun(ranks, PROGRAM, broken, "--die-at", die_at, *SETTINGS, f"run.dir={broken}", timeout=60)
@@ -44,7 +44,7 @@ def test_killed_rank_ends_the_job_and_the_next_job_resumes_to_the_same_bits(tmp_
     resumed = run_ranks(ranks, PROGRAM, broken, *SETTINGS, f"run.dir={broken}").succeeded()
     resumed_at = die_at // 4 * 4 if die_at != 23 else 23  # the end of an epoch is saved as well
     assert f"resumed at step {resumed_at} of 46" in resumed.stdout, str(resumed)
-    a, b = (torch.load(folder / "rank0.pt", weights_only=True) for folder in (whole, broken))
+    a, b = (torch.load(directory / "rank0.pt", weights_only=True) for directory in (whole, broken))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert history(whole) == history(broken)
 

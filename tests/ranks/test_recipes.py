@@ -11,8 +11,8 @@ from forked import run_python
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
 
 
-def summary(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
+def summary(directory: Path) -> dict:
+    return json.loads((directory / "summary.json").read_text())
 
 
 @pytest.mark.usefixtures("fashion_mnist")

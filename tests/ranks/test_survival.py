@@ -229,11 +229,11 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 3 MB; a checkpoint has 0.65 MB."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    run_command("mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder).succeeded()
-    yield folder
-    run_command("umount", "--lazy", folder).succeeded()
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    run_command("mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", directory).succeeded()
+    yield directory
+    run_command("umount", "--lazy", directory).succeeded()
 
 
 def fill(disk: Path) -> None:

@@ -23,17 +23,17 @@ def run(tmp_path_factory):
     from distlenet.config.loading import load_config
     from distlenet.data.sources import load_data
 
-    folder = tmp_path_factory.mktemp("predict")
-    settings = ("data.name=digits", "train.epochs=12", "optim.lr=0.05", f"run.dir={folder}", "run.name=run")
+    directory = tmp_path_factory.mktemp("predict")
+    settings = ("data.name=digits", "train.epochs=12", "optim.lr=0.05", f"run.dir={directory}", "run.name=run")
     run_python("-m", "distlenet.train", *settings).succeeded()
-    (folder / "images").mkdir()
+    (directory / "images").mkdir()
     for number, image in enumerate(load_data(load_config([], ["data.name=digits"]).data).test.images):
-        Image.fromarray(image.numpy()).save(folder / f"images/{number:03d}.png")
-    return folder
+        Image.fromarray(image.numpy()).save(directory / f"images/{number:03d}.png")
+    return directory
 
 
-def predict(folder, *words):
-    return run_python("-m", "distlenet.predict", f"checkpoint={folder}/run", *words)
+def predict(directory, *words):
+    return run_python("-m", "distlenet.predict", f"checkpoint={directory}/run", *words)
 
 
 def test_predictions_agree_with_evaluation(run):

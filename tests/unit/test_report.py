@@ -20,24 +20,24 @@ pytestmark = pytest.mark.unit
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="  # one pixel
 
 
-def make_run(folder, settings=(), steps=20, **details):
+def make_run(run_dir, settings=(), steps=20, **details):
     """Write a run directory with ``steps`` training records and one test record."""
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(load_config([], settings)))
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(to_yaml(load_config([], settings)))
     records = []
     for step in range(1, steps + 1):
         record = {"split": "train", "step": step, "epoch": 1, "batch": step, "time": 1.8e9 + step, "loss": 1 / step}
         record |= {"accuracy": 0.5, "count": 64, "lr": 0.1, "images_per_s": 1000.0, "grad_norm": 1.0}
         records.append({**record, "load": 0.1, "compute": 0.7, "wait": 0.2})
     records.append({**records[-1], "split": "test", "loss": 0.25, "accuracy": 0.875})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     start = {"time": "2027-01-15T08:00:00Z", "run_id": "ab", "step": 0, "world_size": 2, "host": "n1"}
     start["automatic"] = False
-    (folder / "starts.jsonl").write_text((json.dumps(start) + "\n") * 2)
+    (run_dir / "starts.jsonl").write_text((json.dumps(start) + "\n") * 2)
     mistake = {"index": 3, "label": 0, "predicted": 1, "confidence": 0.9, "png": PNG}
     content = {"classes": ["cat", "dog"], "confusion": [[3, 1], [0, 0]], "mistakes": [mistake], **details}
-    (folder / "test.json").write_text(json.dumps(content))
-    return folder
+    (run_dir / "test.json").write_text(json.dumps(content))
+    return run_dir
 
 
 def test_page_of_one_run_is_complete_and_self_contained(tmp_path):
@@ -55,8 +55,8 @@ def test_page_of_one_run_is_complete_and_self_contained(tmp_path):
 
 
 def test_page_of_several_runs_compares_them(tmp_path):
-    folders = [make_run(tmp_path / name, [f"optim.lr={lr}", f"seed={seed}"]) for name, lr, seed in RUNS]
-    runs = [read_run(folder) for folder in folders]
+    run_dirs = [make_run(tmp_path / name, [f"optim.lr={lr}", f"seed={seed}"]) for name, lr, seed in RUNS]
+    runs = [read_run(run_dir) for run_dir in run_dirs]
     assert differences(runs) == [("seed", ["0", "0", "2"]), ("optim.lr", ["0.1", "0.2", "0.1"])]
     write_report(runs, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
@@ -69,9 +69,9 @@ RUNS = (("a", 0.1, 0), ("b", 0.2, 0), ("c", 0.1, 2))
 
 def test_names_and_notes_are_escaped(tmp_path):
     evil = "<img src=x onerror=alert(1)>$x_{"
-    folder = make_run(tmp_path / evil, [f"wandb.notes={json.dumps(evil)}"], classes=[evil, "dog"])
+    run_dir = make_run(tmp_path / evil, [f"wandb.notes={json.dumps(evil)}"], classes=[evil, "dog"])
     other = make_run(tmp_path / "plain")
-    for runs in ([folder], [folder, other]):
+    for runs in ([run_dir], [run_dir, other]):
         write_report([read_run(run) for run in runs], tmp_path / "report.html")
         text = (tmp_path / "report.html").read_text()
         assert "<img src=x" not in text
@@ -80,11 +80,11 @@ def test_names_and_notes_are_escaped(tmp_path):
 
 @pytest.mark.parametrize("gone", ["starts.jsonl", "test.json", "summary.json"])
 def test_incomplete_run_has_a_report(tmp_path, gone):
-    folder = make_run(tmp_path / "run")
-    (folder / gone).unlink(missing_ok=True)
-    (folder / "metrics.jsonl").write_text("")
-    write_report([read_run(folder)], folder / "report.html")
-    assert "not complete" in (folder / "report.html").read_text()
+    run_dir = make_run(tmp_path / "run")
+    (run_dir / gone).unlink(missing_ok=True)
+    (run_dir / "metrics.jsonl").write_text("")
+    write_report([read_run(run_dir)], run_dir / "report.html")
+    assert "not complete" in (run_dir / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -98,15 +98,15 @@ def test_incomplete_run_has_a_report(tmp_path, gone):
     ],
 )
 def test_unreadable_run_is_refused(tmp_path, file, content, message):
-    folder = make_run(tmp_path / "run")
+    run_dir = make_run(tmp_path / "run")
     if isinstance(content, str):
-        (folder / file).write_text(content)
+        (run_dir / file).write_text(content)
     else:
-        (folder / file).unlink()
+        (run_dir / file).unlink()
         if content == 0:
-            (folder / file).mkdir()
+            (run_dir / file).mkdir()
     with pytest.raises(UserError, match=message):
-        read_run(folder)
+        read_run(run_dir)
 
 
 DAMAGED_STARTS = ['{"time": "x"}', '{"time": "2027-01-15T08:00:00Z", "run_id": 3}', "[]"]
@@ -137,19 +137,19 @@ DAMAGED_STARTS = ['{"time": "x"}', '{"time": "2027-01-15T08:00:00Z", "run_id": 3
     ],
 )
 def test_damaged_part_is_left_out(tmp_path, capsys, file, content, warned):
-    folder = make_run(tmp_path / "run")
+    run_dir = make_run(tmp_path / "run")
     if content == 0:
-        (folder / file).unlink()
-        (folder / file).mkdir()
+        (run_dir / file).unlink()
+        (run_dir / file).mkdir()
     else:
-        (folder / file).write_text(content)
-    run = read_run(folder)
+        (run_dir / file).write_text(content)
+    run = read_run(run_dir)
     if not warned:  # other parts are empty: see test_incomplete_run_has_a_report
         write_report([run], tmp_path / "report.html")
         assert "<svg" in (tmp_path / "report.html").read_text() or file == "metrics.jsonl"
     stderr = capsys.readouterr().err
     assert stderr.count("the report omits it") == warned
-    assert (f"{folder / file}: " in stderr) == warned
+    assert (f"{run_dir / file}: " in stderr) == warned
 
 
 @pytest.mark.slow
@@ -178,32 +178,32 @@ def test_class_without_images_has_no_accuracy(tmp_path):
 
 
 def test_command_prints_the_path_of_the_page(tmp_path, monkeypatch, capsys, fails):
-    folder = make_run(tmp_path / "run")
+    run_dir = make_run(tmp_path / "run")
 
     def report(*arguments):
         monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
         main()
 
-    report(folder)
-    assert capsys.readouterr().out == f"Report: {folder}/report.html\n"
-    report(folder, folder, "--output", tmp_path / "both.html")
+    report(run_dir)
+    assert capsys.readouterr().out == f"Report: {run_dir}/report.html\n"
+    report(run_dir, run_dir, "--output", tmp_path / "both.html")
     assert capsys.readouterr().out == f"Report: {tmp_path}/both.html\n"
     assert "is not a run directory" in fails(lambda: report(tmp_path))
-    assert "page.txt: expected a name that ends in .html" in fails(lambda: report(folder, "--output", "page.txt"))
+    assert "page.txt: expected a name that ends in .html" in fails(lambda: report(run_dir, "--output", "page.txt"))
     assert "the following arguments are required: RUN" in fails(lambda: report())
 
 
 @pytest.mark.slow
 def test_missing_package_is_one_line_and_a_warning_after_training(tmp_path, monkeypatch, capfd):
-    folder = make_run(tmp_path / "run")
+    run_dir = make_run(tmp_path / "run")
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    write_report_after_training(str(folder))
+    write_report_after_training(str(run_dir))
     install, warning = capfd.readouterr().err.splitlines()
     assert install == "distlenet: matplotlib: not installed; pip install 'distlenet[report]'"
     assert warning.startswith("distlenet: no report: ")
     assert "exit status 2" in warning
-    assert warning.endswith(f"python -m distlenet.report {folder} writes it")
+    assert warning.endswith(f"python -m distlenet.report {run_dir} writes it")
 
 
 def test_settings_are_yaml_values(tmp_path):
@@ -215,7 +215,7 @@ def test_settings_are_yaml_values(tmp_path):
 
 
 def test_damaged_line_of_starts_is_skipped(tmp_path):
-    folder = make_run(tmp_path / "run")
-    whole = (folder / "starts.jsonl").read_text()
-    (folder / "starts.jsonl").write_text('{"time": "20\nnull\n' + whole)
-    assert len(read_run(folder).starts) == 2
+    run_dir = make_run(tmp_path / "run")
+    whole = (run_dir / "starts.jsonl").read_text()
+    (run_dir / "starts.jsonl").write_text('{"time": "20\nnull\n' + whole)
+    assert len(read_run(run_dir).starts) == 2
