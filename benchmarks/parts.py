@@ -24,7 +24,7 @@ from reduction_cost import batches, make_trainer
 from distlenet.config.loading import load_config
 from distlenet.data.sources import load_on_node
 from distlenet.distributed.context import init_distributed
-from distlenet.distributed.preemption import handle_preemption
+from distlenet.distributed.preemption import Preemption
 from distlenet.reduction import ddp
 from distlenet.training.trainer import Trainer
 
@@ -73,13 +73,9 @@ def measure(batch: int) -> None:
     """Measure as one rank; rank 0 prints the row for global batches of ``batch`` images."""
     config = load_config([], ["train.epochs=1000", "optim.lr=0.02", f"train.global_batch_size={batch}"])
     rows: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        handle_preemption(25) as preemption,
-        init_distributed(config) as context,
-    ):
+    with tempfile.TemporaryDirectory() as scratch, init_distributed(config) as context:
         data = load_on_node(config.data, context.env)
-        trainer = make_trainer(config, context, data, Path(scratch), preemption)
+        trainer = make_trainer(config, context, data, Path(scratch), Preemption(25))
         clocks = Clocks(context.device)
         model: Any = trainer.reducer.model
         add_clocks(trainer, clocks)

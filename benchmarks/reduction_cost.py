@@ -21,7 +21,7 @@ from distlenet.config.loading import load_config
 from distlenet.config.schema import Config
 from distlenet.data.sources import ImageData, load_on_node
 from distlenet.distributed.context import DistributedContext, init_distributed
-from distlenet.distributed.preemption import Preemption, handle_preemption
+from distlenet.distributed.preemption import Preemption
 from distlenet.reduction import ddp
 from distlenet.task import Batch
 from distlenet.tasks.image_classification import ImageClassification
@@ -65,15 +65,11 @@ def measure(batch: int) -> None:
     common = ["train.epochs=1000", "optim.lr=0.02", f"train.global_batch_size={batch}"]
     configs = [load_config([], [*common, *settings]) for settings in ways.values()]
     trainers = []
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        handle_preemption(25) as preemption,
-        init_distributed(configs[0]) as context,
-    ):
+    with tempfile.TemporaryDirectory() as scratch, init_distributed(configs[0]) as context:
         data = load_on_node(configs[0].data, context.env)
         for name, config in zip(ways, configs, strict=True):
             ddp.OPTIONS = OPTIONS.get(name, OPTIONS["ddp"])
-            trainers.append(make_trainer(config, context, data, Path(scratch), preemption))
+            trainers.append(make_trainer(config, context, data, Path(scratch), Preemption(25)))
         feeds = [batches(trainer) for trainer in trainers]
         seconds: list[list[float]] = [[] for _ in trainers]
         for _ in range(ROUNDS):

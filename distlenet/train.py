@@ -17,14 +17,14 @@ from filelock import FileLock, Timeout
 
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.arguments import positive_int, settings_parser
-from distlenet.config.loading import load_config, run_folder, to_yaml
+from distlenet.config.loading import load_config, run_directory, to_yaml
 from distlenet.config.schema import Config
 from distlenet.data.sources import ImageData, load_on_node
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
 from distlenet.distributed.environment import read_environment
-from distlenet.distributed.preemption import Preemption, handle_preemption
+from distlenet.distributed.preemption import Preemption
 from distlenet.reduction.batch_size import micro_batch_size
 from distlenet.task import Task
 from distlenet.tasks.image_classification import ImageClassification
@@ -84,9 +84,9 @@ def train(config: Config, make_task: MakeTask = ImageClassification, trainer_cla
             f"checkpoint.path={config.checkpoint.path}: is for distlenet.evaluate; to resume from a file give "
             "checkpoint.resume"
         )
-    run_dir = run_folder(config)
+    run_dir = run_directory(config)
     with ExitStack() as stack:
-        preemption = stack.enter_context(handle_preemption(config.checkpoint.preemption_grace_s))
+        preemption = stack.enter_context(closing(Preemption(config.checkpoint.preemption_grace_s)))
         sidecar = stack.enter_context(closing(make_sidecar(config, run_dir, preemption)))
         context = stack.enter_context(init_distributed(config, run_dir))
         rank_0 = context.env.rank == 0

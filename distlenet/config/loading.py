@@ -118,7 +118,7 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
 
 
-def run_folder(config: Config) -> Path:
+def run_directory(config: Config) -> Path:
     """Return the directory of a run. Without a ``run.name``, the settings that change the result name it."""
     return Path(config.run.dir) / (config.run.name or f"{config.data.name}-{identity(config)}")
 

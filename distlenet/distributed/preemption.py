@@ -51,15 +51,9 @@ class Preemption:
         """Return the seconds until this rank must exit; ``grace_s`` if it received no signal."""
         return max(0.0, min(self.deadline - time.monotonic(), self.grace_s))
 
-
-@contextmanager
-def handle_preemption(grace_s: float) -> Iterator[Preemption]:
-    """Yield a Preemption to ``install``; restore the previous handlers at the end."""
-    preemption = Preemption(grace_s)
-    try:
-        yield preemption
-    finally:
-        for number, handler in preemption.previous_handlers.items():
+    def close(self) -> None:
+        """Restore the previous handlers."""
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
 

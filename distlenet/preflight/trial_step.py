@@ -16,7 +16,7 @@ from distlenet.config.schema import Config
 from distlenet.data.sources import load_on_node
 from distlenet.distributed.collectives import all_gather_object, broadcast_object, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext, init_distributed
-from distlenet.distributed.preemption import handle_preemption
+from distlenet.distributed.preemption import Preemption
 from distlenet.preflight.allreduce import SIZES, Timing, slow_pairs, time_all_reduces, wrong_sums
 from distlenet.preflight.finding import Finding, PreflightReport
 from distlenet.tasks.image_classification import ImageClassification
@@ -72,7 +72,7 @@ def take_trial_step(config: Config, context: DistributedContext) -> list[Finding
                 name = stack.enter_context(
                     TemporaryDirectory(prefix=".preflight-", dir=config.run.dir, ignore_cleanup_errors=True)
                 )
-        trial_dir, preemption = Path(broadcast_object(name)), stack.enter_context(handle_preemption(1.0))
+        trial_dir, preemption = Path(broadcast_object(name)), stack.enter_context(contextlib.closing(Preemption(1.0)))
         trial_config = replace(config, data=data, checkpoint=checkpoint)
         trainer = Trainer(trial_config, context, task, trial_dir, Trackers(), preemption)
         stack.callback(trainer.close)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from distlenet.checkpoint.format import to_bytes
-from distlenet.config.loading import run_folder
+from distlenet.config.loading import run_directory
 from distlenet.config.schema import Config
 from distlenet.data.sources import load_data, require_local_data
 from distlenet.distributed.context import DistributedContext, set_threads
@@ -48,7 +48,7 @@ def plan(config: Config, world_size: int) -> list[Row]:
     with fake_process_group(config, world_size) as context:
         data = load_data(config.data)
         task = ImageClassification(config, data)
-        trainer = Trainer(config, context, task, run_folder(config), Trackers(), Preemption(0.0))
+        trainer = Trainer(config, context, task, run_directory(config), Trackers(), Preemption(0.0))
         for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         trainer.train_step.on_device.optimizer.step()  # creates its state; the changed model is discarded

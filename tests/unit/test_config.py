@@ -6,7 +6,7 @@ import pytest
 from conftest import REPO, run_command
 
 from distlenet.config.fields import FIELDS, RENAMED
-from distlenet.config.loading import identity, load_config, run_folder, to_yaml
+from distlenet.config.loading import identity, load_config, run_directory, to_yaml
 from distlenet.config.schema import Config
 from distlenet.utils.errors import UserError
 
@@ -144,10 +144,10 @@ def test_a_missing_file_and_a_directory_raise_errors_that_name_them(tmp_path):
 
 
 def test_the_run_name_depends_on_result_changing_settings_only():
-    name = run_folder(load_config())
-    assert run_folder(load_config([], ["data.num_workers=2", "run.console=tutorial", "device=cpu"])) == name
-    assert run_folder(load_config([], ["seed=1"])) != name
-    assert run_folder(load_config([], ["run.dir=x", "run.name=y"])) == Path("x/y")
+    name = run_directory(load_config())
+    assert run_directory(load_config([], ["data.num_workers=2", "run.console=tutorial", "device=cpu"])) == name
+    assert run_directory(load_config([], ["seed=1"])) != name
+    assert run_directory(load_config([], ["run.dir=x", "run.name=y"])) == Path("x/y")
 
 
 def test_the_identity_of_a_run_is_stable():

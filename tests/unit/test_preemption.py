@@ -1,12 +1,13 @@
 import os
 import signal
 import sys
+from contextlib import closing
 
 import pytest
 import torch
 from conftest import run_command
 
-from distlenet.distributed.preemption import SIGNALS, StopFlag, handle_preemption
+from distlenet.distributed.preemption import SIGNALS, Preemption, StopFlag
 
 pytestmark = pytest.mark.unit
 
@@ -16,7 +17,7 @@ def test_the_first_signal_is_recorded_and_the_second_has_no_effect(monkeypatch, 
     clock = iter([100.0, 104.0])
     monkeypatch.setattr("distlenet.distributed.preemption.time.monotonic", lambda: next(clock))
     before = signal.getsignal(number)
-    with handle_preemption(grace_s=25) as preemption:
+    with closing(Preemption(grace_s=25)) as preemption:
         preemption.install()
         assert not preemption.stop_requested
         os.kill(os.getpid(), number)
@@ -28,8 +29,7 @@ def test_the_first_signal_is_recorded_and_the_second_has_no_effect(monkeypatch, 
 
 
 def test_a_rank_without_a_signal_has_the_whole_grace_period():
-    with handle_preemption(grace_s=25) as preemption:
-        assert preemption.seconds_left() == 25
+    assert Preemption(grace_s=25).seconds_left() == 25
 
 
 def test_a_stop_request_is_kept():
@@ -43,7 +43,7 @@ import os, subprocess, torch
 from distlenet.data import loader
 from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.data.sources import ImageDataset
-from distlenet.distributed.preemption import handle_preemption, worker_init_fn
+from distlenet.distributed.preemption import Preemption, worker_init_fn
 
 signals_sent, send = os.pipe()
 def late(worker):  # the second worker is still starting when the signals arrive
@@ -53,14 +53,14 @@ def late(worker):  # the second worker is still starting when the signals arrive
 loader.worker_init_fn = late
 dataset = ImageDataset(torch.zeros(64, 1, 1, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8))
 sampler = GlobalBatchSampler(dataset, 4, rank=0, world_size=1, seed=0)
-with handle_preemption(25) as preemption:
-    preemption.install()
-    batches = loader.Loader(dataset, sampler, 2, torch.device("cpu")).epoch(0)
-    samples = len(next(batches))
-    # As SLURM does: to all processes of the job, except the shell that sends them.
-    subprocess.run("trap '' TERM USR2; kill -TERM 0; kill -USR2 0", shell=True, check=True)
-    os.write(send, b"!")
-    print(samples + sum(len(batch) for batch in batches), preemption.stop_requested)
+preemption = Preemption(25)
+preemption.install()
+batches = loader.Loader(dataset, sampler, 2, torch.device("cpu")).epoch(0)
+samples = len(next(batches))
+# As SLURM does: to all processes of the job, except the shell that sends them.
+subprocess.run("trap '' TERM USR2; kill -TERM 0; kill -USR2 0", shell=True, check=True)
+os.write(send, b"!")
+print(samples + sum(len(batch) for batch in batches), preemption.stop_requested)
 """
 
 
