@@ -64,16 +64,6 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
         load_checkpoint(path)
 
 
-def test_a_truncated_checkpoint_is_named(tmp_path):
-    path = tmp_path / "c.pt"
-    write_atomically(lenet_state(1), path)
-    content = path.read_bytes()
-    for percent in range(0, 100, 5):
-        path.write_bytes(content[: len(content) * percent // 100])
-        with pytest.raises(UserError, match=re.escape(str(path))):
-            load_checkpoint(path)
-
-
 @pytest.mark.parametrize(
     "change",
     [

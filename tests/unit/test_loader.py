@@ -36,8 +36,7 @@ def test_a_loader_fetches_the_batches_of_the_sampler(num_workers):
 
 
 def test_one_batch_is_loaded_again():
-    dataset = dataset_of(20)
-    loader = Loader(dataset, GlobalBatchSampler(dataset, 5, rank=0, world_size=1, seed=3), 0, CPU)
+    loader = make_loader(dataset_of(20))
     first, again = list(loader.epoch(1))[2], loader.batch(1, 2)
     assert torch.equal(first.indices, again.indices)
     assert torch.equal(first.data[0], again.data[0])
@@ -99,9 +98,8 @@ def test_any_nested_data_is_loaded(num_workers):
 
 
 def test_a_loader_does_not_use_the_global_generator():
-    dataset = dataset_of(2)
     before = torch.get_rng_state()
-    assert len(list(Loader(dataset, GlobalBatchSampler(dataset, 1, 0, 1, seed=0), 0, CPU).epoch(0))) == 2
+    assert len(list(make_loader(dataset_of(20)).epoch(0))) == 4
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -78,9 +78,8 @@ def test_samples_of_a_virtual_shard_stay_on_one_rank(samples, sizes):
 
 
 def test_batches_are_full_except_for_the_last():
-    (sampler,) = make_samplers(10, 4, 1)
+    (sampler,), (dropping,) = make_samplers(10, 4, 1), make_samplers(10, 4, 1, drop_last=True)
     assert [len(part) for part in sampler] == [4, 4, 2] == [sampler.global_size(number) for number in range(3)]
-    (dropping,) = make_samplers(10, 4, 1, drop_last=True)
     assert [len(part) for part in dropping] == [4, 4]
 
 

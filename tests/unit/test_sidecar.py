@@ -15,6 +15,7 @@ from conftest import run_command
 
 from distlenet.config.loading import load_config
 from distlenet.tracking import sender
+from distlenet.tracking.priority import process_tree
 from distlenet.tracking.sender import JsonlTail, make_sinks, receive, send, statuses
 from distlenet.tracking.sidecar import Sidecar
 from distlenet.utils.errors import Preempted, UserError
@@ -307,8 +308,6 @@ def test_threads_and_child_sessions_have_the_lowest_priority():
 
 
 def test_a_process_that_has_ended_has_no_tree():
-    from distlenet.tracking.priority import process_tree
-
     with subprocess.Popen(["true"]) as process:
         process.wait()
     assert process_tree(process.pid) == []

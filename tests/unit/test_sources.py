@@ -66,8 +66,7 @@ def test_a_synthetic_set_without_disk_space_is_refused_before_it_is_written(tmp_
 
 
 def test_a_synthetic_set_has_any_size_and_always_the_same_bytes():
-    overrides = ("data.name=synthetic", "data.synthetic_train=101", "data.synthetic_test=7")
-    first, second = load(*overrides), load(*overrides)
+    first, second = (load("data.name=synthetic", "data.synthetic_train=101", "data.synthetic_test=7") for _ in range(2))
     assert (len(first.train), len(first.test)) == (101, 7)
     assert torch.equal(first.train.images, second.train.images)
     assert torch.equal(first.test.labels, second.test.labels)
