@@ -1,4 +1,4 @@
-"""When a training state is saved and restored: rank 0 reads and writes, all ranks decide together."""
+"""Saving and restoring the training state: rank 0 reads and writes, all ranks decide together."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from distlenet.utils.errors import Preempted, UserError
 
 
 class Stateful(Protocol):
-    """What is saved."""
+    """An object whose state is saved."""
 
     def state_dict(self) -> State:
         """Return everything that the rest of the run depends on. A collective."""

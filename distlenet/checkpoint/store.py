@@ -93,7 +93,7 @@ class CheckpointStore:
                 except OSError as refused:
                     raise UserError(f"{error}; it cannot be moved aside: {refused.strerror or refused}") from error
                 older = self.newest()
-                action = f"resuming from {older.name}" if older else "no other is left, starting from scratch"
+                action = f"resuming from {older.name}" if older else "no other exists, starting from scratch"
                 warn(f"{error}: moved aside to {aside.name}, {action}")
         return None
 

@@ -9,7 +9,7 @@ INTRODUCTION = """# Settings
 <!-- Generated from distlenet/config/schema.py by: python -m distlenet.config > docs/settings.md -->
 
 Every command reads `[--config FILE]... [key=value]...`: first the files, then the pairs; the last value wins.
-A pair may begin with two hyphens, such as `--train.epochs=3`. Keys with * change what is learned: they name the run,
+A pair may begin with two hyphens, such as `--train.epochs=3`. Keys with * change the result: they name the run,
 and a checkpoint made with other values of them is not resumed. RUN is the directory of the run, in `run.dir`.
 """
 

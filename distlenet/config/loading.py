@@ -130,7 +130,7 @@ def identity(config: Config) -> str:
 
 
 def result_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that change what is learned, as {dotted key: value}."""
+    """Return the settings that change the result, as {dotted key: value}."""
     return {key: value for key, value in flatten(values) if key in FIELDS and FIELDS[key].result}
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 def setting(default: Any, help: str, *, result: bool = False, **bounds: float) -> Any:
     """Declare one setting: its default, its help and the bounds ``ge``, ``gt`` and ``lt`` of its number.
 
-    ``result=True`` marks a setting that changes what is learned. These settings name the run, and a checkpoint made
+    ``result=True`` marks a setting that changes the result. These settings name the run, and a checkpoint made
     with other values of them is not resumed.
     """
     value: Any = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}

@@ -119,7 +119,7 @@ class EvaluationLoader:
 
     @property
     def batches_of_every_rank(self) -> int:
-        """How many batches each rank has at least."""
+        """The smallest number of batches of a rank."""
         return -(-self.samples // self.chunk) // self.world_size
 
 
@@ -128,7 +128,7 @@ def make_loaders(
 ) -> tuple[Loader, EvaluationLoader]:
     """Make the loaders of a rank, for training and for the test set. A collective.
 
-    Raise UserError if the datasets do not fit where ``data.device`` wants them.
+    Raise UserError if the datasets do not fit into the memory that ``data.device`` names.
     """
     env, device, num_workers = context.env, context.device, config.data.num_workers
     shards = config.distributed.virtual_shards if config.distributed.reduction == "exact" else None
@@ -136,7 +136,7 @@ def make_loaders(
     sampler = GlobalBatchSampler(
         datasets.train, batch_size, env.rank, env.world_size, config.seed, drop_last, virtual_shards=shards
     )
-    with raise_on_all_ranks():  # a GPU may have less memory left than the others
+    with raise_on_all_ranks():  # a GPU may have less free memory than the others
         datasets = place_datasets(datasets, config.data.device, num_workers, device)
     test_loader = EvaluationLoader(datasets.test, eval_batch_size, env.rank, env.world_size, device)
     return Loader(datasets.train, sampler, num_workers, device), test_loader

@@ -20,7 +20,7 @@ class GlobalBatchSampler(DistributedSampler[Tensor]):
 
     Position p of an epoch's permutation belongs to global batch p // B and, as in ``DistributedSampler``, to rank
     p % W. Global batch t therefore consists of positions tB to (t+1)B-1 for every world size W, without padding: the
-    last batch of an epoch is shorter, or is left out (``drop_last``). With V virtual shards, p belongs to shard p % V,
+    last batch of an epoch is shorter, or is dropped (``drop_last``). With V virtual shards, p belongs to shard p % V,
     and the shard to rank p % V % W, which is the same if W divides V.
 
     Index tensors are int64 (n,), with n = B/W if W divides B; n may be 0 in the last batch, so that all ranks have

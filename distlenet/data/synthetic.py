@@ -35,7 +35,7 @@ def open_synthetic(root: Path, train: int, test: int) -> dict[str, SharedFile]:
                 if (needed := sum(map(math.prod, shapes.values()))) > (free := shutil.disk_usage(root).free):
                     raise UserError(
                         f"data.synthetic_train={train}: {train + test} images take {needed:,} bytes, but data.root="
-                        f"{root} has {free:,} left; give a smaller number, or another data.root"
+                        f"{root} has {free:,} free; give a smaller number, or another data.root"
                     )
                 with tempfile.TemporaryDirectory(prefix=".synthetic-", dir=root) as scratch:
                     complete = Path(scratch) / "complete"

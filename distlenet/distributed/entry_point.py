@@ -41,7 +41,7 @@ def _run(main: Callable[[], None]) -> int:
     """Return the exit status of ``main``.
 
     Rank 0 prints a user error; the first rank of each node prints a RankError. The other ranks linger: torchrun ends
-    all ranks when one exits, and rank 0 may still be importing. One that is not ended by then prints the line itself.
+    all ranks when one exits, and rank 0 may still be importing. A rank still running after that prints the line.
     """
     try:
         main()

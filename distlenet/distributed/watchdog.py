@@ -23,7 +23,7 @@ from distlenet.distributed.rendezvous import call_with_timeout, format_ranks, ho
 from distlenet.utils.errors import warn
 
 HUNG = 1  # exit status
-SUSPENDED_S = 30.0  # no running process checks this late; one that was suspended does (scontrol suspend)
+SUSPENDED_S = 30.0  # a process that checks this late was suspended (scontrol suspend)
 
 
 class Watchdog:

@@ -23,7 +23,7 @@ NONDETERMINISTIC_KEYS = {
 
 
 class Tracker:
-    """What rank 0's trainer reports to. Methods that a subclass does not define do nothing."""
+    """A destination of rank 0's reports. Methods that a subclass does not define do nothing."""
 
     def start(self, run_info: Record) -> None:
         """Begin a run, or resume it from ``run_info["step"]``."""

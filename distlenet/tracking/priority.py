@@ -1,4 +1,4 @@
-"""Leave the CPUs to the ranks while the sidecar and W&B's own process run next to them."""
+"""Give the ranks priority over the sidecar and W&B's own process, which run next to them."""
 
 import os
 import time

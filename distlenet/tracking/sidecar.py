@@ -81,7 +81,7 @@ class Sidecar(Tracker):
         if self.process is None:
             return
         problem = self._wait(self.process) if self.started else ""
-        for process in reversed(process_tree(self.process.pid)):  # one that survives would keep standard error open
+        for process in reversed(process_tree(self.process.pid)):  # a surviving process would keep standard error open
             with suppress(OSError, psutil.Error):
                 process.kill()
         self.process.wait()

@@ -6,13 +6,13 @@ from torch.optim import Optimizer
 
 
 class NonfiniteGuard:
-    """Decides whether a step is taken, from what all ranks know after its all-reduce.
+    """Decides whether a step is taken, from the result of its all-reduce.
 
     Normally the host decides before each step, which on a GPU means to wait for the device. When that is too
     expensive (``deferred=True``) the optimizer decides on the device: from the first bad step on, its fused kernel
     takes no step, until the host, which checks now and then, stops the run. Fused optimizers read ``found_inf`` for
     loss scaling (https://docs.pytorch.org/docs/stable/notes/amp_examples.html); with loss scaling, which skips bad
-    steps anyway, it is left alone.
+    steps anyway, the guard does not set it.
     """
 
     def __init__(self, optimizer: Optimizer, device: torch.device, deferred: bool, loss_scaling: bool) -> None:

@@ -113,7 +113,7 @@ def test_without_an_undamaged_checkpoint_a_warning_announces_a_start_from_scratc
     for step in (1, 2):
         store.write(tiny_state(step), best=False).write_bytes(b"")
     assert store.load_newest() is None
-    assert "no other is left, starting from scratch" in capsys.readouterr().err
+    assert "no other exists, starting from scratch" in capsys.readouterr().err
 
 
 KILLED_WHILE_WRITING = """
