@@ -33,11 +33,12 @@ def main() -> None:
     overrides = [f"checkpoint.path={o.partition('=')[2]}" if o.startswith("checkpoint=") else o for o in overrides]
     given = load_config(files, overrides)
     if given.checkpoint.path is None:
-        raise UserError("checkpoint: none is given; add checkpoint=RUN_FOLDER or checkpoint=FILE.pt")
+        raise UserError("checkpoint: none is given; add checkpoint=RUN_DIRECTORY or checkpoint=FILE.pt")
     path = find_checkpoint(Path(given.checkpoint.path))
     state = load_checkpoint(path)
     config = load_config(files, overrides, base=state["config"])
-    if config.data.name != (trained_on := state["config"]["data"]["name"]):
+    trained_on = load_config(base=state["config"]).data.name
+    if config.data.name != trained_on:
         warn(f"data.name={config.data.name}: the checkpoint was trained on {trained_on}, so its accuracy means little")
     if given.data.root == Config().data.root:  # the checkpoint's data.root is read, but nothing is written there
         if config.data.name == "synthetic":

@@ -33,7 +33,7 @@ class CheckpointStore:
         def write_or_warn() -> None:
             try:
                 before()
-                self.write(copy, best)
+                self.write(copy)
                 self.failure = None
             except Exception as error:  # an exception of a thread would be lost
                 if self.failure is None:
@@ -42,6 +42,8 @@ class CheckpointStore:
 
         self.wait()
         copy = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), state)
+        if best:  # also if ``before`` fails
+            self._unwritten_best = copy
         self._thread = threading.Thread(target=write_or_warn, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -58,7 +60,7 @@ class CheckpointStore:
                 return f"not done within {timeout:.3g} s, see checkpoint.preemption_grace_s"
         return self.failure
 
-    def write(self, state: State, best: bool) -> Path:
+    def write(self, state: State, best: bool = False) -> Path:
         """Write a checkpoint, also as ``best.pt`` if it is the best, and remove old ones. Raise UserError."""
         path = self.directory / f"step-{state['step']:08d}.pt"
         if best:

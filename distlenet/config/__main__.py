@@ -8,7 +8,8 @@ INTRODUCTION = """# Settings
 
 <!-- Generated from distlenet/config/schema.py by: python -m distlenet.config > docs/settings.md -->
 
-Every command reads `[--config FILE]... [key=value]...`: first the files, then the pairs; the last value wins.
+Training, evaluation, preflight and `python -m distlenet.data` read `[--config FILE]... [key=value]...`: first the
+files, then the pairs; the last value wins.
 A pair may begin with two hyphens, such as `--train.epochs=3`. Keys with * change the result: they name the run,
 and a checkpoint made with other values of them is not resumed. RUN is the directory of the run, in `run.dir`.
 """

@@ -34,7 +34,7 @@ class SettingsParser(Parser):
 
 def settings_parser(prog: str, description: str) -> SettingsParser:
     """Return the parser of a command that takes settings. A command may add its own options."""
-    settings = [f"  {key:30}[{to_yaml_value(f.default)}] {f.describe()}. {f.help}" for key, f in FIELDS.items()]
+    settings = [f"  {key:42} [{to_yaml_value(f.default)}] {f.describe()}. {f.help}" for key, f in FIELDS.items()]
     parser = SettingsParser(
         f"python -m {prog}",
         description=description,
@@ -42,7 +42,13 @@ def settings_parser(prog: str, description: str) -> SettingsParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", action="append", default=[], help="YAML file; the last one wins")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="YAML file; may be repeated, later files override earlier ones",
+    )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="a setting; it wins over all files")
     return parser
 

@@ -75,8 +75,8 @@ def _download(name: str, root: Path, debian: bool) -> dict[str, Path]:
     package = f"apt install {DEBIAN_PACKAGE[name]}, or " if name in DEBIAN_PACKAGE else ""
     raise UserError(
         f"data.name={name}: is not in data.root={root} and cannot be downloaded ({', '.join(failures)}); "
-        f"put its four IDX files (plain or .gz) into {root}, or {package}python -m distlenet.data data.name={name} on "
-        "a machine with a network, or train on the bundled set with data.name=digits and --config configs/ci.yaml"
+        f"put its four IDX files (plain or .gz) into {root}, or {package}python -m distlenet.data data.name={name} "
+        f"data.root={root} on a machine with a network, or train on the bundled digits with --config configs/ci.yaml"
     )
 
 

@@ -91,6 +91,8 @@ def tournament_rounds(players: Sequence[int]) -> list[list[tuple[int, int]]]:
 def fit_line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
     """Fit y = intercept + slope x with equal relative errors; return intercept and slope, both at least 0."""
     x, y = np.array(xs, float), np.array(ys, float)
+    if len(x) == 1:
+        return 0.0, float(y[0] / x[0])
     slope, intercept = np.polyfit(x, y, deg=1, w=1 / y)
     if intercept < 0:
         return 0.0, float((x / y).sum() / ((x / y) ** 2).sum())

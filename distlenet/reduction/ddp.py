@@ -93,7 +93,7 @@ class DdpReducer:
         # The first parameter's gradient is the last one of a backward pass. The hook does not refer to the reducer:
         # the garbage collector does not see a hook's references, and the process group would never end.
         self.ready = _ReadyMark(self.clock)
-        next(model.parameters()).register_post_accumulate_grad_hook(self.ready.set)
+        next(p for p in model.parameters() if p.requires_grad).register_post_accumulate_grad_hook(self.ready.set)
 
     def _wrap(self, model: _ModelWithStopFlag) -> DistributedDataParallel:
         self.flag = model.flag

@@ -78,14 +78,17 @@ class Sidecar(Tracker):
 
     def close(self) -> None:
         """Send the outcome, and wait until everything is sent, for at most ``wandb.finish_timeout_s``."""
-        if self.process is None:
+        sender, self.process = self.process, None  # closed once, also if Ctrl-C interrupts the wait
+        if sender is None:
             return
-        problem = self._wait(self.process) if self.started else ""
-        for process in reversed(process_tree(self.process.pid)):  # a surviving process would keep standard error open
-            with suppress(OSError, psutil.Error):
-                process.kill()
-        self.process.wait()
-        self.process = None
+        problem = ""
+        try:
+            problem = self._wait(sender) if self.started else ""
+        finally:
+            for process in reversed(process_tree(sender.pid)):  # a surviving process would keep standard error open
+                with suppress(OSError, psutil.Error):
+                    process.kill()
+            sender.wait()
         if problem:
             fix = f": python -m distlenet.report {self.run_dir} --replay-wandb" * ("wandb" in self.sinks)
             warn(f"{self.names}: the process that sends the records {problem}; nothing is lost{fix}")

@@ -34,8 +34,8 @@ class TextLogger(Tracker):
         )
         if i["complete"]:
             self.print(
-                f"this run is complete; to continue training: run.name={i['run']} "
-                "checkpoint.allow_changed=[train.epochs] and more train.epochs; to train anew: another run.name"
+                f"this run is complete; to train longer, give run.name={i['run']} "
+                "checkpoint.allow_changed=[train.epochs] and a larger train.epochs; to train again, another run.name"
             )
         elif i["step"]:
             self.print(f"resumed at step {i['step']} of {i['steps']} from {i['resumed_from']}")

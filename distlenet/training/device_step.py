@@ -111,7 +111,7 @@ class DeviceStep:
 
         Return the losses (n,) in the order of ``batch.indices`` and the gradients by parameter name. Not a collective.
         """
-        named = dict(self.model.named_parameters())
+        named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         gradients = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
         losses = torch.zeros(len(batch), device=self.device)

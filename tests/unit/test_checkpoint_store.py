@@ -238,3 +238,16 @@ def test_find_checkpoint_accepts_a_file_or_a_run_directory(tmp_path):
     newest = store.write(tiny_state(8), best=False)
     assert find_checkpoint(run_dir) == find_checkpoint(store.directory) == newest
     assert find_checkpoint(store.directory / "best.pt") == store.directory / "best.pt"
+
+
+def test_best_checkpoint_is_written_later_if_the_disk_is_full_when_it_is_due(tmp_path, capsys):
+    def full_disk():
+        raise OSError(28, "No space left on device")
+
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(tiny_state(1), best=True, before=full_disk)
+    assert "No space left on device" in str(store.wait())
+    store.save(tiny_state(2))
+    assert store.wait() is None
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 1
+    assert "training continues" in capsys.readouterr().err

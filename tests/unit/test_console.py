@@ -86,7 +86,7 @@ def test_every_evaluation_and_the_result_are_printed(capsys):
     [
         ({}, "global batch 64 = ranks 2 × micro-batches 1 × images 32"),
         ({"step": 8, "resumed_from": "runs/x/c.pt"}, "resumed at step 8 of 40 from runs/x/c.pt"),
-        ({"step": 40, "complete": True}, "this run is complete; to continue training: run.name=name checkpoint.allow"),
+        ({"step": 40, "complete": True}, "this run is complete; to train longer, give run.name=name checkpoint.allow"),
     ],
 )
 def test_the_opening_lines(capsys, change, part):

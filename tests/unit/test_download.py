@@ -114,7 +114,7 @@ def test_without_a_network_the_error_lists_the_ways_to_get_the_data(monkeypatch,
         str(tmp_path),
         "apt install dataset-fashion-mnist",
         "python -m distlenet.data",
-        "data.name=digits",
+        "--config configs/ci.yaml",
     ):
         assert part in message
     assert "\n" not in message

@@ -39,6 +39,13 @@ class InfiniteGradient(ImageClassification):
         return model
 
 
+class FrozenLayer(PoisonedTask):
+    def model(self):
+        model = super().model()
+        model.conv1.requires_grad_(requires_grad=False)
+        return model
+
+
 class Recorder(Tracker):
     def __init__(self):
         self.records = []
@@ -89,11 +96,12 @@ def test_run_stops_with_the_weights_from_before(tmp_path, optimizer, reduction, 
     assert not list((tmp_path / "bad/checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("task", [PoisonedTask, FrozenLayer])
 @pytest.mark.parametrize("reduction", ["ddp", "exact"])
-def test_step_can_be_skipped(tmp_path, capsys, reduction):
+def test_step_can_be_skipped(tmp_path, capsys, reduction, task):
     words = (f"distributed.reduction={reduction}", "train.on_nonfinite=skip", "train.log_every=1")
     config = load_config([], [*SETTINGS, *words])
-    with init_distributed(config) as context, make(tmp_path / "run", context, config) as trainer:
+    with init_distributed(config) as context, make(tmp_path / "run", context, config, task) as trainer:
         number = poisoned_step(trainer)
         summary = trainer.fit()
     assert summary["skipped_steps"] == 1

@@ -164,6 +164,7 @@ def test_tournament_rounds_pair_all_players_once(players):
 
 def test_fit_line():
     assert fit_line([1, 10, 100], [5.2, 7, 25]) == pytest.approx((5, 0.2))
+    assert fit_line([100], [25]) == (0, 0.25)  # a single size, without a warning of numpy
 
 
 def test_fit_line_has_no_negative_part():

@@ -312,3 +312,20 @@ def test_a_process_that_has_ended_has_no_tree():
         process.wait()
     assert process_tree(process.pid) == []
     assert process_tree(os.getpid())[0].pid == os.getpid()
+
+
+def test_ctrl_c_during_the_wait_ends_the_process_and_is_not_replaced(tmp_path, use_command, monkeypatch):
+    use_command("sleep", "60")
+    sidecar = make_sidecar(tmp_path)
+    sidecar.launch()
+    sidecar.start({"complete": False})
+    process = sidecar.process
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "communicate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sidecar.close()
+    assert process.poll() is not None
+    sidecar.close()  # again, as the exit stack of a training does
