@@ -30,7 +30,7 @@ class Preemption:
     grace_s: float
     requested_by: str | None = None  # the name of the signal
     deadline: float = math.inf
-    previous_handlers: dict[int, Any] = field(default_factory=dict)
+    previous_handlers: dict[int, Any] = field(default_factory=dict, repr=False)  # signal.signal formats handlers
 
     def install(self) -> None:
         """Handle the signals from now on."""

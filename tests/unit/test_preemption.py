@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import sys
@@ -67,3 +68,12 @@ print(samples + sum(len(batch) for batch in batches), preemption.stop_requested)
 def test_loader_workers_ignore_the_signals_from_the_start_and_exit_with_their_rank():
     """``batches`` still exists when Python exits, as after an error: Python then ends the workers by SIGTERM."""
     assert run_command(sys.executable, "-c", WORKERS, timeout=60).succeeded().stdout == "64 True\n"
+
+
+def test_handlers_of_many_requests_can_follow_each_other():
+    """signal.signal formats the previous handler: its text must not contain all handlers before it, twice each."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            preemption = stack.enter_context(contextlib.closing(Preemption(grace_s=25)))
+            preemption.install()
+        assert len(repr(preemption.handle_signal)) < 1000
