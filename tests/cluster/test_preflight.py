@@ -146,7 +146,7 @@ def test_a_port_that_is_in_use(slurm: SlurmCluster, shared: Path) -> None:
         assert process.stdout.readline() == "up\n"
         result = run_preflight(slurm, *PREFLIGHT, f"run.dir={shared}", "--wait", "5", env={"MASTER_PORT": "20002"})
     assert result.status == 2, str(result)
-    assert "port 20002 on n1 is in use, by another job" in result.stdout, str(result)
+    assert "port 20002 on n1 is in use; set MASTER_PORT to a free port" in result.stdout, str(result)
     assert "the process that listens on n1:20002 is not rank 0" in result.stdout, str(result)
 
 
