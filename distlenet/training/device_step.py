@@ -60,7 +60,8 @@ class DeviceStep:
                     losses, outputs = self.task.loss(self.reducer.model, micro_batch.data)
                 reduction.backward(self.scaler.scale(losses.sum()))  # with the last micro-batch, a collective
                 values.append(values_per_sample(self.task, losses, outputs, micro_batch.data))
-        return self._apply(reduction.result, torch.cat(values, 1), want_grad_norm)
+        all_values = values[0] if len(values) == 1 else torch.cat(values, 1)
+        return self._apply(reduction.result, all_values, want_grad_norm)
 
     def _apply(self, reduction: ReductionResult, values: Tensor, want_grad_norm: bool) -> DeviceResult:
         """Clip the gradients and take the step, unless something is not finite."""
