@@ -22,7 +22,6 @@ import torch
 from reduction_cost import batches, make_trainer
 
 from distlenet.config.loading import load_config
-from distlenet.data.sources import load_on_node
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.preemption import Preemption
 from distlenet.reduction import ddp
@@ -74,8 +73,7 @@ def measure(batch: int) -> None:
     config = load_config([], ["train.epochs=1000", "optim.lr=0.02", f"train.global_batch_size={batch}"])
     rows: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as scratch, init_distributed(config) as context:
-        data = load_on_node(config.data, context.env)
-        trainer = make_trainer(config, context, data, Path(scratch), Preemption(25))
+        trainer = make_trainer(config, context, Path(scratch), Preemption(25))
         clocks = Clocks(context.device)
         model: Any = trainer.reducer.model
         add_clocks(trainer, clocks)

@@ -19,7 +19,6 @@ from typing import Any
 
 from distlenet.config.loading import load_config
 from distlenet.config.schema import Config
-from distlenet.data.sources import ImageData, load_on_node
 from distlenet.distributed.context import DistributedContext, init_distributed
 from distlenet.distributed.preemption import Preemption
 from distlenet.reduction import ddp
@@ -40,13 +39,10 @@ SHARDS = (2, 4, 8)
 GLOO = "distributed.shared_memory=off"
 
 
-def make_trainer(
-    config: Config, context: DistributedContext, data: ImageData, run_dir: Path, preemption: Preemption
-) -> Trainer:
+def make_trainer(config: Config, context: DistributedContext, run_dir: Path, preemption: Preemption) -> Trainer:
     """Make a trainer that is ready for its first step. A collective."""
-    trainer = Trainer(config, context, ImageClassification(config, data), run_dir, Trackers([]), preemption)
-    empty = trainer.loader.empty_batch()
-    trainer.train_step.warm_up(trainer.task.transform(empty.data, empty.keys))
+    trainer = Trainer(config, context, ImageClassification(config), run_dir, Trackers([]), preemption)
+    trainer.train_step.warm_up()
     return trainer
 
 
@@ -66,10 +62,9 @@ def measure(batch: int) -> None:
     configs = [load_config([], [*common, *settings]) for settings in ways.values()]
     trainers = []
     with tempfile.TemporaryDirectory() as scratch, init_distributed(configs[0]) as context:
-        data = load_on_node(configs[0].data, context.env)
         for name, config in zip(ways, configs, strict=True):
             ddp.OPTIONS = OPTIONS.get(name, OPTIONS["ddp"])
-            trainers.append(make_trainer(config, context, data, Path(scratch), Preemption(25)))
+            trainers.append(make_trainer(config, context, Path(scratch), Preemption(25)))
         feeds = [batches(trainer) for trainer in trainers]
         seconds: list[list[float]] = [[] for _ in trainers]
         for _ in range(ROUNDS):

@@ -14,7 +14,7 @@ from distlenet.config.arguments import parse_arguments
 from distlenet.config.loading import load_config
 from distlenet.config.schema import Config
 from distlenet.data.loader import EvaluationLoader
-from distlenet.data.sources import load_on_node, require_local_data
+from distlenet.data.sources import require_local_data
 from distlenet.distributed.collectives import broadcast_object
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
@@ -23,6 +23,7 @@ from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.text import accuracy_line
 from distlenet.training.evaluation import evaluate
 from distlenet.training.meter import Metrics
+from distlenet.training.outline import outline_of
 from distlenet.utils.errors import UserError, warn
 
 
@@ -52,18 +53,20 @@ def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
     with init_distributed(config) as context:
         env = context.env
         path, state = broadcast_object((path, state))  # during a run, ranks may have found different ones
-        task = ImageClassification(config, load_on_node(config.data, env))
+        task = ImageClassification(config)
         model = task.model().to(context.device)
         load_model(model, state, path)
         test = task.datasets().test
-        loader = EvaluationLoader(test, task.eval_batch_size, env.rank, env.world_size, context.device)
+        loader = EvaluationLoader(test, task.eval_batch_size, env.rank, env.world_size, context.device, task.collate)
 
         def batches() -> Iterator[Batch]:
             for batch in loader:
                 context.watchdog.heartbeat(batch.number)
                 yield batch
 
-        metrics = evaluate(task, model, batches(), len(test), context)
+        sample = next(iter(EvaluationLoader(test, 1, 0, 1, context.device, task.collate)))
+        outline = outline_of(task, model, task.transform(sample.data, None), context.autocast())
+        metrics = evaluate(outline, model, batches(), len(test), context)
         if env.rank == 0:
             loss, accuracy = metrics.means["loss"], metrics.means["accuracy"]
             print(f"{path}: step {state['step']}, test loss {loss:.6f}, accuracy {accuracy:.4f}")

@@ -1,11 +1,14 @@
 """The interface between a user's task and the engine, which supplies order, distribution and exactness."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, device, nn
+from torch.utils.data import default_collate
 
+from distlenet.config.schema import Config
 from distlenet.utils.keyed_random import hash32
 
 Data = Any
@@ -48,22 +51,34 @@ class Batch:
 
 
 class MapDataset(Protocol):
-    """A map-style dataset that serves whole batches, as torch's optional ``__getitems__`` does."""
+    """Any map-style dataset, as ``torch.utils.data.DataLoader`` takes it."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
 
-    def __getitems__(self, indices: Tensor) -> Data:
-        """Return the samples at ``indices``, int64 (n,)."""
+    def __getitem__(self, index: int) -> Any:
+        """Return one sample."""
+
+
+class BatchDataset(Protocol):
+    """A dataset that serves whole batches: for data in memory, which one indexing operation can select."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def get_batch(self, indices: Tensor) -> Data:
+        """Return the samples at ``indices``, int64 (n,); n may be 0."""
 
 
 @dataclass(frozen=True)
 class Datasets:
     """The datasets of a task."""
 
-    train: MapDataset
-    test: MapDataset
-    source: str  # the origin of the samples, for messages
+    train: MapDataset | BatchDataset
+    test: MapDataset | BatchDataset
+    source: str = ""  # the origin of the samples, for messages
+    validation: MapDataset | BatchDataset | None = None
+    classes: Sequence[str] | None = None  # the names of the labels 0, 1, ...
 
 
 class ErrorAnalysis(Protocol):
@@ -76,36 +91,56 @@ class ErrorAnalysis(Protocol):
         """Return the result over all ranks, as JSON values. A collective, then a host sync."""
 
 
-class Task(Protocol):
-    """A network, its data, its loss and its metrics.
+class Task(ABC):
+    """A network, its data, its loss and its metrics: what a user supplies.
+
+    ``task.name=my_package.tasks:Spam task.args.max_words=200`` creates ``Spam(config, max_words=200)``.
 
     ``loss`` and ``metrics`` return one value per sample. Therefore the engine can weight samples equally over ranks,
-    micro-batches and short batches, sum exactly, and list the worst samples of a failed step.
+    micro-batches and short batches, sum exactly, and list the worst samples of a failed step. A batch has at least one
+    sample.
     """
 
-    metric_names: Sequence[str]  # the keys of ``metrics``, in order
-    eval_batch_size: int  # samples evaluated together; fixed, so that results do not depend on the number of ranks
+    eval_batch_size: int = 250
+    """Samples that are evaluated together; fixed, so that results do not depend on the number of ranks."""
 
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @abstractmethod
     def model(self) -> nn.Module:
-        """Return a new network, initialised from torch's global generator."""
+        """Return a new network on the CPU, initialised from torch's global generator."""
 
+    @abstractmethod
     def datasets(self) -> Datasets:
         """Return the datasets."""
 
-    def transform(self, data: Data, keys: SampleKeys | None) -> Data:
-        """Turn samples of a dataset, on the rank's device, into input for ``loss``; ``keys`` is None in evaluation."""
-
+    @abstractmethod
     def loss(self, model: nn.Module, data: Data) -> tuple[Tensor, Any]:
         """Return the losses of transformed samples, float (n,), and the model's outputs.
 
         The loss may differ in training and in evaluation mode, as dropout does: ``model.training``.
         """
 
+    def collate(self, samples: list[Any]) -> Data:
+        """Combine samples of a map-style dataset; may run in a loader process. By default as torch's DataLoader."""
+        return default_collate(samples)
+
+    def transform(self, data: Data, keys: SampleKeys | None) -> Data:
+        """Turn samples of a dataset, on the rank's device, into input for ``loss``; ``keys`` is None in evaluation."""
+        return data
+
     def metrics(self, outputs: Any, data: Data) -> dict[str, Tensor]:
-        """Return values per sample, (n,), by name; the engine averages them."""
+        """Return values per sample, (n,), by name; the engine averages them exactly."""
+        return {}
 
     def error_analysis(self, device: device) -> ErrorAnalysis | None:
         """Return an empty analysis for the final evaluation, or None."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what prediction needs besides the weights: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, before the model is used for an evaluation or a prediction."""

@@ -19,7 +19,6 @@ from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.arguments import positive_int, settings_parser
 from distlenet.config.loading import load_config, run_directory, to_yaml
 from distlenet.config.schema import Config
-from distlenet.data.sources import ImageData, load_on_node
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
@@ -42,7 +41,7 @@ REPORT_TIMEOUT_S = 120.0
 
 MAX_DRY_RUN_RANKS = 1_000_000
 
-MakeTask = Callable[[Config, ImageData], Task]
+MakeTask = Callable[[Config], Task]
 
 
 def main(make_task: MakeTask = ImageClassification, trainer_class: type[Trainer] = Trainer) -> None:
@@ -94,7 +93,7 @@ def train(config: Config, make_task: MakeTask = ImageClassification, trainer_cla
         with raise_on_all_ranks():
             if rank_0 and config.checkpoint.resume not in ("auto", "never"):
                 find_checkpoint(Path(config.checkpoint.resume))
-        data = load_on_node(config.data, context.env)
+        task = make_task(config)
         with raise_on_all_ranks():
             if rank_0:
                 stack.callback(lock_run_dir(run_dir, config.distributed.init_timeout_s).release)
@@ -104,7 +103,6 @@ def train(config: Config, make_task: MakeTask = ImageClassification, trainer_cla
         tracker = stack.enter_context(closing(Trackers(consoles)))
 
         def fit() -> Record:  # a function: the trainer must be gone before the process group ends
-            task = make_task(config, data)
             with closing(trainer_class(config, context, task, run_dir, tracker, preemption)) as trainer:
                 return trainer.fit()
 

@@ -1,12 +1,13 @@
 """Batches for one rank, on its device."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from distlenet.config.schema import Config
 from distlenet.data.sampler import GlobalBatchSampler
@@ -14,11 +15,16 @@ from distlenet.data.sources import ImageDataset
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import block_signals, worker_init_fn
-from distlenet.task import Batch, Data, Datasets, MapDataset, SampleKeys
+from distlenet.task import Batch, BatchDataset, Data, Datasets, MapDataset, SampleKeys, Task
 from distlenet.utils.errors import UserError
 from distlenet.utils.nested import map_tensors, tensors_in
 
 GPU_SHARE = 0.25  # of a GPU's free memory, which a dataset may take to be kept there with data.device=auto
+
+AnyDataset = MapDataset | BatchDataset
+
+Collate = Callable[[list[Any]], Data]
+"""Combines the samples of a map-style dataset."""
 
 Fetched = tuple[Data, Tensor, Tensor]
 """Samples, and their int64 indices (n,): on the host, and on the device of the samples."""
@@ -27,14 +33,20 @@ Fetched = tuple[Data, Tensor, Tensor]
 class BatchedDataset(Dataset[Fetched]):
     """A dataset whose item is a whole batch, on the GPU if an ``ImageDataset`` was placed there."""
 
-    def __init__(self, dataset: MapDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: AnyDataset, collate: Collate) -> None:
+        self.dataset, self.collate = dataset, collate
         self.device = dataset.images.device if isinstance(dataset, ImageDataset) else torch.device("cpu")
 
     def __getitem__(self, indices: Tensor) -> Fetched:
         """Fetch the samples at ``indices``, int64 (n,); n may be 0. No host sync."""
         on_device = indices if self.device.type == "cpu" else indices.pin_memory().to(self.device, non_blocking=True)
-        return self.dataset.__getitems__(on_device), indices, on_device
+        return self._fetch(on_device), indices, on_device
+
+    def _fetch(self, indices: Tensor) -> Data:
+        if hasattr(self.dataset, "get_batch"):
+            return self.dataset.get_batch(indices)
+        samples = [self.dataset[index] for index in indices.tolist()]
+        return self.collate(samples) if samples else ()
 
 
 class _EpochSampler(Sampler[Tensor]):
@@ -51,10 +63,15 @@ class Loader:
     """Load a rank's share of the global batches, in any epoch and from any batch on."""
 
     def __init__(
-        self, dataset: MapDataset, sampler: GlobalBatchSampler, num_workers: int, device: torch.device
+        self,
+        dataset: AnyDataset,
+        sampler: GlobalBatchSampler,
+        num_workers: int,
+        device: torch.device,
+        collate: Collate = default_collate,
     ) -> None:
         self.sampler, self.device = sampler, device
-        self.batched = BatchedDataset(dataset)
+        self.batched = BatchedDataset(dataset, collate)
         self.copies = device != self.batched.device
         self.epoch_sampler = _EpochSampler()
         self.loader = DataLoader(
@@ -83,9 +100,9 @@ class Loader:
         (indices,) = self.sampler.batches(epoch, number, number + 1)
         return self._batch(self.batched[indices], epoch, number)
 
-    def empty_batch(self) -> Batch:
-        """Return a batch without samples."""
-        return self._batch(self.batched[torch.empty(0, dtype=torch.int64)], 0, 0)
+    def sample_batch(self) -> Batch:
+        """Return a batch of one sample, the first of the dataset: an example of the data."""
+        return self._batch(self.batched[torch.zeros(1, dtype=torch.int64)], 0, 0)
 
     def _batch(self, fetched: Fetched, epoch: int, number: int) -> Batch:
         data, indices, on_device = fetched
@@ -102,8 +119,16 @@ class EvaluationLoader:
     therefore not depend on W. The last chunk is shorter; a rank may have no chunk.
     """
 
-    def __init__(self, dataset: MapDataset, chunk: int, rank: int, world_size: int, device: torch.device) -> None:
-        self.batched, self.device = BatchedDataset(dataset), device
+    def __init__(
+        self,
+        dataset: AnyDataset,
+        chunk: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        collate: Collate = default_collate,
+    ) -> None:
+        self.batched, self.device = BatchedDataset(dataset, collate), device
         self.samples, self.chunk, self.rank, self.world_size = len(dataset), chunk, rank, world_size
 
     def __iter__(self) -> Iterator[Batch]:
@@ -124,7 +149,7 @@ class EvaluationLoader:
 
 
 def make_loaders(
-    config: Config, context: DistributedContext, datasets: Datasets, eval_batch_size: int
+    config: Config, context: DistributedContext, datasets: Datasets, task: Task
 ) -> tuple[Loader, EvaluationLoader]:
     """Make the loaders of a rank, for training and for the test set. A collective.
 
@@ -138,8 +163,9 @@ def make_loaders(
     )
     with raise_on_all_ranks():  # a GPU may have less free memory than the others
         datasets = place_datasets(datasets, config.data.device, num_workers, device)
-    test_loader = EvaluationLoader(datasets.test, eval_batch_size, env.rank, env.world_size, device)
-    return Loader(datasets.train, sampler, num_workers, device), test_loader
+    chunk, collate = task.eval_batch_size, task.collate
+    test_loader = EvaluationLoader(datasets.test, chunk, env.rank, env.world_size, device, collate)
+    return Loader(datasets.train, sampler, num_workers, device, collate), test_loader
 
 
 def prefetch_to_device(batches: Iterator[Fetched], device: torch.device) -> Iterator[Fetched]:

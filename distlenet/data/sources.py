@@ -1,5 +1,6 @@
 """Open the image data sets by name and map them into memory, once per node."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from distlenet.config.schema import DataConfig
 from distlenet.data import download, idx
 from distlenet.data.synthetic import open_synthetic
 from distlenet.distributed.collectives import broadcast_from_local_rank_0, raise_on_all_ranks
-from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.distributed.environment import DistributedEnvironment, read_environment
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.mapped_file import FileRef, SharedFile, create_shared
 
@@ -35,7 +37,7 @@ class ImageDataset:
         """Return N."""
         return len(self.labels)
 
-    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def get_batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images and the labels, as int64, of ``indices``: int64 (n,) on the device of the images."""
         return self.images.index_select(0, indices), self.labels.index_select(0, indices).long()
 
@@ -105,6 +107,13 @@ def load_data(config: DataConfig, debian: bool = False) -> ImageData:
     """Open, verify and map the configured data set in this process. Raise UserError as ``open_data``."""
     with open_data(config, debian) as opened:
         return map_data(config.name, opened)
+
+
+def load_images(config: DataConfig) -> ImageData:
+    """Load the configured data set, in a job once per node. Raise UserError as ``open_data``. A collective."""
+    if not dist.is_initialized() or dist.get_backend() == "fake":
+        return load_data(config)
+    return load_on_node(config, read_environment(os.environ))
 
 
 def load_on_node(config: DataConfig, env: DistributedEnvironment) -> ImageData:

@@ -13,7 +13,6 @@ from torch.distributed.distributed_c10d import Store
 
 from distlenet.checkpoint.format import to_bytes
 from distlenet.config.schema import Config
-from distlenet.data.sources import load_on_node
 from distlenet.distributed.collectives import all_gather_object, broadcast_object, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext, init_distributed
 from distlenet.distributed.preemption import Preemption
@@ -64,7 +63,7 @@ def check_pairs(slow: list[tuple[str, str, float]]) -> Finding:
 def take_trial_step(config: Config, context: DistributedContext) -> list[Finding]:
     """Take the first two steps of the run in a temporary directory; check speed and checkpoint size. A collective."""
     data, checkpoint = replace(config.data, ledger=False), replace(config.checkpoint, resume="never")
-    task = ImageClassification(config, load_on_node(config.data, context.env))
+    task = ImageClassification(config)
     with contextlib.ExitStack() as stack:
         name = ""
         with raise_on_all_ranks():

@@ -13,7 +13,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.reduction.reducer import EmptyLoss, MicroBatch, ReductionResult, ReductionStep
+from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
 from distlenet.utils.clock import Clock
@@ -102,8 +102,8 @@ class DdpReducer:
             wrapped.register_comm_hook(None, self.comm_hook)
         return wrapped
 
-    def warm_up(self, empty_loss: EmptyLoss) -> None:
-        """Run two steps on no samples, and discard the gradients. A collective.
+    def warm_up(self, example_loss: ExampleLoss) -> None:
+        """Run two steps on an example, and discard the gradients. A collective.
 
         After its first backward pass DistributedDataParallel reorders its buckets; the new order applies from the
         second forward pass on. With three or more ranks the position in a bucket decides in which order floats are
@@ -111,16 +111,16 @@ class DdpReducer:
         """
         self.bare_model.eval()
         for _ in range(2):
-            (empty_loss(self.model) + self.flag * 0).backward()
+            (example_loss(self.model) + self.flag * 0).backward()
         self.bare_model.train()
         self.model.zero_grad(set_to_none=True)
 
-    def reset(self, empty_loss: EmptyLoss) -> None:
+    def reset(self, example_loss: ExampleLoss) -> None:
         """Wrap the model again: DistributedDataParallel would wait for the missing gradients. A collective."""
         model = self.model.module
         del self.model  # removes its hooks from the parameters
         self.model = self._wrap(model)
-        self.warm_up(empty_loss)
+        self.warm_up(example_loss)
 
     def cap_micro_batch_size(self, limit: int) -> None:
         """Use micro-batches of at most ``limit`` samples."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.reduction.reducer import EmptyLoss, MicroBatch, ReductionResult, ReductionStep
+from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
 from distlenet.utils.clock import Clock
@@ -72,10 +72,10 @@ class ExactReducer:
         self.sum, self.flag = self.exchanged[:-1], self.exchanged[-1]
         self.shard_sum = torch.empty_like(self.sum)
 
-    def warm_up(self, empty_loss: EmptyLoss) -> None:
+    def warm_up(self, example_loss: ExampleLoss) -> None:
         """Do nothing: the order of additions does not matter."""
 
-    def reset(self, empty_loss: EmptyLoss) -> None:
+    def reset(self, example_loss: ExampleLoss) -> None:
         """Do nothing: a step keeps no state."""
 
     def cap_micro_batch_size(self, limit: int) -> None:

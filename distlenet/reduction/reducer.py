@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from distlenet.task import Data
 from distlenet.utils.clock import Mark
 
-EmptyLoss = Callable[[nn.Module], Tensor]
-"""Returns the loss, a scalar, of a model on a batch without samples."""
+ExampleLoss = Callable[[nn.Module], Tensor]
+"""Returns the loss, a scalar, of a model on an example of the data."""
 
 
 class MicroBatch(NamedTuple):
@@ -75,10 +75,10 @@ class Reducer(Protocol):
     micro_batch_size: int  # samples, at most
     micro_batches_per_rank: int
 
-    def warm_up(self, empty_loss: EmptyLoss) -> None:
+    def warm_up(self, example_loss: ExampleLoss) -> None:
         """Get into the state that a run without interruption has after its first steps. A collective."""
 
-    def reset(self, empty_loss: EmptyLoss) -> None:
+    def reset(self, example_loss: ExampleLoss) -> None:
         """Recover from a step that an exception ended. A collective."""
 
     def cap_micro_batch_size(self, limit: int) -> None:

@@ -11,7 +11,7 @@ from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.loading import load_config
 from distlenet.distributed.context import set_threads
 from distlenet.models.registry import make_model
-from distlenet.tasks.image_classification import EVAL_BATCH_SIZE
+from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tasks.image_transform import SIZE, ImageTransform
 from distlenet.utils.errors import UserError
 
@@ -42,7 +42,7 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return class probabilities (n, C) of uint8 images (n, H, W), in batches as in evaluation."""
-        batches = images.split(EVAL_BATCH_SIZE)
+        batches = images.split(ImageClassification.eval_batch_size)
         return torch.cat([self.model(self.transform(batch)).float().softmax(1) for batch in batches])
 
 

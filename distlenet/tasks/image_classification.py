@@ -1,6 +1,5 @@
 """Classification of grey images with cross-entropy: the built-in task."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,36 +7,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distlenet.config.schema import Config
-from distlenet.data.sources import ImageData
+from distlenet.data.sources import ImageData, load_images
 from distlenet.models.registry import make_model
-from distlenet.task import Datasets, SampleKeys
+from distlenet.task import Datasets, SampleKeys, Task
 from distlenet.tasks.error_analysis import ClassificationErrors
 from distlenet.tasks.image_transform import ImageTransform, mean_and_std
-
-EVAL_BATCH_SIZE = 250
 
 ImagesAndLabels = tuple[Tensor, Tensor]
 """Images (n, H, W) uint8 as stored, or (n, 1, 32, 32) float32 as transformed; labels int64 (n,)."""
 
 
-class ImageClassification:
-    """Train ``config.model`` to classify the images of ``data``."""
+class ImageClassification(Task):
+    """Train ``config.model`` to classify the images of ``config.data``."""
 
-    metric_names: Sequence[str] = ("accuracy",)
-    eval_batch_size: int = EVAL_BATCH_SIZE
-
-    def __init__(self, config: Config, data: ImageData) -> None:
-        self.data, self.model_config = data, config.model
-        self.label_smoothing = config.train.label_smoothing
-        self.image_transform = ImageTransform(*mean_and_std(data.train.images), config.data.augment, config.data.shift)
+    def __init__(self, config: Config) -> None:
+        """Load the data. Raise UserError if it is unavailable or damaged. A collective."""
+        super().__init__(config)
+        self.data: ImageData = load_images(config.data)
+        mean, std = mean_and_std(self.data.train.images)
+        self.image_transform = ImageTransform(mean, std, config.data.augment, config.data.shift)
 
     def model(self) -> nn.Module:
         """Return a new network on the CPU."""
-        return make_model(self.model_config.name, self.model_config.channels_last, torch.device("cpu"))
+        config = self.config.model
+        return make_model(config.name, config.channels_last, torch.device("cpu"))
 
     def datasets(self) -> Datasets:
         """Return training and test images."""
-        return Datasets(self.data.train, self.data.test, self.data.source)
+        return Datasets(self.data.train, self.data.test, self.data.source, classes=self.data.classes)
 
     def transform(self, data: ImagesAndLabels, keys: SampleKeys | None) -> ImagesAndLabels:
         """Pad, augment and normalise the images."""
@@ -48,7 +45,7 @@ class ImageClassification:
         """Return cross-entropy in nats, float32 (n,), and logits (n, C); label smoothing in training mode only."""
         inputs, labels = data
         logits = model(inputs).float()
-        smoothing = self.label_smoothing if model.training else 0.0
+        smoothing = self.config.train.label_smoothing if model.training else 0.0
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing), logits
 
     def metrics(self, outputs: Tensor, data: ImagesAndLabels) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """The part of an optimizer step that runs on the device, and that a CUDA graph can capture."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -15,9 +13,9 @@ from distlenet.task import Batch, Data, Task
 from distlenet.training.meter import Meter
 from distlenet.training.nonfinite_guard import NonfiniteGuard
 from distlenet.training.optimizers import make_optimizer
+from distlenet.training.outline import outline_of
 from distlenet.training.step_result import DeviceResult
 from distlenet.utils.keyed_random import seed_micro_batch
-from distlenet.utils.nested import map_tensors
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -28,19 +26,24 @@ def is_capturing(device: torch.device) -> bool:
 class DeviceStep:
     """Model, loss scaler, optimizer, reducer, guard and meter."""
 
-    def __init__(self, config: Config, context: DistributedContext, task: Task) -> None:
-        """Build all parts. A collective. Raise UserError for settings that the model or the ranks do not allow."""
+    def __init__(self, config: Config, context: DistributedContext, task: Task, example: Data) -> None:
+        """Build all parts; ``example`` is the transformed data of one sample. A collective.
+
+        Raise UserError for settings that the model or the ranks do not allow, and for a task that breaks its contract.
+        """
         self.task, self.device, self.autocast = task, context.device, context.autocast()
         self.seed_value, self.max_grad_norm = config.seed, config.train.max_grad_norm
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = task.model().to(self.device)
+        self.example = example
+        self.outline = outline_of(task, self.model, example, self.autocast)
         self.scaler = make_scaler(context.precision, self.device)
         scaled = self.scaler.is_enabled()
         self.optimizer = make_optimizer(config.optim, self.model, loss_scaling=scaled)
         self.reducer = make_reducer(config, self.model, context.env, check_finite=not scaled)
         deferred = self.device.type == "cuda" and config.train.on_nonfinite == "stop"
         self.guard = NonfiniteGuard(self.optimizer, self.device, deferred, loss_scaling=scaled)
-        self.meter = Meter(task.metric_names, self.device)
+        self.meter = Meter(self.outline.metric_names, self.device)
         self.stop_input = torch.zeros((), device=self.device)
         self.step_input = torch.zeros((), dtype=torch.int64, device=self.device)
 
@@ -59,7 +62,7 @@ class DeviceStep:
                 with self.autocast:
                     losses, outputs = self.task.loss(self.reducer.model, micro_batch.data)
                 reduction.backward(self.scaler.scale(losses.sum()))  # with the last micro-batch, a collective
-                values.append(values_per_sample(self.task, losses, outputs, micro_batch.data))
+                values.append(self.outline.values(losses, outputs, micro_batch.data))
         all_values = values[0] if len(values) == 1 else torch.cat(values, 1)
         return self._apply(reduction.result, all_values, want_grad_norm)
 
@@ -93,19 +96,18 @@ class DeviceStep:
         if not is_capturing(self.device):  # a captured step is seeded before each replay
             seed_micro_batch(self.device, self.seed_value, step, micro_batch)
 
-    def warm_up(self, empty_data: Data) -> None:
-        """Prepare the reducer; ``empty_data`` holds the transformed samples of an empty batch. A collective."""
-        self.empty_data = empty_data
-        self.reducer.warm_up(self._empty_loss)
+    def warm_up(self) -> None:
+        """Prepare the reducer. A collective."""
+        self.reducer.warm_up(self._example_loss)
 
     def reset(self) -> None:
         """Recover from a step that an exception ended. A collective."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.reducer.reset(self._empty_loss)
+        self.reducer.reset(self._example_loss)
 
-    def _empty_loss(self, model: nn.Module) -> Tensor:
+    def _example_loss(self, model: nn.Module) -> Tensor:
         with self.autocast:
-            return self.task.loss(model, self.empty_data)[0].sum()
+            return self.task.loss(model, self.example)[0].sum()
 
     def recompute(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute this rank's share of a step again, changing nothing.
@@ -131,10 +133,3 @@ class DeviceStep:
         for name, buffer in self.model.named_buffers():  # such as the statistics of a BatchNorm
             buffer.copy_(buffers[name])
         return losses, gradients
-
-
-def values_per_sample(task: Task, losses: Tensor, outputs: Any, data: Data) -> Tensor:
-    """Return loss and metrics per sample: (1 + number of metrics, n), of the dtype of ``losses``. No host sync."""
-    metrics = task.metrics(map_tensors(Tensor.detach, outputs), data)
-    losses = losses.detach()
-    return torch.stack([losses, *(metrics[name].to(losses.dtype) for name in task.metric_names)])

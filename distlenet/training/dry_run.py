@@ -18,7 +18,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from distlenet.checkpoint.format import to_bytes
 from distlenet.config.loading import run_directory
 from distlenet.config.schema import Config
-from distlenet.data.sources import load_data, require_local_data
+from distlenet.data.sources import require_local_data
 from distlenet.distributed.context import DistributedContext, set_threads
 from distlenet.distributed.device import resolve_precision
 from distlenet.distributed.environment import DistributedEnvironment
@@ -46,14 +46,13 @@ def plan(config: Config, world_size: int) -> list[Row]:
     config, not_checked = _for_this_machine(config)
     resident_before = _resident_bytes()
     with fake_process_group(config, world_size) as context:
-        data = load_data(config.data)
-        task = ImageClassification(config, data)
+        task = ImageClassification(config)
         trainer = Trainer(config, context, task, run_directory(config), Trackers(), Preemption(0.0))
         for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         trainer.train_step.on_device.optimizer.step()  # creates its state; the changed model is discarded
         rows = _describe(trainer, len(to_bytes(trainer.state_dict())))
-    images = _size(data.train.nbytes + data.test.nbytes)
+    images = _size(task.data.train.nbytes + task.data.test.nbytes)
     rows.append(("besides", f"images {images}, once per node; on a GPU that keeps them, once per GPU"))
     rows.append(("", f"PyTorch itself {_size(resident_before)} on this machine"))
     return [*rows, ("not checked here", not_checked)] if not_checked else rows
@@ -132,8 +131,8 @@ def _memory(trainer: Trainer) -> dict[str, int]:
     memory["optimizer"] = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
     if trainer.config.distributed.reduction == "exact":
         memory["exact sums"] = 2 * 8 * sum(p.numel() for p in trainer.model.parameters())
-    stored = trainer.task.datasets().train.__getitems__(torch.tensor([0]))
-    inputs = trainer.task.transform(stored, None)
+    stored = trainer.loader.sample_batch().data
+    inputs = trainer.train_step.on_device.example
     per_sample = sum(tensor.nbytes for tensor in tensors_in((stored, inputs)))
     memory["batch"] = len(trainer.sampler.rank_offsets) * per_sample
     return memory | {"activations": _activations(trainer, inputs)}

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from distlenet.distributed.context import DistributedContext
-from distlenet.task import Batch, ErrorAnalysis, Task
-from distlenet.training.device_step import values_per_sample
+from distlenet.task import Batch, ErrorAnalysis
 from distlenet.training.meter import Meter, Metrics
+from distlenet.training.outline import TaskOutline
 
 
 @torch.no_grad()
 def evaluate(
-    task: Task,
+    outline: TaskOutline,
     model: nn.Module,
     batches: Iterable[Batch],
     expected: int,
@@ -25,14 +25,14 @@ def evaluate(
     ``model`` is the bare module, not its DDP wrapper: ranks may have different numbers of batches. ``analysis``
     receives all outputs. A collective, then a host sync. Raise RuntimeError if not every sample was counted once.
     """
-    meter = Meter(task.metric_names, context.device)
+    task, meter = outline.task, Meter(outline.metric_names, context.device)
     model.eval()
     try:
         for batch in batches:
             data = task.transform(batch.data, None)
             with context.autocast():
                 losses, outputs = task.loss(model, data)
-            meter.update(values_per_sample(task, losses, outputs, data))
+            meter.update(outline.values(losses, outputs, data))
             if analysis is not None:
                 analysis.update(outputs, data, batch.indices)
     finally:

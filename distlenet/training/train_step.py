@@ -21,14 +21,19 @@ DIVERGENCE_HINT = "give a smaller optim.lr, a longer optim.warmup_steps or train
 class TrainStep:
     """The device's part of a step, the learning-rate schedule and the stop flag; a call is one optimizer step."""
 
-    def __init__(self, config: Config, context: DistributedContext, task: Task, total_steps: int) -> None:
-        """Build all parts. Raise UserError for settings that do not fit each other or the ranks. A collective."""
+    def __init__(
+        self, config: Config, context: DistributedContext, task: Task, total_steps: int, example: Data
+    ) -> None:
+        """Build all parts; ``example`` is the transformed data of one sample. A collective.
+
+        Raise UserError for settings that do not fit each other or the ranks, and for a task that breaks its contract.
+        """
         if (config.optim.warmup_steps or 0) >= total_steps:
             raise UserError(
                 f"optim.warmup_steps={config.optim.warmup_steps}: the run has {total_steps} steps; give fewer than that"
             )
         self.config, self.context = config, context
-        self.on_device = DeviceStep(config, context, task)
+        self.on_device = DeviceStep(config, context, task, example)
         self.graph: GraphedStep | None = None
         self.schedule = make_schedule(config.optim, self.on_device.optimizer, total_steps)
         self.stop_flag = StopFlag(context.device)
@@ -51,12 +56,9 @@ class TrainStep:
         stop = self.stop_flag.poll(reduction.stop)
         return StepResult(lr, stop, result.skipped, result.grad_norm, reduction.gradient_ready, reduction.reduced)
 
-    def warm_up(self, empty_data: Data) -> None:
-        """Prepare for the first step, after a checkpoint was loaded. A collective.
-
-        ``empty_data`` holds the transformed samples of an empty batch.
-        """
-        self.on_device.warm_up(empty_data)
+    def warm_up(self) -> None:
+        """Prepare for the first step, after a checkpoint was loaded. A collective."""
+        self.on_device.warm_up()
         if self.config.train.cuda_graph == "auto":
             reason = self._why_no_graph()
             if any_rank(reason is not None, self.context.device):  # with unequal shares, ranks may differ; a collective

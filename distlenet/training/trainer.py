@@ -53,11 +53,13 @@ class Trainer:
         self.tracker, self.preemption = tracker, preemption
         self.env, self.device, self.watchdog = context.env, context.device, context.watchdog
         datasets = task.datasets()
-        self.loader, self.test_loader = make_loaders(config, context, datasets, task.eval_batch_size)
+        self.loader, self.test_loader = make_loaders(config, context, datasets, task)
         self.sampler, self.data_source = self.loader.sampler, datasets.source
         epochs_steps = config.train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
-        self.train_step = TrainStep(config, context, task, self.total_steps)
+        sample = self.loader.sample_batch()
+        example = task.transform(sample.data, sample.keys)
+        self.train_step = TrainStep(config, context, task, self.total_steps, example)
         on_device = self.train_step.on_device
         self.model, self.meter, self.reducer = on_device.model, on_device.meter, on_device.reducer
         self.throughput = Throughput(self.device, hosts_of_ranks())
@@ -142,8 +144,7 @@ class Trainer:
         settings = identity(self.config)
         run_id = choose_run_id(self.run_dir, self.state.run_id if own else "", settings)
         self.state = replace(self.state, run_id=run_id)
-        empty = self.loader.empty_batch()
-        self.train_step.warm_up(self.task.transform(empty.data, empty.keys))  # collective
+        self.train_step.warm_up()  # collective
         check_replicas(self.model)  # collective: all ranks start with the same weights
         if self.config.data.ledger:
             sizes = {"samples": self.sampler.samples, "steps_per_epoch": self.sampler.steps}
@@ -178,7 +179,14 @@ class Trainer:
         """Evaluate the bare model on the test set. A collective."""
         loader = self.test_loader
         analysis = self.task.error_analysis(self.device) if self.state.step >= self.total_steps else None
-        metrics = evaluate(self.task, self.model, self._interruptible(loader), loader.samples, self.context, analysis)
+        metrics = evaluate(
+            self.train_step.on_device.outline,
+            self.model,
+            self._interruptible(loader),
+            loader.samples,
+            self.context,
+            analysis,
+        )
         if analysis is not None:
             report = analysis.report()  # collective, host sync
             if self.env.rank == 0:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from distlenet.config.loading import load_config
-from distlenet.data.sources import load_data
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.preemption import Preemption
 from distlenet.tasks.image_classification import ImageClassification
@@ -39,7 +38,7 @@ class Float32LearningRate(DeviceStep):
 
 def make_trainer(config, context, run_dir):
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    task = ImageClassification(config, load_data(config.data))
+    task = ImageClassification(config)
     return Trainer(config, context, task, run_dir, Trackers(), Preemption(1.0))
 
 
@@ -138,13 +137,12 @@ def test_all_ranks_have_a_graph_or_none(monkeypatch, tmp_path, capsys):
     words = ("distributed.reduction=exact", "distributed.virtual_shards=1", "train.cuda_graph=auto")
     config = load_config([], [*SETTINGS, *words, f"run.dir={tmp_path}"])
     with init_distributed(config) as context, closing(make_trainer(config, context, tmp_path)) as trainer:
-        step, batch = trainer.train_step, trainer.loader.empty_batch()
-        data = trainer.task.transform(batch.data, batch.keys)
+        step = trainer.train_step
         monkeypatch.setattr(step, "_why_no_graph", lambda: None)
-        step.warm_up(data)
+        step.warm_up()
         assert step.graph is not None
         step.graph = None
         monkeypatch.setattr("distlenet.training.train_step.any_rank", lambda *_: True)  # as another rank reports
-        step.warm_up(data)
+        step.warm_up()
         assert step.graph is None
     assert "no graph, because another rank cannot have one" in capsys.readouterr().err

@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from distlenet.config.schema import Config
 from distlenet.data.loader import EvaluationLoader
+from distlenet.task import Datasets, Task
 from distlenet.training.evaluation import evaluate
+from distlenet.training.outline import TaskOutline
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("group")]
 
@@ -23,7 +26,7 @@ class Numbers:
     def __len__(self):
         return len(self.values)
 
-    def __getitems__(self, indices):
+    def get_batch(self, indices):
         return self.values[indices]
 
 
@@ -39,10 +42,14 @@ class Halving(nn.Module):
         return numbers / 2
 
 
-class HalvingTask:
+class HalvingTask(Task):
     """The loss is the output; the metric is whether it is above 1."""
 
-    metric_names = ("large",)
+    def model(self):
+        return Halving()
+
+    def datasets(self):
+        return Datasets(Numbers(0), Numbers(0))
 
     def transform(self, data, keys):
         assert keys is None
@@ -55,6 +62,9 @@ class HalvingTask:
     def metrics(self, outputs, data):
         assert data.dtype == torch.float32  # transformed
         return {"large": outputs > 1}
+
+
+OUTLINE = TaskOutline(HalvingTask(Config()), ("large",))
 
 
 class Recorder:
@@ -73,7 +83,7 @@ def load(dataset):
 
 def test_evaluation_counts_each_sample_once():
     dataset, model, recorder = Numbers(0, 1, 2, 3, 9), Halving(), Recorder()
-    metrics = evaluate(HalvingTask(), model, load(dataset), len(dataset), CONTEXT, recorder)
+    metrics = evaluate(OUTLINE, model, load(dataset), len(dataset), CONTEXT, recorder)
     assert metrics.means == {"loss": pytest.approx(2.0), "large": pytest.approx(3 / 5)}
     assert metrics.count == 5
     assert recorder.rows == [(0, 1.0, 0.5), (1, 2.0, 1.0), (2, 3.0, 1.5), (3, 4.0, 2.0), (4, 10.0, 5.0)]
@@ -83,7 +93,7 @@ def test_evaluation_counts_each_sample_once():
 
 def test_evaluation_fails_if_samples_are_missing():
     with pytest.raises(RuntimeError, match="counted 5 samples of a set of 6"):
-        evaluate(HalvingTask(), Halving(), load(Numbers(0, 1, 2, 3, 9)), 6, CONTEXT)
+        evaluate(OUTLINE, Halving(), load(Numbers(0, 1, 2, 3, 9)), 6, CONTEXT)
 
 
 def test_interrupted_evaluation_returns_to_training_mode():
@@ -93,5 +103,5 @@ def test_interrupted_evaluation_returns_to_training_mode():
 
     model = Halving()
     with pytest.raises(KeyboardInterrupt):
-        evaluate(HalvingTask(), model, interrupt(), 1, CONTEXT)
+        evaluate(OUTLINE, model, interrupt(), 1, CONTEXT)
     assert model.training

@@ -61,10 +61,10 @@ def test_keys_hold_seed_epoch_and_indices(num_workers):
         assert batch.keys.indices.tolist() == batch.indices.tolist()
 
 
-def test_empty_batch_has_the_shape_and_types_of_the_data():
-    batch = make_loader(dataset_of(20)).empty_batch()
+def test_a_sample_batch_is_the_first_sample():
+    batch = make_loader(dataset_of(20)).sample_batch()
     images, labels = batch.data
-    assert (len(batch), images.shape, labels.shape) == (0, (0, 1, 1), (0,))
+    assert (len(batch), images.shape, labels.tolist()) == (1, (1, 1, 1), [0])
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
 
 
@@ -72,7 +72,7 @@ def test_data_is_on_the_device_and_indices_are_also_on_the_host():
     """The device "meta" stands for a GPU: it copies no values."""
     loader = make_loader(dataset_of(20), device=torch.device("meta"))
     batch, on_host = loader.batch(0, 1), make_loader(dataset_of(20)).batch(0, 1)
-    devices = {tensor.device.type for tensor in (*batch.data, *loader.empty_batch().data, batch.keys.indices)}
+    devices = {tensor.device.type for tensor in (*batch.data, *loader.sample_batch().data, batch.keys.indices)}
     assert devices == {"meta"}
     assert batch.indices.tolist() == on_host.indices.tolist()
 
@@ -83,7 +83,7 @@ class Sentences:
     def __len__(self):
         return 12
 
-    def __getitems__(self, indices):
+    def get_batch(self, indices):
         return {"words": [torch.arange(index) for index in indices.tolist()], "score": indices / 2}
 
 
@@ -94,7 +94,27 @@ def test_any_nested_data_is_loaded(num_workers):
     for batch in batches:
         assert [len(words) for words in batch.data["words"]] == batch.indices.tolist()
         assert torch.equal(batch.data["score"], batch.indices / 2)
-    assert make_loader(Sentences()).empty_batch().data["words"] == []
+
+
+class Squares:
+    """A map-style dataset."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return index, [index] * index
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_samples_of_a_map_style_dataset_are_collated(num_workers):
+    dataset = Squares()
+    sampler = GlobalBatchSampler(dataset, 5, rank=0, world_size=1, seed=3)
+    loader = Loader(dataset, sampler, num_workers, CPU, collate=lambda samples: {"ragged": [x for _, x in samples]})
+    batches = list(loader.epoch(0))
+    assert [len(batch) for batch in batches] == [5, 5, 2]
+    for batch in batches:
+        assert batch.data == {"ragged": [[index] * index for index in batch.indices.tolist()]}
 
 
 def test_a_loader_does_not_use_the_global_generator():

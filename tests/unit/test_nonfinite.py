@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from distlenet.config.loading import load_config
-from distlenet.data.sources import load_data
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.preemption import Preemption
 from distlenet.tasks.image_classification import ImageClassification
@@ -56,7 +55,7 @@ class Recorder(Tracker):
 
 def make(run_dir, context, config, task=PoisonedTask, deferred=False):
     (run_dir / "checkpoints").mkdir(parents=True)
-    trainer = Trainer(config, context, task(config, load_data(config.data)), run_dir, Recorder(), Preemption(1.0))
+    trainer = Trainer(config, context, task(config), run_dir, Recorder(), Preemption(1.0))
     if deferred:  # as on a GPU
         step = trainer.train_step.on_device
         step.guard = NonfiniteGuard(step.optimizer, context.device, deferred=True, loss_scaling=False)

@@ -151,10 +151,10 @@ def test_reducer_goes_through_the_calls_of_a_run(make):
     weights = [p.clone() for p in model.parameters()]
     batch = make_batch(16)
 
-    def empty_loss(wrapped):
-        return wrapped(batch[0][:0]).sum()
+    def example_loss(wrapped):
+        return wrapped(batch[0][:1]).sum()
 
-    reducer.warm_up(empty_loss)
+    reducer.warm_up(example_loss)
     assert all(p.grad is None for p in model.parameters())
     assert model.training
     reducer.cap_micro_batch_size(4)
@@ -170,7 +170,7 @@ def test_reducer_goes_through_the_calls_of_a_run(make):
         reduce_step(reducer, batch)
     hook.remove()
     model.zero_grad()
-    reducer.reset(empty_loss)
+    reducer.reset(example_loss)
     result = reduce_step(reducer, batch)
     assert (bool(result.stop > 0), bool(result.nonfinite)) == (False, False)
     assert result.gradient_ready.host_s <= result.reduced.host_s

@@ -86,7 +86,7 @@ def test_getitems_returns_the_images_and_int64_labels(indices):
     dataset = ImageDataset(
         torch.arange(20, dtype=torch.uint8).view(5, 2, 2), torch.tensor([4, 3, 2, 1, 0], dtype=torch.uint8)
     )
-    images, labels = dataset.__getitems__(torch.tensor(indices, dtype=torch.int64))
+    images, labels = dataset.get_batch(torch.tensor(indices, dtype=torch.int64))
     assert images.shape == (len(indices), 2, 2)
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
     assert images[:, 0, 0].tolist() == [4 * index for index in indices]

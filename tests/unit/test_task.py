@@ -13,7 +13,7 @@ from distlenet.config.schema import Config
 from distlenet.data.loader import EvaluationLoader, Loader
 from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.distributed.context import DistributedContext, init_distributed
-from distlenet.task import Datasets
+from distlenet.task import Datasets, Task
 from distlenet.training.evaluation import evaluate
 from distlenet.training.train_step import TrainStep
 
@@ -40,7 +40,7 @@ class Sentences:
     def __len__(self) -> int:
         return len(self.words)
 
-    def __getitems__(self, indices: Tensor) -> dict:
+    def get_batch(self, indices: Tensor) -> dict:
         words = [self.words[index] for index in indices.tolist()]
         return {"words": words, "sample": {"features": self.features[indices], "score": self.scores[indices]}}
 
@@ -62,10 +62,9 @@ class Scorer(nn.Module):
         return self.linear(torch.cat([means, features], 1)).squeeze(1)
 
 
-class Scoring:
+class Scoring(Task):
     """Regression: the loss is the squared error."""
 
-    metric_names = ("absolute_error", "close")
     eval_batch_size = 5
 
     def model(self) -> nn.Module:
@@ -89,28 +88,23 @@ class Scoring:
     def metrics(self, outputs, data):
         assert not outputs["score"].requires_grad
         error = (outputs["score"] - data["sample"]["score"]).abs()
-        return {"close": error < 1, "absolute_error": error}
-
-    def error_analysis(self, _):
-        return None
-
-    def state_dict(self):
-        return {}
+        return {"absolute_error": error, "close": error < 1}
 
 
-TASK = Scoring()
+TASK = Scoring(Config())
 
 
 @contextmanager
 def make_step(*reduction: str) -> Iterator[tuple[TrainStep, Loader, DistributedContext, Config]]:
     config = load_config([], [*SETTINGS, *reduction])
     with init_distributed(config) as context:
-        train_step = TrainStep(config, context, TASK, total_steps=100)
         dataset = TASK.datasets().train
         sampler = GlobalBatchSampler(dataset, BATCH_SIZE, 0, 1, config.seed)
         loader = Loader(dataset, sampler, 0, context.device)
-        empty = loader.empty_batch()
-        train_step.warm_up(TASK.transform(empty.data, empty.keys))
+        sample = loader.sample_batch()
+        example = TASK.transform(sample.data, sample.keys)
+        train_step = TrainStep(config, context, TASK, 100, example)
+        train_step.warm_up()
         yield train_step, loader, context, config
 
 
@@ -167,7 +161,7 @@ def test_evaluation_equals_means_over_the_set():
     with make_step(*REDUCTIONS[0]) as (train_step, _, context, _):
         test, model = TASK.datasets().test, train_step.on_device.model
         loader = EvaluationLoader(test, TASK.eval_batch_size, 0, 1, context.device)
-        metrics = evaluate(TASK, model, loader, len(test), context)
+        metrics = evaluate(train_step.on_device.outline, model, loader, len(test), context)
         error = (model(test.words, test.features) - test.scores).detach()
     assert metrics.count == 13
     expected = {"loss": error**2, "absolute_error": error.abs(), "close": error.abs() < 1}
