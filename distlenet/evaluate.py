@@ -57,14 +57,15 @@ def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
         model = task.model().to(context.device)
         load_model(model, state, path)
         test = task.datasets().test
-        loader = EvaluationLoader(test, task.eval_batch_size, env.rank, env.world_size, context.device, task.collate)
+        chunk, collate, seed = task.eval_batch_size, task.collate, config.seed
+        loader = EvaluationLoader(test, chunk, env.rank, env.world_size, context.device, collate, seed)
 
         def batches() -> Iterator[Batch]:
             for batch in loader:
                 context.watchdog.heartbeat(batch.number)
                 yield batch
 
-        sample = next(iter(EvaluationLoader(test, 1, 0, 1, context.device, task.collate)))
+        sample = next(iter(EvaluationLoader(test, 1, 0, 1, context.device, collate, seed)))
         outline = outline_of(task, model, task.transform(sample.data, None), context.autocast())
         metrics = evaluate(outline, model, batches(), len(test), context)
         if env.rank == 0:

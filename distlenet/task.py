@@ -9,29 +9,13 @@ from torch import Tensor, device, nn
 from torch.utils.data import default_collate
 
 from distlenet.config.schema import Config
-from distlenet.utils.keyed_random import hash32
+from distlenet.utils.sample_keys import SampleKeys as SampleKeys
 
 Data = Any
 """The samples of a batch: tensors whose first dimension is the sample, nested in tuples and dicts.
 
 A list holds one item per sample: that is how ragged parts are written.
 """
-
-
-@dataclass(frozen=True)
-class SampleKeys:
-    """The only source of randomness for a transform: a function of seed, epoch and sample index.
-
-    What happens to a sample does not depend on ranks, workers, restarts or its neighbours in the batch.
-    """
-
-    seed: int
-    epoch: int | Tensor  # an int64 scalar tensor if the step is captured in a CUDA graph
-    indices: Tensor  # int64 (n,), on the rank's device
-
-    def bits(self) -> Tensor:
-        """Return 32 random bits per sample: int64 (n,)."""
-        return hash32(self.indices, self.seed, self.epoch)
 
 
 @dataclass(frozen=True)
@@ -51,7 +35,12 @@ class Batch:
 
 
 class MapDataset(Protocol):
-    """Any map-style dataset, as ``torch.utils.data.DataLoader`` takes it."""
+    """Any map-style dataset, as ``torch.utils.data.DataLoader`` takes it.
+
+    Before each sample is loaded, the global generators of ``torch``, ``random`` and ``numpy`` are seeded by (seed,
+    epoch, index), in the evaluation by (seed, index): random transforms in ``__getitem__`` do not depend on ranks,
+    workers or restarts. A generator that the dataset itself holds is not seeded, and must not be used.
+    """
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -61,7 +50,11 @@ class MapDataset(Protocol):
 
 
 class BatchDataset(Protocol):
-    """A dataset that serves whole batches: for data in memory, which one indexing operation can select."""
+    """A dataset that serves whole batches: for data in memory, which one indexing operation can select.
+
+    ``get_batch`` must not be random: the generators are not seeded for it, and a batch consists of other samples on
+    another number of ranks. Use the keys in ``Task.transform``.
+    """
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -123,7 +116,10 @@ class Task(ABC):
         """
 
     def collate(self, samples: list[Any]) -> Data:
-        """Combine samples of a map-style dataset; may run in a loader process. By default as torch's DataLoader."""
+        """Combine samples of a map-style dataset. By default as torch's DataLoader.
+
+        It may run in a loader process, and must not be random.
+        """
         return default_collate(samples)
 
     def transform(self, data: Data, keys: SampleKeys | None) -> Data:

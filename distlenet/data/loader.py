@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from distlenet.config.schema import Config
 from distlenet.data.sampler import GlobalBatchSampler
+from distlenet.data.seeding import EVALUATION_EPOCH, load_samples
 from distlenet.data.sources import ImageDataset
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
@@ -30,33 +31,41 @@ Fetched = tuple[Data, Tensor, Tensor]
 """Samples, and their int64 indices (n,): on the host, and on the device of the samples."""
 
 
+class Request(NamedTuple):
+    """The samples to load in one batch: all that a loader worker receives."""
+
+    epoch: int  # or EVALUATION_EPOCH
+    indices: Tensor  # int64 (n,), on the host; n may be 0
+
+
 class BatchedDataset(Dataset[Fetched]):
     """A dataset whose item is a whole batch, on the GPU if an ``ImageDataset`` was placed there."""
 
-    def __init__(self, dataset: AnyDataset, collate: Collate) -> None:
-        self.dataset, self.collate = dataset, collate
+    def __init__(self, dataset: AnyDataset, collate: Collate, seed: int) -> None:
+        self.dataset, self.collate, self.seed = dataset, collate, seed
         self.device = dataset.images.device if isinstance(dataset, ImageDataset) else torch.device("cpu")
 
-    def __getitem__(self, indices: Tensor) -> Fetched:
-        """Fetch the samples at ``indices``, int64 (n,); n may be 0. No host sync."""
+    def __getitem__(self, request: Request) -> Fetched:
+        """Fetch the samples of a request. No host sync."""
+        epoch, indices = request
         on_device = indices if self.device.type == "cpu" else indices.pin_memory().to(self.device, non_blocking=True)
-        return self._fetch(on_device), indices, on_device
+        return self._fetch(SampleKeys(self.seed, epoch, on_device)), indices, on_device
 
-    def _fetch(self, indices: Tensor) -> Data:
+    def _fetch(self, keys: SampleKeys) -> Data:
         if hasattr(self.dataset, "get_batch"):
-            return self.dataset.get_batch(indices)
-        samples = [self.dataset[index] for index in indices.tolist()]
+            return self.dataset.get_batch(keys.indices)
+        samples = load_samples(self.dataset, keys)
         return self.collate(samples) if samples else ()
 
 
-class _EpochSampler(Sampler[Tensor]):
-    """Hands a DataLoader the index tensors of one epoch: persistent workers need one DataLoader for all epochs."""
+class _EpochSampler(Sampler[Request]):
+    """Hands a DataLoader the requests of one epoch: persistent workers need one DataLoader for all epochs."""
 
     def __init__(self) -> None:
-        self.batches: Iterator[Tensor] = iter(())
+        self.requests: Iterator[Request] = iter(())
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return self.batches
+    def __iter__(self) -> Iterator[Request]:
+        return self.requests
 
 
 class Loader:
@@ -71,12 +80,12 @@ class Loader:
         collate: Collate = default_collate,
     ) -> None:
         self.sampler, self.device = sampler, device
-        self.batched = BatchedDataset(dataset, collate)
+        self.batched = BatchedDataset(dataset, collate, sampler.seed)
         self.copies = device != self.batched.device
         self.epoch_sampler = _EpochSampler()
         self.loader = DataLoader(
             self.batched,
-            batch_size=None,  # no batching by the DataLoader: the index tensors reach the dataset whole
+            batch_size=None,  # no batching by the DataLoader: the requests reach the dataset whole
             sampler=self.epoch_sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -87,7 +96,8 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yield the global batches ``start`` to ``stop`` - 1 of an epoch; the first call starts the workers."""
-        self.epoch_sampler.batches = self.sampler.batches(epoch, start, stop)
+        batches = self.sampler.batches(epoch, start, stop)
+        self.epoch_sampler.requests = (Request(epoch, indices) for indices in batches)
         with block_signals():  # a signal to stop must not end a worker while it starts
             fetched: Iterator[Fetched] = iter(self.loader)
         if self.copies:
@@ -98,11 +108,11 @@ class Loader:
     def batch(self, epoch: int, number: int) -> Batch:
         """Load one global batch, without the workers."""
         (indices,) = self.sampler.batches(epoch, number, number + 1)
-        return self._batch(self.batched[indices], epoch, number)
+        return self._batch(self.batched[Request(epoch, indices)], epoch, number)
 
     def sample_batch(self) -> Batch:
         """Return a batch of one sample, the first of the dataset: an example of the data."""
-        return self._batch(self.batched[torch.zeros(1, dtype=torch.int64)], 0, 0)
+        return self._batch(self.batched[Request(0, torch.zeros(1, dtype=torch.int64))], 0, 0)
 
     def _batch(self, fetched: Fetched, epoch: int, number: int) -> Batch:
         data, indices, on_device = fetched
@@ -127,15 +137,16 @@ class EvaluationLoader:
         world_size: int,
         device: torch.device,
         collate: Collate = default_collate,
+        seed: int = 0,
     ) -> None:
-        self.batched, self.device = BatchedDataset(dataset, collate), device
+        self.batched, self.device = BatchedDataset(dataset, collate, seed), device
         self.samples, self.chunk, self.rank, self.world_size = len(dataset), chunk, rank, world_size
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
         starts = range(self.rank * self.chunk, self.samples, self.world_size * self.chunk)
         chunks = (torch.arange(start, min(start + self.chunk, self.samples)) for start in starts)
-        fetched: Iterator[Fetched] = map(self.batched.__getitem__, chunks)
+        fetched: Iterator[Fetched] = (self.batched[Request(EVALUATION_EPOCH, indices)] for indices in chunks)
         if self.device != self.batched.device:
             pinned = (map_tensors(lambda tensor: tensor.pin_memory(), samples) for samples in fetched)
             fetched = prefetch_to_device(pinned, self.device)
@@ -164,7 +175,7 @@ def make_loaders(
     with raise_on_all_ranks():  # a GPU may have less free memory than the others
         datasets = place_datasets(datasets, config.data.device, num_workers, device)
     chunk, collate = task.eval_batch_size, task.collate
-    test_loader = EvaluationLoader(datasets.test, chunk, env.rank, env.world_size, device, collate)
+    test_loader = EvaluationLoader(datasets.test, chunk, env.rank, env.world_size, device, collate, config.seed)
     return Loader(datasets.train, sampler, num_workers, device, collate), test_loader
 
 
