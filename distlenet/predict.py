@@ -53,7 +53,7 @@ def main() -> None:
     predictor = Predictor(Path(checkpoints[0].partition("=")[2]))
     if arguments.top > len(predictor.classes):
         raise UserError(f"--top {arguments.top}: expected an integer from 1 to {len(predictor.classes)}")
-    images, paths, failures = read_images(names, arguments.invert, predictor.size)
+    images, paths, failures = read_images(names, arguments.invert, predictor.images)
     if images:
         probabilities = predictor(torch.stack(images))
         predictions = [top_classes(row, predictor.classes, arguments.top) for row in probabilities]
@@ -99,7 +99,7 @@ def save_figure(file: Path, images: list[Tensor], paths: list[Path], predictions
             panel.axis("off")
         for panel, image, path, prediction in zip(panels.flat, images, paths, predictions, strict=False):
             top = prediction[0]
-            panel.imshow(image.numpy(), cmap="gray", vmin=0, vmax=255)
+            panel.imshow(image.movedim(0, -1) if image.dim() == 3 else image, cmap="gray", vmin=0, vmax=255)
             panel.set_title(f"{printable(path.name)[:24]}\n{top['class']} {top['probability']:.0%}", fontsize=8)
         try:
             figure.savefig(file, dpi=110, bbox_inches="tight")

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distlenet.data.download import locate
+from distlenet.data.download import DEBIAN_DIRECTORY, locate
+from distlenet.data.idx import find_files
 
 os.environ["WANDB_MODE"] = "disabled"  # except in the tests of W&B
 
@@ -172,7 +173,7 @@ def group() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def fashion_mnist() -> dict[str, Path]:
     """The four files of Fashion-MNIST; ``make test`` downloads them."""
-    files = locate("fashion_mnist", REPO / "data")
+    files = locate("fashion_mnist", REPO / "data") or find_files(DEBIAN_DIRECTORY["fashion_mnist"])
     assert files is not None, "Fashion-MNIST is missing: run `make data`"
     return files
 

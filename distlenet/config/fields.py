@@ -5,7 +5,7 @@ import difflib
 import math
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
 from distlenet.config.schema import Config
@@ -19,11 +19,15 @@ BOUNDS = {"ge": ("at least", operator.ge), "gt": ("more than", operator.gt), "lt
 
 @dataclass(frozen=True)
 class Field:
-    """One setting. ``kind`` is bool, int, float, str or list; ``choices`` are the strings of a Literal."""
+    """One setting. ``kind`` is bool, int, float, str or list; ``choices`` are the strings of a Literal.
+
+    ``pair``: a list of two values is accepted too.
+    """
 
     kind: type
     choices: tuple[str, ...]
     nullable: bool
+    pair: bool
     default: Any
     help: str
     result: bool
@@ -33,7 +37,7 @@ class Field:
         """Return the accepted values in words, such as ``an integer, at least 1, or null``."""
         choices = ", ".join((*self.choices[:-2], " or ".join(self.choices[-2:])))
         bounds = [f"{BOUNDS[name][0]} {bound:,}" for name, bound in self.bounds.items()]
-        return ", ".join([choices or NAMES[self.kind], *bounds, *["or null"] * self.nullable])
+        return ", ".join([choices or NAMES[self.kind], *bounds, *["or [HEIGHT,WIDTH]"] * self.pair, *["or null"] * self.nullable])
 
     def convert(self, value: Any) -> Any:
         """Return ``value`` in the type of this setting. Raise ValueError, with what is expected, if it is wrong."""
@@ -46,6 +50,10 @@ class Field:
     def _convert(self, value: Any) -> Any:
         if value is None and self.nullable:
             return None
+        if self.pair and isinstance(value, list):
+            if len(value) != 2:
+                raise ValueError
+            return [replace(self, pair=False, nullable=False).convert(side) for side in value]
         if self.choices:
             return self.choices[self.choices.index("off" if value is False else value)]  # YAML reads off as false
         if type(value) not in INPUTS[self.kind]:
@@ -72,7 +80,7 @@ def _read_schema(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Fie
         choices = types if get_origin(field.type) is Literal else ()
         kind = str if choices else list if field.type == list[str] else (*types, field.type)[0]
         default = getattr(schema(), field.name)
-        yield prefix + field.name, Field(kind, choices, type(None) in types, default, **field.metadata)
+        yield prefix + field.name, Field(kind, choices, type(None) in types, list[int] in types, default, **field.metadata)
 
 
 GROUPS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}

@@ -10,7 +10,7 @@ def main() -> None:
     """Print the source of the configured data set, after its download if needed, also from Debian's package."""
     files, overrides = parse_arguments("distlenet.data", "Locate or download the configured data set, and verify it.")
     config = load_config(files, overrides).data
-    data = load_data(config, debian=True)
+    data = load_data(config, fetch=True)
     print(f"{config.name}: {len(data.train)} training and {len(data.test)} test images, verified, in {data.source}")
 
 

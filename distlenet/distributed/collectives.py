@@ -1,7 +1,7 @@
 """Collectives: sums, gathered values, and agreement between all ranks."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -48,6 +48,19 @@ def broadcast_object(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def from_rank_0(compute: Callable[[], T]) -> T:
+    """Return what ``compute`` returns on rank 0, on every rank. A collective, if there is a process group.
+
+    Raise a UserError of rank 0 on all ranks.
+    """
+    if not dist.is_initialized() or dist.get_backend() == "fake":
+        return compute()
+    value: T | None = None
+    with raise_on_all_ranks():
+        value = compute() if dist.get_rank() == 0 else None
+    return broadcast_object(value)  # type: ignore[return-value]
 
 
 def broadcast_from_local_rank_0(value: T | None, env: DistributedEnvironment) -> T:

@@ -1,6 +1,5 @@
 """Predict with a checkpoint of the built-in image classification."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -11,13 +10,14 @@ from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.loading import load_config
 from distlenet.distributed.context import set_threads
 from distlenet.models.registry import make_model
-from distlenet.tasks.image_classification import ImageClassification
-from distlenet.tasks.image_transform import SIZE, ImageTransform
+from distlenet.tasks.image_classification import ImageClassification, input_size
+from distlenet.tasks.image_format import ImageFormat
+from distlenet.tasks.image_transform import ImageTransform
 from distlenet.utils.errors import UserError
 
 
 class Predictor:
-    """A trained network, its input transform and its class names."""
+    """A trained network, the format of its images, its input transform and its class names."""
 
     def __init__(self, path: Path) -> None:
         """Load a checkpoint file, or the newest one of a run directory. Raise UserError if it cannot predict."""
@@ -25,12 +25,13 @@ class Predictor:
         file = find_checkpoint(path)
         state = load_checkpoint(file)
         config = load_config(base=state["config"])
-        mean, std, self.size, self.classes = read_task_state(state, file)
-        self.transform = ImageTransform(mean, std)
+        self.images, self.classes = read_task_state(state, file)
+        self.transform = ImageTransform(self.images, input_size(config.model.name, self.images))
         self.model = make_model(config.model.name, config.model.channels_last, torch.device("cpu"))
         load_model(self.model, state, file)
         self.model.eval()
-        probabilities = self(torch.zeros(1, self.size, self.size, dtype=torch.uint8))
+        channels = [] if self.images.channels == 1 else [self.images.channels]
+        probabilities = self(torch.zeros(1, *channels, *self.images.size, dtype=torch.uint8))
         if probabilities.shape[1] != len(self.classes):
             raise UserError(
                 f"checkpoint {file}: has {len(self.classes)} class names, but the network has {probabilities.shape[1]} "
@@ -41,21 +42,29 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return class probabilities (n, C) of uint8 images (n, H, W), in batches as in evaluation."""
+        """Return class probabilities (n, classes) of images, uint8 (n, H, W) or (n, 3, H, W), as in evaluation."""
         batches = images.split(ImageClassification.eval_batch_size)
         return torch.cat([self.model(self.transform(batch)).float().softmax(1) for batch in batches])
 
 
-def read_task_state(state: State, path: Path) -> tuple[float, float, int, list[str]]:
-    """Return mean, standard deviation, image size and class names. Raise UserError if one is missing or invalid."""
+def read_task_state(state: State, path: Path) -> tuple[ImageFormat, list[str]]:
+    """Return the format of the images and the class names. Raise UserError if one is missing or invalid."""
     try:
-        mean, std, size, classes = (state["task"][key] for key in ("mean", "std", "size", "classes"))
+        task, classes = state["task"], state["task"]["classes"]
+        task["mean"], task["std"], task["size"]
     except (LookupError, TypeError, ValueError) as error:  # state["task"] may be anything, even a tensor
         raise UserError(
             f"checkpoint {path}: does not describe its images ({type(error).__name__}: {error}); give another"
         ) from error
-    numbers_ok = all(isinstance(value, float) and math.isfinite(value) for value in (mean, std)) and std > 0
-    size_ok = type(size) is int and 1 <= size <= SIZE
-    if not (numbers_ok and size_ok and isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise UserError(f"checkpoint {path}: its description of images, state['task'], is invalid; give another")
-    return mean, std, size, classes
+    try:
+        images = ImageFormat.from_dict(task)
+        if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+            raise ValueError("class names")
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path}: its description of images, state['task'], is invalid; give another") from error
+    if images.channels not in (1, 3) or (images.low, images.high) != (0.0, 255.0):
+        raise UserError(
+            f"checkpoint {path}: is of images with {images.channels} channels and values from {images.low:g} to "
+            f"{images.high:g}; image files have 1 or 3 channels and values from 0 to 255: predict from Python"
+        )
+    return images, classes

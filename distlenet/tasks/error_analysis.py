@@ -20,9 +20,9 @@ class ClassificationErrors:
     depend on the number of ranks.
     """
 
-    def __init__(self, images: Tensor, classes: Sequence[str], device: torch.device) -> None:
-        """Start empty, for the test ``images``, uint8 (N, H, W)."""
-        self.images, self.classes, self.device = images, classes, device
+    def __init__(self, dataset: Any, classes: Sequence[str], device: torch.device) -> None:
+        """Start empty, for the test set ``dataset``, whose samples are (image, label)."""
+        self.dataset, self.classes, self.device = dataset, classes, device
         self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)  # [label, predicted]
         self.mistakes = torch.zeros(0, 4, dtype=torch.float64, device=device)  # confidence, index, label, predicted
 
@@ -49,7 +49,7 @@ class ClassificationErrors:
                 "label": int(label),
                 "predicted": int(predicted),
                 "confidence": confidence,
-                "png": encode_png(self.images[int(index)]),
+                "png": encode_png(self.dataset[int(index)][0]),
             }
             for confidence, index, label, predicted in mistakes[mistakes[:, 0] >= 0].tolist()
         ]
@@ -63,9 +63,17 @@ def _most_confident(rows: Tensor) -> Tensor:
 
 
 def encode_png(image: Tensor) -> str:
-    """Encode a grey image, uint8 (H, W), as PNG in base64."""
+    """Encode an image, uint8 or floating point, (H, W) or (C, H, W), as PNG in base64: grey, or color if C is 3."""
     from PIL import Image
 
+    image = image.cpu()
+    if image.dim() == 3:  # of other numbers of channels, the first is shown
+        image = image.permute(1, 2, 0) if len(image) == 3 else image[0]
+    if image.dtype != torch.uint8:
+        low, high = min(float(image.min()), 0.0), float(image.max())
+        if low < 0 or not high <= 255:  # normalised already: show the whole range
+            image, high = image - low, max(high - low, 1e-9)
+        image = (image * (255 / (255 if high > 1 and low == 0 else max(high, 1)))).round().clamp(0, 255).to(torch.uint8)
     file = io.BytesIO()
-    Image.fromarray(image.cpu().numpy()).save(file, format="PNG")
+    Image.fromarray(image.contiguous().numpy()).save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()

@@ -1,5 +1,6 @@
-"""Classification of grey images with cross-entropy: the built-in task."""
+"""Classification of images, grey or in color, with cross-entropy: the built-in task."""
 
+import traceback
 from typing import Any
 
 import torch
@@ -7,25 +8,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distlenet.config.schema import Config
-from distlenet.data.sources import ImageData, load_images
+from distlenet.data.images import size_text
+from distlenet.data.sources import load_images
+from distlenet.distributed.collectives import from_rank_0
+from distlenet.models.lenet import INPUT_SHAPE
 from distlenet.models.registry import make_model
 from distlenet.task import Datasets, SampleKeys, Task
 from distlenet.tasks.error_analysis import ClassificationErrors
-from distlenet.tasks.image_transform import ImageTransform, mean_and_std
+from distlenet.tasks.image_format import ImageFormat, measure_images
+from distlenet.tasks.image_transform import ImageTransform
+from distlenet.utils.errors import UserError
 
 ImagesAndLabels = tuple[Tensor, Tensor]
-"""Images (n, H, W) uint8 as stored, or (n, 1, 32, 32) float32 as transformed; labels int64 (n,)."""
+"""Images (n, H, W) or (n, C, H, W) as stored, or (n, C, H, W) float32 as transformed; labels int64 (n,)."""
 
 
 class ImageClassification(Task):
     """Train ``config.model`` to classify the images of ``config.data``."""
 
     def __init__(self, config: Config) -> None:
-        """Load the data. Raise UserError if it is unavailable or damaged. A collective."""
+        """Load the data. Raise UserError if it is unavailable, damaged, or does not fit the network. A collective."""
         super().__init__(config)
-        self.data: ImageData = load_images(config.data)
-        mean, std = mean_and_std(self.data.train.images)
-        self.image_transform = ImageTransform(mean, std, config.data.augment, config.data.shift)
+        self.data: Datasets = load_images(config.data)
+        self.classes: tuple[str, ...] = tuple(self.data.classes or ())
+        self.images = from_rank_0(lambda: measure_images(self.data.train, config.data.size is not None))
+        size = input_size(config.model.name, self.images)
+        self.image_transform = ImageTransform(self.images, size, config.data.augment, config.data.shift)
+        self.checked = False
 
     def model(self) -> nn.Module:
         """Return a new network on the CPU."""
@@ -33,8 +42,8 @@ class ImageClassification(Task):
         return make_model(config.name, config.channels_last, torch.device("cpu"))
 
     def datasets(self) -> Datasets:
-        """Return training and test images."""
-        return Datasets(self.data.train, self.data.test, self.data.source, classes=self.data.classes)
+        """Return the images of the source."""
+        return self.data
 
     def transform(self, data: ImagesAndLabels, keys: SampleKeys | None) -> ImagesAndLabels:
         """Pad, augment and normalise the images."""
@@ -42,9 +51,12 @@ class ImageClassification(Task):
         return self.image_transform(images, keys), labels
 
     def loss(self, model: nn.Module, data: ImagesAndLabels) -> tuple[Tensor, Tensor]:
-        """Return cross-entropy in nats, float32 (n,), and logits (n, C); label smoothing in training mode only."""
+        """Return cross-entropy in nats, float32 (n,), and logits (n, C); label smoothing in training mode only.
+
+        Raise UserError if the network does not fit the images or the classes: at the first call, before the first step.
+        """
         inputs, labels = data
-        logits = model(inputs).float()
+        logits = (model(inputs) if self.checked else self._check(model, inputs)).float()
         smoothing = self.config.train.label_smoothing if model.training else 0.0
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing), logits
 
@@ -54,9 +66,55 @@ class ImageClassification(Task):
 
     def error_analysis(self, device: torch.device) -> ClassificationErrors:
         """Return an empty confusion matrix and list of mistakes."""
-        return ClassificationErrors(self.data.test.images, self.data.classes, device)
+        return ClassificationErrors(self.data.test, self.classes, device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return normalisation, image size and class names."""
-        transform, size = self.image_transform, self.data.test.images.shape[1]
-        return {"mean": transform.mean, "std": transform.std, "size": size, "classes": list(self.data.classes)}
+        """Return the format of the images, with their statistics, and the class names."""
+        return {**self.images.to_dict(), "classes": list(self.classes)}
+
+    def _check(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the logits. Raise UserError if the network fails, or does not return one value per class."""
+        name, shape = f"model.name={self.config.model.name}", list(inputs.shape)
+        try:
+            logits: Any = model(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{name}: does not accept images of shape {shape}: {reason} ({frame.filename}, line {frame.lineno}); "
+                "give another network, model.args, or data.size"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
+            found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise UserError(
+                f"{name}: returned {found} for images of shape {shape}; expected one value per image and class, "
+                f"[{len(inputs)}, {len(self.classes) or 'classes'}]"
+            )
+        self.classes = self.classes or tuple(map(str, range(logits.shape[1])))
+        if logits.shape[1] != len(self.classes):
+            raise UserError(
+                f"{name}: returns {logits.shape[1]} values per image, but data.name={self.config.data.name} has "
+                f"{len(self.classes)} classes; give a network with {len(self.classes)} outputs"
+            )
+        self.checked = True
+        return logits
+
+
+def input_size(model_name: str, images: ImageFormat) -> tuple[int, int] | None:
+    """Return the height and width to which images are padded, or None if the network takes them as they are.
+
+    LeNet takes 32×32 pixels; smaller images are padded. Raise UserError if they are larger or in color.
+    """
+    if model_name != "lenet":
+        return None
+    channels, height, width = INPUT_SHAPE
+    problems = []
+    if images.channels != channels:
+        problems.append(f"these have {images.channels} channels; give another model.name")
+    elif images.size[0] > height or images.size[1] > width:
+        problems.append(f"these have {size_text(images.size)}; give data.size={height} or another model.name")
+    if problems:
+        raise UserError(f"model.name=lenet: takes grey images of at most {height}×{width} pixels, but {problems[0]}")
+    return height, width

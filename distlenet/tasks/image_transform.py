@@ -1,75 +1,69 @@
-"""From stored bytes to network input, vectorised over a batch, on the device."""
-
-from collections.abc import Iterator
+"""From stored images to network input, vectorised over a batch, on the device."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distlenet.task import SampleKeys
-
-SIZE = 32  # height and width of the network's input, pixels
-SAMPLED_PARTS, PART_SIZE = 64, 1024  # a large set is measured on so many parts of so many images
+from distlenet.tasks.image_format import ImageFormat
 
 
 class ImageTransform:
-    """Pad to 32×32, augment if asked, and normalise with the training set's mean and standard deviation."""
+    """Pad to the input size of the network, augment if asked, and normalise with the training set's statistics."""
 
-    def __init__(self, mean: float, std: float, augment: str = "none", max_shift: int = 2) -> None:
-        """Take the values that ``mean_and_std`` returns.
+    def __init__(
+        self,
+        images: ImageFormat,
+        input_size: tuple[int, int] | None = None,
+        augment: str = "none",
+        max_shift: int = 2,
+    ) -> None:
+        """Take the format of the images. ``input_size`` is at least their size; None: no padding.
 
         ``augment`` is none, shift or flip_shift; ``max_shift`` is in pixels.
         """
-        self.mean, self.std = mean, std
+        self.images, self.input_size = images, input_size or images.size
         self.augment, self.max_shift = augment, max_shift
+        self.statistics = torch.tensor([images.mean, images.std], dtype=torch.float32)[:, :, None, None]  # (2, C, 1, 1)
 
     def __call__(self, images: Tensor, keys: SampleKeys | None = None) -> Tensor:
-        """Turn uint8 (n, H, W), H and W up to 32, into float32 (n, 1, 32, 32); augment only with ``keys``."""
-        images = _pad(images)
+        """Turn uint8 or floating-point images, (n, H, W) or (n, C, H, W), into float32 (n, C, height, width).
+
+        Augment only with ``keys``. No host sync after the first call on a device.
+        """
+        images = _pad(images, self.input_size)
         if keys is not None and self.augment != "none":
             images = self._augment(images, keys.bits())
-        return images.float().sub_(self.mean).div_(self.std).unsqueeze(1)
+        values = images.to(torch.float32, copy=True)  # exact for uint8; the stored images stay as they are
+        if self.images.channels == 1:  # plain numbers: a division by a tensor has other last bits on a GPU
+            values.sub_(self.images.mean[0]).div_(self.images.std[0])
+        else:
+            self.statistics = self.statistics.to(values.device)
+            values.sub_(self.statistics[0]).div_(self.statistics[1])
+        return values.unsqueeze(1) if values.dim() == 3 else values
 
     def _augment(self, images: Tensor, bits: Tensor) -> Tensor:
         if self.augment == "flip_shift":
-            images = torch.where((bits & 1).bool()[:, None, None], images.flip(2), images)
+            flipped = (bits & 1).bool().view(-1, *[1] * (images.dim() - 1))
+            images = torch.where(flipped, images.flip(-1), images)
         span = 2 * self.max_shift + 1
         rows = (bits >> 8) % span  # the remainders of 24 and 12 random bits: nearly uniform
         columns = (bits >> 20) % span
         return _shift(images, rows, columns, self.max_shift)
 
 
-def mean_and_std(images: Tensor) -> tuple[float, float]:
-    """Return mean and standard deviation of uint8 images (N, H, W); of a large set, of 64 evenly spaced parts.
-
-    Both are exact: they are computed from a histogram of the 256 values.
-    """
-    counts = torch.stack([torch.bincount(part.flatten(), minlength=256) for part in _parts(images)]).sum(0).double()
-    values = torch.arange(256, dtype=torch.float64)
-    mean = (counts * values).sum() / counts.sum()
-    variance = (counts * (values - mean) ** 2).sum() / counts.sum()
-    return float(mean), max(float(variance.sqrt()), 1.0)  # a set of a single colour can still be trained on
-
-
-def _parts(images: Tensor) -> Iterator[Tensor]:
-    """Yield all images in parts or, of a large set, evenly spaced parts including the first and the last."""
-    last = len(images) - PART_SIZE
-    if last < SAMPLED_PARTS * PART_SIZE:
-        starts: Iterator[int] = iter(range(0, len(images), PART_SIZE))
-    else:
-        starts = (k * last // (SAMPLED_PARTS - 1) for k in range(SAMPLED_PARTS))
-    return (images[start : start + PART_SIZE] for start in starts)
-
-
-def _pad(images: Tensor) -> Tensor:
-    height, width = images.shape[1:]
-    top, left = (SIZE - height) // 2, (SIZE - width) // 2
-    return F.pad(images, (left, SIZE - width - left, top, SIZE - height - top))
+def _pad(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Add zeros around images to the given height and width."""
+    height, width = images.shape[-2:]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return F.pad(images, (left, size[1] - width - left, top, size[0] - height - top))
 
 
 def _shift(images: Tensor, rows: Tensor, columns: Tensor, limit: int) -> Tensor:
-    """Move each image of (n, H, W) by (limit - rows, limit - columns) pixels, filling with zeros."""
-    height, width = images.shape[1:]
+    """Move each image of (n, H, W) or (n, C, H, W) by (limit - rows, limit - columns) pixels, filling with zeros."""
+    height, width = images.shape[-2:]
     padded = F.pad(images, (limit, limit, limit, limit))
-    windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # a view: (n, 2 limit + 1, 2 limit + 1, H, W)
+    windows = padded.unfold(-2, height, 1).unfold(-2, width, 1)  # a view: (n, [C,] 2 limit + 1, 2 limit + 1, H, W)
+    if images.dim() == 4:
+        windows = windows.movedim(1, 3)
     return windows[torch.arange(len(images), device=images.device), rows, columns]

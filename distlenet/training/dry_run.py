@@ -18,7 +18,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from distlenet.checkpoint.format import to_bytes
 from distlenet.config.loading import run_directory
 from distlenet.config.schema import Config
-from distlenet.data.sources import require_local_data
+from distlenet.data.sources import ImageDataset, require_local_data
 from distlenet.distributed.context import DistributedContext, set_threads
 from distlenet.distributed.device import resolve_precision
 from distlenet.distributed.environment import DistributedEnvironment
@@ -52,7 +52,7 @@ def plan(config: Config, world_size: int) -> list[Row]:
             parameter.grad = torch.zeros_like(parameter)
         trainer.train_step.on_device.optimizer.step()  # creates its state; the changed model is discarded
         rows = _describe(trainer, len(to_bytes(trainer.state_dict())))
-    images = _size(task.data.train.nbytes + task.data.test.nbytes)
+    images = _size(sum(data.nbytes for data in (task.data.train, task.data.test) if isinstance(data, ImageDataset)))
     rows.append(("besides", f"images {images}, once per node; on a GPU that keeps them, once per GPU"))
     rows.append(("", f"PyTorch itself {_size(resident_before)} on this machine"))
     return [*rows, ("not checked here", not_checked)] if not_checked else rows

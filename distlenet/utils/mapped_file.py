@@ -6,8 +6,9 @@ the last process that maps it, even after a kill.
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,24 @@ class FileRef:
             raise OSError(" ".join(str(error).split())) from error
 
 
+@dataclass(frozen=True)
+class TensorRef:
+    """A reference to a tensor in a file, in C order from byte ``offset``, a multiple of the size of its elements."""
+
+    file: FileRef
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def map(self) -> Tensor:
+        """Return the tensor without a copy. Raise OSError as ``FileRef.map``, ValueError if the file is too short."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        content = self.file.map()[self.offset : self.offset + size]
+        if len(content) != size:
+            raise ValueError(f"{self.file.path} has {len(content):,} of {size:,} bytes")
+        return content.view(self.dtype).view(self.shape)
+
+
 class SharedFile:
     """An open file that other processes can map until it is closed."""
 
@@ -70,3 +89,18 @@ def create_shared(chunks: Iterable[Buffer]) -> SharedFile:
         for chunk in chunks:
             file.write(chunk)
     return SharedFile(descriptor)
+
+
+def share_tensors(parts: Iterable[Tensor], samples: int) -> tuple[SharedFile, TensorRef]:
+    """Create an anonymous file in memory from ``parts`` of a tensor along its first dimension, of ``samples`` in all."""
+    shape: tuple[int, ...] = ()
+    dtype = torch.uint8
+
+    def chunks() -> Iterator[Buffer]:
+        nonlocal shape, dtype
+        for part in parts:
+            shape, dtype = tuple(part.shape[1:]), part.dtype
+            yield part.contiguous().view(-1).view(torch.uint8).numpy().data
+
+    file = create_shared(chunks())
+    return file, TensorRef(file.ref, 0, (samples, *shape), dtype)

@@ -74,14 +74,14 @@ def test_user_error_under_torchrun_is_one_line(tmp_path):
 ERROR_ON_RANK_1 = """
 import os, sys
 from distlenet import train
-from distlenet.data import sources
+from distlenet.data.sources import opening
 from distlenet.distributed.entry_point import run_entry
 from distlenet.utils.errors import UserError
-def map_data(name, refs):
+def map_data(opened):
     if os.environ["RANK"] == "1":
         raise UserError("disk not readable")
-    return original(name, refs)
-original, sources.map_data = sources.map_data, map_data
+    return original(opened)
+original, opening.map_data = opening.map_data, map_data
 run_entry(train.main)
 """
 

@@ -23,11 +23,11 @@ ALLOWED = {
     "data": {"config", "distributed", "task", "utils"},
     "reduction": {"config", "distributed", "task", "utils"},
     "checkpoint": {"config", "distributed", "utils"},
-    "tasks": {"config", "data", "distributed", "models", "task"},
+    "tasks": {"config", "data", "distributed", "models", "task", "utils"},
     "training": {"checkpoint", "config", "data", "distributed", "reduction", "task", "tasks", "tracking", "utils"},
     "preflight": {"checkpoint", "config", "data", "distributed", "tasks", "tracking", "training", "utils"},
     "report": {"config", "distributed", "tracking", "utils"},
-    "serving": {"checkpoint", "config", "distributed", "models", "tasks", "utils"},
+    "serving": {"checkpoint", "config", "data", "distributed", "models", "tasks", "utils"},
     "commands": {
         "checkpoint",
         "config",

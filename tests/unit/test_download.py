@@ -64,7 +64,7 @@ def test_fashion_mnist_is_downloaded_by_torchvision_and_verified(
         server.files[f"{name}.gz"] = original_gz(name, path.with_name(f"{name}.gz").read_bytes())
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [server.url])
     config = load_config([], [f"data.root={tmp_path / 'data'}"]).data
-    data = load_data(config)
+    data = load_data(config, fetch=True)
     assert (len(data.train), len(data.test)) == (60000, 10000)
     assert data.train.images.shape[1:] == (28, 28)
     again = load_data(config)
@@ -78,7 +78,7 @@ from pathlib import Path
 from distlenet.data import download
 torchvision.datasets.MNIST.mirrors = [sys.argv[1]]
 torchvision.datasets.MNIST.resources = [tuple(pair.split("=")) for pair in sys.argv[3:]]
-print(sorted(path.name for path in download.locate_or_download("mnist", Path(sys.argv[2])).values()))
+print(sorted(path.name for path in download.locate_or_download("mnist", Path(sys.argv[2]), fetch=True).values()))
 """
 
 
@@ -100,14 +100,14 @@ def test_a_damaged_download_is_not_used(monkeypatch, tmp_path, no_debian, server
     server.files |= {f"{name}.gz": gzip.compress(data) for name, data in small_set().items()}  # other contents
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [server.url])
     with pytest.raises(UserError, match="File not found or corrupted"):
-        download.locate_or_download("fashion_mnist", tmp_path)
+        download.locate_or_download("fashion_mnist", tmp_path, fetch=True)
     assert idx.find_files(tmp_path / "FashionMNIST/raw") is None
 
 
 def test_without_a_network_the_error_lists_the_ways_to_get_the_data(monkeypatch, tmp_path, no_debian):
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
     with pytest.raises(UserError) as error:
-        download.locate_or_download("fashion_mnist", tmp_path)
+        download.locate_or_download("fashion_mnist", tmp_path, fetch=True)
     message = str(error.value)
     for part in (
         "refused",
@@ -120,15 +120,26 @@ def test_without_a_network_the_error_lists_the_ways_to_get_the_data(monkeypatch,
     assert "\n" not in message
 
 
-def test_data_root_takes_precedence_over_debians_directory(monkeypatch, tmp_path):
-    system, root = tmp_path / "system", tmp_path / "root"
+def test_debians_directory_is_used_only_with_the_default_data_root(monkeypatch, tmp_path):
+    system, root = tmp_path / "system", Path("data")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(download, "DEBIAN_DIRECTORY", {"fashion_mnist": system})
     write_set(system, small_set(), packed=True)
     assert {path.parent for path in download.locate("fashion_mnist", root).values()} == {system}
+    assert download.locate("fashion_mnist", tmp_path / "other") is None
     write_set(root / "FashionMNIST/raw", small_set(), packed=True)
     assert {p.parent for p in download.locate("fashion_mnist", root).values()} == {root / "FashionMNIST/raw"}
     write_set(root, small_set(), packed=True)
     assert {path.parent for path in download.locate("fashion_mnist", root).values()} == {root}
+
+
+def test_a_data_root_without_the_data_set_is_refused_without_a_download(tmp_path):
+    (tmp_path / "train/cat").mkdir(parents=True)
+    (tmp_path / "train/cat/1.png").touch()
+    with pytest.raises(UserError) as error:
+        load_data(load_config([], [f"data.root={tmp_path}"]).data)
+    for part in (f"are not in {tmp_path}, {tmp_path}/FashionMNIST/raw;", "give data.name=folder", "python -m distlenet.data"):
+        assert part in str(error.value)
 
 
 def test_a_damaged_file_is_named(monkeypatch, tmp_path):
@@ -167,7 +178,7 @@ def test_debians_package_is_extracted_without_root(monkeypatch, tmp_path, no_deb
     root = Path("data")  # relative, as data.root is by default
     with pytest.raises(UserError, match="refused"):
         download.locate_or_download("fashion_mnist", root)
-    files = download.locate_or_download("fashion_mnist", root, debian=True)
+    files = download.locate_or_download("fashion_mnist", root, fetch=True)
     assert {path.parent for path in files.values()} == {root / "FashionMNIST/raw"}
 
 
@@ -178,24 +189,24 @@ def test_an_unusable_data_root_is_named(tmp_path, no_debian):
         download.locate("fashion_mnist", loop)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not a readable directory"):
-        download.locate_or_download("fashion_mnist", tmp_path / "file")
+        download.locate_or_download("fashion_mnist", tmp_path / "file", fetch=True)
     with pytest.raises(UserError, match="cannot be written"):
-        download.locate_or_download("fashion_mnist", Path("/proc/no/such"))
+        download.locate_or_download("fashion_mnist", Path("/proc/no/such"), fetch=True)
 
 
 def test_a_failed_download_removes_the_directory_that_it_created(monkeypatch, tmp_path, no_debian):
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
     with pytest.raises(UserError, match="cannot be downloaded"):
-        download.locate_or_download("fashion_mnist", tmp_path / "mistyped")
+        download.locate_or_download("fashion_mnist", tmp_path / "mistyped", fetch=True)
     assert not (tmp_path / "mistyped").exists()
 
 
 def test_a_failed_download_keeps_what_another_process_has_put_there(monkeypatch, tmp_path, no_debian):
-    def fail(name, root, debian):
+    def fail(name, root, fetch):
         write_set(root, small_set(), packed=False)
         raise UserError("no network")
 
     monkeypatch.setattr(download, "_download", fail)
     with pytest.raises(UserError, match="no network"):
-        download.locate_or_download("fashion_mnist", tmp_path / "shared")
+        download.locate_or_download("fashion_mnist", tmp_path / "shared", fetch=True)
     assert download.locate("fashion_mnist", tmp_path / "shared")

@@ -14,7 +14,7 @@ IMAGES = torch.arange(80 * 4 * 4).remainder(256).to(torch.uint8).view(80, 4, 4)
 
 
 def make_analysis() -> ClassificationErrors:
-    return ClassificationErrors(IMAGES, CLASSES, torch.device("cpu"))
+    return ClassificationErrors([(image, 0) for image in IMAGES], CLASSES, torch.device("cpu"))
 
 
 def update(analysis, predicted, confidence, labels, indices):

@@ -26,7 +26,9 @@ from distlenet.data import idx
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
 from distlenet.preflight.rank_info import collect_rank_info
 from distlenet.report.runs import read_run
-from distlenet.serving.image_files import UnreadableImage, read_image
+from distlenet.data.decoding import UnreadableImage
+from distlenet.serving.image_files import read_image
+from distlenet.tasks.image_format import ImageFormat
 from distlenet.serving.predictor import Predictor
 from distlenet.tracking.history import read_records
 from distlenet.utils.errors import Preempted, UserError
@@ -294,7 +296,8 @@ def test_image_bytes(tmp_path, seed, format_, mode, invert):
     path = tmp_path / "image"
     path.write_bytes(damaged(file.getvalue(), random_))
     with contextlib.suppress(UnreadableImage):
-        assert read_image(path, invert, 28).shape == (28, 28)
+        expected = ImageFormat(1, (28, 28), False, (0.0,), (1.0,), 0.0, 255.0, True)
+        assert read_image(path, invert, expected).shape == (28, 28)
 
 
 lines = st.binary(max_size=60) | st.sampled_from(

@@ -2,10 +2,21 @@ import pytest
 import torch
 
 from distlenet.task import SampleKeys
-from distlenet.tasks.image_transform import ImageTransform, mean_and_std
+from distlenet.data.images import ImageDataset
+from distlenet.tasks.image_format import ImageFormat, measure_images
+from distlenet.tasks.image_transform import ImageTransform
 from distlenet.utils.keyed_random import hash32
 
 pytestmark = pytest.mark.unit
+
+
+def measure(images: torch.Tensor) -> ImageFormat:
+    return measure_images(ImageDataset(images, torch.zeros(len(images), dtype=torch.uint8)))
+
+
+def padded(images: torch.Tensor, *options) -> ImageTransform:
+    """Return the transform of a set that is padded to 32 pixels."""
+    return ImageTransform(measure(images), (32, 32), *options)
 
 
 def make_images(n: int, size: int = 28) -> torch.Tensor:
@@ -14,10 +25,10 @@ def make_images(n: int, size: int = 28) -> torch.Tensor:
 
 def test_images_are_padded_with_black_and_normalised_by_the_training_set():
     train = make_images(50)
-    transform = ImageTransform(*mean_and_std(train))
+    transform = padded(train)
     mean, std = train.double().mean().item(), train.double().std(correction=0).item()
-    assert transform.mean == pytest.approx(mean, rel=1e-12)  # float64 sums of 39,200 pixels: about 1e-13
-    assert transform.std == pytest.approx(std, rel=1e-12)
+    assert transform.images.mean[0] == pytest.approx(mean, rel=1e-12)  # float64 sums of 39,200 pixels: about 1e-13
+    assert transform.images.std[0] == pytest.approx(std, rel=1e-12)
     inputs = transform(train[:3])
     assert inputs.shape == (3, 1, 32, 32)
     assert inputs.dtype == torch.float32
@@ -28,9 +39,9 @@ def test_images_are_padded_with_black_and_normalised_by_the_training_set():
 
 def test_images_of_32_pixels_are_not_padded():
     train = make_images(4, 32)
-    mean, std = mean_and_std(train)
+    (mean,), (std,) = measure(train).mean, measure(train).std
     expected = ((train.double() - mean) / std).float().unsqueeze(1)
-    torch.testing.assert_close(ImageTransform(mean, std)(train), expected, rtol=1e-6, atol=1e-6)  # as above
+    torch.testing.assert_close(padded(train)(train), expected, rtol=1e-6, atol=1e-6)  # as above
 
 
 def augment_one_by_one(transform, images, keys):
@@ -48,7 +59,7 @@ def augment_one_by_one(transform, images, keys):
         shifted[max(down, 0) : 32 + min(down, 0), max(right, 0) : 32 + min(right, 0)] = padded[
             max(-down, 0) : 32 + min(-down, 0), max(-right, 0) : 32 + min(-right, 0)
         ]
-        augmented.append((shifted.float() - transform.mean) / transform.std)
+        augmented.append((shifted.float() - transform.images.mean[0]) / transform.images.std[0])
     return torch.stack(augmented).unsqueeze(1)
 
 
@@ -56,13 +67,13 @@ def augment_one_by_one(transform, images, keys):
 @pytest.mark.parametrize("augment", ["shift", "flip_shift"])
 def test_augmentation_equals_the_slow_reference(augment, max_shift):
     images, keys = make_images(40), SampleKeys(seed=5, epoch=3, indices=torch.arange(1000, 1040))
-    transform = ImageTransform(*mean_and_std(images), augment, max_shift)
+    transform = padded(images, augment, max_shift)
     assert torch.equal(transform(images, keys), augment_one_by_one(transform, images, keys))
 
 
 def test_augmentation_does_not_depend_on_the_other_samples_of_the_batch():
     images, indices = make_images(30), torch.arange(30)
-    transform = ImageTransform(*mean_and_std(images), "flip_shift")
+    transform = padded(images, "flip_shift")
     whole = transform(images, SampleKeys(1, 2, indices))
     order = torch.randperm(30, generator=torch.Generator().manual_seed(3))
     parts = [transform(images[part], SampleKeys(1, 2, indices[part])) for part in order.split(7)]
@@ -92,20 +103,19 @@ def test_flips_and_shifts_are_equally_likely():
 )
 def test_nothing_is_augmented_without_keys_or_with_none(augment, keys):
     images = make_images(5)
-    statistics = mean_and_std(images)
-    assert torch.equal(ImageTransform(*statistics, augment)(images, keys), ImageTransform(*statistics)(images))
+    assert torch.equal(padded(images, augment)(images, keys), padded(images)(images))
 
 
 def test_set_of_a_single_colour_does_not_divide_by_zero():
-    transform = ImageTransform(*mean_and_std(torch.zeros(3, 28, 28, dtype=torch.uint8)))
+    transform = padded(torch.zeros(3, 28, 28, dtype=torch.uint8))
     assert torch.isfinite(transform(make_images(2))).all()
 
 
 def test_large_set_is_measured_on_evenly_spaced_parts(monkeypatch):
     """With 4 parts of 2 images, a set of 101 images is measured on the images 0, 1, 33, 34, 66, 67, 99 and 100."""
-    monkeypatch.setattr("distlenet.tasks.image_transform.SAMPLED_PARTS", 4)
-    monkeypatch.setattr("distlenet.tasks.image_transform.PART_SIZE", 2)
+    monkeypatch.setattr("distlenet.tasks.image_format.SAMPLED_PARTS", 4)
+    monkeypatch.setattr("distlenet.tasks.image_format.PART_SIZE", 2)
     images = make_images(101)
     measured = images[[0, 1, 33, 34, 66, 67, 99, 100]].double()
     expected = measured.mean().item(), measured.std(correction=0).item()
-    assert mean_and_std(images) == pytest.approx(expected, rel=1e-12)
+    assert (measure(images).mean[0], measure(images).std[0]) == pytest.approx(expected, rel=1e-12)

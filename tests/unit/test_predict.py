@@ -10,11 +10,16 @@ from PIL import Image
 
 from distlenet.checkpoint.format import load_checkpoint, to_bytes
 from distlenet.checkpoint.store import find_checkpoint
-from distlenet.serving.image_files import MAX_PIXELS, UnreadableImage, find_image_files, read_image
+from distlenet.data.decoding import MAX_PIXELS, UnreadableImage
+from distlenet.serving.image_files import find_image_files, read_image
 from distlenet.serving.predictor import Predictor
+from distlenet.tasks.image_format import ImageFormat
 from distlenet.utils.errors import UserError
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
+
+
+GREY_28 = ImageFormat(1, (28, 28), False, (70.0,), (80.0,), 0.0, 255.0, True)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +63,11 @@ def test_variants_of_an_image_get_mostly_the_same_class(run, tmp_path):
     images = []
     originals = [run / f"images/{number:03d}.png" for number in range(60)]
     for path in originals:
-        images.append(read_image(path, "auto", predictor.size))
+        images.append(read_image(path, "auto", predictor.images))
         for number, variant in enumerate(variants(Image.open(path))):
             target = tmp_path / f"{path.stem}-{number}.png"
             variant.save(target)
-            images.append(read_image(target, "auto", predictor.size))
+            images.append(read_image(target, "auto", predictor.images))
     labels = predictor(torch.stack(images)).argmax(1).view(60, -1)
     same = (labels[:, 1:] == labels[:, :1]).double().mean(0)
     assert len(same) == 5
@@ -80,13 +85,13 @@ def variants(image):
 def test_image_like_the_training_set_is_unchanged(tmp_path):
     pixels = np.arange(28 * 28, dtype=np.uint8).reshape(28, 28) // 2
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    assert torch.equal(read_image(tmp_path / "x.png", "auto", 28), torch.from_numpy(pixels))
-    assert torch.equal(read_image(tmp_path / "x.png", "yes", 28), 255 - torch.from_numpy(pixels))
+    assert torch.equal(read_image(tmp_path / "x.png", "auto", GREY_28), torch.from_numpy(pixels))
+    assert torch.equal(read_image(tmp_path / "x.png", "yes", GREY_28), 255 - torch.from_numpy(pixels))
 
 
 def test_16_bits_are_scaled_to_8(tmp_path):
     Image.fromarray(np.full((28, 28), 25700, dtype=np.uint16)).save(tmp_path / "x.png")
-    assert read_image(tmp_path / "x.png", "no", 28).unique().tolist() == [100]
+    assert read_image(tmp_path / "x.png", "no", GREY_28).unique().tolist() == [100]
 
 
 def test_unreadable_images_are_named_and_the_others_classified(run, tmp_path):
@@ -112,7 +117,7 @@ def test_image_with_too_many_pixels_is_refused_before_decoding(tmp_path):
     Image.new("1", (MAX_PIXELS // 5000, 5001)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
     with pytest.raises(UnreadableImage, match="pixels; expected at most 50,000,000, and 16,384 per side"):
-        read_image(tmp_path / "bomb.png", "auto", 28)
+        read_image(tmp_path / "bomb.png", "auto", GREY_28)
 
 
 def test_patterns_and_directories(tmp_path, monkeypatch):
@@ -157,13 +162,13 @@ def test_usage_error_is_one_line(run, words, message):
 def test_very_long_image_is_refused(tmp_path):
     Image.new("1", (16_385, 1)).save(tmp_path / "line.png")
     with pytest.raises(UnreadableImage, match="16385 × 1 pixels; expected at most 50,000,000, and 16,384 per side"):
-        read_image(tmp_path / "line.png", "auto", 28)
+        read_image(tmp_path / "line.png", "auto", GREY_28)
 
 
 def test_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UnreadableImage, match=r"pipe\.png: is not a regular file"):
-        read_image(tmp_path / "pipe.png", "auto", 28)
+        read_image(tmp_path / "pipe.png", "auto", GREY_28)
 
 
 def test_name_that_is_too_long_is_refused():
@@ -177,7 +182,7 @@ def test_transparent_background_contrasts_with_the_object(tmp_path):
         image = Image.new("RGBA", (28, 28), (value, value, value, 0))
         image.paste((value, value, value, 255), (10, 10, 18, 18))
         image.save(tmp_path / f"{name}.png")
-        result = read_image(tmp_path / f"{name}.png", "auto", 28)
+        result = read_image(tmp_path / f"{name}.png", "auto", GREY_28)
         assert result[0, 0] == 0
         assert result[14, 14] > 200
 
@@ -210,17 +215,17 @@ def test_no_image_file_starts_a_program(tmp_path, monkeypatch):
     image = tmp_path / "image.png"
     Image.new("L", (9, 9)).save(image, "EPS")
     with pytest.raises(UnreadableImage, match="is not a readable image"):
-        read_image(image, "no", 28)
+        read_image(image, "no", GREY_28)
     assert not called.exists()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": 10**6}, "is invalid"),
-        ({"size": 0}, "is invalid"),
-        ({"std": 0.0}, "is invalid"),
-        ({"mean": float("nan")}, "is invalid"),
+        ({"size": [10**6, 5]}, "is invalid"),
+        ({"size": [0, 5]}, "is invalid"),
+        ({"std": [0.0]}, "is invalid"),
+        ({"mean": [float("nan")]}, "is invalid"),
         ({"size": None}, "is invalid"),
         ({"classes": [1] * 10}, "is invalid"),
         ({"classes": ["a"] * 11}, "has 11 class names, but the network has 10 outputs"),

@@ -75,8 +75,9 @@ def test_a_synthetic_set_has_any_size_and_always_the_same_bytes():
 def test_open_data_closes_the_files_at_the_end():
     with open_data(load_config([], ["data.name=digits"]).data) as opened:
         assert opened.source == "bundled"
-        assert all(len(ref.map()) for ref in opened.refs.values())
-    for ref in opened.refs.values():
+        refs = [ref for split in (opened.train, opened.test) for ref in (split.images, split.labels)]
+        assert all(len(ref.map()) for ref in refs)
+    for ref in refs:
         with pytest.raises(FileNotFoundError):
             ref.map()
 

@@ -1,0 +1,73 @@
+"""Decode image files: the same way for training and for prediction, within limits, and without external programs."""
+
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from distlenet.data.images import COLOR, GREY
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not all of Pillow's: some start external programs
+MAX_PIXELS = 50_000_000  # checked before decoding: a small file can hold a very large image
+MAX_SIDE = 16_384  # pixels; images are padded to squares for a prediction
+SIZE_LIMITS = f"expected at most {MAX_PIXELS:,}, and {MAX_SIDE:,} per side; scale it down"
+GREY_MODES = {"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L"}
+
+
+class UnreadableImage(Exception):
+    """An image file cannot be read; the text names the file and the reason."""
+
+
+def open_image(file: Path | IO[bytes], name: object, channels: int | None = None) -> Image.Image:
+    """Decode an image to mode L or RGB, for ``channels`` 1 or 3; None: as stored. EXIF orientation is applied.
+
+    Raise UnreadableImage, with the ``name`` of the image, if it cannot be decoded.
+    """
+    if isinstance(file, Path) and file.exists() and not file.is_file():  # reading a pipe would block
+        raise UnreadableImage(f"{name}: is not a regular file")
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            _check_size(image, name)
+            return convert(ImageOps.exif_transpose(image) or image, channels or channels_of(image))
+    except FileNotFoundError as error:
+        raise UnreadableImage(f"{name}: no such file") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"{name}: has too many pixels; {SIZE_LIMITS}") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise UnreadableImage(f"{name}: is not a readable image: {' '.join(str(error).split())[:200]}") from error
+
+
+def _check_size(image: Image.Image, name: object) -> None:
+    if max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
+        raise UnreadableImage(f"{name}: has {image.width} × {image.height} pixels; {SIZE_LIMITS}")
+
+
+def channels_of(image: Image.Image) -> int:
+    """Return 1 for a grey image, 3 for one with colors or a palette."""
+    return GREY if image.mode in GREY_MODES else COLOR
+
+
+def convert(image: Image.Image, channels: int) -> Image.Image:
+    """Convert to mode L or RGB, of 8 bits; transparent pixels become white, or black if the visible ones are light."""
+    mode = "L" if channels == GREY else "RGB"
+    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        limit = 255.0 if values.max(initial=0) <= 255 else 65535.0
+        return Image.fromarray((values.clip(0, limit) * (255 / limit)).astype(np.uint8)).convert(mode)
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        opacity, values = np.asarray(rgba.getchannel("A"), dtype=np.float64), np.asarray(rgba.convert("L"))
+        is_light = opacity.sum() > 0 and np.average(values, weights=opacity) > 127
+        background = Image.new("RGBA", rgba.size, "black" if is_light else "white")
+        return Image.alpha_composite(background, rgba).convert(mode)
+    return image.convert(mode)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return an image of mode L or RGB as uint8 (H, W) or (3, H, W)."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()

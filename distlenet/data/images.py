@@ -1,0 +1,60 @@
+"""Images in memory, and the check of a sample's image."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+GREY, COLOR = 1, 3  # channels of what an image file decodes to
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Images in memory, uint8 or floating point, (N, H, W) or (N, C, H, W), and their labels (N,) of an integer type.
+
+    ``rows``, int64 (n,), selects some of them; without it n is N.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.labels if self.rows is None else self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return one image, (H, W) or (C, H, W), and its label."""
+        row = index if self.rows is None else int(self.rows[index])
+        return self.images[row], int(self.labels[row])
+
+    def get_batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images and the labels, as int64, of ``indices``: int64 (n,) on the device of the images."""
+        if self.rows is not None:
+            indices = self.rows.index_select(0, indices)
+        return self.images.index_select(0, indices), self.labels.index_select(0, indices).long()
+
+    def select(self, rows: Tensor) -> "ImageDataset":
+        """Return the samples ``rows``, int64 (n,), without a copy."""
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the selected images and labels."""
+        return len(self) * (self.images[:1].nbytes + self.labels[:1].nbytes)
+
+    def to(self, device: torch.device) -> "ImageDataset":
+        """Return the selected samples on ``device``."""
+        if self.rows is None:
+            return ImageDataset(self.images.to(device), self.labels.to(device))
+        return ImageDataset(self.images[self.rows].to(device), self.labels[self.rows].to(device))
+
+
+def height_and_width(image: Tensor) -> tuple[int, int]:
+    """Return the last two dimensions of an image or of a batch of images."""
+    return image.shape[-2], image.shape[-1]
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """Return (height, width) as messages write it."""
+    return f"{size[0]}×{size[1]}"

@@ -1,0 +1,20 @@
+"""Resize images: the same way for training, evaluation and prediction."""
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+
+def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize uint8 or floating-point images, (..., H, W), to ``size`` bilinearly, with antialiasing.
+
+    The computation is in float32, because the kernels for uint8 differ between processors; uint8 is rounded. Each image
+    gives the same result alone and in a batch.
+    """
+    if tuple(images.shape[-2:]) == size:
+        return images
+    planes = images.reshape(-1, 1, *images.shape[-2:])
+    resized = functional.resize_image(planes.float(), list(size), antialias=True)
+    if images.dtype == torch.uint8:
+        resized = resized.round_().clamp_(0, 255)
+    return resized.to(images.dtype).view(*images.shape[:-2], *size)

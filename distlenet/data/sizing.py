@@ -1,0 +1,102 @@
+"""Give all images of a data set one size, and keep small sets decoded in memory."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distlenet.config.schema import DataConfig
+from distlenet.data.images import height_and_width, size_text
+from distlenet.data.resizing import resize_images
+from distlenet.data.sources.opened import EncodedImages, OpenedImages, Split, StoredImages
+from distlenet.utils.errors import UserError
+from distlenet.utils.mapped_file import share_tensors
+
+CHUNK_IMAGES = 256  # images resized at a time
+MAX_DECODED_BYTES = 2**28  # image files that decode to no more than this are decoded once, into memory
+CHECKED_IMAGES = 64  # of a larger set, the sizes of so many images are checked before the training
+
+
+def wanted_size(config: DataConfig) -> tuple[int, int] | None:
+    """Return ``data.size`` as (height, width)."""
+    size = config.size
+    return (size, size) if isinstance(size, int) else (size[0], size[1]) if size else None
+
+
+def fit_sizes(opened: OpenedImages, config: DataConfig, stack: ExitStack) -> OpenedImages:
+    """Resize all images to ``data.size``, if given. Raise UserError if they then differ in shape.
+
+    Image files are decoded into memory, which all ranks of the node share, if they are few; otherwise each image is
+    decoded and checked when it is read.
+    """
+    size = wanted_size(config)
+    splits = {name: getattr(opened, name) for name in ("train", "test", "validation")}
+    shape = first_shape(splits["train"], size)
+    fitted = {name: split and _fit(split, size, shape, stack) for name, split in splits.items()}
+    for name, split in fitted.items():
+        if isinstance(split, StoredImages) and (split.images.shape[1:] != shape):
+            found = f"{name} images of shape {list(split.images.shape[1:])}, but training images of {list(shape)}"
+            raise UserError(f"data {opened.source}: has {found}; give data.size=[HEIGHT,WIDTH] to resize all")
+    return replace(opened, **fitted)
+
+
+def first_shape(split: Split, size: tuple[int, int] | None) -> tuple[int, ...]:
+    """Return the shape of the first image after resizing."""
+    shape = split.images.shape[1:] if isinstance(split, StoredImages) else tuple(split[0][0].shape)
+    return (*shape[:-2], *size) if size else shape
+
+
+def _fit(split: Split, size: tuple[int, int] | None, shape: tuple[int, ...], stack: ExitStack) -> Split:
+    if isinstance(split, StoredImages):
+        if size is None or split.images.shape[-2:] == size:
+            return split
+        images, labels = split.images.map(), split.labels.map()
+        return _store((resize_images(part, size) for part in images.split(CHUNK_IMAGES)), labels, stack)
+    resized = ResizedImages(split, split.labels, size, shape)
+    if len(split) * torch.Size(shape).numel() <= MAX_DECODED_BYTES:
+        return _store((resized[index][0].unsqueeze(0) for index in range(len(split))), split.labels, stack)
+    for number in range(CHECKED_IMAGES):
+        resized[number * (len(split) - 1) // (CHECKED_IMAGES - 1)]
+    return resized
+
+
+def _store(parts: Iterator[Tensor], labels: Tensor, stack: ExitStack) -> StoredImages:
+    """Write parts of a set, (n, ...) each, into memory that all ranks of the node share."""
+    image_file, images = share_tensors(parts, len(labels))
+    label_file, label_ref = share_tensors([labels], len(labels))
+    stack.enter_context(closing(image_file))
+    stack.enter_context(closing(label_file))
+    return StoredImages(images, label_ref)
+
+
+@dataclass(frozen=True)
+class ResizedImages:
+    """Image files, resized to ``size`` when they are read; each must then have ``shape``."""
+
+    files: EncodedImages
+    labels: Tensor
+    size: tuple[int, int] | None
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return an image and its label. Raise UserError if the image is damaged or of another shape."""
+        image, label = self.files[index]
+        if self.size is not None:
+            image = resize_images(image, self.size)
+        if tuple(image.shape) != self.shape:
+            first = size_text(height_and_width(self.files[0][0]))
+            raise UserError(
+                f"data {self.name(index)}: has {size_text(height_and_width(image))} pixels, but {self.name(0)} has "
+                f"{first}; give data.size=N or data.size=[HEIGHT,WIDTH] to resize all images"
+            )
+        return image, label
+
+    def name(self, index: int) -> str:
+        """Return how messages call an image."""
+        return self.files.name(index)

@@ -1,0 +1,96 @@
+"""``data.name=folder``: image files, a directory per class: ROOT/train/CLASS/*.png, ROOT/test/..., optionally ROOT/val."""
+
+import hashlib
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from distlenet.config.schema import DataConfig
+from distlenet.data.decoding import FORMATS, IMAGE_SUFFIXES, UnreadableImage, channels_of, open_image, to_tensor
+from distlenet.data.images import COLOR, GREY
+from distlenet.data.sources.opened import OpenedImages
+from distlenet.utils.errors import UserError
+
+LAYOUT = "ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png, and optionally ROOT/val/CLASS/*.png"
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files of one split, which are decoded when they are read."""
+
+    directory: Path
+    files: tuple[str, ...]  # relative to the directory
+    labels: Tensor
+    channels: int
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Decode one image."""
+        path = self.directory / self.files[index]
+        try:
+            return to_tensor(open_image(path, path, self.channels)), int(self.labels[index])
+        except UnreadableImage as error:
+            raise UserError(f"data {error}; replace or remove the file") from error
+
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        return str(self.directory / self.files[index])
+
+
+def open_folder(config: DataConfig, stack: ExitStack, fetch: bool) -> OpenedImages:  # noqa: ARG001
+    """List the image files of ``data.root``, in the order of their names, whatever the order of the file system."""
+    root = Path(config.root)
+    missing = [name for name in ("train", "test") if not (root / name).is_dir()]
+    if missing:
+        raise UserError(f"data.root={root}: has no directory {' and '.join(missing)}; expected {LAYOUT}")
+    splits = [name for name in ("train", "test", "val") if (root / name).is_dir()]
+    classes = _class_names(root / "train")
+    listed = {split: _list_files(root / split, classes) for split in splits}
+    color = any(_is_color(root / split / file) for split in splits for file, _ in listed[split])
+    images, fingerprint = {}, {"classes": ", ".join(classes)}
+    for split, files in listed.items():
+        labels = torch.tensor([label for _, label in files], dtype=torch.int64)
+        names = tuple(file for file, _ in files)
+        images[split] = FolderImages(root / split, names, labels, COLOR if color else GREY)
+        sizes = "\n".join(f"{file} {(root / split / file).stat().st_size}" for file in names)
+        fingerprint[split] = f"{len(names)} files {hashlib.sha256(sizes.encode()).hexdigest()[:16]}"
+    return OpenedImages(str(root), classes, images["train"], images["test"], images.get("val"), fingerprint)
+
+
+def _class_names(directory: Path) -> tuple[str, ...]:
+    """Return the sorted names of the directories. Raise UserError if there are none."""
+    names = tuple(sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name[0] != "."))
+    if not names:
+        raise UserError(f"data {directory}: contains no directory per class; expected {LAYOUT}")
+    return names
+
+
+def _list_files(directory: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Return the files and labels of a split, sorted by the name within the class, then by the class."""
+    if unknown := sorted(set(_class_names(directory)) - set(classes)):
+        raise UserError(f"data {directory}: class {unknown[0]} is not in the training set; add it there, or remove it")
+    found = []
+    for label, name in enumerate(classes):
+        for place, _, files in os.walk(directory / name):
+            paths = [Path(place, file) for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES]
+            found += [(str(path.relative_to(directory / name)), label) for path in paths]
+    if not found:
+        raise UserError(f"data {directory}: contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return [(f"{classes[label]}/{file}", label) for file, label in sorted(found)]
+
+
+def _is_color(path: Path) -> bool:
+    """Return whether an image is in color, from its header. An unreadable one is reported when it is decoded."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return channels_of(image) == COLOR
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        return False

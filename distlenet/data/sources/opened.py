@@ -1,0 +1,70 @@
+"""What a source of images returns: splits that one process of a node opens and all its ranks map."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distlenet.config.schema import DataConfig
+from distlenet.data.images import ImageDataset
+from distlenet.task import MapDataset
+from distlenet.utils.mapped_file import TensorRef
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Images of one size as a tensor in a file: uint8 or floating point, (N, H, W) or (N, C, H, W); labels (N,)."""
+
+    images: TensorRef
+    labels: TensorRef
+
+    def map(self) -> ImageDataset:
+        """Return the dataset, without a copy. Raise OSError if the files are not visible to this process."""
+        return ImageDataset(self.images.map(), self.labels.map())
+
+
+class EncodedImages(MapDataset, Protocol):
+    """Image files: a dataset of (image, label) that decodes an image when it is read. It can be sent to other ranks."""
+
+    labels: Tensor  # int64 (N,)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return an image, uint8 (H, W) or (C, H, W), and its label. Raise UserError if it cannot be decoded."""
+
+    def name(self, index: int) -> str:
+        """Return how messages call an image."""
+
+
+Split = StoredImages | EncodedImages
+
+
+@dataclass(frozen=True)
+class OpenedImages:
+    """The splits of a data set. Everything that other ranks of the node need to map it, as picklable values."""
+
+    source: str  # the origin of the images, for messages
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    validation: Split | None = None
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+
+
+Source = Callable[[DataConfig, ExitStack, bool], OpenedImages]
+"""Opens a data set. The stack closes its files; the flag allows downloads by every way, into any ``data.root``.
+
+Raises UserError if the data is unavailable or damaged.
+"""
+
+
+def labels_of(split: Split) -> Tensor:
+    """Return the labels of a split, (N,) of an integer type."""
+    return split.labels.map() if isinstance(split, StoredImages) else split.labels
+
+
+def digest_type(dtype: torch.dtype) -> str:
+    """Return the name of a type as fingerprints and messages contain it: uint8, float32."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,93 @@
+"""Open the configured data set, in a job once per node, and map it on every rank."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from distlenet.config.schema import DataConfig
+from distlenet.data import download, idx
+from distlenet.data.sizing import fit_sizes
+from distlenet.data.sources.array import open_array
+from distlenet.data.sources.folder import open_folder
+from distlenet.data.sources.idx_sets import open_digits, open_generated, open_published
+from distlenet.data.sources.opened import OpenedImages, Source, StoredImages
+from distlenet.distributed.collectives import broadcast_from_local_rank_0, raise_on_all_ranks
+from distlenet.distributed.environment import DistributedEnvironment, read_environment
+from distlenet.task import Datasets
+from distlenet.utils.errors import UserError, warn
+
+SOURCES: dict[str, Source] = {
+    "fashion_mnist": open_published,
+    "mnist": open_published,
+    "digits": open_digits,
+    "synthetic": open_generated,
+    "folder": open_folder,
+    "array": open_array,
+}
+"""What opens each data set, by ``data.name``."""
+
+
+@contextmanager
+def open_data(config: DataConfig, fetch: bool = False) -> Iterator[OpenedImages]:
+    """Open the configured data set, verified and with all images of one size, for the ranks of this node.
+
+    Mappings stay valid after the context ends. ``fetch`` allows a download by every way and into any ``data.root``.
+    Raise UserError if the data is unavailable or damaged.
+    """
+    with ExitStack() as stack:
+        yield fit_sizes(SOURCES[config.name](config, stack, fetch), config, stack)
+
+
+def map_data(opened: OpenedImages) -> Datasets:
+    """Map the files that a process of this node holds open. Raise OSError if they are not visible to this process."""
+    splits = [
+        split.map() if isinstance(split, StoredImages) else split
+        for split in (opened.train, opened.test, opened.validation)
+    ]
+    train, test, validation = splits
+    assert train is not None
+    assert test is not None
+    return Datasets(train, test, opened.source, validation, opened.classes)
+
+
+def load_data(config: DataConfig, fetch: bool = False) -> Datasets:
+    """Open and map the configured data set in this process. Raise UserError as ``open_data``."""
+    with open_data(config, fetch) as opened:
+        return map_data(opened)
+
+
+def load_images(config: DataConfig) -> Datasets:
+    """Load the configured data set, in a job once per node. Raise UserError as ``open_data``. A collective."""
+    if not dist.is_initialized() or dist.get_backend() == "fake":
+        return load_data(config)
+    return load_on_node(config, read_environment(os.environ))
+
+
+def load_on_node(config: DataConfig, env: DistributedEnvironment) -> Datasets:
+    """Load once per node: its first rank opens and verifies, all its ranks map the same memory. A collective."""
+    with ExitStack() as stack:
+        opened = None
+        with raise_on_all_ranks():
+            if env.local_rank == 0:
+                opened = stack.enter_context(open_data(config))
+        opened = broadcast_from_local_rank_0(opened, env)
+        with raise_on_all_ranks():  # a collective: no rank closes the files before all have mapped them
+            try:
+                return map_data(opened)
+            except OSError as error:
+                warn(
+                    f"rank {env.rank}: cannot map the images that local rank 0 has opened ({error}) and keeps a copy "
+                    "of them; let the ranks of a node share their process namespace"
+                )
+                return load_data(config)
+
+
+def require_local_data(config: DataConfig) -> None:
+    """Raise UserError if the configured data set is not on this machine; download nothing."""
+    name, root = f"data.name={config.name}", Path(config.root)
+    if config.name in idx.SHA256 and download.locate(config.name, root) is None:
+        missing = download.not_found(config.name, root)
+        raise UserError(f"{missing}; run python -m distlenet.data {name} data.root={root}")

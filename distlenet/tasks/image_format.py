@@ -1,0 +1,130 @@
+"""What a network's images are like, measured on the training set: the state of the task, which a prediction needs."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distlenet.data.images import GREY, ImageDataset
+from distlenet.task import BatchDataset, MapDataset
+
+SAMPLED_PARTS, PART_SIZE = 64, 1024  # a large set in memory is measured on so many parts of so many images
+SAMPLED_FILES = 2048  # another large set is measured on so many images
+DARK = 127  # the largest value of a dark border, for uint8
+MAX_SIDE = 16_384  # pixels
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """Shape and statistics of the training images."""
+
+    channels: int
+    size: tuple[int, int]  # height and width, in pixels
+    resized: bool  # by data.size
+    mean: tuple[float, ...]  # per channel
+    std: tuple[float, ...]
+    low: float  # the smallest and the largest value, for floating-point images; 0 and 255 for uint8
+    high: float
+    dark_border: bool  # nearly all images are grey with a dark border: a light one is inverted for a prediction
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "ImageFormat":
+        """Return the format that ``to_dict`` wrote, also in its first version: grey, square, with a dark border.
+
+        Raise LookupError, TypeError or ValueError if a value is missing or invalid.
+        """
+        if isinstance(state["mean"], float):
+            state = {**state, "mean": [state["mean"]], "std": [state["std"]], "size": [state["size"]] * 2}
+            state |= {"channels": GREY, "resized": False, "low": 0.0, "high": 255.0, "dark_border": True}
+        mean, std, size = state["mean"], state["std"], state["size"]
+        channels, low, high = state["channels"], state["low"], state["high"]
+        numbers = [*mean, *std, low, high]
+        valid = (
+            all(isinstance(value, float) and math.isfinite(value) for value in numbers)
+            and type(channels) is int
+            and 0 < channels == len(mean) == len(std)
+            and min(std) > 0
+            and low < high
+            and len(size) == 2
+            and all(type(side) is int and 1 <= side <= MAX_SIDE for side in size)
+            and isinstance(state["resized"], bool)
+            and isinstance(state["dark_border"], bool)
+        )
+        if not valid:
+            raise ValueError("invalid value")
+        return cls(channels, (size[0], size[1]), state["resized"], tuple(mean), tuple(std), low, high, state["dark_border"])
+
+
+def measure_images(dataset: MapDataset | BatchDataset, resized: bool = False) -> ImageFormat:
+    """Return the format of a training set of (image, label), uint8 or floating point, (H, W) or (C, H, W).
+
+    Mean and standard deviation per channel are computed from a histogram of the 256 values for uint8, which is exact,
+    and in float64 for floating point. A large set is measured on evenly spaced images, including the first and the last.
+    """
+    counts: Tensor | None = None
+    moments: list[Tensor] = []
+    dark = total = pixels = 0
+    low, high = math.inf, -math.inf
+    for part in _parts(dataset):
+        planes = part.unsqueeze(1) if part.dim() == 3 else part  # (n, C, H, W)
+        if part.dtype == torch.uint8:
+            histogram = torch.stack([torch.bincount(plane.flatten(), minlength=256) for plane in planes.unbind(1)])
+            counts = histogram if counts is None else counts + histogram
+            border = torch.cat([planes[:, :, 0], planes[:, :, -1], planes[..., 0], planes[..., -1]], -1)[:64, 0]
+            dark, total = dark + int((border.median(1).values <= DARK).sum()), total + len(border)
+        else:
+            values = planes.double()
+            moments.append(torch.stack([values.sum((2, 3)), (values**2).sum((2, 3))]))  # (2, n, C)
+            pixels += len(planes) * planes[0, 0].numel()
+            low, high = min(low, float(values.min())), max(high, float(values.max()))
+    size = (planes.shape[2], planes.shape[3])
+    if counts is not None:
+        mean, std = zip(*map(_mean_and_std, counts), strict=True)
+        is_dark = planes.shape[1] == GREY and dark >= 0.9 * total
+        return ImageFormat(planes.shape[1], size, resized, mean, std, 0.0, 255.0, is_dark)
+    mean, std = zip(*(_mean_and_std_of_moments(channel, pixels) for channel in torch.cat(moments, 1).unbind(2)), strict=True)
+    return ImageFormat(planes.shape[1], size, resized, mean, std, low, max(high, low + 1e-6), False)
+
+
+def _mean_and_std(counts: Tensor) -> tuple[float, float]:
+    """Return mean and standard deviation, at least 1, of uint8 values by their numbers, int64 (256,)."""
+    counts, values = counts.double(), torch.arange(256, dtype=torch.float64)
+    mean = (counts * values).sum() / counts.sum()
+    variance = (counts * (values - mean) ** 2).sum() / counts.sum()
+    return float(mean), max(float(variance.sqrt()), 1.0)  # a set of a single color can still be trained on
+
+
+def _mean_and_std_of_moments(sums: Tensor, pixels: int) -> tuple[float, float]:
+    """Return mean and standard deviation from the sums of values and of squares of each image, float64 (2, n)."""
+    mean, squares = (math.fsum(row) / pixels for row in sums.tolist())
+    variance = max(squares - mean * mean, 0.0)
+    return mean, math.sqrt(variance) if variance > 1e-12 * max(squares, 1e-300) else 1.0
+
+
+def _parts(dataset: MapDataset | BatchDataset) -> Iterator[Tensor]:
+    """Yield all images in parts, (n, H, W) or (n, C, H, W), or evenly spaced ones of a large set."""
+    count = len(dataset)
+    if not isinstance(dataset, ImageDataset):
+        wanted = min(count, SAMPLED_FILES)
+        rows = [k * (count - 1) // max(wanted - 1, 1) for k in range(wanted)]
+        yield from (_image(dataset, row).unsqueeze(0) for row in rows)
+        return
+    last = count - PART_SIZE
+    starts: Sequence[int] = range(0, count, PART_SIZE)
+    if last >= SAMPLED_PARTS * PART_SIZE:
+        starts = [k * last // (SAMPLED_PARTS - 1) for k in range(SAMPLED_PARTS)]
+    for start in starts:
+        rows_or_slice = slice(start, start + PART_SIZE)
+        yield dataset.images[rows_or_slice if dataset.rows is None else dataset.rows[rows_or_slice]]
+
+
+def _image(dataset: Any, index: int) -> Tensor:
+    image: Tensor = dataset[index][0]
+    return image
