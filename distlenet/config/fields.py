@@ -37,7 +37,9 @@ class Field:
         """Return the accepted values in words, such as ``an integer, at least 1, or null``."""
         choices = ", ".join((*self.choices[:-2], " or ".join(self.choices[-2:])))
         bounds = [f"{BOUNDS[name][0]} {bound:,}" for name, bound in self.bounds.items()]
-        return ", ".join([choices or NAMES[self.kind], *bounds, *["or [HEIGHT,WIDTH]"] * self.pair, *["or null"] * self.nullable])
+        return ", ".join(
+            [choices or NAMES[self.kind], *bounds, *["or [HEIGHT,WIDTH]"] * self.pair, *["or null"] * self.nullable]
+        )
 
     def convert(self, value: Any) -> Any:
         """Return ``value`` in the type of this setting. Raise ValueError, with what is expected, if it is wrong."""
@@ -80,7 +82,10 @@ def _read_schema(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Fie
         choices = types if get_origin(field.type) is Literal else ()
         kind = str if choices else list if field.type == list[str] else (*types, field.type)[0]
         default = getattr(schema(), field.name)
-        yield prefix + field.name, Field(kind, choices, type(None) in types, list[int] in types, default, **field.metadata)
+        yield (
+            prefix + field.name,
+            Field(kind, choices, type(None) in types, list[int] in types, default, **field.metadata),
+        )
 
 
 GROUPS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}

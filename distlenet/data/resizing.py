@@ -17,4 +17,5 @@ def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     resized = functional.resize_image(planes.float(), list(size), antialias=True)
     if images.dtype == torch.uint8:
         resized = resized.round_().clamp_(0, 255)
-    return resized.to(images.dtype).view(*images.shape[:-2], *size)
+    result: Tensor = resized.to(images.dtype).view(*images.shape[:-2], *size)
+    return result

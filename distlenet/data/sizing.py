@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def fit_sizes(opened: OpenedImages, config: DataConfig, stack: ExitStack) -> Ope
     size = wanted_size(config)
     splits = {name: getattr(opened, name) for name in ("train", "test", "validation")}
     shape = first_shape(splits["train"], size)
-    fitted = {name: split and _fit(split, size, shape, stack) for name, split in splits.items()}
+    fitted: dict[str, Any] = {name: split and _fit(split, size, shape, stack) for name, split in splits.items()}
     for name, split in fitted.items():
         if isinstance(split, StoredImages) and (split.images.shape[1:] != shape):
             found = f"{name} images of shape {list(split.images.shape[1:])}, but training images of {list(shape)}"

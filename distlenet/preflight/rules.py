@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 from distlenet.config.schema import Config
+from distlenet.data.sizing import wanted_size
 from distlenet.distributed.rendezvous import format_ranks
 from distlenet.preflight.finding import Finding, pluralize
 from distlenet.preflight.rank_info import RankInfo
-from distlenet.tasks.image_transform import SIZE
 
 MAX_CLOCK_SKEW_S = 1.0
 """With a larger skew, the logs of a failure cannot be put in order."""
@@ -95,9 +95,15 @@ def check_clocks(ranks: Sequence[RankInfo], clocks: Sequence[float]) -> Finding:
     return Finding("clocks", "ok", f"within {max(0.01, abs(offset)):.2f} s")
 
 
+def _bytes_per_image(config: Config) -> int:
+    """Return the size of a sample: in color if ``data.size`` is given, else that of LeNet's input."""
+    height, width = wanted_size(config.data) or (32, 32)
+    return height * width * (3 if config.data.size else 1)
+
+
 def check_shared_memory(ranks: Sequence[RankInfo], config: Config) -> Finding:
     """Check that /dev/shm is large enough for loader workers, each of which holds two batches, and NCCL."""
-    batch_bytes = -(-config.train.global_batch_size // len(ranks)) * SIZE * SIZE
+    batch_bytes = -(-config.train.global_batch_size // len(ranks)) * _bytes_per_image(config)
 
     def needed(r: RankInfo) -> int:
         return r.local_world_size * (config.data.num_workers * 2 * batch_bytes + NCCL_SHM_BYTES * (r.backend == "nccl"))

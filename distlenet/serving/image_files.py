@@ -13,9 +13,7 @@ from distlenet.data.resizing import resize_images
 from distlenet.tasks.image_format import ImageFormat
 
 
-def read_images(
-    names: Sequence[str], invert: str, expected: ImageFormat
-) -> tuple[list[Tensor], list[Path], list[str]]:
+def read_images(names: Sequence[str], invert: str, expected: ImageFormat) -> tuple[list[Tensor], list[Path], list[str]]:
     """Read all image files of ``names``; return the images, their paths, and one message per failure."""
     images, paths, failures = [], [], []
     for name in names:

@@ -61,7 +61,9 @@ def read_task_state(state: State, path: Path) -> tuple[ImageFormat, list[str]]:
         if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
             raise ValueError("class names")
     except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: its description of images, state['task'], is invalid; give another") from error
+        raise UserError(
+            f"checkpoint {path}: its description of images, state['task'], is invalid; give another"
+        ) from error
     if images.channels not in (1, 3) or (images.low, images.high) != (0.0, 255.0):
         raise UserError(
             f"checkpoint {path}: is of images with {images.channels} channels and values from {images.low:g} to "

@@ -59,14 +59,17 @@ class ImageFormat:
         )
         if not valid:
             raise ValueError("invalid value")
-        return cls(channels, (size[0], size[1]), state["resized"], tuple(mean), tuple(std), low, high, state["dark_border"])
+        return cls(
+            channels, (size[0], size[1]), state["resized"], tuple(mean), tuple(std), low, high, state["dark_border"]
+        )
 
 
 def measure_images(dataset: MapDataset | BatchDataset, resized: bool = False) -> ImageFormat:
     """Return the format of a training set of (image, label), uint8 or floating point, (H, W) or (C, H, W).
 
     Mean and standard deviation per channel are computed from a histogram of the 256 values for uint8, which is exact,
-    and in float64 for floating point. A large set is measured on evenly spaced images, including the first and the last.
+    and in float64 for floating point. A large set is measured on evenly spaced
+    images, including the first and the last.
     """
     counts: Tensor | None = None
     moments: list[Tensor] = []
@@ -89,7 +92,9 @@ def measure_images(dataset: MapDataset | BatchDataset, resized: bool = False) ->
         mean, std = zip(*map(_mean_and_std, counts), strict=True)
         is_dark = planes.shape[1] == GREY and dark >= 0.9 * total
         return ImageFormat(planes.shape[1], size, resized, mean, std, 0.0, 255.0, is_dark)
-    mean, std = zip(*(_mean_and_std_of_moments(channel, pixels) for channel in torch.cat(moments, 1).unbind(2)), strict=True)
+    mean, std = zip(
+        *(_mean_and_std_of_moments(channel, pixels) for channel in torch.cat(moments, 1).unbind(2)), strict=True
+    )
     return ImageFormat(planes.shape[1], size, resized, mean, std, low, max(high, low + 1e-6), False)
 
 

@@ -92,7 +92,7 @@ def create_shared(chunks: Iterable[Buffer]) -> SharedFile:
 
 
 def share_tensors(parts: Iterable[Tensor], samples: int) -> tuple[SharedFile, TensorRef]:
-    """Create an anonymous file in memory from ``parts`` of a tensor along its first dimension, of ``samples`` in all."""
+    """Create an anonymous file in memory from ``parts`` of a tensor with ``samples`` samples."""
     shape: tuple[int, ...] = ()
     dtype = torch.uint8
 

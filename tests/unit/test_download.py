@@ -98,20 +98,22 @@ def test_one_of_several_processes_downloads(tmp_path, server):
 
 def test_a_damaged_download_is_not_used(monkeypatch, tmp_path, no_debian, server):
     server.files |= {f"{name}.gz": gzip.compress(data) for name, data in small_set().items()}  # other contents
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [server.url])
     with pytest.raises(UserError, match="File not found or corrupted"):
-        download.locate_or_download("fashion_mnist", tmp_path, fetch=True)
-    assert idx.find_files(tmp_path / "FashionMNIST/raw") is None
+        download.locate_or_download("fashion_mnist", Path("data"))
+    assert idx.find_files(tmp_path / "data/FashionMNIST/raw") is None
 
 
 def test_without_a_network_the_error_lists_the_ways_to_get_the_data(monkeypatch, tmp_path, no_debian):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
     with pytest.raises(UserError) as error:
-        download.locate_or_download("fashion_mnist", tmp_path, fetch=True)
+        download.locate_or_download("fashion_mnist", Path("data"))
     message = str(error.value)
     for part in (
         "refused",
-        str(tmp_path),
+        "data/FashionMNIST/raw",
         "apt install dataset-fashion-mnist",
         "python -m distlenet.data",
         "--config configs/ci.yaml",
@@ -138,7 +140,11 @@ def test_a_data_root_without_the_data_set_is_refused_without_a_download(tmp_path
     (tmp_path / "train/cat/1.png").touch()
     with pytest.raises(UserError) as error:
         load_data(load_config([], [f"data.root={tmp_path}"]).data)
-    for part in (f"are not in {tmp_path}, {tmp_path}/FashionMNIST/raw;", "give data.name=folder", "python -m distlenet.data"):
+    for part in (
+        f"are not in {tmp_path}, {tmp_path}/FashionMNIST/raw;",
+        "give data.name=folder",
+        "python -m distlenet.data",
+    ):
         assert part in str(error.value)
 
 
@@ -195,10 +201,11 @@ def test_an_unusable_data_root_is_named(tmp_path, no_debian):
 
 
 def test_a_failed_download_removes_the_directory_that_it_created(monkeypatch, tmp_path, no_debian):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
     with pytest.raises(UserError, match="cannot be downloaded"):
-        download.locate_or_download("fashion_mnist", tmp_path / "mistyped", fetch=True)
-    assert not (tmp_path / "mistyped").exists()
+        download.locate_or_download("fashion_mnist", Path("data"))
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_failed_download_keeps_what_another_process_has_put_there(monkeypatch, tmp_path, no_debian):

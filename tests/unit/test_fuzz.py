@@ -23,13 +23,13 @@ from distlenet.checkpoint.format import from_bytes, load_checkpoint, to_bytes
 from distlenet.config.fields import FIELDS
 from distlenet.config.loading import load_config
 from distlenet.data import idx
+from distlenet.data.decoding import UnreadableImage
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
 from distlenet.preflight.rank_info import collect_rank_info
 from distlenet.report.runs import read_run
-from distlenet.data.decoding import UnreadableImage
 from distlenet.serving.image_files import read_image
-from distlenet.tasks.image_format import ImageFormat
 from distlenet.serving.predictor import Predictor
+from distlenet.tasks.image_format import ImageFormat
 from distlenet.tracking.history import read_records
 from distlenet.utils.errors import Preempted, UserError
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from distlenet.task import SampleKeys
 from distlenet.data.images import ImageDataset
+from distlenet.task import SampleKeys
 from distlenet.tasks.image_format import ImageFormat, measure_images
 from distlenet.tasks.image_transform import ImageTransform
 from distlenet.utils.keyed_random import hash32

@@ -70,4 +70,4 @@ def _opened(
 
 def _tensor(file: SharedFile) -> TensorRef:
     data = idx.parse(file.ref.map())
-    return TensorRef(file.ref, data.storage_offset(), tuple(data.shape), data.dtype)
+    return TensorRef(file.ref, int(data.storage_offset()), tuple(data.shape), data.dtype)

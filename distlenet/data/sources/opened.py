@@ -29,7 +29,9 @@ class StoredImages:
 class EncodedImages(MapDataset, Protocol):
     """Image files: a dataset of (image, label) that decodes an image when it is read. It can be sent to other ranks."""
 
-    labels: Tensor  # int64 (N,)
+    @property
+    def labels(self) -> Tensor:
+        """The labels, int64 (N,)."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return an image, uint8 (H, W) or (C, H, W), and its label. Raise UserError if it cannot be decoded."""

@@ -1,0 +1,262 @@
+"""Images of users: arrays and directories, grey and in color, of any size, through sources, task and prediction."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from forked import run_python
+from PIL import Image
+from torch import nn
+
+from distlenet.checkpoint.format import load_checkpoint
+from distlenet.checkpoint.store import find_checkpoint
+from distlenet.config.loading import load_config
+from distlenet.data.images import ImageDataset
+from distlenet.data.resizing import resize_images
+from distlenet.data.sources import load_data, open_data
+from distlenet.task import SampleKeys
+from distlenet.tasks.error_analysis import encode_png
+from distlenet.tasks.image_classification import ImageClassification
+from distlenet.tasks.image_format import ImageFormat, measure_images
+from distlenet.tasks.image_transform import ImageTransform
+from distlenet.utils.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+
+def random_images(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def labels_of(count: int) -> np.ndarray:
+    return np.arange(count) % 3
+
+
+def save_array(path, train, test, **more):
+    arrays = {"train_images": train, "train_labels": labels_of(len(train))}
+    arrays |= {"test_images": test, "test_labels": labels_of(len(test)), **more}
+    np.savez(path, **{name: np.asarray(array) for name, array in arrays.items()})
+    return path
+
+
+def save_folder(root, train, test):
+    """Write PNG files that are created in the reverse of their order."""
+    for split, images in (("train", train), ("test", test)):
+        for number in reversed(range(len(images))):
+            path = root / split / f"c{labels_of(len(images))[number]}" / f"{number:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = images[number]
+            Image.fromarray((image.permute(1, 2, 0) if image.dim() == 3 else image).contiguous().numpy()).save(path)
+    return root
+
+
+def config_of(name, root, *more):
+    return load_config([], [f"data.name={name}", f"data.root={root}", *more])
+
+
+def load(name, root, *more):
+    return load_data(config_of(name, root, *more).data)
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (3, 20, 30)], ids=["grey", "color"])
+def test_array_and_folder_return_the_same_images_in_the_same_order(tmp_path, shape):
+    train, test = random_images(25, *shape), random_images(7, *shape)
+    array = load("array", save_array(tmp_path / "set.npz", train, test))
+    folder = load("folder", save_folder(tmp_path / "set", train, test))
+    for data in (array, folder):
+        assert isinstance(data.train, ImageDataset)
+        assert torch.equal(data.train.images, train)
+        assert torch.equal(data.test.images, test)
+        assert data.train.labels.tolist() == labels_of(25).tolist()
+    assert (array.classes, folder.classes) == (("0", "1", "2"), ("c0", "c1", "c2"))
+
+
+def test_npy_files_are_read_from_a_directory(tmp_path):
+    train = random_images(5, 8, 8).float() / 255
+    for name, array in (("train_images", train), ("train_labels", labels_of(5)), ("test_images", train)):
+        np.save(tmp_path / f"{name}.npy", np.asarray(array))
+    with pytest.raises(UserError, match=r"has no test_labels; expected train_images"):
+        load("array", tmp_path)
+    np.save(tmp_path / "test_labels.npy", labels_of(5))
+    assert torch.equal(load("array", tmp_path).train.images, train)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"train_labels": np.zeros(4)}, "is float64 of shape .4.; expected one integer for each of the 5 images"),
+        ({"test_labels": np.array([0, 1, 3])}, "labels from 0 to 3; expected integers from 0 to 1, the labels"),
+        ({"train_images": np.zeros((5, 8, 8, 3), np.uint8)}, "channels last; store it as numpy.transpose"),
+        ({"train_images": np.zeros((5, 8, 8), np.int64)}, "type int64; expected uint8 or floating point"),
+        (
+            {"test_images": np.zeros((3, 9, 8), np.uint8)},
+            r"test images of shape \[9, 8\].*of \[8, 8\]; give data.size=",
+        ),
+        ({"val_images": np.zeros((3, 8, 8), np.uint8)}, "has no val_labels"),
+    ],
+)
+def test_invalid_arrays_are_refused(tmp_path, more, message):
+    arrays = {"train_labels": np.array([0, 1, 0, 1, 0]), "test_labels": np.array([0, 1, 0]), **more}
+    path = save_array(tmp_path / "set.npz", *[np.zeros((n, 8, 8), np.uint8) for n in (5, 3)])
+    np.savez(path, **{**np.load(path), **arrays})
+    with pytest.raises(UserError, match=message):
+        load("array", path)
+
+
+def test_images_of_two_sizes_are_refused_unless_they_are_resized(tmp_path):
+    root = save_folder(tmp_path, random_images(4, 3, 20, 30), random_images(4, 3, 20, 30))
+    Image.new("RGB", (64, 48)).save(root / "train/c1/0007.png")
+    with pytest.raises(UserError, match=r"0007.png: has 48×64 pixels, but .*0000.png has 20×30; give data.size=N"):
+        load("folder", root)
+    data = load("folder", root, "data.size=[16,24]")
+    assert data.train.images.shape == (5, 3, 16, 24)
+    assert load("folder", root, "data.size=16").test.images.shape == (4, 3, 16, 16)
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    root = save_folder(tmp_path, random_images(4, 20, 30), random_images(4, 20, 30))
+    path = root / "train/c1/0001.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(UserError, match=rf"data {path}: is not a readable image: .*; replace or remove the file"):
+        load("folder", root)
+
+
+def test_a_directory_without_the_layout_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no directory train and test; expected ROOT/train/CLASS"):
+        load("folder", tmp_path)
+    root = save_folder(tmp_path, random_images(4, 8, 8), random_images(4, 8, 8))
+    (root / "test/c9").mkdir()
+    with pytest.raises(UserError, match="class c9 is not in the training set"):
+        load("folder", root)
+
+
+def test_grey_files_among_colored_ones_become_color(tmp_path):
+    root = save_folder(tmp_path, random_images(4, 8, 8), random_images(4, 3, 8, 8))
+    assert load("folder", root).train.images.shape == (4, 3, 8, 8)
+
+
+def test_the_fingerprint_depends_on_pixels_labels_and_names(tmp_path):
+    images = random_images(6, 8, 8)
+
+    def fingerprint(name, root):
+        with open_data(config_of(name, root).data) as opened:
+            return dict(opened.fingerprint)
+
+    first = fingerprint("array", save_array(tmp_path / "a.npz", images, images))
+    assert fingerprint("array", save_array(tmp_path / "b.npz", images, images)) == first
+    changed = images.clone()
+    changed[5, 7, 7] ^= 1
+    assert fingerprint("array", save_array(tmp_path / "a.npz", changed, images))["train"] != first["train"]
+    folder = fingerprint("folder", save_folder(tmp_path / "set", images, images))
+    (tmp_path / "set/train/c0/0000.png").rename(tmp_path / "set/train/c0/0009.png")
+    assert fingerprint("folder", tmp_path / "set")["train"] != folder["train"]
+    assert fingerprint("folder", tmp_path / "set")["test"] == folder["test"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((64, 64), r"these have 64×64; give data.size=32 or another model.name"), ((3, 32, 32), "these have 3 channels")],
+)
+def test_images_that_lenet_does_not_take_are_refused(tmp_path, shape, message):
+    path = save_array(tmp_path / "set.npz", random_images(6, *shape), random_images(6, *shape))
+    with pytest.raises(UserError, match=rf"model.name=lenet: takes grey images of at most 32×32 pixels, but {message}"):
+        ImageClassification(config_of("array", path))
+    if len(shape) == 2:
+        assert ImageClassification(config_of("array", path, "data.size=32")).images.size == (32, 32)
+
+
+def test_a_network_that_does_not_fit_is_refused_at_the_first_sample(tmp_path):
+    path = save_array(tmp_path / "set.npz", random_images(6, 8, 8), random_images(6, 8, 8))
+    for network, message in (
+        (nn.Linear(7, 3), "does not accept images of shape .1, 1, 32, 32.: mat1 and mat2"),
+        (nn.Flatten(), "returns 1024 values per image, but data.name=array has 3 classes; give a network with 3"),
+        (nn.Identity(), "expected one value per image and class"),
+    ):
+        task = ImageClassification(config_of("array", path))
+        images, labels = task.datasets().train.get_batch(torch.tensor([0]))
+        with pytest.raises(UserError, match=message):
+            task.loss(network, task.transform((images, labels), None))
+
+
+def test_color_images_are_normalised_per_channel():
+    images = random_images(50, 3, 9, 11)
+    images[:, 1] //= 2
+    found = measure_images(ImageDataset(images, torch.zeros(50, dtype=torch.uint8)))
+    values = images.double()
+    # Histograms of integers: the only roundings are those of a few float64 operations, 1.1e-16 each.
+    assert found.mean == pytest.approx(values.mean((0, 2, 3)).tolist(), rel=1e-12)
+    assert found.std == pytest.approx(values.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
+    result = ImageTransform(found)(images)
+    expected = (values - values.mean((0, 2, 3), keepdim=True)) / values.std((0, 2, 3), correction=0, keepdim=True)
+    assert result.shape == (50, 3, 9, 11)
+    torch.testing.assert_close(result, expected.float(), rtol=1e-5, atol=1e-6)  # a few roundings of float32
+    floats = measure_images(ImageDataset(images.float(), torch.zeros(50, dtype=torch.uint8)))
+    assert floats.mean == pytest.approx(found.mean, rel=1e-12)
+    assert floats.std == pytest.approx(found.std, rel=1e-10)  # a difference of sums of squares loses two digits
+    before = images.float()
+    ImageTransform(floats)(before)
+    assert torch.equal(before, images.float())  # the stored images are not changed
+
+
+def test_augmentation_moves_all_channels_of_an_image_together():
+    grey, keys = random_images(40, 9, 11), SampleKeys(5, 3, torch.arange(40))
+    color = grey.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+    statistics = ((0.0,), (1.0,), 0.0, 255.0, False)
+    one = ImageTransform(ImageFormat(1, (9, 11), False, *statistics), None, "flip_shift", 3)(grey, keys)
+    three = ImageTransform(
+        ImageFormat(3, (9, 11), False, (0.0,) * 3, (1.0,) * 3, 0.0, 255.0, False), None, "flip_shift", 3
+    )
+    assert torch.equal(three(color, keys), one.expand(-1, 3, -1, -1))
+    assert not torch.equal(one[:, 0], grey.float())
+
+
+def test_an_image_is_resized_the_same_way_alone_and_in_a_batch():
+    images = random_images(10, 3, 40, 31)
+    batch = resize_images(images, (17, 20))
+    assert batch.dtype == torch.uint8
+    assert torch.equal(batch, torch.stack([resize_images(image, (17, 20)) for image in images]))
+    assert resize_images(images, (40, 31)) is images
+
+
+@pytest.mark.parametrize("shape", [(8, 9), (3, 8, 9)])
+def test_mistakes_are_shown_in_color(shape):
+    image = random_images(*shape)
+    with Image.open(io.BytesIO(base64.b64decode(encode_png(image)))) as decoded:
+        pixels = torch.from_numpy(np.array(decoded))
+    assert torch.equal(pixels if len(shape) == 2 else pixels.permute(2, 0, 1), image)
+    unit = encode_png(image.float() / 255)  # values from 0 to 1
+    assert unit == encode_png(image)
+
+
+def test_the_format_of_a_first_checkpoint_is_read():
+    old = {"mean": 70.0, "std": 80.0, "size": 28, "classes": ["a"]}
+    assert ImageFormat.from_dict(old) == ImageFormat(1, (28, 28), False, (70.0,), (80.0,), 0.0, 255.0, True)
+    new = ImageFormat(3, (20, 30), True, (1.0, 2.0, 3.0), (1.0, 2.0, 3.0), 0.0, 255.0, False)
+    assert ImageFormat.from_dict(new.to_dict()) == new
+
+
+@pytest.mark.slow
+def test_training_on_the_same_images_as_array_and_folder_has_the_same_bits(tmp_path):
+    digits = load("digits", "data")
+    train, test = digits.train.get_batch(torch.arange(300)), digits.test.get_batch(torch.arange(60))
+    arrays = {"train_images": train[0], "train_labels": train[1], "test_images": test[0], "test_labels": test[1]}
+    np.savez(tmp_path / "set.npz", **{name: array.numpy() for name, array in arrays.items()})
+    for split, (images, labels) in (("train", train), ("test", test)):
+        for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            path = tmp_path / "set" / split / str(label) / f"{number:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.numpy()).save(path)
+    states = []
+    for name, root in (("array", tmp_path / "set.npz"), ("folder", tmp_path / "set")):
+        settings = (f"data.name={name}", f"data.root={root}", "train.epochs=2", "train.global_batch_size=50")
+        run_python("-m", "distlenet.train", *settings, f"run.dir={tmp_path}", f"run.name={name}").succeeded()
+        states.append(load_checkpoint(find_checkpoint(tmp_path / name)))
+    assert states[0]["step"] == 12
+    for name, tensor in states[0]["model"].items():
+        assert torch.equal(tensor, states[1]["model"][name])
+    assert json.loads((tmp_path / "folder/test.json").read_text())["classes"] == list("0123456789")
+    words = ("checkpoint=" + str(tmp_path / "folder"), tmp_path / "set/test/0", "--json")
+    assert len(run_python("-m", "distlenet.predict", *words).succeeded().stdout.splitlines()) > 3
