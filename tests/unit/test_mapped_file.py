@@ -1,12 +1,13 @@
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
 
 from distlenet.config.loading import load_config
-from distlenet.data import sources
+from distlenet.data.sources import opening
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.utils.mapped_file import FileRef, create_shared, open_shared
 
@@ -56,9 +57,10 @@ def test_a_failed_mapping_raises_an_oserror(monkeypatch):
 
 def test_a_rank_that_cannot_map_the_images_loads_a_copy_and_warns(monkeypatch, capfd, group):
     def broadcast(value, _):
-        return value._replace(refs=dict.fromkeys(value.refs, FileRef("/proc/1/fd/999999", 0, 0)))
+        gone = replace(value.train.images, file=FileRef("/proc/1/fd/999999", 0, 0))
+        return replace(value, train=replace(value.train, images=gone))
 
-    monkeypatch.setattr(sources, "broadcast_from_local_rank_0", broadcast)
-    data = sources.load_on_node(load_config([], ["data.name=digits"]).data, DistributedEnvironment())
+    monkeypatch.setattr(opening, "broadcast_from_local_rank_0", broadcast)
+    data = opening.load_on_node(load_config([], ["data.name=digits"]).data, DistributedEnvironment())
     assert len(data.train) == 1437
     assert "rank 0: cannot map the images that local rank 0 has opened" in capfd.readouterr().err
