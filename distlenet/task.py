@@ -1,7 +1,7 @@
 """The interface between a user's task and the engine, which supplies order, distribution and exactness."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,6 +72,7 @@ class Datasets:
     source: str = ""  # the origin of the samples, for messages
     validation: MapDataset | BatchDataset | None = None
     classes: Sequence[str] | None = None  # the names of the labels 0, 1, ...
+    fingerprint: Mapping[str, str] | None = None  # digests that differ if the data does: of each split, by its name
 
 
 class ErrorAnalysis(Protocol):

@@ -7,11 +7,18 @@ import torch
 from distlenet.checkpoint.format import State, load_checkpoint, load_model
 from distlenet.checkpoint.store import CheckpointStore, find_checkpoint
 from distlenet.config.fields import to_yaml_value
-from distlenet.config.loading import result_settings
+from distlenet.config.loading import ADDED_SETTINGS, result_settings
 from distlenet.config.schema import Config
 from distlenet.utils.errors import UserError
 
-ORDER_SETTINGS = {"seed", "data.name", "data.drop_last", "data.synthetic_train", "train.global_batch_size"}
+ORDER_SETTINGS = {
+    "seed",
+    "data.name",
+    "data.drop_last",
+    "data.validation",
+    "data.synthetic_train",
+    "train.global_batch_size",
+}
 """Settings that determine the samples of each global batch; they cannot change inside an epoch."""
 
 
@@ -41,7 +48,7 @@ def choose_resumable(config: Config, store: CheckpointStore, model: torch.nn.Mod
 
 def check_same_settings(state: State, config: Config, path: Path) -> None:
     """Raise UserError that names the settings that affect the result and differ from those of the checkpoint."""
-    old, new = result_settings(state["config"]), result_settings(config.to_dict())
+    old, new = ADDED_SETTINGS | result_settings(state["config"]), result_settings(config.to_dict())
     changes = {
         key: f"{key} (was {to_yaml_value(old.get(key))}, now {to_yaml_value(new[key])})"
         for key in new

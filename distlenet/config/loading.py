@@ -16,8 +16,8 @@ from distlenet.config.fields import FIELDS, GROUPS, flatten, to_yaml_value, unkn
 from distlenet.config.schema import Config
 from distlenet.utils.errors import UserError, printable
 
-ADDED_SETTINGS = {"data.size"}
-"""Settings that did not exist in the first version: their null does not rename a run."""
+ADDED_SETTINGS = {"data.size": None, "data.validation": 0.0}
+"""Settings that did not exist in the first version: these defaults do not rename a run."""
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException)
 
@@ -129,7 +129,7 @@ def run_directory(config: Config) -> Path:
 def identity(config: Config) -> str:
     """Return 8 hex digits that depend only on the settings that change the result."""
     values = result_settings(config.to_dict())
-    values = {key: value for key, value in values.items() if key not in ADDED_SETTINGS or value is not None}
+    values = {key: value for key, value in values.items() if key not in ADDED_SETTINGS or value != ADDED_SETTINGS[key]}
     settings = json.dumps(values, sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()[:8]
 

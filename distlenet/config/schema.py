@@ -33,12 +33,21 @@ class RunConfig:
 class DataConfig:
     """The data set and how it is read."""
 
-    name: Literal["fashion_mnist", "mnist", "digits", "synthetic", "folder", "array"] = setting(
-        "fashion_mnist", "Data set; digits is bundled and needs no network; folder and array: your images.", result=True
+    name: Literal["fashion_mnist", "mnist", "digits", "synthetic", "folder", "array", "tar"] = setting(
+        "fashion_mnist",
+        "Data set; digits is bundled and needs no network; folder, array, tar: your images.",
+        result=True,
     )
     root: str = setting("data", "Directory of the data files, and target of the download.")
     size: int | list[int] | None = setting(
         None, "Resize all images to this height and width, in pixels; null: as stored.", ge=1, lt=2**14, result=True
+    )
+    validation: float = setting(
+        0.0,
+        "Share of the training set that is split off for validation, by a hash of the index.",
+        ge=0,
+        lt=1,
+        result=True,
     )
     augment: Literal["none", "shift", "flip_shift"] = setting(
         "none", "shift: random shifts; flip_shift: also mirrors half of the images.", result=True

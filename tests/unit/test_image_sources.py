@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -50,6 +51,22 @@ def save_folder(root, train, test):
             path.parent.mkdir(parents=True, exist_ok=True)
             image = images[number]
             Image.fromarray((image.permute(1, 2, 0) if image.dim() == 3 else image).contiguous().numpy()).save(path)
+    return root
+
+
+def save_shards(root, sets, per_shard=40):
+    """Write WebDataset shards: KEY.png and KEY.cls."""
+    root.mkdir(parents=True)
+    for split, (images, labels) in sets.items():
+        for start in range(0, len(images), per_shard):
+            with tarfile.open(root / f"{split}-{start:04d}.tar", "w") as archive:
+                for number in range(start, min(start + per_shard, len(images))):
+                    file = io.BytesIO()
+                    Image.fromarray(images[number].numpy()).save(file, "PNG")
+                    for suffix, content in (("png", file.getvalue()), ("cls", str(int(labels[number])).encode())):
+                        member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
     return root
 
 
@@ -238,6 +255,53 @@ def test_the_format_of_a_first_checkpoint_is_read():
     assert ImageFormat.from_dict(new.to_dict()) == new
 
 
+def test_shards_return_the_images_in_their_order(tmp_path):
+    images, labels = random_images(90, 9, 11), torch.from_numpy(labels_of(90))
+    root = save_shards(tmp_path / "set", {"train": (images, labels), "test": (images[:5], labels[:5])})
+    data = load("tar", root)
+    assert torch.equal(data.train.images, images)
+    assert data.train.labels.tolist() == labels.tolist()
+    assert (len(data.test), data.classes, set(data.fingerprint)) == (5, ("0", "1", "2"), {"train", "test"})
+    shard = root / "train-0040.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"train-0040.tar: "):
+        load("tar", root)
+    shard.unlink()
+    (root / "test-0000.tar").unlink()
+    with pytest.raises(UserError, match="has no shards of test; expected ROOT/train"):
+        load("tar", root)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+def test_the_validation_split_is_exact_and_does_not_depend_on_the_seed(fraction):
+    whole = load("digits", "data").train
+    split = load("digits", "data", f"data.validation={fraction}")
+    again = load_data(load_config([], ["data.name=digits", f"data.validation={fraction}", "seed=7"]).data)
+    assert len(split.validation) == round(fraction * 1437)
+    rows = torch.cat([split.train.rows, split.validation.rows])
+    assert rows.sort().values.tolist() == list(range(1437))
+    assert torch.equal(split.validation.rows, again.validation.rows)
+    images, labels = split.validation.get_batch(torch.tensor([3, 0]))
+    assert torch.equal(images, whole.images[split.validation.rows[[3, 0]]])
+    assert labels.tolist() == whole.labels[split.validation.rows[[3, 0]]].tolist()
+    on_device = split.train.to(torch.device("cpu"))
+    assert torch.equal(on_device.images, whole.images[split.train.rows])
+    # A hash: each half of the training set has its share, with a standard deviation of at most 13.4 of 718.
+    assert abs(int((split.validation.rows < 718).sum()) - fraction * 718) < 5 * 13.4
+    assert load("digits", "data").validation is None
+
+
+def test_a_validation_split_of_a_source_with_a_validation_set_is_refused(tmp_path):
+    images = random_images(6, 8, 8)
+    more = {"val_images": images[:2], "val_labels": np.array([0, 1])}
+    path = save_array(tmp_path / "set.npz", images, images, **more)
+    assert len(load("array", path).validation) == 2
+    with pytest.raises(UserError, match=r"data.validation=0.5: the data has a validation set"):
+        load("array", path, "data.validation=0.5")
+    with pytest.raises(UserError, match=r"splits 1437 samples into 1437 and 0"):
+        load("digits", "data", "data.validation=0.0001")
+
+
 @pytest.mark.slow
 def test_training_on_the_same_images_as_array_and_folder_has_the_same_bits(tmp_path):
     digits = load("digits", "data")
@@ -250,13 +314,16 @@ def test_training_on_the_same_images_as_array_and_folder_has_the_same_bits(tmp_p
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.numpy()).save(path)
     states = []
-    for name, root in (("array", tmp_path / "set.npz"), ("folder", tmp_path / "set")):
+    save_shards(tmp_path / "shards", {"train": train, "test": test})
+    for name, root in (("array", "set.npz"), ("folder", "set"), ("tar", "shards")):
+        root = tmp_path / root
         settings = (f"data.name={name}", f"data.root={root}", "train.epochs=2", "train.global_batch_size=50")
         run_python("-m", "distlenet.train", *settings, f"run.dir={tmp_path}", f"run.name={name}").succeeded()
         states.append(load_checkpoint(find_checkpoint(tmp_path / name)))
     assert states[0]["step"] == 12
     for name, tensor in states[0]["model"].items():
         assert torch.equal(tensor, states[1]["model"][name])
+        assert torch.equal(tensor, states[2]["model"][name])
     assert json.loads((tmp_path / "folder/test.json").read_text())["classes"] == list("0123456789")
     words = ("checkpoint=" + str(tmp_path / "folder"), tmp_path / "set/test/0", "--json")
     assert len(run_python("-m", "distlenet.predict", *words).succeeded().stdout.splitlines()) > 3

@@ -14,6 +14,8 @@ from distlenet.data.sources.array import open_array
 from distlenet.data.sources.folder import open_folder
 from distlenet.data.sources.idx_sets import open_digits, open_generated, open_published
 from distlenet.data.sources.opened import OpenedImages, Source, StoredImages
+from distlenet.data.sources.tar import open_tar
+from distlenet.data.validation import split_validation
 from distlenet.distributed.collectives import broadcast_from_local_rank_0, raise_on_all_ranks
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
 from distlenet.task import Datasets
@@ -26,6 +28,7 @@ SOURCES: dict[str, Source] = {
     "synthetic": open_generated,
     "folder": open_folder,
     "array": open_array,
+    "tar": open_tar,
 }
 """What opens each data set, by ``data.name``."""
 
@@ -50,13 +53,13 @@ def map_data(opened: OpenedImages) -> Datasets:
     train, test, validation = splits
     assert train is not None
     assert test is not None
-    return Datasets(train, test, opened.source, validation, opened.classes)
+    return Datasets(train, test, opened.source, validation, opened.classes, opened.fingerprint)
 
 
 def load_data(config: DataConfig, fetch: bool = False) -> Datasets:
     """Open and map the configured data set in this process. Raise UserError as ``open_data``."""
     with open_data(config, fetch) as opened:
-        return map_data(opened)
+        return split_validation(map_data(opened), config.validation)
 
 
 def load_images(config: DataConfig) -> Datasets:
@@ -76,7 +79,7 @@ def load_on_node(config: DataConfig, env: DistributedEnvironment) -> Datasets:
         opened = broadcast_from_local_rank_0(opened, env)
         with raise_on_all_ranks():  # a collective: no rank closes the files before all have mapped them
             try:
-                return map_data(opened)
+                return split_validation(map_data(opened), config.validation)
             except OSError as error:
                 warn(
                     f"rank {env.rank}: cannot map the images that local rank 0 has opened ({error}) and keeps a copy "
