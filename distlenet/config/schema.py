@@ -33,7 +33,7 @@ class RunConfig:
 class DataConfig:
     """The data set and how it is read."""
 
-    name: Literal["fashion_mnist", "mnist", "digits", "synthetic", "folder", "array", "tar"] = setting(
+    name: Literal["fashion_mnist", "mnist", "digits", "synthetic", "folder", "array", "tar", "cifar10"] = setting(
         "fashion_mnist",
         "Data set; digits is bundled and needs no network; folder, array, tar: your images.",
         result=True,

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from distlenet.data.images import GREY, ImageDataset
+from distlenet.data.seeding import EVALUATION_EPOCH, load_samples
 from distlenet.task import BatchDataset, MapDataset
+from distlenet.utils.sample_keys import SampleKeys
 
 SAMPLED_PARTS, PART_SIZE = 64, 1024  # a large set in memory is measured on so many parts of so many images
 SAMPLED_FILES = 2048  # another large set is measured on so many images
@@ -119,7 +121,9 @@ def _parts(dataset: MapDataset | BatchDataset) -> Iterator[Tensor]:
     if not isinstance(dataset, ImageDataset):
         wanted = min(count, SAMPLED_FILES)
         rows = [k * (count - 1) // max(wanted - 1, 1) for k in range(wanted)]
-        yield from (_image(dataset, row).unsqueeze(0) for row in rows)
+        for row in rows:  # seeded: a random transform gives the same statistics in every start of a run
+            ((image, _),) = load_samples(dataset, SampleKeys(0, EVALUATION_EPOCH, torch.tensor([row])))  # type: ignore[arg-type]
+            yield image.unsqueeze(0)
         return
     last = count - PART_SIZE
     starts: Sequence[int] = range(0, count, PART_SIZE)
@@ -128,8 +132,3 @@ def _parts(dataset: MapDataset | BatchDataset) -> Iterator[Tensor]:
     for start in starts:
         rows_or_slice = slice(start, start + PART_SIZE)
         yield dataset.images[rows_or_slice if dataset.rows is None else dataset.rows[rows_or_slice]]
-
-
-def _image(dataset: Any, index: int) -> Tensor:
-    image: Tensor = dataset[index][0]
-    return image

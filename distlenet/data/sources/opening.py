@@ -11,6 +11,7 @@ from distlenet.config.schema import DataConfig
 from distlenet.data import download, idx
 from distlenet.data.sizing import fit_sizes
 from distlenet.data.sources.array import open_array
+from distlenet.data.sources.cifar10 import DIRECTORY, open_cifar10
 from distlenet.data.sources.folder import open_folder
 from distlenet.data.sources.idx_sets import open_digits, open_generated, open_published
 from distlenet.data.sources.opened import OpenedImages, Source, StoredImages
@@ -29,6 +30,7 @@ SOURCES: dict[str, Source] = {
     "folder": open_folder,
     "array": open_array,
     "tar": open_tar,
+    "cifar10": open_cifar10,
 }
 """What opens each data set, by ``data.name``."""
 
@@ -91,6 +93,8 @@ def load_on_node(config: DataConfig, env: DistributedEnvironment) -> Datasets:
 def require_local_data(config: DataConfig) -> None:
     """Raise UserError if the configured data set is not on this machine; download nothing."""
     name, root = f"data.name={config.name}", Path(config.root)
+    if config.name == "cifar10" and not (root / DIRECTORY).is_dir():
+        raise UserError(f"{name}: is not in {root / DIRECTORY}; run python -m distlenet.data {name} data.root={root}")
     if config.name in idx.SHA256 and download.locate(config.name, root) is None:
         missing = download.not_found(config.name, root)
         raise UserError(f"{missing}; run python -m distlenet.data {name} data.root={root}")
