@@ -32,7 +32,8 @@ class ImageClassification(Task):
         self.data: Datasets = load_images(config.data)
         self.classes: tuple[str, ...] = tuple(self.data.classes or ())
         self.images = from_rank_0(lambda: measure_images(self.data.train, config.data.size is not None))
-        size = input_size(config.model.name, self.images)
+        own_network = type(self).model is not ImageClassification.model
+        size = None if own_network else input_size(config.model.name, self.images)
         self.image_transform = ImageTransform(self.images, size, config.data.augment, config.data.shift)
         self.checked = False
 

@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from forked import run_python
+from forked import run_python, run_ranks
 from PIL import Image
 from torch import nn
 
@@ -327,3 +327,30 @@ def test_training_on_the_same_images_as_array_and_folder_has_the_same_bits(tmp_p
     assert json.loads((tmp_path / "folder/test.json").read_text())["classes"] == list("0123456789")
     words = ("checkpoint=" + str(tmp_path / "folder"), tmp_path / "set/test/0", "--json")
     assert len(run_python("-m", "distlenet.predict", *words).succeeded().stdout.splitlines()) > 3
+
+
+COLOR_PROGRAM = """
+from torch import nn
+from distlenet import train
+from distlenet.distributed.entry_point import run_entry
+from distlenet.tasks.image_classification import ImageClassification
+class Colors(ImageClassification):
+    def model(self):
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+run_entry(lambda: train.main(Colors))
+"""
+
+
+@pytest.mark.slow
+def test_color_images_are_trained_to_the_end_on_two_ranks(tmp_path):
+    save_folder(tmp_path / "set", random_images(40, 3, 20, 30), random_images(12, 3, 20, 30))
+    (tmp_path / "program.py").write_text(COLOR_PROGRAM)
+    settings = ("data.name=folder", f"data.root={tmp_path / 'set'}", "data.size=[16,24]", "data.augment=flip_shift")
+    words = (*settings, "train.epochs=2", "train.global_batch_size=10", f"run.dir={tmp_path}", "run.name=run")
+    run_ranks(2, tmp_path / "program.py", *words).succeeded()
+    state = load_checkpoint(find_checkpoint(tmp_path / "run"))
+    assert (state["step"], state["task"]["channels"], state["task"]["size"]) == (8, 3, [16, 24])
+    details = json.loads((tmp_path / "run/test.json").read_text())
+    assert sum(map(sum, details["confusion"])) == 12
+    with Image.open(io.BytesIO(base64.b64decode(details["mistakes"][0]["png"]))) as mistake:
+        assert (mistake.mode, mistake.size) == ("RGB", (24, 16))
