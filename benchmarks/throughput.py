@@ -122,7 +122,7 @@ def unpack(directory: Path) -> None:
     """Write Fashion-MNIST uncompressed, in torchvision's layout."""
     raw = directory / "FashionMNIST/raw"
     raw.mkdir(parents=True)
-    for name, path in locate_or_download("fashion_mnist", Path("data"), debian=True).items():
+    for name, path in locate_or_download("fashion_mnist", Path("data"), fetch=True).items():
         (raw / name).write_bytes(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
 
 
