@@ -1,7 +1,7 @@
 """Seed the global generators of torch, Python and numpy for each sample of a map-style dataset.
 
-A random transform in ``__getitem__`` then draws the same numbers for a sample in any process: a rank or a loader worker,
-before and after a restart.
+A random transform in ``__getitem__`` then draws the same numbers for a sample in any process: a rank or a loader
+worker, before and after a restart.
 """
 
 import random

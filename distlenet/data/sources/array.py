@@ -21,7 +21,9 @@ def open_array(config: DataConfig, stack: ExitStack, fetch: bool) -> OpenedImage
     """Open the arrays of ``data.root``. Their content is in memory once per node."""
     root = Path(config.root)
     if not root.exists():
-        raise UserError(f"data.root={root}: does not exist; give a .npz file, or a directory of .npy files, with {LAYOUT}")
+        raise UserError(
+            f"data.root={root}: does not exist; give a .npz file, or a directory of .npy files, with {LAYOUT}"
+        )
     names = {split: (f"{split}_images", f"{split}_labels") for split in ("train", "test", "val")}
     arrays = {name: array for pair in names.values() for name in pair if (array := _read(root, name)) is not None}
     required = [*names["train"], *names["test"], *(names["val"] if arrays.keys() & set(names["val"]) else ())]

@@ -57,7 +57,9 @@ class SampleImages:
         return image, label
 
 
-def load_custom(function: Callable[..., Datasets], args: Mapping[str, Any], config: DataConfig, local_rank: int = 0) -> Datasets:
+def load_custom(
+    function: Callable[..., Datasets], args: Mapping[str, Any], config: DataConfig, local_rank: int = 0
+) -> Datasets:
     """Return the datasets of ``function(**args)``, with images of one shape. A collective, if there is a group.
 
     Local rank 0 calls the function first, so that the others find what it downloads.

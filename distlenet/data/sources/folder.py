@@ -1,4 +1,4 @@
-"""``data.name=folder``: image files, a directory per class: ROOT/train/CLASS/*.png, ROOT/test/..., optionally ROOT/val."""
+"""``data.name=folder``: image files, a directory per class: ROOT/train/CLASS/*.png, ROOT/test/..., maybe ROOT/val."""
 
 import hashlib
 import os
