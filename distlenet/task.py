@@ -117,11 +117,11 @@ class Task(ABC):
         """
 
     def collate(self, samples: list[Any]) -> Data:
-        """Combine samples of a map-style dataset. By default as torch's DataLoader.
+        """Combine samples of a map-style dataset. By default as torch's DataLoader, but without its lists of tensors.
 
         It may run in a loader process, and must not be random.
         """
-        return default_collate(samples)
+        return _lists_to_tuples(default_collate(samples))
 
     def transform(self, data: Data, keys: SampleKeys | None) -> Data:
         """Turn samples of a dataset, on the rank's device, into input for ``loss``; ``keys`` is None in evaluation."""
@@ -141,3 +141,16 @@ class Task(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, before the model is used for an evaluation or a prediction."""
+
+
+def _lists_to_tuples(data: Any) -> Any:
+    """Return ``data`` with a tuple for each list of parts: torch combines pairs into a list of two tensors.
+
+    A list of strings holds one item per sample.
+    """
+    if isinstance(data, dict):
+        return {key: _lists_to_tuples(item) for key, item in data.items()}
+    if isinstance(data, list | tuple) and not all(isinstance(item, str | bytes) for item in data):
+        items = map(_lists_to_tuples, data)
+        return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
+    return data

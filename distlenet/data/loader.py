@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +27,18 @@ AnyDataset = MapDataset | BatchDataset
 Collate = Callable[[list[Any]], Data]
 """Combines the samples of a map-style dataset."""
 
-Fetched = tuple[Data, Tensor, Tensor]
-"""Samples, and their int64 indices (n,): on the host, and on the device of the samples."""
+
+@dataclass(frozen=True)
+class Fetched:
+    """What was loaded for a request. A DataLoader turns tuples into lists, but leaves a class like this as it is."""
+
+    data: Data
+    indices: Tensor  # int64 (n,), on the host
+    on_device: Tensor  # the same, on the device of the samples
+
+    def pin_memory(self) -> "Fetched":
+        """Return a copy in pinned memory; the DataLoader calls this."""
+        return Fetched(*map_tensors(lambda tensor: tensor.pin_memory(), (self.data, self.indices, self.on_device)))
 
 
 class Request(NamedTuple):
@@ -49,7 +59,7 @@ class BatchedDataset(Dataset[Fetched]):
         """Fetch the samples of a request. No host sync."""
         epoch, indices = request
         on_device = indices if self.device.type == "cpu" else indices.pin_memory().to(self.device, non_blocking=True)
-        return self._fetch(SampleKeys(self.seed, epoch, on_device)), indices, on_device
+        return Fetched(self._fetch(SampleKeys(self.seed, epoch, on_device)), indices, on_device)
 
     def _fetch(self, keys: SampleKeys) -> Data:
         if hasattr(self.dataset, "get_batch"):
@@ -115,7 +125,7 @@ class Loader:
         return self._batch(self.batched[Request(0, torch.zeros(1, dtype=torch.int64))], 0, 0)
 
     def _batch(self, fetched: Fetched, epoch: int, number: int) -> Batch:
-        data, indices, on_device = fetched
+        data, indices, on_device = fetched.data, fetched.indices, fetched.on_device
         if self.copies:  # does nothing for what was prefetched
             data, on_device = map_tensors(lambda tensor: tensor.to(self.device), (data, on_device))
         keys = SampleKeys(self.sampler.seed, epoch, on_device)
@@ -148,10 +158,9 @@ class EvaluationLoader:
         chunks = (torch.arange(start, min(start + self.chunk, self.samples)) for start in starts)
         fetched: Iterator[Fetched] = (self.batched[Request(EVALUATION_EPOCH, indices)] for indices in chunks)
         if self.device != self.batched.device:
-            pinned = (map_tensors(lambda tensor: tensor.pin_memory(), samples) for samples in fetched)
-            fetched = prefetch_to_device(pinned, self.device)
-        for number, (data, indices, _) in enumerate(fetched):
-            yield Batch(data, indices, None, 0, number, len(indices))
+            fetched = prefetch_to_device((samples.pin_memory() for samples in fetched), self.device)
+        for number, samples in enumerate(fetched):
+            yield Batch(samples.data, samples.indices, None, 0, number, len(samples.indices))
 
     @property
     def batches_of_every_rank(self) -> int:
@@ -189,14 +198,15 @@ def prefetch_to_device(batches: Iterator[Fetched], device: torch.device) -> Iter
 
     def wait(fetched: Fetched, copied: torch.cuda.Event) -> Fetched:
         compute_stream.wait_event(copied)
-        for tensor in tensors_in((fetched[0], fetched[2])):
+        for tensor in tensors_in((fetched.data, fetched.on_device)):
             tensor.record_stream(compute_stream)  # its memory is not reused before that stream is done with it
         return fetched
 
-    for data, indices, _ in batches:
+    for batch in batches:
         with torch.cuda.stream(copy_stream):
-            data, on_device = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), (data, indices))
-            in_flight.append(((data, indices, on_device), copy_stream.record_event()))
+            source = batch.data, batch.indices
+            data, on_device = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), source)
+            in_flight.append((Fetched(data, batch.indices, on_device), copy_stream.record_event()))
         if len(in_flight) == 2:
             yield wait(*in_flight.popleft())
     while in_flight:

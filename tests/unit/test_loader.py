@@ -3,10 +3,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distlenet.config.schema import Config
 from distlenet.data.loader import EvaluationLoader, Loader, place_datasets
 from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.data.sources import ImageDataset
-from distlenet.task import Datasets
+from distlenet.task import Datasets, Task
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -115,6 +116,31 @@ def test_samples_of_a_map_style_dataset_are_collated(num_workers):
     assert [len(batch) for batch in batches] == [5, 5, 2]
     for batch in batches:
         assert batch.data == {"ragged": [[index] * index for index in batch.indices.tolist()]}
+
+
+class SmallTask(Task):
+    def model(self):
+        raise NotImplementedError
+
+    datasets = loss = model
+
+
+class Pairs(Squares):
+    def __getitem__(self, index: int):
+        return torch.tensor(index), {"name": str(index), "pair": (index, float(index))}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pairs_arrive_as_tuples(num_workers):
+    """The engine takes a list for one item per sample; torch makes lists of tuples in three places."""
+    dataset, task = Pairs(), SmallTask(Config())
+    sampler = GlobalBatchSampler(dataset, 5, rank=0, world_size=1, seed=3)
+    batch = next(Loader(dataset, sampler, num_workers, CPU, task.collate).epoch(0))
+    numbers, parts = batch.data
+    assert isinstance(batch.data, tuple)
+    assert isinstance(parts["pair"], tuple)
+    assert parts["name"] == [str(index) for index in batch.indices.tolist()]
+    assert numbers.tolist() == parts["pair"][0].tolist() == batch.indices.tolist()
 
 
 def test_a_loader_does_not_use_the_global_generator():
