@@ -105,6 +105,20 @@ class Task(ABC):
     def model(self) -> nn.Module:
         """Return a new network on the CPU, initialised from torch's global generator."""
 
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups: ``params`` and, if they differ, settings such as ``lr``.
+
+        Each trainable parameter belongs to one group. The schedule multiplies the ``lr`` of each group. By default,
+        all are one group; with ``optim.no_decay``, biases and norms are a second one without weight decay.
+        """
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.config.optim.no_decay:
+            return [{"params": parameters}]
+        return [
+            {"params": [parameter for parameter in parameters if parameter.dim() > 1]},
+            {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+        ]
+
     @abstractmethod
     def datasets(self) -> Datasets:
         """Return the datasets."""

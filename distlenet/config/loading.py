@@ -16,7 +16,7 @@ from distlenet.config.fields import FIELDS, GROUPS, flatten, to_yaml_value, unkn
 from distlenet.config.schema import Config
 from distlenet.utils.errors import UserError, printable
 
-ADDED_SETTINGS = {"data.size": None, "data.validation": 0.0}
+ADDED_SETTINGS = {"data.size": None, "data.validation": 0.0, "optim.no_decay": False}
 """Settings that did not exist in the first version: these defaults do not rename a run."""
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException)

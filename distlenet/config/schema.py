@@ -107,6 +107,7 @@ class OptimConfig:
     momentum: float = setting(0.9, "Momentum of SGD.", ge=0, lt=1, result=True)
     nesterov: bool = setting(True, "Nesterov momentum, for SGD.", result=True)
     weight_decay: float = setting(5e-4, "Weight decay.", ge=0, result=True)
+    no_decay: bool = setting(False, "No weight decay of parameters with one dimension: biases, norms.", result=True)
     schedule: Literal["constant", "cosine", "one_cycle"] = setting("one_cycle", "Learning-rate schedule.", result=True)
     warmup_steps: int | None = setting(
         None, "Steps of rising learning rate; null: 30 % of all steps for one_cycle, else 0.", ge=0, result=True

@@ -9,7 +9,6 @@ DistributedDataParallel", and https://docs.nvidia.com/deeplearning/nccl/user-gui
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,11 +58,12 @@ class GraphedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static_batch: Batch | None = None
         self.result: DeviceResult | None = None
-        self.lr = torch.zeros((), device=step.device)  # float32: what fused optimizers read
+        self.lrs = [torch.zeros((), device=step.device) for _ in self.optimizer.param_groups]  # as fused ones read it
 
     def run(self, batch: Batch, step: int, want_grad_norm: bool) -> DeviceResult:
         """Take one step, with the same effect as ``DeviceStep.compute``."""
-        self.lr.fill_(self.optimizer.param_groups[0]["lr"])
+        for lr, group in zip(self.lrs, self.optimizer.param_groups, strict=True):
+            lr.fill_(group["lr"])
         with self._settings_on_device():
             if batch.global_size == self.batch_size and not self.failed and self.warm_up_left == 0:
                 if self.graph is None:
@@ -78,7 +78,7 @@ class GraphedStep:
         assert batch.keys is not None
         keys = replace(
             batch.keys,
-            epoch=torch.zeros((), dtype=torch.int64, device=self.lr.device),
+            epoch=torch.zeros((), dtype=torch.int64, device=self.step.device),
             indices=torch.zeros_like(batch.keys.indices),
         )
         static = replace(batch, data=map_tensors(torch.zeros_like, batch.data), keys=keys)
@@ -92,7 +92,7 @@ class GraphedStep:
         except RuntimeError as error:  # such as reading a value of the device
             reason = f": {error}".splitlines()[0]
         self.static_batch = static
-        if any_rank(self.graph is None, self.lr.device):  # collective, host sync
+        if any_rank(self.graph is None, self.step.device):  # collective, host sync
             warn(f"train.cuda_graph=auto: the step cannot be captured on every rank, so it runs eagerly{reason}")
             self.close()
             self.failed = True
@@ -114,22 +114,24 @@ class GraphedStep:
     def close(self) -> None:
         """Release the graph: NCCL's communicators do not end before the graphs they are in."""
         if self.graph is not None:
-            if self.lr.is_cuda:
-                torch.cuda.synchronize(self.lr.device)
+            if self.step.device.type == "cuda":
+                torch.cuda.synchronize(self.step.device)
             self.graph.reset()
             self.graph = None
 
     @contextmanager
     def _settings_on_device(self) -> Iterator[None]:
-        """Let the optimizer read the learning rate on the device, in all steps: float32 rounds it."""
-        (group,) = self.optimizer.param_groups
-        on_device = {"lr": self.lr, "capturable": True}  # SGD neither has nor needs "capturable"
-        before: dict[str, Any] = {key: group[key] for key in on_device if key in group}
-        group.update({key: on_device[key] for key in before})
+        """Let the optimizer read the learning rates on the device, in all steps: float32 rounds them."""
+        groups, before = self.optimizer.param_groups, []
+        for lr, group in zip(self.lrs, groups, strict=True):
+            on_device = {"lr": lr, "capturable": True}  # SGD neither has nor needs "capturable"
+            before.append({key: group[key] for key in on_device if key in group})
+            group.update({key: on_device[key] for key in before[-1]})
         try:
             yield
         finally:
-            group.update(before)
+            for group, settings in zip(groups, before, strict=True):
+                group.update(settings)
 
 
 def _inputs(batch: Batch) -> list[Tensor]:

@@ -14,6 +14,7 @@ from distlenet.training.meter import Meter
 from distlenet.training.nonfinite_guard import NonfiniteGuard
 from distlenet.training.optimizers import make_optimizer
 from distlenet.training.outline import outline_of
+from distlenet.training.parameter_groups import parameter_groups
 from distlenet.training.step_result import DeviceResult
 from distlenet.utils.keyed_random import seed_micro_batch
 
@@ -39,7 +40,7 @@ class DeviceStep:
         self.outline = outline_of(task, self.model, example, self.autocast)
         self.scaler = make_scaler(context.precision, self.device)
         scaled = self.scaler.is_enabled()
-        self.optimizer = make_optimizer(config.optim, self.model, loss_scaling=scaled)
+        self.optimizer = make_optimizer(config.optim, parameter_groups(task, self.model), loss_scaling=scaled)
         self.reducer = make_reducer(config, self.model, context.env, check_finite=not scaled)
         deferred = self.device.type == "cuda" and config.train.on_nonfinite == "stop"
         self.guard = NonfiniteGuard(self.optimizer, self.device, deferred, loss_scaling=scaled)

@@ -6,24 +6,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from distlenet.config.schema import OptimConfig
+from distlenet.training.parameter_groups import Group
 from distlenet.utils.structure import check_same_structure
 
 
-def make_optimizer(config: OptimConfig, model: nn.Module, loss_scaling: bool = False) -> Optimizer:
-    """Return SGD or AdamW (with PyTorch's betas) for all parameters of ``model``.
+def make_optimizer(config: OptimConfig, groups: list[Group], loss_scaling: bool = False) -> Optimizer:
+    """Return SGD or AdamW (with PyTorch's betas) for the parameter groups ``groups``.
 
     With ``loss_scaling`` SGD is not fused: if the first step is skipped because of an overflow, the fused kernel keeps
     momentum buffers that were never initialised (seen with torch 2.15).
     """
     if config.name == "adamw":
-        return AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        return AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     return SGD(
-        model.parameters(),
+        groups,
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
@@ -64,12 +64,12 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
-def check_optimizer_state(config: OptimConfig, model: nn.Module, loss_scaling: bool, state: dict[str, Any]) -> None:
-    """Raise KeyError or ValueError if optimizer and schedule cannot resume from a checkpoint's ``state``."""
-    trial_model = copy.deepcopy(model)
-    for parameter in trial_model.parameters():
+def check_optimizer_state(config: OptimConfig, optimizer: Optimizer, loss_scaling: bool, state: dict[str, Any]) -> None:
+    """Raise KeyError or ValueError if ``optimizer`` and its schedule cannot resume from a checkpoint's ``state``."""
+    trial_groups = copy.deepcopy(optimizer.param_groups)
+    for parameter in (parameter for group in trial_groups for parameter in group["params"] if parameter.requires_grad):
         parameter.grad = torch.zeros_like(parameter)
-    trial = make_optimizer(config, trial_model, loss_scaling)
+    trial = make_optimizer(config, trial_groups, loss_scaling)
     trial.step()  # creates the state of the optimizer
     saved, expected = state["optimizer"], trial.state_dict()
     if saved["state"]:  # empty if every step was skipped

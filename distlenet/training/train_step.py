@@ -112,7 +112,7 @@ class TrainStep:
         """
         parts = self.on_device
         scaled = parts.scaler.is_enabled()
-        check_optimizer_state(self.config.optim, parts.model, scaled, state)
+        check_optimizer_state(self.config.optim, parts.optimizer, scaled, state)
         check_same_structure(state["meter"], parts.meter.state_dict(), "meter")  # collective
         if state["scaler"] and scaled:
             check_same_structure(state["scaler"], parts.scaler.state_dict(), "scaler")

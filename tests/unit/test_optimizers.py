@@ -12,6 +12,10 @@ pytestmark = pytest.mark.unit
 STEPS = 40
 
 
+def one_group(model):
+    return [{"params": list(model.parameters())}]
+
+
 def step_through(schedule, optimizer, steps=STEPS):
     """Return the learning rate of each step."""
     rates = []
@@ -24,7 +28,7 @@ def step_through(schedule, optimizer, steps=STEPS):
 
 def learning_rates(*overrides: str):
     config = load_config([], ["optim.lr=0.5", *overrides]).optim
-    optimizer = make_optimizer(config, torch.nn.Linear(1, 1))
+    optimizer = make_optimizer(config, one_group(torch.nn.Linear(1, 1)))
     return step_through(make_schedule(config, optimizer, STEPS), optimizer)
 
 
@@ -80,7 +84,7 @@ def test_one_cycle_rises_for_three_tenths_by_default():
 def test_optimizers_equal_torch_with_the_given_settings(overrides, reference):
     config = load_config([], ["optim.lr=0.5", *overrides]).optim
     models = []
-    for make in (lambda model: make_optimizer(config, model), lambda model: reference(model.parameters())):
+    for make in (lambda model: make_optimizer(config, one_group(model)), lambda model: reference(model.parameters())):
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
         optimizer = make(model)
@@ -98,13 +102,13 @@ def test_resuming_uses_the_state_of_the_checkpoint_and_the_settings_of_the_run()
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 1)
     old = load_config([], ["optim.lr=0.5", "optim.schedule=cosine"]).optim
-    optimizer = make_optimizer(old, layer)
+    optimizer = make_optimizer(old, one_group(layer))
     schedule = make_schedule(old, optimizer, STEPS)
     layer(torch.ones(1, 3)).sum().backward()
     step_through(schedule, optimizer, 20)
     state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
     new = load_config([], ["optim.lr=0.1", "optim.schedule=cosine", "optim.momentum=0.5"]).optim
-    resumed = make_optimizer(new, layer)
+    resumed = make_optimizer(new, one_group(layer))
     resumed_schedule = make_schedule(new, resumed, STEPS)
     load_optimizer(resumed, resumed_schedule, state)
     (group,) = resumed.param_groups
@@ -117,10 +121,10 @@ def test_resuming_uses_the_state_of_the_checkpoint_and_the_settings_of_the_run()
 
 def test_resumed_schedule_continues():
     config = load_config([], ["optim.lr=0.5"]).optim
-    optimizer = make_optimizer(config, torch.nn.Linear(1, 1))
+    optimizer = make_optimizer(config, one_group(torch.nn.Linear(1, 1)))
     schedule = make_schedule(config, optimizer, STEPS)
     step_through(schedule, optimizer, 17)
-    resumed = make_optimizer(config, torch.nn.Linear(1, 1))
+    resumed = make_optimizer(config, one_group(torch.nn.Linear(1, 1)))
     resumed_schedule = make_schedule(config, resumed, STEPS)
     load_optimizer(resumed, resumed_schedule, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()})
     assert step_through(resumed_schedule, resumed, 10) == step_through(schedule, optimizer, 10)
