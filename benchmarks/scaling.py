@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from distlenet.config.loading import load_config
+from distlenet.config.schema import ModelConfig
 from distlenet.distributed.context import init_distributed
-from distlenet.models.registry import make_model
+from distlenet.models.networks import make_model
 from distlenet.preflight.allreduce import Timing, fit_line, median_s, time_all_reduces
 
 SIZES = [4**k for k in range(1, 12)]  # bytes, 4 B to 4 MiB
@@ -33,7 +34,7 @@ EFFICIENCY = 0.9
 
 def step(batch: int, device: torch.device) -> Callable[[], None]:
     """Return a training step of one rank on a batch in memory."""
-    net = make_model("lenet", True, device)
+    net = make_model(ModelConfig()).to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
     images, labels = torch.randn(batch, 1, 32, 32, device=device), torch.randint(0, 10, (batch,), device=device)
 
@@ -72,7 +73,7 @@ def main() -> None:
         timing = time_all_reduces(SIZES, device) if file is None else timing_of(file)
         world_size = timing.ranks
         steps = {batch: median_s(step(batch, device)) for batch in BATCHES}
-        gradient = 4 * sum(p.numel() for p in make_model("lenet", True, device).parameters())
+        gradient = 4 * sum(p.numel() for p in make_model(ModelConfig()).parameters())
         rank_0, backend, name = context.env.rank == 0, context.backend, context.describe()["device"]
     if not rank_0:
         return

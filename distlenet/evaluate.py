@@ -11,6 +11,7 @@ from pathlib import Path
 from distlenet.checkpoint.format import State, load_checkpoint, load_model
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.arguments import parse_arguments
+from distlenet.config.fields import flatten
 from distlenet.config.loading import load_config
 from distlenet.config.schema import Config
 from distlenet.data.loader import EvaluationLoader
@@ -19,7 +20,7 @@ from distlenet.distributed.collectives import broadcast_object
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
 from distlenet.task import Batch
-from distlenet.tasks.image_classification import ImageClassification
+from distlenet.tasks.registry import make_task, reads_images
 from distlenet.tracking.text import accuracy_line
 from distlenet.training.evaluation import evaluate
 from distlenet.training.meter import Metrics
@@ -37,13 +38,15 @@ def main() -> None:
         raise UserError("checkpoint: none is given; add checkpoint=RUN_DIRECTORY or checkpoint=FILE.pt")
     path = find_checkpoint(Path(given.checkpoint.path))
     state = load_checkpoint(path)
-    config = load_config(files, overrides, base=state["config"])
-    trained_on = load_config(base=state["config"]).data.name
+    names = ["task.name", "model.name", "data.name"]
+    config = load_config(files, overrides, state["config"], names)
+    trained_on = dict(flatten(state["config"])).get("data.name")
     if config.data.name != trained_on:
         warn(f"data.name={config.data.name}: the checkpoint was trained on {trained_on}, so its accuracy means little")
-    if given.data.root == Config().data.root:  # the checkpoint's data.root is read, but nothing is written there
+    if reads_images(config) and given.data.root == Config().data.root:
+        # The checkpoint's data.root is read, but nothing is written there.
         if config.data.name == "synthetic":
-            config = load_config(files, [*overrides, f"data.root={given.data.root}"], base=state["config"])
+            config = load_config(files, [*overrides, f"data.root={given.data.root}"], state["config"], names)
         require_local_data(config.data)
     evaluate_checkpoint(config, state, path)
 
@@ -53,7 +56,7 @@ def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
     with init_distributed(config) as context:
         env = context.env
         path, state = broadcast_object((path, state))  # during a run, ranks may have found different ones
-        task = ImageClassification(config)
+        task = make_task(config)
         model = task.model().to(context.device)
         load_model(model, state, path)
         test = task.datasets().test

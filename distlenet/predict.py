@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distlenet.config.arguments import Parser, positive_int
+from distlenet.config.fields import FIELDS, split_mapping_key
 from distlenet.distributed.entry_point import run_entry
 from distlenet.report.optional import require_report_packages
 from distlenet.serving.image_files import read_images
@@ -25,12 +26,16 @@ def main() -> None:
     """Predict, then raise UserError if an image could not be read."""
     parser = Parser(
         "python -m distlenet.predict",
-        usage="%(prog)s checkpoint=RUN_OR_FILE IMAGE_OR_DIRECTORY... [--top K] [--invert ...] [--json] [--save FILE]",
+        usage="%(prog)s checkpoint=RUN_OR_FILE [key=value]... IMAGE_OR_DIRECTORY... [--top K] [--invert ...] [--json] "
+        "[--save FILE]",
         description="Classify images of any size, grey or color, light or dark.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "inputs", metavar="checkpoint=RUN IMAGE", nargs="+", help="a run or checkpoint file; images, directories"
+        "inputs",
+        metavar="checkpoint=RUN IMAGE",
+        nargs="+",
+        help="a run or checkpoint file; images, directories; settings",
     )
     parser.add_argument("--top", metavar="K", type=positive_int, default=3, help="classes to show per image (3)")
     parser.add_argument(
@@ -43,14 +48,15 @@ def main() -> None:
     parser.add_argument("--save", metavar="FILE.png", type=Path, help="write a figure of all images with predictions")
     arguments = parser.parse_intermixed_args()
     checkpoints = [text for text in arguments.inputs if text.startswith("checkpoint=")]
-    names = [text for text in arguments.inputs if not text.startswith("checkpoint=")]
+    overrides = [text for text in arguments.inputs if split_mapping_key(text.partition("=")[0])[0] in FIELDS]
+    names = [text for text in arguments.inputs if text not in (*checkpoints, *overrides)]
     if len(checkpoints) != 1 or not names:
         raise UserError("expected checkpoint=RUN_OR_FILE once, and images, directories or patterns; see --help")
     if arguments.save:
         require_report_packages()
         if arguments.save.suffix.lower() != ".png" or not arguments.save.parent.is_dir():
             raise UserError(f"--save {arguments.save}: expected a name that ends in .png, in an existing directory")
-    predictor = Predictor(Path(checkpoints[0].partition("=")[2]))
+    predictor = Predictor(Path(checkpoints[0].partition("=")[2]), overrides)
     if arguments.top > len(predictor.classes):
         raise UserError(f"--top {arguments.top}: expected an integer from 1 to {len(predictor.classes)}")
     images, paths, failures = read_images(names, arguments.invert, predictor.images)

@@ -26,7 +26,7 @@ from distlenet.distributed.environment import read_environment
 from distlenet.distributed.preemption import Preemption
 from distlenet.reduction.batch_size import micro_batch_size
 from distlenet.task import Task
-from distlenet.tasks.image_classification import ImageClassification
+from distlenet.tasks.registry import make_task as make_configured_task
 from distlenet.tracking.base import Record, Trackers
 from distlenet.tracking.history import History
 from distlenet.tracking.progress_bar import make_console
@@ -34,6 +34,7 @@ from distlenet.tracking.sidecar import Sidecar
 from distlenet.training.dry_run import plan
 from distlenet.training.starts import is_restart, process_age_s
 from distlenet.training.trainer import Trainer
+from distlenet.utils.callable_module import make_callable
 from distlenet.utils.errors import UserError, warn
 
 REPORT_TIMEOUT_S = 120.0
@@ -44,7 +45,7 @@ MAX_DRY_RUN_RANKS = 1_000_000
 MakeTask = Callable[[Config], Task]
 
 
-def main(make_task: MakeTask = ImageClassification, trainer_class: type[Trainer] = Trainer) -> None:
+def main(make_task: MakeTask = make_configured_task, trainer_class: type[Trainer] = Trainer) -> None:
     """Train, or print the plan of a dry run."""
     parser = settings_parser("distlenet.train", "Train the network, on this process's share of the data.")
     parser.add_argument("--dry-run", action="store_true", help="compose and check everything, print the plan, and exit")
@@ -54,7 +55,7 @@ def main(make_task: MakeTask = ImageClassification, trainer_class: type[Trainer]
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        dry_run(config, arguments.world_size or 1)
+        dry_run(config, arguments.world_size or 1, make_task)
         return
     if arguments.world_size is not None:
         raise UserError("--world-size: is for --dry-run; torchrun or srun sets how many ranks train")
@@ -63,17 +64,17 @@ def main(make_task: MakeTask = ImageClassification, trainer_class: type[Trainer]
         write_report(summary["run_dir"])
 
 
-def dry_run(config: Config, world_size: int) -> None:
+def dry_run(config: Config, world_size: int, make_task: MakeTask = make_configured_task) -> None:
     """Print what a job of ``world_size`` ranks would do. Raise UserError if that job would."""
     if world_size > MAX_DRY_RUN_RANKS:
         raise UserError(f"--world-size {world_size}: expected at most {MAX_DRY_RUN_RANKS:,}")
     if read_environment(os.environ).world_size > 1:
         raise UserError("--dry-run composes the whole job in one process: start it alone, and give --world-size")
-    for name, text in plan(config, world_size):
+    for name, text in plan(config, world_size, make_task):
         print(f"{name:18} {text}")
 
 
-def train(config: Config, make_task: MakeTask = ImageClassification, trainer_class: type[Trainer] = Trainer) -> Record:
+def train(config: Config, make_task: MakeTask = make_configured_task, trainer_class: type[Trainer] = Trainer) -> Record:
     """Train one run as one rank, and return its summary.
 
     Raise UserError for every mistake that the user can fix, if possible before the ranks meet.
@@ -160,6 +161,8 @@ def write_report(run_dir: str) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         warn(f"no report: {error}; python -m distlenet.report {run_dir} writes it")
 
+
+make_callable(__name__)
 
 if __name__ == "__main__":
     run_entry(main)

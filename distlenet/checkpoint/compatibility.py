@@ -6,14 +6,17 @@ import torch
 
 from distlenet.checkpoint.format import State, load_checkpoint, load_model
 from distlenet.checkpoint.store import CheckpointStore, find_checkpoint
-from distlenet.config.fields import to_yaml_value
-from distlenet.config.loading import ADDED_SETTINGS, result_settings
+from distlenet.config.fields import FIELDS, to_yaml_value
+from distlenet.config.loading import result_settings
 from distlenet.config.schema import Config
 from distlenet.utils.errors import UserError
 
 ORDER_SETTINGS = {
     "seed",
+    "task.name",
+    "task.args",
     "data.name",
+    "data.args",
     "data.drop_last",
     "data.validation",
     "data.synthetic_train",
@@ -48,7 +51,8 @@ def choose_resumable(config: Config, store: CheckpointStore, model: torch.nn.Mod
 
 def check_same_settings(state: State, config: Config, path: Path) -> None:
     """Raise UserError that names the settings that affect the result and differ from those of the checkpoint."""
-    old, new = ADDED_SETTINGS | result_settings(state["config"]), result_settings(config.to_dict())
+    new = result_settings(config.to_dict())
+    old = {key: FIELDS[key].default for key in new} | result_settings(state["config"])  # it may lack newer settings
     changes = {
         key: f"{key} (was {to_yaml_value(old.get(key))}, now {to_yaml_value(new[key])})"
         for key in new

@@ -8,20 +8,30 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
+from distlenet.config.names import IMPORT_NAME
 from distlenet.config.schema import Config
 
 MAX_LENGTH = 1000  # characters of a string: it has to fit into a path and into a message of one line
 STRING_HINT = f", of at most {MAX_LENGTH:,} printable characters; put numbers and booleans in quotes"
-NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", list: "a list of strings"}
-INPUTS = {bool: (bool, int, str), int: (int, str), float: (float, int, str), str: (str,), list: (list,)}
+KINDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list of strings",
+    dict: "a mapping of arguments",
+}
+INPUTS = {bool: (bool, int, str), int: (int, str), float: (float, int, str), str: (str,), list: (list,), dict: (dict,)}
+MAX_DEPTH = 8  # of nested lists and mappings
 BOUNDS = {"ge": ("at least", operator.ge), "gt": ("more than", operator.gt), "lt": ("less than", operator.lt)}
 
 
 @dataclass(frozen=True)
 class Field:
-    """One setting. ``kind`` is bool, int, float, str or list; ``choices`` are the strings of a Literal.
+    """One setting. ``kind`` is bool, int, float, str, list or dict; ``choices`` are the strings of a Literal.
 
-    ``pair``: a list of two values is accepted too.
+    ``names`` are the built-in names of a setting that also accepts ``module:attribute``. ``pair``: a list of two values
+    is accepted too.
     """
 
     kind: type
@@ -31,14 +41,16 @@ class Field:
     default: Any
     help: str
     result: bool
+    names: tuple[str, ...]
     bounds: Mapping[str, float]
 
     def describe(self) -> str:
         """Return the accepted values in words, such as ``an integer, at least 1, or null``."""
-        choices = ", ".join((*self.choices[:-2], " or ".join(self.choices[-2:])))
+        words = (*self.names, "MODULE:ATTRIBUTE") if self.names else self.choices
+        choices = ", ".join((*words[:-2], " or ".join(words[-2:])))
         bounds = [f"{BOUNDS[name][0]} {bound:,}" for name, bound in self.bounds.items()]
         return ", ".join(
-            [choices or NAMES[self.kind], *bounds, *["or [HEIGHT,WIDTH]"] * self.pair, *["or null"] * self.nullable]
+            [choices or KINDS[self.kind], *bounds, *["or [HEIGHT,WIDTH]"] * self.pair, *["or null"] * self.nullable]
         )
 
     def convert(self, value: Any) -> Any:
@@ -46,7 +58,7 @@ class Field:
         try:
             return self._convert(value)
         except (ValueError, LookupError, OverflowError):
-            hint = STRING_HINT if self.kind in (str, list) and not self.choices else ""
+            hint = STRING_HINT if self.kind in (str, list) and not (self.choices or self.names) else ""
             raise ValueError(f"expected {self.describe()}{hint}") from None
 
     def _convert(self, value: Any) -> Any:
@@ -60,6 +72,11 @@ class Field:
             return self.choices[self.choices.index("off" if value is False else value)]  # YAML reads off as false
         if type(value) not in INPUTS[self.kind]:
             raise ValueError
+        if self.names and value not in self.names and not IMPORT_NAME.fullmatch(value):
+            raise ValueError
+        if self.kind is dict:
+            _check_plain(value)
+            return value
         if self.kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
         if self.kind in (str, list):
@@ -73,14 +90,36 @@ class Field:
         return value
 
 
+def _check_plain(value: Any, depth: int = 0) -> None:
+    """Raise ValueError if an argument is not made of the plain values that YAML and JSON share."""
+    if depth > MAX_DEPTH:
+        raise ValueError
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not (isinstance(name, str) and name.isidentifier() and len(name) <= MAX_LENGTH):
+                raise ValueError
+            _check_plain(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_plain(inner, depth + 1)
+    elif isinstance(value, str):
+        if not value.isprintable() or len(value) > MAX_LENGTH:
+            raise ValueError
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError
+    elif not (value is None or isinstance(value, bool | int)):
+        raise ValueError
+
+
 def _read_schema(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Field]]:
     for field in dataclasses.fields(schema):
         if field.name in GROUPS and not prefix:
             yield from _read_schema(GROUPS[field.name], f"{field.name}.")
             continue
-        types = get_args(field.type)
-        choices = types if get_origin(field.type) is Literal else ()
-        kind = str if choices else list if field.type == list[str] else (*types, field.type)[0]
+        types, origin = get_args(field.type), get_origin(field.type)
+        choices = types if origin is Literal else ()
+        kind = str if choices else origin if origin in (list, dict) else (*types, field.type)[0]
         default = getattr(schema(), field.name)
         yield (
             prefix + field.name,
@@ -91,6 +130,8 @@ def _read_schema(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Fie
 GROUPS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
 FIELDS: dict[str, Field] = dict(_read_schema(Config))
 """Every setting by its dotted key, in the schema's order."""
+
+MAPPINGS = tuple(key for key, field in FIELDS.items() if field.kind is dict)
 
 RENAMED = {  # former names of settings: unknown keys, for which the message suggests the present name
     "train.clip_norm": "train.max_grad_norm",
@@ -115,6 +156,14 @@ def unknown_key(key: str) -> str:
         if close := difflib.get_close_matches(name, known, n=1):
             return f"unknown key {key!r}; did you mean {known[close[0]]}?"
     return f"unknown key {key!r}; --help lists all keys"
+
+
+def split_mapping_key(key: str) -> tuple[str, list[str]]:
+    """Split ``model.args.NAME`` into the setting and the path inside its value; the path of other keys is empty."""
+    for mapping in MAPPINGS:
+        if key.startswith(f"{mapping}."):
+            return mapping, key.removeprefix(f"{mapping}.").split(".")
+    return key, []
 
 
 def flatten(values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

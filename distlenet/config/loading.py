@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,32 +12,39 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distlenet.config.fields import FIELDS, GROUPS, flatten, to_yaml_value, unknown_key
+from distlenet.config.fields import FIELDS, GROUPS, MAPPINGS, flatten, split_mapping_key, to_yaml_value, unknown_key
+from distlenet.config.names import is_import_name, short_name
 from distlenet.config.schema import Config
 from distlenet.utils.errors import UserError, printable
-
-ADDED_SETTINGS = {"data.size": None, "data.validation": 0.0, "optim.no_decay": False}
-"""Settings that did not exist in the first version: these defaults do not rename a run."""
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException)
 
 
 def load_config(
-    files: Sequence[str] = (), overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
+    files: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
+    used_names: Collection[str] = (),
 ) -> Config:
     """Merge ``base``, then ``files``, then ``key=value`` overrides over the defaults; the last value wins.
 
-    Raise UserError for an unreadable file, an unknown key, a wrong type or a value out of range.
+    ``base`` holds the settings of a checkpoint. It must not cause an import: a name of the user's code in it has to be
+    given again by a file or an override if it is one of ``used_names``, and is replaced by the default if not. Raise
+    UserError for an unreadable file, an unknown key, a wrong type or a value out of range.
     """
     values, given_as = dict(flatten(Config().to_dict())), {}
-    for key, value, text in _read(files, overrides, base or {}):
+    for full_key, value, text in [*_read_base(base or {}, used_names, files, overrides), *_read(files, overrides)]:
         given = printable(text[:300])
+        key, path = split_mapping_key(full_key)
         if key in GROUPS:
             file = ", or to resume from a file checkpoint.resume=FILE" * (key == "checkpoint")
             raise UserError(f"{given}: {key} is a group of settings; write {key}.KEY=VALUE{file}")
         if key not in FIELDS:
             raise UserError(f"{given}: {unknown_key(key)}")
-        values[key], given_as[key] = value, given
+        for name in reversed(path):
+            value = {name: value}
+        values[key] = _merge(values[key], value) if FIELDS[key].kind is dict else value
+        given_as[key] = given
     values = _resolve(values, given_as)
     for key, given in given_as.items():
         value = values[key]
@@ -53,18 +60,44 @@ def load_config(
     return config
 
 
-def _read(files: Iterable[str], overrides: Iterable[str], base: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Yield each key and value, and how an error message refers to the two."""
-    for key, value in flatten(base):
+def _read_base(
+    base: Mapping[str, Any], used_names: Collection[str], files: Sequence[str], overrides: Sequence[str]
+) -> Iterator[tuple[str, Any, str]]:
+    """Yield the settings of a checkpoint, as ``_read``. Raise UserError for what is not safe to use."""
+    given = {key: value for key, value, _ in _read(files, overrides)} if base else {}
+    saved = dict(flatten(base))
+    for key, value in saved.items():
+        name_key = key.removesuffix("_args") if key.endswith("_args") else key.replace(".args", ".name")
+        if key in MAPPINGS and name_key in given and given[name_key] != saved.get(name_key):
+            continue  # the arguments of another name
         if "${" in str(value):  # a checkpoint is not trusted, and a reference can read the environment
             raise UserError(f"config: {key} contains a reference (${{...}}); the settings of a checkpoint have none")
+        if key in FIELDS and FIELDS[key].names and isinstance(value, str) and is_import_name(value):
+            if key not in given and key in used_names:
+                name = printable(value[:200])
+                raise UserError(
+                    f"{key}: the checkpoint was made with {name}; code is never imported because a checkpoint names "
+                    f"it: add {key}={name}, if you trust it"
+                )
+            continue
         yield key, value, f"config: {key}={to_yaml_value(value)}"
+
+
+def _read(files: Iterable[str], overrides: Iterable[str]) -> Iterator[tuple[str, Any, str]]:
+    """Yield each key and value, and how an error message refers to the two."""
     for path in files:
         for key, value in flatten(read_yaml(path, f"--config {path}")):
             yield key, value, f"--config {path}: {key}={to_yaml_value(value)}"
     for text in overrides:
         for key, value in flatten(_read_override(text)):
             yield key, value, text
+
+
+def _merge(old: Any, new: Any) -> Any:
+    """Merge two mappings of arguments, recursively; of other values the new one wins."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    return {**old, **{name: _merge(old.get(name), value) for name, value in new.items()}}
 
 
 def _read_override(text: str) -> dict[str, Any]:
@@ -112,7 +145,7 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"wandb.project={config.wandb.project[:200]}: expected 1 to 128 characters, without /\\#?%:")
     if unknown := [key for key in config.checkpoint.allow_changed if key not in FIELDS]:
         raise UserError(f"checkpoint.allow_changed: {unknown_key(unknown[0])}")
-    if fixed := {"model.name", "optim.name"} & set(config.checkpoint.allow_changed):
+    if fixed := {"task.name", "model.name", "optim.name"} & set(config.checkpoint.allow_changed):
         raise UserError(f"checkpoint.allow_changed: {min(fixed)} cannot change: the state would not fit; remove it")
 
 
@@ -123,14 +156,18 @@ def to_yaml(config: Config) -> str:
 
 def run_directory(config: Config) -> Path:
     """Return the directory of a run. Without a ``run.name``, the settings that change the result name it."""
-    return Path(config.run.dir) / (config.run.name or f"{config.data.name}-{identity(config)}")
+    names = (config.task.name, config.data.name)
+    label = short_name(next(filter(is_import_name, names), config.data.name))  # the task, if it is not built in
+    return Path(config.run.dir) / (config.run.name or f"{label}-{identity(config)}")
 
 
 def identity(config: Config) -> str:
-    """Return 8 hex digits that depend only on the settings that change the result."""
+    """Return 8 hex digits that depend only on the settings that change the result, and are not the default.
+
+    A new setting therefore does not rename the runs that do not use it.
+    """
     values = result_settings(config.to_dict())
-    values = {key: value for key, value in values.items() if key not in ADDED_SETTINGS or value != ADDED_SETTINGS[key]}
-    settings = json.dumps(values, sort_keys=True)
+    settings = json.dumps({key: v for key, v in values.items() if v != FIELDS[key].default}, sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()[:8]
 
 

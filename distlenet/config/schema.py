@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 
-def setting(default: Any, help: str, *, result: bool = False, **bounds: float) -> Any:
+def setting(default: Any, help: str, *, result: bool = False, names: tuple[str, ...] = (), **bounds: float) -> Any:
     """Declare one setting: its default, its help and the bounds ``ge``, ``gt`` and ``lt`` of its number.
 
     ``result=True`` marks a setting that changes the result. These settings name the run, and a checkpoint made
-    with other values of them is not resumed.
+    with other values of them is not resumed. ``names`` are the built-in parts that the setting can name; it also
+    accepts ``module:attribute``.
     """
-    value: Any = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**value, metadata={"help": help, "result": result, "bounds": bounds})
+    value: Any = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
+    return dataclasses.field(**value, metadata={"help": help, "result": result, "names": names, "bounds": bounds})
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,27 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """Model, data, loss and metrics in one."""
+
+    name: str = setting(
+        "image_classification", "Task: distlenet.Task or a class like it.", result=True, names=("image_classification",)
+    )
+    args: dict[str, Any] = setting({}, "Arguments of task.name, besides the settings.", result=True)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The data set and how it is read."""
 
-    name: Literal["fashion_mnist", "mnist", "digits", "synthetic", "folder", "array", "tar", "cifar10"] = setting(
+    name: str = setting(
         "fashion_mnist",
-        "Data set; digits is bundled and needs no network; folder, array, tar: your images.",
+        "Data set; digits is bundled and needs no network; folder, array, tar: your images; or a function that "
+        "returns distlenet.Datasets.",
         result=True,
+        names=("fashion_mnist", "mnist", "digits", "synthetic", "folder", "array", "tar", "cifar10"),
     )
+    args: dict[str, Any] = setting({}, "Arguments of a data.name=MODULE:FUNCTION.", result=True)
     root: str = setting("data", "Directory of the data files, and target of the download.")
     size: int | list[int] | None = setting(
         None, "Resize all images to this height and width, in pixels; null: as stored.", ge=1, lt=2**14, result=True
@@ -67,7 +81,8 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    name: Literal["lenet"] = setting("lenet", "Network, by its name in distlenet.models.registry.MODELS.", result=True)
+    name: str = setting("lenet", "Network, or what returns one.", result=True, names=("lenet",))
+    args: dict[str, Any] = setting({}, "Arguments of model.name.", result=True)
     channels_last: bool = setting(True, "Store images and convolution weights in channels-last format.", result=True)
 
 
@@ -102,13 +117,20 @@ class TrainConfig:
 class OptimConfig:
     """The optimizer and the learning-rate schedule."""
 
-    name: Literal["sgd", "adamw"] = setting("sgd", "Optimizer.", result=True)
+    name: str = setting("sgd", "Optimizer, such as torch.optim:NAdam.", result=True, names=("sgd", "adamw"))
+    args: dict[str, Any] = setting({}, "Arguments of an optim.name=MODULE:CLASS, besides lr.", result=True)
     lr: float = setting(0.2, "Peak learning rate.", gt=0, result=True)
     momentum: float = setting(0.9, "Momentum of SGD.", ge=0, lt=1, result=True)
     nesterov: bool = setting(True, "Nesterov momentum, for SGD.", result=True)
     weight_decay: float = setting(5e-4, "Weight decay.", ge=0, result=True)
     no_decay: bool = setting(False, "No weight decay of parameters with one dimension: biases, norms.", result=True)
-    schedule: Literal["constant", "cosine", "one_cycle"] = setting("one_cycle", "Learning-rate schedule.", result=True)
+    schedule: str = setting(
+        "one_cycle",
+        "Learning-rate schedule, such as torch.optim.lr_scheduler:StepLR.",
+        result=True,
+        names=("constant", "cosine", "one_cycle"),
+    )
+    schedule_args: dict[str, Any] = setting({}, "Arguments of an optim.schedule=MODULE:CLASS.", result=True)
     warmup_steps: int | None = setting(
         None, "Steps of rising learning rate; null: 30 % of all steps for one_cycle, else 0.", ge=0, result=True
     )
@@ -189,6 +211,7 @@ class Config:
         "auto", "auto: bf16 if the GPU supports it, else fp16; fp32 on CPU.", result=True
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: one GPU per rank if there are GPUs, else CPU.")
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

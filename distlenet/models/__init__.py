@@ -1,4 +1,1 @@
-"""Built-in models. ``registry`` creates a model by its name; ``lenet`` holds ``Net``.
-
-This package imports nothing from other packages.
-"""
+"""Built-in models: ``lenet`` holds ``Net``. ``networks.make_model`` creates the network that the settings name."""

@@ -11,12 +11,14 @@ from tempfile import TemporaryFile
 
 from torch.distributed.distributed_c10d import Store
 
+from distlenet.config.names import is_import_name
 from distlenet.config.schema import Config
-from distlenet.data.sources import open_data, require_local_data
+from distlenet.data.sources import load_data, open_data, require_local_data
 from distlenet.preflight.finding import Finding, pluralize
 from distlenet.preflight.ports import peers_of, try_peers
 from distlenet.preflight.rank_info import RankInfo
 from distlenet.preflight.rules import shorten
+from distlenet.tasks.registry import reads_images
 from distlenet.utils.errors import UserError
 
 TOKEN_TIMEOUT_S = 5.0
@@ -38,9 +40,14 @@ def check_node(config: Config, info: RankInfo, num_nodes: int, store: Store, tok
     """Check this node and its connections to the other nodes."""
     source = error = ""
     try:
-        require_local_data(config.data)  # preflight downloads nothing
-        with open_data(config.data) as data:
-            source = data.source
+        if not reads_images(config):
+            source = config.task.name
+        elif is_import_name(config.data.name):
+            source = load_data(config.data).source
+        else:
+            require_local_data(config.data)  # preflight downloads nothing
+            with open_data(config.data) as data:
+                source = data.source
     except UserError as user_error:
         error = str(user_error)
     unreachable = try_peers(store, peers_of(info.node_rank, num_nodes))

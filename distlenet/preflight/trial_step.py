@@ -18,7 +18,7 @@ from distlenet.distributed.context import DistributedContext, init_distributed
 from distlenet.distributed.preemption import Preemption
 from distlenet.preflight.allreduce import SIZES, Timing, slow_pairs, time_all_reduces, wrong_sums
 from distlenet.preflight.finding import Finding, PreflightReport
-from distlenet.tasks.image_classification import ImageClassification
+from distlenet.tasks.registry import make_task
 from distlenet.tracking.base import Trackers
 from distlenet.training.trainer import Trainer
 
@@ -63,7 +63,7 @@ def check_pairs(slow: list[tuple[str, str, float]]) -> Finding:
 def take_trial_step(config: Config, context: DistributedContext) -> list[Finding]:
     """Take the first two steps of the run in a temporary directory; check speed and checkpoint size. A collective."""
     data, checkpoint = replace(config.data, ledger=False), replace(config.checkpoint, resume="never")
-    task = ImageClassification(config)
+    task = make_task(config)
     with contextlib.ExitStack() as stack:
         name = ""
         with raise_on_all_ranks():

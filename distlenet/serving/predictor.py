@@ -1,5 +1,6 @@
 """Predict with a checkpoint of the built-in image classification."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from distlenet.checkpoint.format import State, load_checkpoint, load_model
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.loading import load_config
 from distlenet.distributed.context import set_threads
-from distlenet.models.registry import make_model
+from distlenet.models.networks import make_model
 from distlenet.tasks.image_classification import ImageClassification, input_size
 from distlenet.tasks.image_format import ImageFormat
 from distlenet.tasks.image_transform import ImageTransform
@@ -19,15 +20,18 @@ from distlenet.utils.errors import UserError
 class Predictor:
     """A trained network, the format of its images, its input transform and its class names."""
 
-    def __init__(self, path: Path) -> None:
-        """Load a checkpoint file, or the newest one of a run directory. Raise UserError if it cannot predict."""
+    def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
+        """Load a checkpoint file, or the newest one of a run directory. Raise UserError if it cannot predict.
+
+        ``overrides`` are settings; a network that is not built in must be named there again.
+        """
         set_threads(None)
         file = find_checkpoint(path)
         state = load_checkpoint(file)
-        config = load_config(base=state["config"])
+        config = load_config(overrides=overrides, base=state["config"], used_names=["task.name", "model.name"])
         self.images, self.classes = read_task_state(state, file)
         self.transform = ImageTransform(self.images, input_size(config.model.name, self.images))
-        self.model = make_model(config.model.name, config.model.channels_last, torch.device("cpu"))
+        self.model = make_model(config.model)
         load_model(self.model, state, file)
         self.model.eval()
         channels = [] if self.images.channels == 1 else [self.images.channels]

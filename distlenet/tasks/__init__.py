@@ -1,4 +1,5 @@
 """The built-in tasks: implementations of ``distlenet.task.Task``.
 
-Offers ``image_classification`` (LeNet on grey images), its transform and its error analysis.
+Offers ``registry.make_task``, which creates the task that the settings name, and ``image_classification`` with its
+transform and its error analysis.
 """

@@ -12,7 +12,7 @@ from distlenet.data.images import size_text
 from distlenet.data.sources import load_images
 from distlenet.distributed.collectives import from_rank_0
 from distlenet.models.lenet import INPUT_SHAPE
-from distlenet.models.registry import make_model
+from distlenet.models.networks import make_model
 from distlenet.task import Datasets, SampleKeys, Task
 from distlenet.tasks.error_analysis import ClassificationErrors
 from distlenet.tasks.image_format import ImageFormat, measure_images
@@ -39,8 +39,7 @@ class ImageClassification(Task):
 
     def model(self) -> nn.Module:
         """Return a new network on the CPU."""
-        config = self.config.model
-        return make_model(config.name, config.channels_last, torch.device("cpu"))
+        return make_model(self.config.model)
 
     def datasets(self) -> Datasets:
         """Return the images of the source."""
@@ -85,7 +84,7 @@ class ImageClassification(Task):
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"{name}: does not accept images of shape {shape}: {reason} ({frame.filename}, line {frame.lineno}); "
-                "give another network, model.args, or data.size"
+                "give another network, model.args, model.channels_last=false, or data.size"
             ) from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
             found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"

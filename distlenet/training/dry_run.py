@@ -5,7 +5,7 @@ their input. So every check that training makes of settings, data and ranks is m
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +27,9 @@ from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.rendezvous import host_key
 from distlenet.distributed.watchdog import Watchdog
 from distlenet.reduction.batch_size import micro_batch_size
-from distlenet.task import Data
-from distlenet.tasks.image_classification import ImageClassification
+from distlenet.task import Data, Task
+from distlenet.tasks.registry import make_task as make_configured_task
+from distlenet.tasks.registry import reads_images
 from distlenet.tracking.base import Trackers
 from distlenet.training.trainer import Trainer
 from distlenet.utils.nested import map_tensors, tensors_in
@@ -36,25 +37,27 @@ from distlenet.utils.nested import map_tensors, tensors_in
 Row = tuple[str, str]
 
 
-def plan(config: Config, world_size: int) -> list[Row]:
+def plan(config: Config, world_size: int, make_task: Callable[[Config], Task] = make_configured_task) -> list[Row]:
     """Compose the job of ``world_size`` ranks, and return its plan as rows of (name, text).
 
     Raise UserError if training would, or if the dataset is not on this machine: nothing is downloaded.
     """
     micro_batch_size(config, world_size)  # before the data: it is the most frequent mistake
-    require_local_data(config.data)
+    if reads_images(config):
+        require_local_data(config.data)
     config, not_checked = _for_this_machine(config)
     resident_before = _resident_bytes()
     with fake_process_group(config, world_size) as context:
-        task = ImageClassification(config)
+        task = make_task(config)
         trainer = Trainer(config, context, task, run_directory(config), Trackers(), Preemption(0.0))
         for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         trainer.train_step.on_device.optimizer.step()  # creates its state; the changed model is discarded
         rows = _describe(trainer, len(to_bytes(trainer.state_dict())))
-    images = _size(sum(data.nbytes for data in (task.data.train, task.data.test) if isinstance(data, ImageDataset)))
-    rows.append(("besides", f"images {images}, once per node; on a GPU that keeps them, once per GPU"))
-    rows.append(("", f"PyTorch itself {_size(resident_before)} on this machine"))
+    datasets = (trainer.loader.batched.dataset, trainer.test_loader.batched.dataset)
+    if images := sum(data.nbytes for data in datasets if isinstance(data, ImageDataset)):
+        rows.append(("images", f"{_size(images)}, once per node; on a GPU that keeps them, once per GPU"))
+    rows.append(("PyTorch itself", f" {_size(resident_before)} on this machine"))
     return [*rows, ("not checked here", not_checked)] if not_checked else rows
 
 
@@ -104,19 +107,23 @@ def _describe(trainer: Trainer, checkpoint: int) -> list[Row]:
     shares = f"ranks {ranks:,} × {share:,}" if batch == share * ranks else f"{ranks:,} ranks with up to {share:,} each"
     dropped = sampler.samples - sampler.steps * batch
     last = sampler.global_size(sampler.steps - 1)
-    end = f"drops {dropped:,} images" if dropped > 0 else f"ends with a batch of {last:,}; drops none"
+    end = f"drops {dropped:,} samples" if dropped > 0 else f"ends with a batch of {last:,}; drops none"
     shards = f", {config.distributed.virtual_shards} virtual shards" * (config.distributed.reduction == "exact")
     epochs = f"{trainer.total_steps / sampler.steps:g} epochs of {sampler.steps:,}"
     kept, tested = config.checkpoint.keep_last + 1, trainer.test_loader.samples
     memory = _memory(trainer)
+    data = config.data.name if reads_images(config) else config.task.name
     return [
         ("run", str(trainer.run_dir)),
         ("ranks", f"{ranks:,}: {config.distributed.reduction} reduction{shards}"),
-        ("data", f"{config.data.name}: {sampler.samples:,} images to train on, {tested:,} to test"),
-        ("global batch", f"{batch:,} images = {shares}"),
-        ("micro-batches", f"{reducer.micro_batches_per_rank} a step, of up to {reducer.micro_batch_size:,} images"),
+        (
+            "data",
+            f"{data}: {sampler.samples:,} samples to train on, {tested:,} to test",
+        ),
+        ("global batch", f"{batch:,} samples = {shares}"),
+        ("micro-batches", f"{reducer.micro_batches_per_rank} a step, of up to {reducer.micro_batch_size:,} samples"),
         ("steps", f"{trainer.total_steps:,} ({epochs}); each epoch {end}"),
-        ("test", f"about {-(-tested // ranks):,} images a rank, after each epoch"),
+        ("test", f"about {-(-tested // ranks):,} samples a rank, after each epoch"),
         ("checkpoint", f"{_size(checkpoint)}, {_size(checkpoint * kept)} for the {kept} that are kept"),
         ("memory of a rank", f"about {_size(sum(memory.values()))}:"),
         *((f"  {name}", _size(size)) for name, size in memory.items()),

@@ -65,7 +65,7 @@ def test_a_wrong_sample_is_named(sample, message):
 
 
 def test_another_result_than_datasets_is_refused():
-    with pytest.raises(UserError, match=r"returned a list; expected distlenet\.task\.Datasets"):
+    with pytest.raises(UserError, match=r"returned a list; expected distlenet\.Datasets"):
         load_custom(list, {}, CONFIG)
 
 

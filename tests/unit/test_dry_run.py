@@ -9,7 +9,8 @@ from conftest import run_command
 
 from distlenet import train
 from distlenet.config.loading import load_config
-from distlenet.models.registry import make_model
+from distlenet.config.schema import ModelConfig
+from distlenet.models.networks import make_model
 from distlenet.training.dry_run import plan
 
 pytestmark = pytest.mark.unit
@@ -23,8 +24,8 @@ def plan_rows(world_size, *overrides):
 
 def test_plan_of_many_ranks():
     rows = plan_rows(16, "train.global_batch_size=64", "train.accumulation_steps=2", "train.epochs=3")
-    assert rows["global batch"] == "64 images = ranks 16 × 4"
-    assert rows["micro-batches"] == "2 a step, of up to 2 images"
+    assert rows["global batch"] == "64 samples = ranks 16 × 4"
+    assert rows["micro-batches"] == "2 a step, of up to 2 samples"
     assert rows["steps"] == "69 (3 epochs of 23); each epoch ends with a batch of 29; drops none"  # 1437 = 22 × 64 + 29
 
 
@@ -37,8 +38,8 @@ def test_plan_of_an_exact_run_that_drops_the_last_batch():
     )
     rows = plan_rows(4, *settings)
     assert rows["ranks"] == "4: exact reduction, 8 virtual shards"
-    assert rows["micro-batches"] == "2 a step, of up to 16 images"
-    assert rows["steps"] == "16 (1.45455 epochs of 11); each epoch drops 29 images"
+    assert rows["micro-batches"] == "2 a step, of up to 16 samples"
+    assert rows["steps"] == "16 (1.45455 epochs of 11); each epoch drops 29 samples"
     assert "  exact sums" in rows
 
 
@@ -53,7 +54,7 @@ def test_checkpoint_has_the_size_of_a_real_one(tmp_path):
 
 
 def test_activations_are_what_a_real_forward_pass_keeps():
-    model = make_model("lenet", True, torch.device("cpu"))
+    model = make_model(ModelConfig())
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 

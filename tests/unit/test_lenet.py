@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from distlenet.config.schema import ModelConfig
 from distlenet.models.lenet import Net
-from distlenet.models.registry import make_model
+from distlenet.models.networks import make_model
 
 pytestmark = pytest.mark.unit
 
@@ -70,6 +71,6 @@ def test_an_empty_batch_gives_zero_gradients():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_make_model_selects_the_memory_format(channels_last):
-    model = make_model("lenet", channels_last, torch.device("cpu"))
+    model = make_model(ModelConfig(channels_last=channels_last))
     assert isinstance(model, Net)
     assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last) == channels_last

@@ -72,7 +72,7 @@ def load_custom(
     datasets = function(**args) if datasets is None else datasets
     name = f"data.name={config.name}"
     if not isinstance(datasets, Datasets):
-        raise UserError(f"{name}: returned a {type(datasets).__name__}; expected distlenet.task.Datasets")
+        raise UserError(f"{name}: returned a {type(datasets).__name__}; expected distlenet.Datasets")
     size, classes = wanted_size(config), len(datasets.classes) if datasets.classes else None
     first = SampleImages(datasets.train, f"{name}, training set", size)[0][0]
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from distlenet.config.names import check_arguments, is_import_name, resolve
 from distlenet.config.schema import DataConfig
 from distlenet.data import download, idx
 from distlenet.data.sizing import fit_sizes
 from distlenet.data.sources.array import open_array
 from distlenet.data.sources.cifar10 import DIRECTORY, open_cifar10
+from distlenet.data.sources.custom import load_custom
 from distlenet.data.sources.folder import open_folder
 from distlenet.data.sources.idx_sets import open_digits, open_generated, open_published
 from distlenet.data.sources.opened import OpenedImages, Source, StoredImages
@@ -42,6 +44,8 @@ def open_data(config: DataConfig, fetch: bool = False) -> Iterator[OpenedImages]
     Mappings stay valid after the context ends. ``fetch`` allows a download by every way and into any ``data.root``.
     Raise UserError if the data is unavailable or damaged.
     """
+    if config.args:
+        raise UserError(f"data.args: data.name={config.name} accepts none; remove {', '.join(config.args)}")
     with ExitStack() as stack:
         yield fit_sizes(SOURCES[config.name](config, stack, fetch), config, stack)
 
@@ -60,6 +64,8 @@ def map_data(opened: OpenedImages) -> Datasets:
 
 def load_data(config: DataConfig, fetch: bool = False) -> Datasets:
     """Open and map the configured data set in this process. Raise UserError as ``open_data``."""
+    if is_import_name(config.name):
+        return _load_function(config)
     with open_data(config, fetch) as opened:
         return split_validation(map_data(opened), config.validation)
 
@@ -68,7 +74,14 @@ def load_images(config: DataConfig) -> Datasets:
     """Load the configured data set, in a job once per node. Raise UserError as ``open_data``. A collective."""
     if not dist.is_initialized() or dist.get_backend() == "fake":
         return load_data(config)
-    return load_on_node(config, read_environment(os.environ))
+    env = read_environment(os.environ)
+    return _load_function(config, env.local_rank) if is_import_name(config.name) else load_on_node(config, env)
+
+
+def _load_function(config: DataConfig, local_rank: int = 0) -> Datasets:
+    function = resolve("data.name", config.name, {})
+    check_arguments("data.args", function, config.args)
+    return load_custom(function, config.args, config, local_rank)
 
 
 def load_on_node(config: DataConfig, env: DistributedEnvironment) -> Datasets:

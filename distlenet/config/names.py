@@ -1,0 +1,89 @@
+"""Names in settings: of built-in parts, or ``module:attribute`` of the user's code."""
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from distlenet.utils.errors import UserError
+
+IMPORT_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def is_import_name(name: str) -> bool:
+    """Return whether ``name`` is ``module:attribute`` rather than the name of a built-in part."""
+    return ":" in name
+
+
+def short_name(name: str) -> str:
+    """Return a name without its module: ``Spam`` for ``my_package.tasks:Spam``."""
+    return name.rpartition(":")[2].rpartition(".")[2]
+
+
+def resolve(key: str, name: str, builtin: Mapping[str, Any]) -> Any:
+    """Return the callable that the setting ``key`` names; import its module if it is not built in.
+
+    ``load_config`` returns names of the user's code only if the command line or a ``--config`` file contains them. The
+    current directory is importable, as with ``python -m``. Raise UserError if the name cannot be imported.
+    """
+    if not is_import_name(name):
+        return builtin[name]
+    module_name, _, attribute = name.partition(":")
+    value: Any = _import(module_name, f"{key}={name}")
+    for part in attribute.split("."):
+        if not hasattr(value, part):
+            close = difflib.get_close_matches(part, dir(value), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{key}={name}: {module_name} has no attribute {attribute}{hint}")
+        value = getattr(value, part)
+    if not callable(value):
+        raise UserError(f"{key}={name}: is a {type(value).__name__}; expected a class or a function")
+    return value
+
+
+def _import(name: str, given: str) -> ModuleType:
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UserError(
+                f"{given}: there is no module {error.name}; start in the directory that contains it, or add its "
+                "directory to PYTHONPATH"
+            ) from error
+        raise _import_failure(error, name, given) from error
+    except Exception as error:
+        raise _import_failure(error, name, given) from error
+
+
+def _import_failure(error: Exception, name: str, given: str) -> UserError:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return UserError(f"{given}: importing {name} failed: {reason}{place}; fix it")
+
+
+def check_arguments(key: str, function: Callable[..., Any], args: Mapping[str, Any], positional: int = 0) -> None:
+    """Raise UserError if ``function`` does not accept the arguments of the setting ``key``, such as ``model.args``.
+
+    It is called with ``positional`` other arguments before them.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some functions that are written in C, nothing is known
+        return
+    try:
+        signature.bind(*[None] * positional, **args)
+    except TypeError as error:
+        keywords = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        allowed = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in keywords[positional:]]
+        name = getattr(function, "__qualname__", str(function))
+        accepted = f"accepts {', '.join(allowed)[:600]}" if allowed else "accepts none"
+        raise UserError(f"{key}: {name}: {error}; it {accepted}") from error

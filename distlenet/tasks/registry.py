@@ -1,0 +1,30 @@
+"""Tasks by the name that ``task.name`` accepts."""
+
+from collections.abc import Callable
+
+from distlenet.config.names import check_arguments, resolve
+from distlenet.config.schema import Config
+from distlenet.task import Task
+from distlenet.tasks.image_classification import ImageClassification
+from distlenet.utils.errors import UserError
+
+TASKS: dict[str, Callable[..., Task]] = {"image_classification": ImageClassification}
+
+
+def make_task(config: Config) -> Task:
+    """Create the task that ``task.name`` names. A collective.
+
+    Raise UserError if the name cannot be imported, does not accept ``task.args`` or is no task.
+    """
+    function = resolve("task.name", config.task.name, TASKS)
+    check_arguments("task.args", function, config.task.args, positional=1)
+    task = function(config, **config.task.args)
+    if not isinstance(task, Task):
+        raise UserError(f"task.name={config.task.name}: returned a {type(task).__name__}; expected a distlenet.Task")
+    return task
+
+
+def reads_images(config: Config) -> bool:
+    """Return whether the task loads the images that ``config.data`` names."""
+    function = resolve("task.name", config.task.name, TASKS)
+    return isinstance(function, type) and issubclass(function, ImageClassification)

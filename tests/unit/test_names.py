@@ -1,0 +1,209 @@
+"""Names in settings: module:attribute of the user's code, its arguments, and who may cause an import."""
+
+import json
+import sys
+
+import pytest
+from conftest import run_command
+from forked import run_python
+from torch import nn
+
+from distlenet.config.loading import load_config, run_directory, to_yaml
+from distlenet.config.names import check_arguments, resolve
+from distlenet.config.schema import ModelConfig
+from distlenet.models.networks import make_model
+from distlenet.tasks.registry import make_task
+from distlenet.utils.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+USER_CODE = """
+import pathlib
+
+from torch import nn
+
+from distlenet import Datasets, ImageClassification
+
+pathlib.Path("imported").touch()
+
+
+class Net(nn.Module):
+    def __init__(self, width: int, depth: int = 1) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(1024, width), nn.ReLU(), nn.Linear(width, 10))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Halved(ImageClassification):
+    def __init__(self, config, factor):
+        super().__init__(config)
+        self.factor = factor
+
+    def loss(self, model, data):
+        losses, outputs = super().loss(model, data)
+        return self.factor * losses, outputs
+
+
+number = 3
+"""
+
+DIGITS = ("data.name=digits", "device=cpu", "train.max_steps=2", "wandb.mode=disabled", "run.name=run")
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """A current directory with a user's module of a name that no other test has."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"code_{tmp_path.name}.py").write_text(USER_CODE)
+    return tmp_path
+
+
+def module_of(directory):
+    return f"code_{directory.name}"
+
+
+def test_a_network_is_made_from_a_name_and_arguments(directory):
+    settings = [f"model.name={module_of(directory)}:Net", "model.args.width=7"]
+    model = make_model(load_config([], settings).model)
+    assert model.layers[1].out_features == 7
+    file = directory / "settings.yaml"
+    file.write_text(f"model:\n  name: {module_of(directory)}:Net\n  args: {{width: 3, depth: 2}}\n")
+    config = load_config([str(file)], ["model.args.width=5"])
+    assert config.model.args == {"width": 5, "depth": 2}
+    assert load_config([], ["model.args={a: [1, null, {b: x}]}"]).model.args == {"a": [1, None, {"b": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none_such:Net", "there is no module none_such; start in the directory that contains it"),
+        ("torch.nn:Linaer", "torch.nn has no attribute Linaer; did you mean Linear?"),
+        ("{module}:number", "is a int; expected a class or a function"),
+        ("broken:Net", "importing broken failed: ZeroDivisionError"),
+        ("needs_more:Net", "importing needs_more failed: ModuleNotFoundError: No module named 'none_such'"),
+    ],
+)
+def test_a_name_that_cannot_be_used_is_an_error_of_one_line(directory, name, message):
+    (directory / "broken.py").write_text("\n\n1 / 0\n")
+    (directory / "needs_more.py").write_text("import none_such\n")
+    with pytest.raises(UserError) as raised:
+        resolve("model.name", name.format(module=module_of(directory)), {})
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    if name.startswith("broken"):
+        assert "broken.py, line 3" in str(raised.value)
+
+
+def test_arguments_are_checked_against_the_signature():
+    def function(config, width, *, depth=2):
+        return config, width, depth
+
+    check_arguments("task.args", function, {"width": 1}, positional=1)
+    for args in ({}, {"width": 1, "heigth": 2}):
+        with pytest.raises(UserError, match=r"^task\.args: .*function: .*; it accepts width, depth=2$"):
+            check_arguments("task.args", function, args, positional=1)
+    with pytest.raises(UserError, match=r"model\.args: Net: .*; it accepts none"):
+        make_model(ModelConfig(args={"width": 3}))
+
+
+def test_what_is_no_network_or_no_task_is_refused():
+    with pytest.raises(UserError, match=r"returned a dict; expected a torch\.nn\.Module"):
+        make_model(ModelConfig(name="builtins:dict"))
+    with pytest.raises(UserError, match=r"returned a SimpleNamespace; expected a distlenet\.Task"):
+        make_task(load_config([], ["task.name=tests_of_names:Nothing"]))
+
+
+@pytest.fixture(autouse=True)
+def module_without_a_task(monkeypatch):
+    from types import ModuleType, SimpleNamespace
+
+    module = ModuleType("tests_of_names")
+    module.Nothing = lambda _: SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "tests_of_names", module)
+
+
+@pytest.mark.parametrize("value", ["lenett", "a.b.c", "a:b:c", "a b:c", "../a:b", "a/b:c", ":b", "a:"])
+def test_what_is_no_name_is_refused(value):
+    with pytest.raises(UserError, match=r"expected lenet or MODULE:ATTRIBUTE"):
+        load_config([], [f"model.name={value}"])
+
+
+@pytest.mark.parametrize("value", ["3", "[1]", "{a b: 1}", "{a: .nan}", "{1: 2}", "null"])
+def test_what_is_no_mapping_of_arguments_is_refused(value):
+    with pytest.raises(UserError, match=r"expected a mapping of arguments"):
+        load_config([], [f"model.args={value}"])
+
+
+def test_names_and_arguments_name_the_run():
+    names = {
+        run_directory(load_config([], settings)).name
+        for settings in ([], ["model.name=a:B"], ["model.name=a:B", "model.args.width=1"])
+    }
+    assert len(names) == 3
+    assert run_directory(load_config([], ["task.name=my.tasks:Spam"])).name.startswith("Spam-")
+    assert run_directory(load_config([], ["data.name=my.data:flowers"])).name.startswith("flowers-")
+
+
+def test_a_checkpoint_cannot_name_code():
+    base = load_config([], ["task.name=evil:Task", "optim.name=evil:Optim", "optim.args.x=1"]).to_dict()
+    with pytest.raises(UserError, match=r"made with evil:Task; code is never imported .*: add task.name=evil:Task"):
+        load_config(base=base, used_names=["task.name"])
+    unused = load_config(base=base)
+    assert (unused.task.name, unused.optim.name) == ("image_classification", "sgd")
+    assert load_config([], ["task.name=good:Task"], base, ["task.name"]).task.name == "good:Task"
+
+
+def test_arguments_of_a_checkpoint_belong_to_its_name():
+    base = load_config([], ["model.name=a:B", "model.args.width=1"]).to_dict()
+    assert load_config([], ["model.name=lenet"], base).model.args == {}
+    assert load_config([], ["model.name=a:B", "model.args.depth=2"], base).model.args == {"width": 1, "depth": 2}
+
+
+def command(directory, module, *words):
+    return run_python("-m", f"distlenet.{module}", *words, cwd=directory)
+
+
+def test_neither_a_checkpoint_nor_a_saved_config_causes_an_import(directory):
+    """The command imports the user's code; evaluate, predict and report of the run do not, unless it is named again."""
+    task, marker = f"task.name={module_of(directory)}:Halved", directory / "imported"
+    settings = (*DIGITS, task, "task.args.factor=0.5", f"model.name={module_of(directory)}:Net", "model.args.width=8")
+    command(directory, "train", *settings).succeeded()
+    assert marker.exists()
+    marker.unlink()
+    saved = directory / "runs/run/config.yaml"
+    assert to_yaml(load_config([], [*settings])) == saved.read_text()
+    for words, given in (
+        (("evaluate", "checkpoint=runs/run"), True),
+        (("predict", "checkpoint=runs/run", "image.png"), True),
+        (("report", "runs/run", "--replay-wandb"), False),
+    ):
+        ran = command(directory, *words)
+        assert not marker.exists(), words
+        if given:
+            assert ran.status == 2
+            assert f"add {task}" in ran.stderr
+    named = (task, "task.args.factor=0.25", f"model.name={module_of(directory)}:Net")
+    assert "test loss" in command(directory, "evaluate", "checkpoint=runs/run", *named).succeeded().stdout
+    assert marker.exists()
+
+
+def test_the_package_offers_its_api(directory):
+    program = (
+        "from distlenet import train, load_config, Task, ImageClassification, Datasets, UserError\n"
+        f"summary = train(load_config([], {list(DIGITS)!r}))\n"
+        "from distlenet import train as again\n"
+        "import json; print(json.dumps([summary['steps'], again is train]))\n"
+    )
+    ran = run_command(sys.executable, "-c", program, cwd=directory).succeeded()
+    assert json.loads(ran.stdout.splitlines()[-1]) == [2, True]
+
+
+def test_importing_the_package_does_not_import_torch():
+    run_command(sys.executable, "-c", "import distlenet, sys; assert 'torch' not in sys.modules").succeeded()
+
+
+def test_a_module_of_torch_is_a_network():
+    model = make_model(ModelConfig(name="torch.nn:Linear", args={"in_features": 2, "out_features": 3}))
+    assert isinstance(model, nn.Linear)
