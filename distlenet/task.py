@@ -98,6 +98,13 @@ class Task(ABC):
     eval_batch_size: int = 250
     """Samples that are evaluated together; fixed, so that results do not depend on the number of ranks."""
 
+    partners: bool = False
+    """Whether each training sample is loaded together with a random partner, for augmentations that mix two samples.
+
+    ``transform`` then gets the pair (samples, partners) as data in training. The partner is any sample of the training
+    set, drawn by the sample's key: a sample of the same batch would depend on the number of ranks.
+    """
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

@@ -67,6 +67,12 @@ class DataConfig:
         "none", "shift: random shifts; flip_shift: also mirrors half of the images.", result=True
     )
     shift: int = setting(2, "Largest random shift in pixels, in each direction.", ge=1, lt=32, result=True)
+    mixup: float = setting(
+        0.0, "Alpha of Mixup's shares, which have a Beta(alpha, alpha) distribution; 0: off.", ge=0, lt=100, result=True
+    )
+    cutmix: float = setting(
+        0.0, "Alpha of CutMix; with both, each is applied to half of the images.", ge=0, lt=100, result=True
+    )
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto", "Device of the images; auto: the GPU, if there is one and they take at most a quarter of its memory."
     )

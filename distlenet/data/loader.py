@@ -51,15 +51,20 @@ class Request(NamedTuple):
 class BatchedDataset(Dataset[Fetched]):
     """A dataset whose item is a whole batch, on the GPU if an ``ImageDataset`` was placed there."""
 
-    def __init__(self, dataset: AnyDataset, collate: Collate, seed: int) -> None:
-        self.dataset, self.collate, self.seed = dataset, collate, seed
+    def __init__(self, dataset: AnyDataset, collate: Collate, seed: int, partners: bool = False) -> None:
+        """Load ``partners``, too: as ``Task.partners``."""
+        self.dataset, self.collate, self.seed, self.partners = dataset, collate, seed, partners
         self.device = dataset.images.device if isinstance(dataset, ImageDataset) else torch.device("cpu")
 
     def __getitem__(self, request: Request) -> Fetched:
         """Fetch the samples of a request. No host sync."""
         epoch, indices = request
         on_device = indices if self.device.type == "cpu" else indices.pin_memory().to(self.device, non_blocking=True)
-        return Fetched(self._fetch(SampleKeys(self.seed, epoch, on_device)), indices, on_device)
+        keys = SampleKeys(self.seed, epoch, on_device)
+        data = self._fetch(keys)
+        if self.partners:
+            data = data, self._fetch(replace(keys, indices=keys.integers("partner", len(self.dataset))))
+        return Fetched(data, indices, on_device)
 
     def _fetch(self, keys: SampleKeys) -> Data:
         if hasattr(self.dataset, "get_batch"):
@@ -88,9 +93,10 @@ class Loader:
         num_workers: int,
         device: torch.device,
         collate: Collate = default_collate,
+        partners: bool = False,
     ) -> None:
         self.sampler, self.device = sampler, device
-        self.batched = BatchedDataset(dataset, collate, sampler.seed)
+        self.batched = BatchedDataset(dataset, collate, sampler.seed, partners)
         self.copies = device != self.batched.device
         self.epoch_sampler = _EpochSampler()
         self.loader = DataLoader(
@@ -185,7 +191,7 @@ def make_loaders(
         datasets = place_datasets(datasets, config.data.device, num_workers, device)
     chunk, collate = task.eval_batch_size, task.collate
     test_loader = EvaluationLoader(datasets.test, chunk, env.rank, env.world_size, device, collate, config.seed)
-    return Loader(datasets.train, sampler, num_workers, device, collate), test_loader
+    return Loader(datasets.train, sampler, num_workers, device, collate, task.partners), test_loader
 
 
 def prefetch_to_device(batches: Iterator[Fetched], device: torch.device) -> Iterator[Fetched]:

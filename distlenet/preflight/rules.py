@@ -98,7 +98,8 @@ def check_clocks(ranks: Sequence[RankInfo], clocks: Sequence[float]) -> Finding:
 def _bytes_per_image(config: Config) -> int:
     """Return the size of a sample: in color if ``data.size`` is given, else that of LeNet's input."""
     height, width = wanted_size(config.data) or (32, 32)
-    return height * width * (3 if config.data.size else 1)
+    pairs = config.data.mixup > 0 or config.data.cutmix > 0
+    return height * width * (3 if config.data.size else 1) * (2 if pairs else 1)
 
 
 def check_shared_memory(ranks: Sequence[RankInfo], config: Config) -> Finding:

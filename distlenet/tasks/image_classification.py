@@ -17,10 +17,14 @@ from distlenet.task import Datasets, SampleKeys, Task
 from distlenet.tasks.error_analysis import ClassificationErrors
 from distlenet.tasks.image_format import ImageFormat, measure_images
 from distlenet.tasks.image_transform import ImageTransform
+from distlenet.tasks.mixing import Mixing
 from distlenet.utils.errors import UserError
 
 ImagesAndLabels = tuple[Tensor, Tensor]
-"""Images (n, H, W) or (n, C, H, W) as stored, or (n, C, H, W) float32 as transformed; labels int64 (n,)."""
+"""Images (n, H, W) or (n, C, H, W) as stored, or (n, C, H, W) float32 as transformed; labels int64 (n,).
+
+After Mixup and CutMix, float32 (n, classes) with the share of each class in place of the labels.
+"""
 
 
 class ImageClassification(Task):
@@ -36,6 +40,13 @@ class ImageClassification(Task):
         size = None if own_network else input_size(config.model.name, self.images)
         self.image_transform = ImageTransform(self.images, size, config.data.augment, config.data.shift)
         self.checked = False
+        self.mixing: Mixing | None = None
+        if config.data.mixup > 0 or config.data.cutmix > 0:
+            if not self.classes:
+                name = "mixup" if config.data.mixup > 0 else "cutmix"
+                raise UserError(f"data.{name}: needs the number of classes; return Datasets(classes=[...])")
+            self.mixing = Mixing(config.data.mixup, config.data.cutmix, len(self.classes))
+        self.partners = self.mixing is not None
 
     def model(self) -> nn.Module:
         """Return a new network on the CPU."""
@@ -45,24 +56,29 @@ class ImageClassification(Task):
         """Return the images of the source."""
         return self.data
 
-    def transform(self, data: ImagesAndLabels, keys: SampleKeys | None) -> ImagesAndLabels:
-        """Pad, augment and normalise the images."""
-        images, labels = data
-        return self.image_transform(images, keys), labels
+    def transform(self, data: Any, keys: SampleKeys | None) -> ImagesAndLabels:
+        """Pad, augment and normalise the images, and mix them with those of their partners."""
+        if self.mixing is None or keys is None:
+            images, labels = data
+            return self.image_transform(images, keys), labels
+        (images, labels), (partners, partner_labels) = data
+        images, partners = self.image_transform(images, keys), self.image_transform(partners, keys.split("partner"))
+        return self.mixing(images, labels, partners, partner_labels, keys)
 
     def loss(self, model: nn.Module, data: ImagesAndLabels) -> tuple[Tensor, Tensor]:
         """Return cross-entropy in nats, float32 (n,), and logits (n, C); label smoothing in training mode only.
 
         Raise UserError if the network does not fit the images or the classes: at the first call, before the first step.
         """
-        inputs, labels = data
+        inputs, targets = data
         logits = (model(inputs) if self.checked else self._check(model, inputs)).float()
         smoothing = self.config.train.label_smoothing if model.training else 0.0
-        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing), logits
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing), logits
 
     def metrics(self, outputs: Tensor, data: ImagesAndLabels) -> dict[str, Tensor]:
-        """Return whether each sample is classified correctly."""
-        return {"accuracy": outputs.argmax(1) == data[1]}
+        """Return whether each sample is classified as its label, or as the label with the largest share if mixed."""
+        targets = data[1]
+        return {"accuracy": outputs.argmax(1) == (targets.argmax(1) if targets.is_floating_point() else targets)}
 
     def error_analysis(self, device: torch.device) -> ClassificationErrors:
         """Return an empty confusion matrix and list of mistakes."""

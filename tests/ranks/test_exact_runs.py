@@ -108,6 +108,19 @@ def test_other_settings(tmp_path, more):
     assert_equal(tmp_path / "one", tmp_path / "four")
 
 
+def test_mixed_images(tmp_path):
+    """The partner of an image is drawn by its key: another rank's image, and with workers another process loads it."""
+    mixing = ["train.max_steps=12", "train.epochs=1", "data.mixup=0.4", "data.cutmix=1"]
+    train(tmp_path / "one", 1, *mixing)
+    train(tmp_path / "two", 2, *mixing, "data.num_workers=2")
+    train(tmp_path / "four", 4, *mixing, die_at=7)
+    train(tmp_path / "four", 4, *mixing)
+    assert_equal(tmp_path / "one", tmp_path / "two")
+    assert_equal(tmp_path / "one", tmp_path / "four")
+    train(tmp_path / "without", 1, *mixing[:2])
+    assert differences(result(tmp_path / "one")[0]["model"], result(tmp_path / "without")[0]["model"])
+
+
 def test_dropout(tmp_path):
     """Dropout masks depend on the virtual shard, not on the rank that computes it, nor on restarts."""
     settings = ["train.epochs=1"]
