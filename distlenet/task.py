@@ -60,7 +60,7 @@ class BatchDataset(Protocol):
         """Return the number of samples."""
 
     def get_batch(self, indices: Tensor) -> Data:
-        """Return the samples at ``indices``, int64 (n,); n may be 0."""
+        """Return the samples at ``indices``, int64 (n,), n > 0."""
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,11 @@ class BatchedDataset(Dataset[Fetched]):
         return Fetched(data, indices, on_device)
 
     def _fetch(self, keys: SampleKeys) -> Data:
+        if not len(keys.indices):  # no dataset has to serve a batch without samples
+            return ()
         if hasattr(self.dataset, "get_batch"):
             return self.dataset.get_batch(keys.indices)
-        samples = load_samples(self.dataset, keys)
-        return self.collate(samples) if samples else ()
+        return self.collate(load_samples(self.dataset, keys))
 
 
 class _EpochSampler(Sampler[Request]):

@@ -42,6 +42,10 @@ def sum_comm_hook(all_reduce: AllReduce) -> CommHook:
     return hook
 
 
+NO_SAMPLES = object()
+"""Input of the wrapped model on a rank without samples."""
+
+
 class _ModelWithStopFlag(nn.Module):
     """A model and a parameter that is always 0: only the gradient of the parameter matters."""
 
@@ -51,6 +55,9 @@ class _ModelWithStopFlag(nn.Module):
         self.flag = nn.Parameter(torch.zeros((), device=device))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; for ``NO_SAMPLES``, return 0, with a gradient of 0 for every parameter."""
+        if args and args[0] is NO_SAMPLES:
+            return torch.stack([(p * 0).sum().float() for p in self.model.parameters() if p.requires_grad]).sum()
         return self.model(*args, **kwargs)
 
 
@@ -129,9 +136,9 @@ class DdpReducer:
             self.micro_batch_size, self.micro_batches_per_rank = limit, -(-share // limit)
 
     def split(self, data: Data) -> list[MicroBatch]:
-        """Split a rank's share into runs of consecutive samples; an empty share is one empty micro-batch."""
+        """Split a rank's share into runs of consecutive samples."""
         samples, size = count_samples(data), self.micro_batch_size
-        starts = range(0, max(1, samples), size)
+        starts = range(0, samples, size)
         first = self.rank * self.micro_batches_per_rank
         return [MicroBatch(first + k, select_samples(data, slice(s, s + size))) for k, s in enumerate(starts)]
 
@@ -148,11 +155,14 @@ class _DdpStep(ReductionStep):
         self.reducer, self.loss_factor, self.stop = reducer, loss_factor, stop
 
     def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
-        *others, last = self.reducer.split(data)
-        for micro_batch in others:
+        micro_batches = self.reducer.split(data)
+        for micro_batch in micro_batches[:-1]:
             with self.reducer.model.no_sync():
                 yield micro_batch
-        yield last
+        if micro_batches:
+            yield micro_batches[-1]
+        else:  # the last backward pass is the collective
+            self.backward(self.reducer.model(NO_SAMPLES))
 
     def backward(self, loss_sum: Tensor) -> None:
         loss = loss_sum * self.loss_factor

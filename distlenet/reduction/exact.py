@@ -14,7 +14,7 @@ from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
 from distlenet.utils.clock import Clock
 from distlenet.utils.errors import UserError
-from distlenet.utils.nested import select_samples
+from distlenet.utils.nested import count_samples, select_samples
 
 
 class ExactReducer:
@@ -82,9 +82,9 @@ class ExactReducer:
         """Do nothing: a shard has the same size on any number of ranks."""
 
     def split(self, data: Data) -> list[MicroBatch]:
-        """Split a rank's share into its virtual shards; in a short last batch some may be empty."""
+        """Split a rank's share into its virtual shards; in a short last batch there may be fewer."""
         rank, world_size, per_rank = self.env.rank, self.env.world_size, self.micro_batches_per_rank
-        shards = (slice(k, None, per_rank) for k in range(per_rank))
+        shards = (slice(k, None, per_rank) for k in range(min(per_rank, count_samples(data))))
         return [MicroBatch(rank + k * world_size, select_samples(data, shard)) for k, shard in enumerate(shards)]
 
     @contextmanager
@@ -127,6 +127,8 @@ class _ExactStep(ReductionStep):
     def end(self) -> None:
         """Sum over ranks, and set float32 gradients. A collective."""
         reducer, ready = self.reducer, self.reducer.clock.mark()
+        if not self.has_partial_sum:  # this rank has no samples
+            reducer.sum.zero_()
         reducer.all_reduce(reducer.exchanged)
         reduced = reducer.clock.mark()
         flat = reducer.sum.mul_(2.0**-reducer.GRID_BITS).float()

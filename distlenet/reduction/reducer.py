@@ -51,7 +51,11 @@ class ReductionStep(ABC):
 
     @abstractmethod
     def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
-        """Yield the micro-batches of a rank's share; each needs one ``backward`` before the next."""
+        """Yield the micro-batches of a rank's share; each needs one ``backward`` before the next.
+
+        None is empty. A share without samples, such as ``()``, has none, and adds nothing. In ``ddp``, that is a
+        collective.
+        """
 
     @abstractmethod
     def backward(self, loss_sum: Tensor) -> None:
@@ -85,7 +89,7 @@ class Reducer(Protocol):
         """Use no micro-batch of more than ``limit`` samples, but more of them: fewer ranks need no more memory each."""
 
     def split(self, data: Data) -> list[MicroBatch]:
-        """Return the micro-batches of a rank's share."""
+        """Return the micro-batches of a rank's share, none of them empty."""
 
     def step(self, global_size: int, stop: Tensor) -> AbstractContextManager[ReductionStep]:
         """Reduce the gradients of a global batch of ``global_size`` samples. A collective.

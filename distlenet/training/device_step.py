@@ -55,7 +55,7 @@ class DeviceStep:
 
     def compute(self, batch: Batch, step: int, want_grad_norm: bool) -> DeviceResult:
         """Compute the gradient of a global batch and take the step. A collective."""
-        data = self.task.transform(batch.data, batch.keys)
+        data = self._transform(batch)
         values = []
         with self.reducer.step(batch.global_size, self.stop_input) as reduction:
             for micro_batch in reduction.micro_batches(data):
@@ -64,8 +64,11 @@ class DeviceStep:
                     losses, outputs = self.task.loss(self.reducer.model, micro_batch.data)
                 reduction.backward(self.scaler.scale(losses.sum()))  # with the last micro-batch, a collective
                 values.append(self.outline.values(losses, outputs, micro_batch.data))
-        all_values = values[0] if len(values) == 1 else torch.cat(values, 1)
-        return self._apply(reduction.result, all_values, want_grad_norm)
+        return self._apply(reduction.result, self.outline.join(values, self.device), want_grad_norm)
+
+    def _transform(self, batch: Batch) -> Data:
+        """Return the input of the loss; ``()`` without samples, which no user's code receives."""
+        return self.task.transform(batch.data, batch.keys) if len(batch) else ()
 
     def _apply(self, reduction: ReductionResult, values: Tensor, want_grad_norm: bool) -> DeviceResult:
         """Clip the gradients and take the step, unless something is not finite."""
@@ -119,7 +122,7 @@ class DeviceStep:
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         gradients = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
         losses = torch.zeros(len(batch), device=self.device)
-        data = self.task.transform(batch.data, batch.keys)
+        data = self._transform(batch)
         for number, (part, positions) in self.reducer.split((data, torch.arange(len(batch), device=self.device))):
             self.seed(step, number)
             with self.autocast:

@@ -25,6 +25,12 @@ class TaskOutline:
         losses = losses.detach()
         return torch.stack([losses, *(metrics[name].to(losses.dtype) for name in self.metric_names)])
 
+    def join(self, values: list[Tensor], device: torch.device) -> Tensor:
+        """Join the values of micro-batches; a rank without samples has none, and n is 0."""
+        if not values:
+            return torch.zeros(1 + len(self.metric_names), 0, device=device)
+        return values[0] if len(values) == 1 else torch.cat(values, 1)
+
 
 @torch.no_grad()
 def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractContextManager[Any]) -> TaskOutline:

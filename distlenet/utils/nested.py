@@ -32,9 +32,10 @@ def tensors_in(data: Any) -> Iterator[Tensor]:
 
 
 def count_samples(data: Any) -> int:
-    """Return the number of samples of ``data``: the length of its first tensor or list."""
-    while isinstance(data, tuple | dict):
-        data = next(iter(data.values() if isinstance(data, dict) else data))
+    """Return the number of samples of ``data``: the length of its first tensor or list; 0 if there is none."""
+    if isinstance(data, tuple | dict):
+        items = data.values() if isinstance(data, dict) else data
+        return next((count_samples(item) for item in items if not isinstance(item, tuple | dict) or item), 0)
     return len(data)
 
 
