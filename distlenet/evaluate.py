@@ -1,4 +1,4 @@
-"""``python -m distlenet.evaluate checkpoint=RUN_OR_FILE``: evaluate a checkpoint on its test set."""
+"""``python -m distlenet.evaluate checkpoint=RUN_OR_FILE``: evaluate a checkpoint on its test or validation set."""
 
 from distlenet.utils.process import exit_with_agent
 
@@ -10,18 +10,19 @@ from pathlib import Path
 
 from distlenet.checkpoint.format import State, load_checkpoint, load_model
 from distlenet.checkpoint.store import find_checkpoint
-from distlenet.config.arguments import parse_arguments
+from distlenet.config.arguments import settings_parser
 from distlenet.config.fields import flatten
 from distlenet.config.loading import load_config
 from distlenet.config.schema import Config
-from distlenet.data.loader import EvaluationLoader
+from distlenet.data.loader import EvaluationLoader, evaluation_loaders
 from distlenet.data.sources import require_local_data
 from distlenet.distributed.collectives import broadcast_object
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
 from distlenet.task import Batch
 from distlenet.tasks.registry import make_task, reads_images
-from distlenet.tracking.text import accuracy_line
+from distlenet.tracking.history import to_json
+from distlenet.tracking.text import format_metrics, result_line
 from distlenet.training.evaluation import evaluate
 from distlenet.training.meter import Metrics
 from distlenet.training.outline import outline_of
@@ -30,7 +31,15 @@ from distlenet.utils.errors import UserError, warn
 
 def main() -> None:
     """Evaluate a checkpoint; settings that are not given are taken from it."""
-    files, overrides = parse_arguments("distlenet.evaluate", "Evaluate a checkpoint on the test set.")
+    parser = settings_parser("distlenet.evaluate", "Evaluate a checkpoint on the test set or the validation set.")
+    parser.add_argument("--split", choices=["test", "val"], default="test", help="the set (test)")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object, with the metrics at full precision as in summary.json",
+    )
+    arguments = parser.parse_intermixed_args()
+    files, overrides = arguments.config, arguments.overrides
     # checkpoint=PATH is the short form of checkpoint.path=PATH
     overrides = [f"checkpoint.path={o.partition('=')[2]}" if o.startswith("checkpoint=") else o for o in overrides]
     given = load_config(files, overrides)
@@ -48,10 +57,12 @@ def main() -> None:
         if config.data.name == "synthetic":
             config = load_config(files, [*overrides, f"data.root={given.data.root}"], state["config"], names)
         require_local_data(config.data)
-    evaluate_checkpoint(config, state, path)
+    evaluate_checkpoint(config, state, path, arguments.split, arguments.json)
 
 
-def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
+def evaluate_checkpoint(
+    config: Config, state: State, path: Path, split: str = "test", as_json: bool = False
+) -> Metrics:
     """Evaluate the checkpoint ``state``, read from ``path``, as one rank; rank 0 prints."""
     with init_distributed(config) as context:
         env = context.env
@@ -59,22 +70,27 @@ def evaluate_checkpoint(config: Config, state: State, path: Path) -> Metrics:
         task = make_task(config)
         model = task.model().to(context.device)
         load_model(model, state, path)
-        test = task.datasets().test
-        chunk, collate, seed = task.eval_batch_size, task.collate, config.seed
-        loader = EvaluationLoader(test, chunk, env.rank, env.world_size, context.device, collate, seed)
+        loaders = evaluation_loaders(config, context, datasets := task.datasets(), task)
+        if split not in loaders:
+            raise UserError("--split val: the data has no validation set; give the data.validation of the training")
+        loader = loaders[split]
 
         def batches() -> Iterator[Batch]:
             for batch in loader:
                 context.watchdog.heartbeat(batch.number)
                 yield batch
 
-        sample = next(iter(EvaluationLoader(test, 1, 0, 1, context.device, collate, seed)))
+        first = EvaluationLoader(datasets.test, 1, 0, 1, context.device, task.collate, config.seed)
+        sample = next(iter(first))
         outline = outline_of(task, model, task.transform(sample.data, None), context.autocast())
-        metrics = evaluate(outline, model, batches(), len(test), context)
+        metrics = evaluate(outline, model, batches(), loader.samples, context)
         if env.rank == 0:
-            loss, accuracy = metrics.means["loss"], metrics.means["accuracy"]
-            print(f"{path}: step {state['step']}, test loss {loss:.6f}, accuracy {accuracy:.4f}")
-            print(accuracy_line(accuracy, metrics.count), flush=True)
+            values, step = metrics.to_dict(f"{split}_"), state["step"]
+            if as_json:
+                print(to_json({"checkpoint": str(path), "step": step, **values}), flush=True)
+            else:
+                print(f"{path}: step {step}, {format_metrics(metrics.to_dict(), prefix=split)}")
+                print(result_line(values, split), flush=True)
     return metrics
 
 

@@ -53,8 +53,27 @@ def _comment(archive: bytes) -> bytes:
 
 def write_atomically(state: State, path: Path) -> None:
     """Write ``state``; at any moment, even after a power cut, ``path`` is the old file or the new one."""
-    content = to_bytes(state)
-    temporary = path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(8)}")
+    _replace(path, to_bytes(state))
+
+
+def link_atomically(source: Path, path: Path) -> None:
+    """Make ``path`` a hard link to ``source``, or a copy if the file system has no links; as ``write_atomically``."""
+    temporary = _temporary(path)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        _replace(path, source.read_bytes())
+        return
+    try:
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # after a failure, or if ``path`` was this link already: then replace does nothing
+    _sync(path.parent)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -65,11 +84,20 @@ def write_atomically(state: State, path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(8)}")
+
+
+def _sync(directory: Path) -> None:
+    """Make the names of a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def load_checkpoint(path: Path) -> State:

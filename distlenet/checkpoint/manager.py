@@ -58,6 +58,7 @@ class CheckpointManager:
             if self.rank == 0:
                 self.store.remove_temporary_files()
                 selected = choose_resumable(self.config, self.store, self.model)
+                self.store.repair_last()
         selected = broadcast_object(selected)
         if selected is None:
             return None

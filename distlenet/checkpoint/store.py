@@ -1,4 +1,4 @@
-"""The checkpoint directory of a run: the newest files and the best, written in the background."""
+"""The checkpoint directory of a run: the newest files, the last and the best, written in the background."""
 
 import contextlib
 import itertools
@@ -8,7 +8,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from distlenet.checkpoint.format import TEMP_PREFIX, CheckpointError, State, load_checkpoint, write_atomically
+from distlenet.checkpoint.format import (
+    TEMP_PREFIX,
+    CheckpointError,
+    State,
+    link_atomically,
+    load_checkpoint,
+    write_atomically,
+)
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.nested import map_tensors
 
@@ -16,7 +23,10 @@ FILE_NAME = re.compile(r"step-\d+\.pt")
 
 
 class CheckpointStore:
-    """The files ``step-00001234.pt``, the ``keep_last`` newest, and ``best.pt``. Only rank 0 writes, one at a time."""
+    """The files ``step-00001234.pt``, the ``keep_last`` newest; ``last.pt``, which is the newest; and ``best.pt``.
+
+    Only rank 0 writes, one at a time.
+    """
 
     def __init__(self, directory: Path, keep_last: int) -> None:
         self.directory, self.keep_last = directory, keep_last
@@ -61,7 +71,10 @@ class CheckpointStore:
         return self.failure
 
     def write(self, state: State, best: bool = False) -> Path:
-        """Write a checkpoint, also as ``best.pt`` if it is the best, and remove old ones. Raise UserError."""
+        """Write a checkpoint, also as ``last.pt`` and, if it is the best, ``best.pt``; remove old ones.
+
+        Raise UserError if a file cannot be written.
+        """
         path = self.directory / f"step-{state['step']:08d}.pt"
         if best:
             self._unwritten_best = state
@@ -72,6 +85,7 @@ class CheckpointStore:
                 write_atomically(self._unwritten_best, self.directory / "best.pt")
                 self._unwritten_best = None
             write_atomically(state, path)
+            link_atomically(path, self.directory / "last.pt")
             for old in self.by_step()[: -self.keep_last]:
                 old.unlink(missing_ok=True)
         except OSError as error:
@@ -105,6 +119,14 @@ class CheckpointStore:
             for path in self.directory.glob(f"{TEMP_PREFIX}*"):
                 path.unlink()
 
+    def repair_last(self) -> None:
+        """Make ``last.pt`` the newest checkpoint again, after a kill between two writes or a damaged file."""
+        newest, last = self.newest(), self.directory / "last.pt"
+        if newest is not None:
+            with contextlib.suppress(OSError):  # if the directory is not writable, the next write reports it
+                if not (last.exists() and (last.samefile(newest) or last.read_bytes() == newest.read_bytes())):
+                    link_atomically(newest, last)
+
     def by_step(self) -> list[Path]:
         """Return the files ordered by step. Raise UserError if the directory cannot be read."""
         try:
@@ -121,7 +143,8 @@ def find_checkpoint(path: Path) -> Path:
     """Return ``path`` if it is a file, else the newest checkpoint of the run directory ``path``. Raise UserError."""
     if os.path.isfile(path):
         return path
-    newest = CheckpointStore(path / "checkpoints", keep_last=1).newest() or CheckpointStore(path, keep_last=1).newest()
+    directories = (path / "checkpoints", path)
+    newest = next((found for each in directories if (found := CheckpointStore(each, keep_last=1).newest())), None)
     if newest is None:
         reason = "has no checkpoints/step-*.pt" if os.path.exists(path) else "no such file or directory"
         raise UserError(f"checkpoint {path}: {reason}; give a checkpoint file or a run directory")

@@ -143,6 +143,12 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"run.name={name}: expected the name of one directory; its parent is run.dir")
     if not 0 < len(config.wandb.project) <= 128 or set("/\\#?%:") & set(config.wandb.project):
         raise UserError(f"wandb.project={config.wandb.project[:200]}: expected 1 to 128 characters, without /\\#?%:")
+    for key, name in {
+        "train.stop_when": config.train.stop_when,
+        "checkpoint.best_by": config.checkpoint.best_by,
+    }.items():
+        if name is not None and not re.fullmatch("val/.+", name):
+            raise UserError(f"{key}={name}: expected val/NAME, a metric of the validation set, such as val/loss")
     if unknown := [key for key in config.checkpoint.allow_changed if key not in FIELDS]:
         raise UserError(f"checkpoint.allow_changed: {unknown_key(unknown[0])}")
     if fixed := {"task.name", "model.name", "optim.name"} & set(config.checkpoint.allow_changed):

@@ -114,6 +114,12 @@ class TrainConfig:
         "(on a GPU, the host then waits for each step).",
     )
     max_skipped_steps: int = setting(10, "Total of steps that train.on_nonfinite=skip skips before it stops.", ge=1)
+    stop_when: str | None = setting(
+        None, "End the run when this metric of the validation set, such as val/loss, stops improving.", result=True
+    )
+    stop_patience: int = setting(
+        3, "With train.stop_when: epochs in a row without an improvement after which the run ends.", ge=1, result=True
+    )
     cuda_graph: Literal["off", "auto"] = setting(
         "off", "auto: replay the step as a CUDA graph if possible, with the learning rate in float32.", result=True
     )
@@ -177,6 +183,12 @@ class CheckpointConfig:
     )
     max_restarts_without_progress: int = setting(5, "Restarts from the same checkpoint before the run gives up.", ge=1)
     keep_last: int = setting(3, "Newest checkpoints to keep, in addition to the best.", ge=1)
+    best_by: str | None = setting(
+        None,
+        "Metric of the validation set that selects best.pt; null: val/loss. Names that end in loss or error are "
+        "minimised, all others maximised.",
+        result=True,
+    )
     resume: str = setting("auto", "auto: the run's newest checkpoint; never: start anew; or a file or run directory.")
     allow_changed: list[str] = setting([], "Result-changing keys that may differ from those of the resumed checkpoint.")
     path: str | None = setting(None, "File or run directory that evaluate reads; checkpoint=PATH is its short form.")
@@ -201,7 +213,9 @@ class WandbConfig:
     group: str | None = setting(None, "Group of runs.")
     tags: list[str] = setting([], "Tags of the run.")
     notes: str | None = setting(None, "Notes on the run.")
-    log_checkpoints: bool = setting(False, "Upload the best checkpoint as an artifact.")
+    log_checkpoints: bool = setting(
+        False, "Upload the best checkpoint as an artifact, or the last one if there is no validation set."
+    )
     finish_timeout_s: float = setting(
         15.0, "Seconds for uploads at the end of a job; report --replay-wandb sends the rest.", ge=0, lt=10**6
     )

@@ -177,8 +177,8 @@ class EvaluationLoader:
 
 def make_loaders(
     config: Config, context: DistributedContext, datasets: Datasets, task: Task
-) -> tuple[Loader, EvaluationLoader]:
-    """Make the loaders of a rank, for training and for the test set. A collective.
+) -> tuple[Loader, dict[str, EvaluationLoader]]:
+    """Make the loaders of a rank: for training, and ``evaluation_loaders``. A collective.
 
     Raise UserError if the datasets do not fit into the memory that ``data.device`` names.
     """
@@ -190,9 +190,22 @@ def make_loaders(
     )
     with raise_on_all_ranks():  # a GPU may have less free memory than the others
         datasets = place_datasets(datasets, config.data.device, num_workers, device)
-    chunk, collate = task.eval_batch_size, task.collate
-    test_loader = EvaluationLoader(datasets.test, chunk, env.rank, env.world_size, device, collate, config.seed)
-    return Loader(datasets.train, sampler, num_workers, device, collate, task.partners), test_loader
+    loader = Loader(datasets.train, sampler, num_workers, device, task.collate, task.partners)
+    return loader, evaluation_loaders(config, context, datasets, task)
+
+
+def evaluation_loaders(
+    config: Config, context: DistributedContext, datasets: Datasets, task: Task
+) -> dict[str, EvaluationLoader]:
+    """Make a rank's loaders of the validation set, if there is one, and of the test set: ``val``, then ``test``."""
+    env, device = context.env, context.device
+    return {
+        split: EvaluationLoader(
+            dataset, task.eval_batch_size, env.rank, env.world_size, device, task.collate, config.seed
+        )
+        for split, dataset in (("val", datasets.validation), ("test", datasets.test))
+        if dataset is not None
+    }
 
 
 def prefetch_to_device(batches: Iterator[Fetched], device: torch.device) -> Iterator[Fetched]:
@@ -229,14 +242,16 @@ def place_datasets(datasets: Datasets, wanted: str, num_workers: int, device: to
         raise UserError(f"data.device=cuda: data.num_workers={num_workers}: they have no GPU; give data.num_workers=0")
     if wanted == "cuda" and device.type != "cuda":
         raise UserError("data.device=cuda: this rank has no GPU; give data.device=auto")
-    train, test = datasets.train, datasets.test
     if wanted == "cpu" or device.type == "cpu" or num_workers:
         return datasets
-    if not (isinstance(train, ImageDataset) and isinstance(test, ImageDataset)):
+    splits = {split: getattr(datasets, split) for split in ("train", "validation", "test")}
+    images = {split: dataset for split, dataset in splits.items() if isinstance(dataset, ImageDataset)}
+    if len(images) < len([dataset for dataset in splits.values() if dataset is not None]):
         return datasets
-    needed, free = train.nbytes + test.nbytes, torch.cuda.mem_get_info(device)[0]
+    needed, free = sum(dataset.nbytes for dataset in images.values()), torch.cuda.mem_get_info(device)[0]
     if needed <= free * (1 if wanted == "cuda" else GPU_SHARE):
-        return replace(datasets, train=train.to(device), test=test.to(device))
+        placed: dict[str, Any] = {split: dataset.to(device) for split, dataset in images.items()}
+        return replace(datasets, **placed)
     if wanted == "cuda":
         raise UserError(f"data.device=cuda: the images take {needed:,} bytes of {free:,} free; give data.device=auto")
     return datasets

@@ -1,10 +1,10 @@
 """The ``Tracker`` interface, and ``Trackers``, which calls several trackers.
 
-A record is one measurement, a flat dict: ``split`` (train, train_epoch or test), ``step`` (completed optimizer steps),
-``epoch`` (from 1), ``batch`` (completed steps of the epoch), ``loss`` (nats per image), ``accuracy`` (0 to 1),
-``count`` (number of images), ``lr``, ``time`` (seconds since 1970). Train records also have ``grad_norm`` of the last
-step, ``loss_scale`` with fp16, ``gpu_memory_gib`` (peak memory of rank 0's GPU), and what
-``distlenet.training.throughput`` measures.
+A record is one measurement, a flat dict: ``split`` (train, train_epoch, val or test), ``step`` (completed optimizer
+steps), ``epoch`` (from 1), ``batch`` (completed steps of the epoch), ``loss`` (mean over samples), the task's metrics
+(such as ``accuracy``, 0 to 1), ``count`` (number of samples), ``lr``, ``time`` (seconds since 1970). Train records also
+have ``grad_norm`` of the last step, ``loss_scale`` with fp16, ``gpu_memory_gib`` (peak memory of rank 0's GPU), and
+what ``distlenet.training.throughput`` measures.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,23 @@ from typing import Any
 Record = dict[str, Any]
 
 TEST_FILE = "test.json"  # details of a run's last test; see distlenet.training.error_analysis
-SPLITS = ("train", "train_epoch", "test")  # in the order in which their records are logged after a step
+SPLITS = ("train", "train_epoch", "val", "test")  # in the order in which their records are logged after a step
 
 NONDETERMINISTIC_KEYS = {
     *("time", "images_per_s", "load", "compute", "wait", "slowest_rank", "slowest_host", "gpu_memory_gib"),
     *(f"rank_images_per_s_{name}" for name in ("min", "median", "max")),
 }
 """Keys of a record that depend on the machine; all others are equal in a second run."""
+
+RESERVED_KEYS = NONDETERMINISTIC_KEYS | {
+    *("split", "step", "epoch", "batch", "loss", "count", "lr", "grad_norm", "loss_scale"),
+}
+"""Keys of a record that are no metrics of the task; a metric cannot have such a name."""
+
+
+def metrics_of(record: Record) -> dict[str, float]:
+    """Return the metrics of the task in a record, by name, without the loss."""
+    return {key: value for key, value in record.items() if key not in RESERVED_KEYS and isinstance(value, int | float)}
 
 
 class Tracker:

@@ -5,8 +5,8 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from distlenet.tracking.base import Record, Tracker
-from distlenet.tracking.text import TextLogger, TutorialLogger, time_left
+from distlenet.tracking.base import Record, Tracker, metrics_of
+from distlenet.tracking.text import TextLogger, TutorialLogger, format_metric, time_left
 
 NARROW, WIDE, VERY_WIDE = 60, 78, 110  # columns of a terminal from which the bar shows more numbers
 CELL = 9  # minimum width of a column of the table
@@ -32,7 +32,7 @@ class ProgressBar(TextLogger):
         self.progress = Progress(*columns, console=self.console, expand=True)
         self.task: TaskID | None = None
         self.last_train: Record = {}
-        self.last_train_epoch: Record = {}
+        self.last: dict[str, Record] = {}  # the last record of each split, except train
         self.columns: list[str] = []  # the heading of the table, once it is printed
 
     def start(self, run_info: Record) -> None:
@@ -48,9 +48,9 @@ class ProgressBar(TextLogger):
             self.report_slow_rank(record)
             self.last_train = record
             self._update_bar(record)
-        elif record["split"] == "train_epoch":
-            self.last_train_epoch = record
-        else:
+            return
+        self.last[record["split"]] = record
+        if record["split"] == "test":
             self._print_row(record)
 
     def _update_bar(self, record: Record) -> None:
@@ -60,7 +60,7 @@ class ProgressBar(TextLogger):
         numbers = [  # the minimum width for each
             (NARROW, f"{record['step']}/{info['steps']}"),
             (0, f"loss {record['loss']:.3f}"),
-            (NARROW, f"acc {record['accuracy']:.1%}"),
+            *((NARROW, f"{label(name)} {format_metric(name, value, 1)}") for name, value in first_metric(record)),
             (WIDE, f"{record['images_per_s']:,.0f} images/s"),
             (VERY_WIDE, f"lr {record['lr']:.2g}  {info['world_size']} ranks"),
             (0, f"{time_left(record, info)} left"),
@@ -73,21 +73,31 @@ class ProgressBar(TextLogger):
         )
 
     def _print_row(self, test: Record) -> None:
-        train = self.last_train_epoch
-        has_train = train.get("step") == test["step"]  # not if tested within an epoch
-        cells = {
-            "epoch": f"{test['epoch']}/{self.run_info['epochs']}",
-            "step": f"{test['step']}",
-            "train loss": f"{train['loss']:.4f}" if has_train else "",
-            "train acc": f"{train['accuracy']:.2%}" if has_train else "",
-            "test loss": f"{test['loss']:.4f}",
-            "test acc": f"{test['accuracy']:.2%}",
-            "test images": f"{test['count']}",
-        }
+        """Print the loss and the first metric of each split."""
+        cells = {"epoch": f"{test['epoch']}/{self.run_info['epochs']}", "step": f"{test['step']}"}
+        for split in ("train_epoch", "val", "test"):
+            record, name = self.last.get(split, {}), split.removesuffix("_epoch")
+            if split == "val" and not record:
+                continue
+            known = record.get("step") == test["step"]  # the epoch may not have ended
+            cells[f"{name} loss"] = f"{record['loss']:.4f}" if known else ""
+            for metric, _ in first_metric(test):
+                shown = known and metric in record  # the training set has no metrics over all predictions
+                cells[f"{name} {label(metric)}"] = format_metric(metric, record[metric]) if shown else ""
+        cells["test images"] = f"{test['count']}"
         if not self.columns:
-            self.columns = list(cells) if self.console.width >= WIDE else ["epoch", "test loss", "test acc"]
+            self.columns = self._choose_columns(list(cells))
             self.print("  ".join(f"{name:>{CELL}}" for name in self.columns))
         self.print("  ".join(f"{cells[name]:>{max(CELL, len(name))}}" for name in self.columns))
+
+    def _choose_columns(self, columns: list[str]) -> list[str]:
+        """Choose the columns of the table that fit into the terminal."""
+        selecting = "val" if "val loss" in columns else "test"
+        if self.console.width < WIDE:
+            return ["epoch", *(name for name in columns if name.startswith(f"{selecting} ") and name != "test images")]
+        if selecting == "val" and self.console.width < VERY_WIDE:
+            return [name for name in columns if name not in ("step", "test images")]
+        return columns
 
     def finish(self, summary: Record) -> None:
         """Complete the bar and print the result below it."""
@@ -103,3 +113,13 @@ class ProgressBar(TextLogger):
     def print(self, text: str) -> None:
         """Print text above the bar."""
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+def first_metric(record: Record) -> list[tuple[str, float]]:
+    """Return name and value of the first metric; an empty list if the task has none."""
+    return list(metrics_of(record).items())[:1]
+
+
+def label(name: str) -> str:
+    """Return a short name of a metric."""
+    return {"accuracy": "acc"}.get(name, name[:CELL])

@@ -5,7 +5,7 @@ import sys
 import time
 from datetime import timedelta
 
-from distlenet.tracking.base import Record, Tracker
+from distlenet.tracking.base import Record, Tracker, metrics_of
 from distlenet.utils.errors import warn
 
 LINE_INTERVAL_S = 5.0  # between two lines of training
@@ -14,7 +14,7 @@ SLOW_RECORDS = 5  # for this many records in a row
 
 
 class TextLogger(Tracker):
-    """Print a line at the start, for each test, and for training at most every LINE_INTERVAL_S."""
+    """Print a line at the start, for each evaluation, and for training at most every LINE_INTERVAL_S."""
 
     def __init__(self) -> None:
         self.run_info: Record = {}
@@ -33,9 +33,10 @@ class TextLogger(Tracker):
             f"ranks {i['world_size']} × micro-batches {i['micro_batches']} × images {i['micro_batch_size']}"
         )
         if i["complete"]:
+            limit = "train.stop_patience" if i.get("stopped_early") else "train.epochs"
             self.print(
                 f"this run is complete; to train longer, give run.name={i['run']} "
-                "checkpoint.allow_changed=[train.epochs] and a larger train.epochs; to train again, another run.name"
+                f"checkpoint.allow_changed=[{limit}] and a larger {limit}; to train again, another run.name"
             )
         elif i["step"]:
             self.print(f"resumed at step {i['step']} of {i['steps']} from {i['resumed_from']}")
@@ -44,16 +45,13 @@ class TextLogger(Tracker):
         """Print a record; a training record only if no other was printed just before."""
         self.report_slow_rank(record)
         epoch = f"epoch {record['epoch']}/{self.run_info['epochs']}"
-        if record["split"] == "test":
-            self.print(
-                f"{epoch}  test loss {record['loss']:.4f}  test accuracy {record['accuracy']:.2%} "
-                f"of {record['count']} images"
-            )
+        if record["split"] in ("val", "test"):
+            self.print(f"{epoch}  {format_metrics(record, prefix=record['split'])} of {record['count']} images")
         elif record["split"] == "train" and time.monotonic() - self.last_line_time >= LINE_INTERVAL_S:
             self.last_line_time = time.monotonic()
             self.print(
-                f"{epoch}  step {record['step']}/{self.run_info['steps']}  loss {record['loss']:.4f}  "
-                f"accuracy {record['accuracy']:.1%}  lr {record['lr']:.4g}  "
+                f"{epoch}  step {record['step']}/{self.run_info['steps']}  {format_metrics(record, digits=1)}  "
+                f"lr {record['lr']:.4g}  "
                 f"{record['images_per_s']:,.0f} images/s  {time_left(record, self.run_info)} left"
             )
 
@@ -75,7 +73,11 @@ class TextLogger(Tracker):
         """Print the result, the times and the run directory."""
         speed = summary["train_images_per_s"]  # None if the run was complete at its start
         trained = f"trained at {speed:,.0f} images/s, " if speed else ""
-        self.print(accuracy_line(summary["test_accuracy"], summary["test_count"]))
+        if summary.get("stopped_early"):
+            self.print(f"stopped early after step {summary['steps']}: train.stop_when did not improve")
+        if "best_step" in summary:
+            self.print(f"best.pt: step {summary['best_step']}, {summary['best_by']} {summary['best_value']:.4f}")
+        self.print(result_line(summary))
         self.print(f"{summary['start_s']:.1f} s to start, {trained}{summary['wall_s']:.1f} s in all")
         self.print(f"Files of this run: {summary['run_dir']}")
 
@@ -102,9 +104,25 @@ class TutorialLogger(TextLogger):
         super().finish(summary)
 
 
-def accuracy_line(accuracy: float, count: int) -> str:
-    """Format a test accuracy (0 to 1) like PyTorch's tutorial."""
-    return f"Accuracy of the network on the {count} test images: {100 * accuracy:.1f} %"
+def result_line(metrics: Record, split: str = "test") -> str:
+    """Format the metrics of a split, ``test_loss`` and so on; only the accuracy if there is one, as in the tutorial."""
+    values = {key.removeprefix(f"{split}_"): value for key, value in metrics.items() if key.startswith(f"{split}_")}
+    name = {"val": "validation"}.get(split, split)
+    if "accuracy" not in values:
+        return f"The network on the {values['count']} {name} samples: {format_metrics(values)}"
+    return f"Accuracy of the network on the {values['count']} {name} images: {100 * values['accuracy']:.1f} %"
+
+
+def format_metrics(record: Record, prefix: str = "", digits: int = 2) -> str:
+    """Format the loss and the metrics of a record; ``prefix`` is written before each name."""
+    texts = [f"loss {record['loss']:.4f}"]
+    texts += [f"{name} {format_metric(name, value, digits)}" for name, value in metrics_of(record).items()]
+    return "  ".join(f"{prefix} {text}".lstrip() for text in texts)
+
+
+def format_metric(name: str, value: float, digits: int = 2) -> str:
+    """Format an accuracy in percent, with so many ``digits``, and other values with four."""
+    return f"{value:.{digits}%}" if name == "accuracy" else f"{value:.4f}"
 
 
 def time_left(record: Record, run_info: Record) -> timedelta:

@@ -128,9 +128,10 @@ class Wandb:
                 except Exception as error:  # any: the numbers are more important than the tables
                     warn(f"W&B: {one_line(error)}; this run has no tables there, report.html has them")
             self.run.summary.update({k: v for k, v in summary.items() if v is not None})
-            best = self.run_dir / "checkpoints" / "best.pt"
-            if self.config["wandb"]["log_checkpoints"] and best.exists():
-                self.run.log_artifact(str(best), name=f"{self.run_dir.name}-best", type="model")
+            kind = "best" if "best_step" in summary else "last"  # without a validation set, there is no best one
+            path = self.run_dir / "checkpoints" / f"{kind}.pt"
+            if self.config["wandb"]["log_checkpoints"] and path.exists():
+                self.run.log_artifact(str(path), name=f"{self.run_dir.name}-{kind}", type="model")
         elif outcome == "preempted":
             self.run.mark_preempting()
         self.run.finish(exit_code=0 if outcome == "finished" else 1)

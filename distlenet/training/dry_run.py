@@ -110,20 +110,22 @@ def _describe(trainer: Trainer, checkpoint: int) -> list[Row]:
     end = f"drops {dropped:,} samples" if dropped > 0 else f"ends with a batch of {last:,}; drops none"
     shards = f", {config.distributed.virtual_shards} virtual shards" * (config.distributed.reduction == "exact")
     epochs = f"{trainer.total_steps / sampler.steps:g} epochs of {sampler.steps:,}"
-    kept, tested = config.checkpoint.keep_last + 1, trainer.test_loader.samples
+    sets = {split: loader.samples for split, loader in trainer.evaluator.loaders.items()}
+    kept, evaluated = config.checkpoint.keep_last + ("val" in sets), sum(sets.values())
+    others = ", ".join(f"{count:,} to {'validate' if split == 'val' else split}" for split, count in sets.items())
     memory = _memory(trainer)
     data = config.data.name if reads_images(config) else config.task.name
     return [
         ("run", str(trainer.run_dir)),
         ("ranks", f"{ranks:,}: {config.distributed.reduction} reduction{shards}"),
-        (
-            "data",
-            f"{data}: {sampler.samples:,} samples to train on, {tested:,} to test",
-        ),
+        ("data", f"{data}: {sampler.samples:,} samples to train on, {others}"),
         ("global batch", f"{batch:,} samples = {shares}"),
         ("micro-batches", f"{reducer.micro_batches_per_rank} a step, of up to {reducer.micro_batch_size:,} samples"),
         ("steps", f"{trainer.total_steps:,} ({epochs}); each epoch {end}"),
-        ("test", f"about {-(-tested // ranks):,} samples a rank, after each epoch"),
+        (
+            "validation, test" if "val" in sets else "test",
+            f"about {-(-evaluated // ranks):,} samples a rank, each epoch",
+        ),
         ("checkpoint", f"{_size(checkpoint)}, {_size(checkpoint * kept)} for the {kept} that are kept"),
         ("memory of a rank", f"about {_size(sum(memory.values()))}:"),
         *((f"  {name}", _size(size)) for name, size in memory.items()),

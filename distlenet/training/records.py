@@ -11,6 +11,7 @@ from distlenet.distributed.context import DistributedContext
 from distlenet.reduction.reducer import Reducer
 from distlenet.tracking.base import Record
 from distlenet.tracking.wandb import wandb_mode
+from distlenet.training.selection import Selection
 from distlenet.training.state import TrainState
 from distlenet.training.step_result import StepResult
 from distlenet.training.throughput import Throughput
@@ -51,8 +52,13 @@ def measurements(throughput: Throughput, scaler: torch.amp.GradScaler, result: S
     return record
 
 
-def summary(state: TrainState, throughput: Throughput, start_s: float, context: DistributedContext) -> Record:
+def summary(
+    state: TrainState, selection: Selection, throughput: Throughput, start_s: float, context: DistributedContext
+) -> Record:
     """Return the results of a run that reached its end."""
     progress = {"epochs": state.epoch, "steps": state.step, "skipped_steps": state.skipped, "restarts": state.restarts}
     times = {"train_images_per_s": throughput.mean(), "train_s": throughput.seconds, "start_s": start_s}
-    return {**state.test, **progress, **times, **context.describe()}
+    selected: Record = {"stopped_early": selection.stops(state.best)}
+    if selection.best_by is not None and (best := state.best.get(selection.best_by)) and best.step:
+        selected |= {"best_by": selection.best_by, "best_value": best.value, "best_step": best.step}
+    return {**state.val, **state.test, **selected, **progress, **times, **context.describe()}

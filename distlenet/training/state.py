@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from distlenet.training.meter import Metrics
+from distlenet.training.selection import Best
 from distlenet.training.starts import RUN_ID
 from distlenet.utils.structure import check_same_structure
 
@@ -18,8 +19,9 @@ class TrainState:
     batch: int = 0  # global batches done in the current epoch
     lr: float = 0.0  # of the last step
     evaluated: int = 0  # the step after which the last evaluation was made
-    test: dict[str, float] = field(default_factory=dict)  # its metrics: test_loss and so on
-    best_accuracy: float = -1.0
+    val: dict[str, float] = field(default_factory=dict)  # its metrics: val_loss and so on, if there is a validation set
+    test: dict[str, float] = field(default_factory=dict)  # and test_loss and so on
+    best: dict[str, Best] = field(default_factory=dict)  # the best values that select, by names such as val/loss
     skipped: int = 0  # steps that were not taken because of a non-finite loss or gradient
     restarts: int = 0  # how often the run was resumed
     micro_batch: int = 0  # samples of a rank's micro-batch when the run began
@@ -30,10 +32,10 @@ class TrainState:
         """Return the state after one more step."""
         return replace(self, step=self.step + 1, batch=self.batch + 1, lr=lr, skipped=self.skipped + skipped)
 
-    def with_test(self, metrics: Metrics) -> "TrainState":
-        """Return the state after an evaluation."""
-        best = max(self.best_accuracy, metrics.means["accuracy"])
-        return replace(self, evaluated=self.step, test=metrics.to_dict("test_"), best_accuracy=best)
+    def with_evaluation(self, metrics: Mapping[str, Metrics], best: dict[str, Best]) -> "TrainState":
+        """Return the state after an evaluation, with its metrics by split and the best values so far."""
+        values = {split: each.to_dict(f"{split}_") for split, each in metrics.items()}
+        return replace(self, evaluated=self.step, val=values.get("val", {}), test=values.get("test", {}), best=best)
 
     def next_epoch(self) -> "TrainState":
         """Return the state at the start of the next epoch."""
@@ -46,8 +48,13 @@ class TrainState:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "TrainState":
         """Read saved values. Raise KeyError if one is missing, ValueError if one is invalid."""
-        expected = cls().state_dict() | {"test": dict.fromkeys(state["test"], 0.0)}
+        if "best_accuracy" in state:  # saved by a version without validation sets
+            state = {**state, "val": {}, "best": {}}
+        expected = cls().state_dict()
+        expected |= {split: dict.fromkeys(state[split], 0.0) for split in ("val", "test")}
+        expected["best"] = dict.fromkeys(state["best"], asdict(Best(0.0)))
         check_same_structure({name: state[name] for name in expected}, expected, "state")
         if state["run_id"] and not RUN_ID.fullmatch(state["run_id"]):  # it names a directory
             raise ValueError(f"run_id {state['run_id']!r}: expected 8 letters and digits")
-        return cls(**{each.name: state[each.name] for each in fields(cls)})
+        best = {name: Best(**values) for name, values in state["best"].items()}
+        return cls(**{each.name: state[each.name] for each in fields(cls)} | {"best": best})

@@ -1,8 +1,6 @@
 """The training loop."""
 
-import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,31 +11,28 @@ from distlenet.checkpoint.format import State
 from distlenet.checkpoint.manager import CheckpointManager
 from distlenet.config.loading import identity
 from distlenet.config.schema import Config
-from distlenet.data.loader import EvaluationLoader, make_loaders
+from distlenet.data.loader import make_loaders
 from distlenet.data.sample_log import SampleLog, open_sample_log
 from distlenet.distributed.collectives import any_rank, hosts_of_ranks, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import Preemption
 from distlenet.reduction.replica_check import check_replicas
 from distlenet.task import Batch, Task
-from distlenet.tracking.base import TEST_FILE, Record, Tracker
-from distlenet.training.evaluation import evaluate
+from distlenet.tracking.base import Record, Tracker
+from distlenet.training.evaluator import EvaluationStopped, Evaluator
 from distlenet.training.meter import Metrics
 from distlenet.training.nonfinite_report import handle_nonfinite
 from distlenet.training.records import measurements, run_info, summary
+from distlenet.training.selection import Selection
 from distlenet.training.starts import choose_run_id, process_age_s, record_start
 from distlenet.training.state import TrainState
 from distlenet.training.step_result import StepResult
 from distlenet.training.throughput import Throughput
 from distlenet.training.train_step import TrainStep
-from distlenet.utils.errors import warn
-from distlenet.utils.files import replace_text
 
 
 class Trainer:
     """Train ``task`` as one rank of ``context``."""
-
-    stop_check_interval = 16  # batches of an evaluation between two checks whether a rank was asked to stop
 
     def __init__(
         self,
@@ -53,7 +48,8 @@ class Trainer:
         self.tracker, self.preemption = tracker, preemption
         self.env, self.device, self.watchdog = context.env, context.device, context.watchdog
         datasets = task.datasets()
-        self.loader, self.test_loader = make_loaders(config, context, datasets, task)
+        self.selection = Selection(config, datasets.validation is not None)
+        self.loader, evaluation_loaders = make_loaders(config, context, datasets, task)
         self.sampler, self.data_source = self.loader.sampler, datasets.source
         epochs_steps = config.train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
@@ -62,6 +58,8 @@ class Trainer:
         self.train_step = TrainStep(config, context, task, self.total_steps, example)
         on_device = self.train_step.on_device
         self.model, self.meter, self.reducer = on_device.model, on_device.meter, on_device.reducer
+        self.evaluator = Evaluator(on_device.outline, evaluation_loaders, context, preemption, run_dir)
+        self.selection.check_names(on_device.outline.metric_names)
         self.throughput = Throughput(self.device, hosts_of_ranks())
         self.checkpoints = CheckpointManager(
             config, context, run_dir, self.model, blocker=self._unwritten_sample_log, before_write=tracker.sync
@@ -80,11 +78,16 @@ class Trainer:
         Raise Preempted if the job was asked to stop: then a checkpoint holds everything done so far.
         """
         self.start()
-        while self.state.evaluated < self.total_steps:
+        while not self.complete:
             self.train_epoch()
             self.finish_epoch()
         self.checkpoints.finish()  # collective
-        return summary(self.state, self.throughput, self.start_s, self.context)
+        return summary(self.state, self.selection, self.throughput, self.start_s, self.context)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has ended, after its last step or early."""
+        return self.state.evaluated >= self.total_steps or self.selection.stops(self.state.best)
 
     def train_epoch(self) -> None:
         """Train to the end of the epoch, or of the run."""
@@ -124,16 +127,31 @@ class Trainer:
     def finish_epoch(self) -> None:
         """Log, evaluate and save at the end of an epoch, or of the run. A collective."""
         trained = self.meter.total()  # collective, host sync
-        tested = self.evaluate()  # collective, host sync
+        evaluated, state = self.evaluate()  # collective, host sync
         if complete := self.state.batch == self.sampler.steps:  # otherwise train.max_steps ended it
             self.log("train_epoch", trained)
             self.meter.reset()
-        self.log("test", tested)
-        best = tested.means["accuracy"] > self.state.best_accuracy
-        self.state = self.state.with_test(tested)
-        if complete:
-            self.state = self.state.next_epoch()
-        self.checkpoints.save(self, best)  # collective
+        for split, metrics in evaluated.items():
+            self.log(split, metrics)
+        self.state = state.next_epoch() if complete else state
+        self.checkpoints.save(self, self.selection.is_best(state.best))  # collective
+
+    def evaluate(self) -> tuple[dict[str, Metrics], TrainState]:
+        """Evaluate the bare model on all splits; return the metrics by split, and the next state. A collective.
+
+        If a rank was asked to stop, save and exit: a resumed run repeats the evaluation.
+        """
+        state, evaluated, best = self.state, {}, self.state.best
+        try:
+            for split in self.evaluator.loaders:
+                ends = state.step >= self.total_steps or self.selection.stops(best)
+                analyse = split == "test" and ends
+                evaluated[split] = self.evaluator.evaluate(split, self.model, state.step, analyse)  # collective
+                if split == "val":
+                    best = self.selection.update(best, evaluated[split], state.step)
+        except EvaluationStopped:
+            self.checkpoints.save_and_exit(self, state.step, self.preemption)  # collective
+        return evaluated, state.with_evaluation(evaluated, best)
 
     def start(self) -> None:
         """Resume from a checkpoint, or start from scratch; report it. A collective."""
@@ -175,40 +193,6 @@ class Trainer:
             handle_nonfinite(self.train_step, batch, bad_step, self.state.skipped + 1, self.run_dir)
         self.train_step.check_finite()
 
-    def evaluate(self) -> Metrics:
-        """Evaluate the bare model on the test set. A collective."""
-        loader = self.test_loader
-        analysis = self.task.error_analysis(self.device) if self.state.step >= self.total_steps else None
-        metrics = evaluate(
-            self.train_step.on_device.outline,
-            self.model,
-            self._interruptible(loader),
-            loader.samples,
-            self.context,
-            analysis,
-        )
-        if analysis is not None:
-            report = analysis.report()  # collective, host sync
-            if self.env.rank == 0:
-                self._write_error_analysis(report)
-        return metrics
-
-    def _interruptible(self, loader: EvaluationLoader) -> Iterator[Batch]:
-        """Yield the batches of an evaluation; now and then save and exit if a rank was asked to stop. A collective."""
-        for number, batch in enumerate(loader):
-            self.watchdog.heartbeat(self.state.step)
-            check = number < loader.batches_of_every_rank and (number + 1) % self.stop_check_interval == 0
-            if check and any_rank(self.preemption.stop_requested, self.device):  # collective, host sync
-                self.checkpoints.save_and_exit(self, self.state.step, self.preemption)
-            yield batch
-
-    def _write_error_analysis(self, report: Record) -> None:
-        path = self.run_dir / TEST_FILE
-        try:
-            replace_text(path, json.dumps(report) + "\n")
-        except OSError as error:  # training does not fail because of its report
-            warn(f"{path}: cannot be written: {error.strerror or error}; the report has no confusion matrix")
-
     def _unwritten_sample_log(self) -> str | None:
         """Return why no checkpoint may be written: a run resumed from it would miss lines for ever. A collective."""
         unwritten = self.config.data.ledger and any_rank(self.sample_log.has_unwritten_lines, self.device)
@@ -228,7 +212,8 @@ class Trainer:
             "run": self.run_dir.name,
             "hosts": list(self.throughput.hosts),
             "steps": self.total_steps,
-            "complete": self.state.evaluated >= self.total_steps,
+            "complete": self.complete,
+            "stopped_early": self.selection.stops(self.state.best),
             "resumed_from": self.resumed_from and str(self.resumed_from),
             "data_source": self.data_source,
         }

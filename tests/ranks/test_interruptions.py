@@ -102,10 +102,13 @@ def test_complete_run_is_not_trained_again_and_evaluates_to_the_same_loss(tmp_pa
     again = run_python(*words, "run.name=run").succeeded()
     assert "this run is complete" in again.stdout
     assert (tmp_path / "run/summary.json").read_bytes() == summary
-    loss = f"test loss {json.loads(summary)['test_loss']:.6f}"
-    for ended in (
-        run_python("-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run'}"),
-        run_ranks(3, "-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run/checkpoints/best.pt'}"),
-    ):
-        assert loss in ended.succeeded().stdout, str(ended)
-        assert ended.stdout.count("Accuracy of the network on the 360 test images") == 1, str(ended)
+    results = {name: value for name, value in json.loads(summary).items() if name.startswith("test_")}
+    assert results.keys() == {"test_loss", "test_accuracy", "test_count"}
+    for ranks, path in ((1, "run"), (2, "run"), (4, "run/checkpoints/last.pt")):
+        command = ("-m", "distlenet.evaluate", f"checkpoint={tmp_path / path}", "--json")
+        evaluated = json.loads(run_ranks(ranks, *command).succeeded().stdout)
+        assert {name: evaluated[name] for name in results} == results  # to the last bit
+        assert evaluated["step"] == json.loads(summary)["steps"]
+    shown = run_python("-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run'}").succeeded().stdout
+    assert f"test loss {results['test_loss']:.4f}  test accuracy {results['test_accuracy']:.2%}" in shown
+    assert shown.count("Accuracy of the network on the 360 test images") == 1

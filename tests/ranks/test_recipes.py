@@ -43,7 +43,7 @@ def test_default_recipe_on_two_ranks(tmp_path):
         "test.json",
         "logs",
     }
-    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4  # the three newest and the best
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4  # the three newest and last.pt
 
 
 @pytest.mark.usefixtures("fashion_mnist")

@@ -22,17 +22,52 @@ def test_the_newest_k_and_the_best_are_kept(tmp_path):
     for step in (5, 10, 99, 100, 1000, 123456789):
         store.write(tiny_state(step), best=step == 10)
     names = sorted(path.name for path in store.directory.iterdir())
-    assert names == ["best.pt", "step-00001000.pt", "step-123456789.pt"]
+    assert names == ["best.pt", "last.pt", "step-00001000.pt", "step-123456789.pt"]
     assert store.newest().name == "step-123456789.pt"  # by step, not by name
     assert load_checkpoint(store.directory / "best.pt")["step"] == 10
+    assert load_checkpoint(store.directory / "last.pt")["step"] == 123456789
+    assert (store.directory / "last.pt").samefile(store.newest())  # takes no space
+
+
+def test_the_last_is_a_copy_without_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.link", refuse)
+    store = CheckpointStore(tmp_path, keep_last=1)
+    for step in (1, 2):
+        newest = store.write(tiny_state(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-00000002.pt"]
+    assert (tmp_path / "last.pt").read_bytes() == newest.read_bytes()
+
+
+def refuse(*_):
+    raise OSError(1, "Operation not permitted")
+
+
+def test_the_last_is_repaired_at_a_start(tmp_path):
+    """After a kill between the two writes, and if the newest file, which it was, is damaged."""
+    store = CheckpointStore(tmp_path, keep_last=3)
+    store.repair_last()  # nothing yet
+    for step in (1, 2):
+        newest = store.write(tiny_state(step))
+    last = tmp_path / "last.pt"
+    store.repair_last()
+    assert last.samefile(newest)
+    last.unlink()
+    store.repair_last()
+    assert last.samefile(newest)
+    newest.write_bytes(b"damaged")
+    store.load_newest()
+    store.repair_last()
+    assert load_checkpoint(last)["step"] == 1
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_best_is_written_before_the_newest(tmp_path, monkeypatch):
     """The newest contains the best accuracy: if it were written first, a kill would hide that best.pt is missing."""
     written = []
     monkeypatch.setattr(store_module, "write_atomically", lambda _, path: written.append(path.name))
+    monkeypatch.setattr(store_module, "link_atomically", lambda _, path: written.append(path.name))
     CheckpointStore(tmp_path, keep_last=1).write(tiny_state(5), best=True)
-    assert written == ["best.pt", "step-00000005.pt"]
+    assert written == ["best.pt", "step-00000005.pt", "last.pt"]
 
 
 def test_a_full_disk_raises_and_leaves_the_old_file(tmp_path):
@@ -47,7 +82,8 @@ def test_a_full_disk_raises_and_leaves_the_old_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-00000001.pt"]
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 1
 
 
 @pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
@@ -62,8 +98,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     monkeypatch.setattr(failing, fail)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         store.write(tiny_state(2), best=True)
-    assert list(tmp_path.iterdir()) == [path]
-    assert path.read_bytes() == before
+    assert set(tmp_path.iterdir()) == {path, tmp_path / "last.pt"}
+    assert path.read_bytes() == (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_temporary_files_are_no_checkpoints_and_are_removed(tmp_path):
@@ -72,7 +108,7 @@ def test_temporary_files_are_no_checkpoints_and_are_removed(tmp_path):
     (tmp_path / ".writing-abc").write_bytes(b"half")
     assert store.by_step() == [newest]
     store.remove_temporary_files()
-    assert list(tmp_path.iterdir()) == [newest]
+    assert set(tmp_path.iterdir()) == {newest, tmp_path / "last.pt"}
 
 
 def damaged(content: bytes):
@@ -155,7 +191,7 @@ def test_a_kill_at_any_byte_of_a_write_leaves_the_old_file(tmp_path):
     size = path.stat().st_size
     cuts = [size * part // 40 for part in range(41)]
     ended = run_command(sys.executable, "-c", KILLED_WHILE_WRITING, tmp_path, *cuts)
-    assert ended.succeeded().stdout == "['step-00000001.pt']\n"
+    assert ended.succeeded().stdout == "['last.pt', 'step-00000001.pt']\n"
 
 
 def test_save_returns_before_the_write_and_later_training_does_not_change_the_file(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def test_two_jobs_in_one_run_directory(error_of, tmp_path):
     train_two_steps()
 
 
-@pytest.mark.parametrize("key", ["optimizer", "schedule", "meter", "batch", "best_accuracy", "an index"])
+@pytest.mark.parametrize("key", ["optimizer", "schedule", "meter", "batch", "best", "an index"])
 def test_a_checkpoint_without_the_state_of_training(error_of, tmp_path, key):
     train_two_steps()
     path = tmp_path / "runs/run/checkpoints/step-00000002.pt"

@@ -80,9 +80,22 @@ def test_a_replay_does_not_replace_the_environment_of_the_run(tmp_path, monkeypa
 
 
 def test_rows_are_numbered_by_step_and_split():
-    splits = ("train", "train_epoch", "test")
+    splits = ("train", "train_epoch", "val", "test")
     numbers = [row_number({"step": step, "split": split}) for step in (0, 1, 2) for split in splits]
-    assert numbers == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    assert numbers == [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13]
+
+
+@pytest.mark.parametrize(("summary", "kind"), [({"best_step": 4}, "best"), ({}, "last")])
+def test_the_best_checkpoint_is_uploaded_or_without_a_validation_set_the_last(tmp_path, monkeypatch, summary, kind):
+    config = load_config([], ["wandb.mode=offline", "wandb.log_checkpoints=true"]).to_dict()
+    run = MagicMock(step=0)
+    monkeypatch.setattr("wandb.init", lambda **_: run)
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("best.pt", "last.pt"):  # an earlier version may have written a best.pt without a validation set
+        (tmp_path / "checkpoints" / name).touch()
+    Wandb(tmp_path, config, {"run_id": "abc", "complete": True}, "offline").finish("finished", summary, {})
+    path = str(tmp_path / f"checkpoints/{kind}.pt")
+    run.log_artifact.assert_called_once_with(path, name=f"{tmp_path.name}-{kind}", type="model")
 
 
 def test_the_keys_of_a_row_name_the_split_and_null_values_are_omitted():

@@ -3,9 +3,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from distlenet import train
 from distlenet.config.loading import load_config
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -37,3 +39,56 @@ def test_a_run_leaves_no_file_of_its_directory_open(tmp_path):
     train_digits(tmp_path, "data.ledger=true")
     links = [path for path in Path("/proc/self/fd").iterdir() if os.path.lexists(path)]
     assert not [link for link in links if os.readlink(link).startswith(str(tmp_path))]
+
+
+EPOCHS = ("train.max_steps=null", "train.epochs=4", "optim.schedule=constant")
+
+
+def lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(tmp_path, name):
+    return torch.load(tmp_path / f"run/checkpoints/{name}.pt", weights_only=True)
+
+
+def test_the_validation_set_is_evaluated_and_selects_the_best_checkpoint(tmp_path):
+    summary = train_digits(tmp_path, *EPOCHS, "data.validation=0.25", "optim.lr=0.01", "checkpoint.keep_last=1")
+    records = lines(tmp_path)
+    assert [record["split"] for record in records] == ["train_epoch", "val", "test"] * 4
+    losses = {record["step"]: record["loss"] for record in records if record["split"] == "val"}
+    step = min(losses, key=losses.get)
+    assert (summary["best_by"], summary["best_value"], summary["best_step"]) == ("val/loss", losses[step], step)
+    assert checkpoint(tmp_path, "best")["step"] == step
+    assert (summary["val_loss"], summary["val_count"], summary["test_count"]) == (losses[36], 359, 360)
+    assert checkpoint(tmp_path, "last")["step"] == summary["steps"] == 36
+    assert not summary["stopped_early"]
+
+
+def test_without_a_validation_set_there_is_no_best_checkpoint(tmp_path):
+    summary = train_digits(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["last.pt", "step-00000002.pt"]
+    assert "best_step" not in summary
+    assert "val_loss" not in summary
+
+
+def test_a_run_stops_early_and_is_complete(tmp_path, capsys):
+    settings = (*EPOCHS, "data.validation=0.25", "optim.lr=1e-9")  # the weights stay the same, and so does the accuracy
+    stop = ("train.stop_when=val/accuracy", "train.stop_patience=1")
+    summary = train_digits(tmp_path, *settings, *stop)
+    assert (summary["epochs"], summary["steps"], summary["stopped_early"]) == (2, 18, True)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["stopped_early"]
+    assert (tmp_path / "run/test.json").exists()
+    before = lines(tmp_path)
+    assert "stopped early after step 18" in capsys.readouterr().out
+    assert train_digits(tmp_path, *settings, *stop)["steps"] == 18
+    assert "this run is complete; to train longer" in capsys.readouterr().out
+    assert lines(tmp_path) == before
+    longer = ("train.stop_patience=2", "checkpoint.allow_changed=[train.stop_patience]")
+    assert train_digits(tmp_path, *settings, *stop, *longer)["epochs"] == 3
+
+
+def test_a_metric_that_does_not_exist_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(UserError, match="best_by=val/f1: the task has no such metric; give one of val/loss"):
+        train_digits(tmp_path, "data.validation=0.25", "checkpoint.best_by=val/f1")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
