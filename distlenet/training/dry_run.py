@@ -54,7 +54,8 @@ def plan(config: Config, world_size: int, make_task: Callable[[Config], Task] = 
             parameter.grad = torch.zeros_like(parameter)
         trainer.train_step.on_device.optimizer.step()  # creates its state; the changed model is discarded
         rows = _describe(trainer, len(to_bytes(trainer.state_dict())))
-    datasets = (trainer.loader.batched.dataset, trainer.test_loader.batched.dataset)
+    evaluated = (loader.batched.dataset for loader in trainer.evaluator.loaders.values())
+    datasets = (trainer.loader.batched.dataset, *evaluated)
     if images := sum(data.nbytes for data in datasets if isinstance(data, ImageDataset)):
         rows.append(("images", f"{_size(images)}, once per node; on a GPU that keeps them, once per GPU"))
     rows.append(("PyTorch itself", f" {_size(resident_before)} on this machine"))
