@@ -18,6 +18,10 @@ A list holds one item per sample: that is how ragged parts are written.
 """
 
 
+Losses = Tensor | tuple[Tensor, Tensor]
+"""Losses of n samples, float (n,), or a pair of losses and weights."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a global batch."""
@@ -131,9 +135,12 @@ class Task(ABC):
         """Return the datasets."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, data: Data) -> tuple[Tensor, Any]:
+    def loss(self, model: nn.Module, data: Data) -> tuple[Losses, Any]:
         """Return the losses of transformed samples, float (n,), and the model's outputs.
 
+        Or return ``(losses, weights), outputs``, with non-negative weights, float (n,): then the loss of a global batch
+        is the sum of weight × loss over the sum of the weights, over all ranks and micro-batches. Only the ratios of
+        weights matter. They are rounded to multiples of 2**-20, and no gradient flows into them.
         The loss may differ in training and in evaluation mode, as dropout does: ``model.training``.
         """
 
@@ -171,7 +178,9 @@ def _lists_to_tuples(data: Any) -> Any:
     """
     if isinstance(data, dict):
         return {key: _lists_to_tuples(item) for key, item in data.items()}
-    if isinstance(data, list | tuple) and not all(isinstance(item, str | bytes) for item in data):
+    if isinstance(data, list | tuple):
+        if all(isinstance(item, str | bytes) for item in data):
+            return list(data)
         items = map(_lists_to_tuples, data)
         return type(data)(*items) if hasattr(data, "_fields") else tuple(items)
     return data

@@ -47,12 +47,13 @@ NO_SAMPLES = object()
 
 
 class _ModelWithStopFlag(nn.Module):
-    """A model and a parameter that is always 0: only the gradient of the parameter matters."""
+    """A model and parameters that are always 0: only their gradients matter."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, sums_weights: bool) -> None:
         super().__init__()
         self.model = model
         self.flag = nn.Parameter(torch.zeros((), device=device))
+        self.weight = nn.Parameter(torch.zeros((), device=device)) if sums_weights else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; for ``NO_SAMPLES``, return 0, with a gradient of 0 for every parameter."""
@@ -82,10 +83,12 @@ class DdpReducer:
         micro_batch_size: int,
         all_reduce: AllReduce = dist.all_reduce,
         compress: bool = False,
+        weighted: bool = False,
     ) -> None:
         """Wrap ``model``; a rank takes ``accumulation_steps`` micro-batches of up to ``micro_batch_size`` samples.
 
-        With ``compress``, gradients travel as bf16 through the process group. A collective.
+        With ``compress``, gradients travel as bf16 through the process group. ``weighted`` losses divide by the sum of
+        their weights. A collective.
         """
         device = next(model.parameters()).device
         self.rank, self.micro_batch_size, self.micro_batches_per_rank = env.rank, micro_batch_size, accumulation_steps
@@ -96,14 +99,15 @@ class DdpReducer:
             self.comm_hook = bf16_compress_hook
         elif all_reduce is not dist.all_reduce:
             self.comm_hook, self.loss_multiplier = sum_comm_hook(all_reduce), 1
-        self.model = self._wrap(_ModelWithStopFlag(model, device))
+        self.weighted, self.weights_in_bucket = weighted, weighted and not compress  # bf16 would round their sum
+        self.model = self._wrap(_ModelWithStopFlag(model, device, self.weights_in_bucket))
         # The first parameter's gradient is the last one of a backward pass. The hook does not refer to the reducer:
         # the garbage collector does not see a hook's references, and the process group would never end.
         self.ready = _ReadyMark(self.clock)
         next(p for p in model.parameters() if p.requires_grad).register_post_accumulate_grad_hook(self.ready.set)
 
     def _wrap(self, model: _ModelWithStopFlag) -> DistributedDataParallel:
-        self.flag = model.flag
+        self.flag, self.weight = model.flag, model.weight
         wrapped = DistributedDataParallel(model, **OPTIONS)
         if self.comm_hook is not None:
             wrapped.register_comm_hook(None, self.comm_hook)
@@ -118,7 +122,8 @@ class DdpReducer:
         """
         self.bare_model.eval()
         for _ in range(2):
-            (example_loss(self.model) + self.flag * 0).backward()
+            loss = example_loss(self.model) + self.flag * 0
+            (loss if self.weight is None else loss + self.weight * 0).backward()
         self.bare_model.train()
         self.model.zero_grad(set_to_none=True)
 
@@ -153,6 +158,7 @@ class DdpReducer:
 class _DdpStep(ReductionStep):
     def __init__(self, reducer: DdpReducer, loss_factor: float, stop: Tensor) -> None:
         self.reducer, self.loss_factor, self.stop = reducer, loss_factor, stop
+        self.weight = torch.zeros_like(stop, dtype=torch.float64) if reducer.weighted else None  # of this rank
 
     def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
         micro_batches = self.reducer.split(data)
@@ -162,12 +168,19 @@ class _DdpStep(ReductionStep):
         if micro_batches:
             yield micro_batches[-1]
         else:  # the last backward pass is the collective
-            self.backward(self.reducer.model(NO_SAMPLES))
+            self.backward(self.reducer.model(NO_SAMPLES), self.weight)
 
-    def backward(self, loss_sum: Tensor) -> None:
+    def backward(self, loss_sum: Tensor, weight_sum: Tensor | None = None) -> None:
         loss = loss_sum * self.loss_factor
         # The gradient of the flag is ``stop``, or NaN if the loss is not finite.
-        (loss + self.reducer.flag * (self.stop + loss.detach() * 0)).backward()
+        total = loss + self.reducer.flag * (self.stop + loss.detach() * 0)
+        if weight_sum is not None:
+            weight = weight_sum * self.loss_factor
+            if self.reducer.weight is not None:
+                total = total + self.reducer.weight * weight.float()
+            elif self.weight is not None:
+                self.weight += weight
+        total.backward()
 
     def end(self) -> None:
         """Read what all ranks contributed: the last backward pass has reduced it."""
@@ -175,4 +188,20 @@ class _DdpStep(ReductionStep):
         assert flag.grad is not None, "no backward in this step"
         stop = flag.grad.clone()
         flag.grad = None
-        self._result = ReductionResult(stop, stop.isnan(), self.reducer.ready.mark, reduced)
+        nonfinite = stop.isnan()
+        if (weight := self._total_weight()) is not None:
+            nonfinite |= ~(weight > 0)
+            torch._foreach_div_([p.grad for p in self.reducer.bare_model.parameters() if p.grad is not None], weight)
+        self._result = ReductionResult(stop, nonfinite, self.reducer.ready.mark, reduced)
+
+    def _total_weight(self) -> Tensor | None:
+        """Return the sum of the weights of all ranks, divided by the global batch size; None without weights."""
+        parameter = self.reducer.weight
+        if parameter is not None and parameter.grad is not None:
+            weight = parameter.grad.clone()
+            parameter.grad = None
+            return weight
+        if self.weight is None:
+            return None
+        dist.all_reduce(self.weight)  # collective, only with compression
+        return (self.weight / dist.get_world_size()).float()

@@ -38,9 +38,11 @@ class ExactReducer:
         micro_batch_size: int,
         check_finite: bool,
         all_reduce: AllReduce = dist.all_reduce,
+        weighted: bool = False,
     ) -> None:
         """Reduce the gradients of ``model``; ``check_finite`` includes them in ``ReductionResult.nonfinite``.
 
+        ``weighted`` losses divide by the sum of their weights.
         Raise UserError for modules that mix the samples of a micro-batch, and for parameters that are not float32.
         """
         for name, module in model.named_modules():
@@ -68,8 +70,10 @@ class ExactReducer:
         self.to_grid = 2.0**self.GRID_BITS / self.to_bound
         device = self.parameters[0].device
         self.clock = Clock(device)
-        self.exchanged = torch.zeros(sum(self.sizes) + 1, dtype=torch.float64, device=device)
-        self.sum, self.flag = self.exchanged[:-1], self.exchanged[-1]
+        count = sum(self.sizes)
+        self.exchanged = torch.zeros(count + weighted + 1, dtype=torch.float64, device=device)
+        self.sum, self.flag = self.exchanged[:count], self.exchanged[-1]
+        self.weight = self.exchanged[count] if weighted else None
         self.shard_sum = torch.empty_like(self.sum)
 
     def warm_up(self, example_loss: ExampleLoss) -> None:
@@ -91,14 +95,16 @@ class ExactReducer:
     def step(self, global_size: int, stop: Tensor) -> Iterator[ReductionStep]:
         """Reduce one step. A collective."""
         self.flag.copy_(stop)
-        step = _ExactStep(self, 1 / global_size)
+        if self.weight is not None:
+            self.weight.zero_()
+        step = _ExactStep(self, global_size)
         yield step
         step.end()
 
 
 class _ExactStep(ReductionStep):
-    def __init__(self, reducer: ExactReducer, loss_factor: float) -> None:
-        self.reducer, self.loss_factor = reducer, loss_factor
+    def __init__(self, reducer: ExactReducer, global_size: int) -> None:
+        self.reducer, self.global_size = reducer, global_size
         self.has_partial_sum = False
 
     def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
@@ -106,9 +112,11 @@ class _ExactStep(ReductionStep):
             yield micro_batch
             self.add_shard()
 
-    def backward(self, loss_sum: Tensor) -> None:
-        loss = loss_sum * self.loss_factor
+    def backward(self, loss_sum: Tensor, weight_sum: Tensor | None = None) -> None:
+        loss = loss_sum * (1 / self.global_size)
         self.reducer.flag.add_(loss.detach() * 0)  # NaN if the loss is not finite
+        if weight_sum is not None and self.reducer.weight is not None:
+            self.reducer.weight.add_(weight_sum)  # exact: the weights are multiples of 2**-20, in units of 2**k
         loss.backward()
 
     def add_shard(self) -> None:
@@ -131,12 +139,18 @@ class _ExactStep(ReductionStep):
             reducer.sum.zero_()
         reducer.all_reduce(reducer.exchanged)
         reduced = reducer.clock.mark()
-        flat = reducer.sum.mul_(2.0**-reducer.GRID_BITS).float()
+        reducer.sum.mul_(2.0**-reducer.GRID_BITS)
+        if reducer.weight is not None:
+            reducer.sum.div_(reducer.weight / self.global_size)
+        flat = reducer.sum.float()
         for parameter, gradient in zip(reducer.parameters, flat.split(reducer.sizes), strict=True):
             parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())  # as fused optimizers need it
         # Each gradient is below 2**12, so their sum is finite if all of them are. Infinity and NaN times 0 are NaN.
         total = reducer.flag + flat.sum() if reducer.check_finite else reducer.flag
-        self._result = ReductionResult(reducer.flag, (total * 0).isnan(), ready, reduced)
+        nonfinite = (total * 0).isnan()
+        if reducer.weight is not None:
+            nonfinite |= ~(reducer.weight > 0)
+        self._result = ReductionResult(reducer.flag, nonfinite, ready, reduced)
 
 
 def _gradient_in_memory_order(parameter: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ from distlenet.reduction.shared_memory import resolve_all_reduce
 from distlenet.utils.errors import UserError
 
 
-def make_reducer(config: Config, model: nn.Module, env: DistributedEnvironment, check_finite: bool) -> Reducer:
+def make_reducer(
+    config: Config, model: nn.Module, env: DistributedEnvironment, check_finite: bool, weighted: bool = False
+) -> Reducer:
     """Make the reducer of ``distributed.reduction``. A collective.
 
-    ``check_finite=False`` is for loss scaling, which expects overflows. Raise UserError if settings or model do not
-    allow it.
+    ``check_finite=False`` is for loss scaling, which expects overflows; ``weighted`` is for weighted losses. Raise
+    UserError if settings or model do not allow it.
     """
     size, settings = micro_batch_size(config, env.world_size), config.distributed
     if settings.reduction == "exact" and settings.gradient_compression != "none":
@@ -27,5 +29,5 @@ def make_reducer(config: Config, model: nn.Module, env: DistributedEnvironment, 
     all_reduce = resolve_all_reduce(settings.shared_memory, env, next(model.parameters()).device)
     if settings.reduction == "ddp":
         compress = settings.gradient_compression == "bf16"
-        return DdpReducer(model, env, config.train.accumulation_steps, size, all_reduce, compress)
-    return ExactReducer(model, env, settings.virtual_shards, size, check_finite, all_reduce)
+        return DdpReducer(model, env, config.train.accumulation_steps, size, all_reduce, compress, weighted)
+    return ExactReducer(model, env, settings.virtual_shards, size, check_finite, all_reduce, weighted)

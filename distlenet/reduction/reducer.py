@@ -2,14 +2,15 @@
 
     with reducer.step(batch.global_size, stop) as step:
         for micro_batch in step.micro_batches(inputs):
-            losses, _ = task.loss(reducer.model, micro_batch.data)
-            step.backward(losses.sum())
+            result = outline.loss(reducer.model, micro_batch.data)
+            step.backward(*outline.sums(result))
     step.result
 
 At the end of the ``with`` block each parameter's ``grad`` is the gradient of the mean loss over the global batch.
 Losses are summed, not averaged, and divided by the size of the global batch: so neither a short last batch, nor a short
 micro-batch, nor a rank with fewer samples changes the gradient. Two more values travel in the same all-reduce: whether
-any rank was asked to stop, and whether the loss of any rank is not finite.
+any rank was asked to stop, and whether the loss of any rank is not finite. With weighted losses, the sum of the weights
+travels there, too, and the gradients are divided by it afterwards: before, no rank knows it.
 """
 
 from abc import ABC, abstractmethod
@@ -39,7 +40,8 @@ class ReductionResult:
     """The result of a step, identical on all ranks."""
 
     stop: Tensor  # scalar, positive if any rank was asked to stop
-    nonfinite: Tensor  # bool scalar: a loss, or with ``exact`` a gradient, is not finite or too large to sum exactly
+    # bool scalar: a loss, or with ``exact`` a gradient, is not finite or too large to sum exactly, or all weights are 0
+    nonfinite: Tensor
     gradient_ready: Mark  # this rank's gradient was complete
     reduced: Mark  # the gradients of all ranks were summed
 
@@ -58,8 +60,11 @@ class ReductionStep(ABC):
         """
 
     @abstractmethod
-    def backward(self, loss_sum: Tensor) -> None:
-        """Add the gradient of a micro-batch, whose losses sum to ``loss_sum``. In ``ddp``, the last is a collective."""
+    def backward(self, loss_sum: Tensor, weight_sum: Tensor | None = None) -> None:
+        """Add the gradient of a micro-batch, whose losses sum to ``loss_sum``. In ``ddp``, the last is a collective.
+
+        ``weight_sum`` is the sum of the weights, or None without weights.
+        """
 
     @property
     def result(self) -> ReductionResult:

@@ -1,5 +1,7 @@
 """The part of an optimizer step that runs on the device, and that a CUDA graph can capture."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -24,6 +26,14 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+class RankShare(NamedTuple):
+    """A rank's share of a step, computed again."""
+
+    losses: Tensor  # (n,), in the order of ``Batch.indices``
+    weights: Tensor | None  # (n,); None without weights
+    gradients: dict[str, Tensor]  # by the name of the parameter; with weights, not yet divided by the sum of these
+
+
 class DeviceStep:
     """Model, loss scaler, optimizer, reducer, guard and meter."""
 
@@ -41,10 +51,10 @@ class DeviceStep:
         self.scaler = make_scaler(context.precision, self.device)
         scaled = self.scaler.is_enabled()
         self.optimizer = make_optimizer(config.optim, parameter_groups(task, self.model), loss_scaling=scaled)
-        self.reducer = make_reducer(config, self.model, context.env, check_finite=not scaled)
+        self.reducer = make_reducer(config, self.model, context.env, not scaled, self.outline.weighted)
         deferred = self.device.type == "cuda" and config.train.on_nonfinite == "stop"
         self.guard = NonfiniteGuard(self.optimizer, self.device, deferred, loss_scaling=scaled)
-        self.meter = Meter(self.outline.metric_names, self.device)
+        self.meter = Meter(self.outline.metric_names, self.device, self.outline.weighted)
         self.stop_input = torch.zeros((), device=self.device)
         self.step_input = torch.zeros((), dtype=torch.int64, device=self.device)
 
@@ -61,9 +71,10 @@ class DeviceStep:
             for micro_batch in reduction.micro_batches(data):
                 self.seed(step, micro_batch.number)
                 with self.autocast:
-                    losses, outputs = self.task.loss(self.reducer.model, micro_batch.data)
-                reduction.backward(self.scaler.scale(losses.sum()))  # with the last micro-batch, a collective
-                values.append(self.outline.values(losses, outputs, micro_batch.data))
+                    result = self.outline.loss(self.reducer.model, micro_batch.data)
+                loss_sum, weight_sum = self.outline.sums(result)
+                reduction.backward(self.scaler.scale(loss_sum), weight_sum)  # the last is a collective
+                values.append(self.outline.values(result, micro_batch.data))
         return self._apply(reduction.result, self.outline.join(values, self.device), want_grad_norm)
 
     def _transform(self, batch: Batch) -> Data:
@@ -111,29 +122,28 @@ class DeviceStep:
 
     def _example_loss(self, model: nn.Module) -> Tensor:
         with self.autocast:
-            return self.task.loss(model, self.example)[0].sum()
+            return self.outline.loss(model, self.example).losses.sum()
 
-    def recompute(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute this rank's share of a step again, changing nothing.
-
-        Return the losses (n,) in the order of ``batch.indices`` and the gradients by parameter name. Not a collective.
-        """
+    def recompute(self, batch: Batch, step: int) -> RankShare:
+        """Compute this rank's share of a step again, changing nothing. Not a collective."""
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         gradients = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
-        losses = torch.zeros(len(batch), device=self.device)
+        losses, weights = torch.zeros(len(batch), device=self.device), torch.ones(len(batch), device=self.device)
         data = self._transform(batch)
         for number, (part, positions) in self.reducer.split((data, torch.arange(len(batch), device=self.device))):
             self.seed(step, number)
             with self.autocast:
-                part_losses, _ = self.task.loss(self.model, part)
-            scaled = self.scaler.scale(part_losses.sum() / batch.global_size)
+                result = self.outline.loss(self.model, part)
+            scaled = self.scaler.scale(self.outline.sums(result)[0] / batch.global_size)
             # Not backward(): its hooks would start a collective, and the other ranks are elsewhere.
             part_gradients = torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
             for name, gradient in zip(named, part_gradients, strict=True):
                 if gradient is not None:
                     gradients[name].add_(gradient)
-            losses[positions] = part_losses.detach().float()
+            losses[positions] = result.losses.detach().float()
+            if result.weights is not None:
+                weights[positions] = result.weights
         for name, buffer in self.model.named_buffers():  # such as the statistics of a BatchNorm
             buffer.copy_(buffers[name])
-        return losses, gradients
+        return RankShare(losses, weights if self.outline.weighted else None, gradients)

@@ -25,16 +25,16 @@ def evaluate(
     ``model`` is the bare module, not its DDP wrapper: ranks may have different numbers of batches. ``analysis``
     receives all outputs. A collective, then a host sync. Raise RuntimeError if not every sample was counted once.
     """
-    task, meter = outline.task, Meter(outline.metric_names, context.device)
+    task, meter = outline.task, Meter(outline.metric_names, context.device, outline.weighted)
     model.eval()
     try:
         for batch in batches:
             data = task.transform(batch.data, None)
             with context.autocast():
-                losses, outputs = task.loss(model, data)
-            meter.update(outline.values(losses, outputs, data))
+                result = outline.loss(model, data)
+            meter.update(outline.values(result, data))
             if analysis is not None:
-                analysis.update(outputs, data, batch.indices)
+                analysis.update(result.outputs, data, batch.indices)
     finally:
         model.train()
     metrics = meter.total()  # collective, host sync

@@ -1,4 +1,7 @@
-"""Loss and metrics over samples: summed on the device, added over ranks when they are read."""
+"""Loss and metrics over samples: summed on the device, added over ranks when they are read.
+
+Means are over samples; with weighted losses, ``loss`` is the weighted mean.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distlenet.distributed.collectives import sum_over_ranks
+from distlenet.utils.errors import UserError
 from distlenet.utils.exact_sums import LOSS_BITS, round_to_grid
 
 
@@ -28,13 +32,14 @@ class Meter:
     The sums are exact (see ``distlenet.utils.exact_sums``): they do not depend on the order of samples and ranks.
     """
 
-    def __init__(self, metric_names: Sequence[str], device: torch.device) -> None:
-        self.names = ("loss", *metric_names)
-        self.epoch = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device)  # the last is the count
+    def __init__(self, metric_names: Sequence[str], device: torch.device, weighted: bool = False) -> None:
+        self.names, self.weighted = ("loss", *metric_names), weighted
+        # The last is the count; before it, if the losses are weighted, the sum of the weights.
+        self.epoch = torch.zeros(len(self.names) + weighted + 1, dtype=torch.float64, device=device)
         self.window_start = self.epoch.clone()
 
     def update(self, values: Tensor) -> None:
-        """Add the values of n samples, float (number of names, n). No host sync."""
+        """Add the values of n samples, as ``TaskOutline.values`` returns them. No host sync."""
         self.epoch[:-1] += round_to_grid(values.double(), LOSS_BITS).sum(1)
         self.epoch[-1] += values.shape[1]
 
@@ -64,5 +69,10 @@ class Meter:
 
     def _metrics(self, sums: Tensor) -> Metrics:
         *totals, count = sum_over_ranks(sums).tolist()
+        weight = totals.pop() if self.weighted else count
         means = {name: total / max(count, 1) for name, total in zip(self.names, totals, strict=True)}
+        if self.weighted and count:
+            if not weight:
+                raise UserError(f"loss: the weights of all {count:.0f} samples are 0, so they have no mean")
+            means["loss"] = totals[0] / weight
         return Metrics(means, int(count))

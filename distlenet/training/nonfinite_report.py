@@ -75,15 +75,17 @@ def diagnose(train_step: TrainStep, batch: Batch, step: int, run_dir: Path) -> s
 
 def inspect_rank(train_step: TrainStep, batch: Batch, step: int) -> Record:
     """Return losses and gradients of this rank's share of a step, as plain values. Not a collective."""
-    losses, gradients = train_step.on_device.recompute(batch, step)
+    losses, weights, gradients = train_step.on_device.recompute(batch, step)
     samples = [{"index": i, "loss": loss} for i, loss in zip(batch.indices.tolist(), losses.tolist(), strict=True)]
     worst_first = sorted(samples, key=lambda s: math.inf if math.isnan(s["loss"]) else s["loss"], reverse=True)
     rows = [_gradient_row(name, gradient) for name, gradient in gradients.items()]
+    total, weighted = (float(len(losses)), losses) if weights is None else (float(weights.sum()), weights * losses)
     return {
         "rank": train_step.context.env.rank,
         "host": socket.gethostname(),
-        "finite": bool(losses.isfinite().all()),
-        "loss": sum(losses.tolist()) / max(1, len(losses)),
+        "finite": bool(losses.isfinite().all()) and math.isfinite(total),
+        "loss": sum(weighted.tolist()) / (total or 1.0),
+        "weight": total,
         "indices": batch.indices.tolist(),
         "worst": worst_first[:MAX_SAMPLES],
         "gradients": sorted(rows, key=lambda row: (row["not_finite"], row["norm"]), reverse=True),
@@ -100,6 +102,10 @@ def _gradient_row(name: str, gradient: Tensor) -> Record:
 
 
 def _describe(ranks: list[Record]) -> str:
+    if bad := [rank for rank in ranks if not math.isfinite(rank["weight"])]:
+        return f"a weight of {format_ranks([rank['rank'] for rank in bad])} is negative or not finite"
+    if not any(rank["weight"] for rank in ranks):
+        return "the weights of all losses are 0"
     if bad := [rank for rank in ranks if not rank["finite"]]:
         return f"the loss of {format_ranks([rank['rank'] for rank in bad])} is not finite (on {bad[0]['host']})"
     gradients = [row for rank in ranks for row in rank["gradients"]]

@@ -1,5 +1,6 @@
 """What a task returns for each sample: found out, and checked, with one sample before the first step."""
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,20 @@ from torch import Tensor, nn
 
 from distlenet.task import Data, Task
 from distlenet.utils.errors import UserError
+from distlenet.utils.exact_sums import LOSS_BITS
 from distlenet.utils.nested import map_tensors
+
+SMALLEST_WEIGHT = 1e-3
+"""Smaller weights would lose digits: weights are rounded to multiples of 2**-20, so that their sums are exact."""
+
+
+@dataclass(frozen=True)
+class SampleLosses:
+    """What ``Task.loss`` returned for n samples."""
+
+    losses: Tensor  # (n,)
+    weights: Tensor | None  # float32 (n,), multiples of 2**-20 without a gradient; None without weights
+    outputs: Any
 
 
 @dataclass(frozen=True)
@@ -18,17 +32,49 @@ class TaskOutline:
 
     task: Task
     metric_names: tuple[str, ...]
+    weight_unit: float | None = None  # a power of two near the weight of a sample; None without weights
 
-    def values(self, losses: Tensor, outputs: Any, data: Data) -> Tensor:
-        """Return loss and metrics per sample: (1 + number of metrics, n), of the dtype of ``losses``. No host sync."""
-        metrics = self.task.metrics(map_tensors(Tensor.detach, outputs), data)
-        losses = losses.detach()
-        return torch.stack([losses, *(metrics[name].to(losses.dtype) for name in self.metric_names)])
+    @property
+    def weighted(self) -> bool:
+        """Return whether the task weights its losses."""
+        return self.weight_unit is not None
+
+    def loss(self, model: nn.Module, data: Data) -> SampleLosses:
+        """Call ``Task.loss``. A negative weight becomes NaN, and so does the loss. No host sync."""
+        losses, outputs = self.task.loss(model, data)
+        if not isinstance(losses, tuple):
+            return SampleLosses(losses, None, outputs)
+        losses, weights = losses
+        weights = (weights.detach().float() * 2.0**LOSS_BITS).round() * 2.0**-LOSS_BITS
+        return SampleLosses(losses, torch.where(weights >= 0, weights, math.nan), outputs)
+
+    def sums(self, result: SampleLosses) -> tuple[Tensor, Tensor | None]:
+        """Return the sums, over samples, of the weighted losses and of the weights, scalars. No host sync.
+
+        Weights are in units of ``weight_unit``: then the gradients of all tasks are of similar size, as the grid of
+        ``exact`` and loss scaling need it.
+        """
+        if result.weights is None or self.weight_unit is None:
+            return result.losses.sum(), None
+        weights = result.weights / self.weight_unit  # exact, as the unit is a power of two
+        return (weights * result.losses).sum(), weights.double().sum()
+
+    def values(self, result: SampleLosses, data: Data) -> Tensor:
+        """Return loss and metrics per sample, (1 + number of metrics, n), of the dtype of the losses. No host sync.
+
+        With weights, the first row is weight times loss, one more row holds the weights, and the dtype is float64.
+        """
+        metrics = self.task.metrics(map_tensors(Tensor.detach, result.outputs), data)
+        losses = result.losses.detach()
+        if result.weights is None:
+            return torch.stack([losses, *(metrics[name].to(losses.dtype) for name in self.metric_names)])
+        weights = result.weights.double()
+        return torch.stack([weights * losses, *(metrics[name].double() for name in self.metric_names), weights])
 
     def join(self, values: list[Tensor], device: torch.device) -> Tensor:
         """Join the values of micro-batches; a rank without samples has none, and n is 0."""
         if not values:
-            return torch.zeros(1 + len(self.metric_names), 0, device=device)
+            return torch.zeros(1 + len(self.metric_names) + self.weighted, 0, device=device)
         return values[0] if len(values) == 1 else torch.cat(values, 1)
 
 
@@ -36,7 +82,7 @@ class TaskOutline:
 def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractContextManager[Any]) -> TaskOutline:
     """Compute loss and metrics of one transformed sample, in evaluation mode, and return their outline.
 
-    Raise UserError if they are not one floating-point number per sample.
+    Raise UserError if they are not one number per sample.
     """
     name, was_training = type(task).__name__, model.training
     model.eval()
@@ -46,6 +92,10 @@ def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractCo
         metrics = task.metrics(outputs, example)
     finally:
         model.train(was_training)
+    weight_unit = None
+    if isinstance(losses, tuple) and len(losses) == 2:
+        losses, weights = losses
+        weight_unit = _weight_unit(name, weights)
     if not isinstance(losses, Tensor) or losses.shape != (1,) or not losses.is_floating_point():
         raise UserError(
             f"{name}.loss: expected one floating-point loss per sample, of shape (1,) for one sample, but got "
@@ -57,7 +107,26 @@ def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractCo
                 f"{name}.metrics: {metric}: expected one value per sample, of shape (1,) for one sample, and a name "
                 f"other than loss and count, but got {_describe(values)}"
             )
-    return TaskOutline(task, tuple(metrics))
+    return TaskOutline(task, tuple(metrics), weight_unit)
+
+
+def _weight_unit(name: str, weights: Any) -> float:
+    """Return the power of two nearest to the weight of one sample, or 1 if it is 0.
+
+    Raise UserError if it is not a weight.
+    """
+    if not isinstance(weights, Tensor) or weights.shape != (1,) or not weights.is_floating_point():
+        raise UserError(
+            f"{name}.loss: expected one floating-point weight per sample, of shape (1,) for one sample, but got "
+            f"{_describe(weights)}; return losses (n,) and weights (n,)"
+        )
+    weight = float(weights)
+    if not 0 <= weight < math.inf or 0 < weight < SMALLEST_WEIGHT:
+        raise UserError(
+            f"{name}.loss: expected weights of 0, or from {SMALLEST_WEIGHT:g} on, but got {weight:g}; only their "
+            "ratios matter, so multiply all of them by a constant"
+        )
+    return 2.0 ** round(math.log2(weight)) if weight else 1.0
 
 
 def _describe(value: Any) -> str:

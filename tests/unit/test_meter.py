@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from distlenet.training.meter import Meter
+from distlenet.utils.errors import UserError
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("group")]
 
@@ -71,3 +72,14 @@ def test_sums_of_losses_do_not_depend_on_their_order():
         plain.add(sum(losses[order].double().tolist()))
     assert len(sums) == 1
     assert len(plain) > 1
+
+
+def test_weighted_loss_is_the_mean_by_weight_and_metrics_stay_means_over_samples():
+    meter = Meter(["accuracy"], CPU, weighted=True)
+    meter.update(torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
+    with pytest.raises(UserError, match="the weights of all 2 samples are 0"):
+        meter.total()
+    meter.reset()
+    assert meter.total().to_dict() == {"loss": 0.0, "accuracy": 0.0, "count": 0}
+    meter.update(torch.tensor([[6.0, 1.0], [1.0, 0.0], [2.0, 0.5]]))  # losses 3 and 2, weights 2 and 0.5
+    assert meter.total().to_dict() == {"loss": 7 / 2.5, "accuracy": 0.5, "count": 2}

@@ -45,6 +45,27 @@ class FrozenLayer(PoisonedTask):
         return model
 
 
+class Weighted(ImageClassification):
+    """The weights of the poisoned sample's batch are 0; the weight of the sample, ``weight``."""
+
+    weight = 0.0
+
+    def transform(self, data, keys):
+        images, labels = super().transform(data, keys)
+        weights = torch.ones(len(labels))
+        if keys is not None and (keys.indices == POISONED).any():
+            weights = torch.where(keys.indices == POISONED, self.weight, 0.0)
+        return images, labels, weights
+
+    def loss(self, model, data):
+        losses, logits = super().loss(model, data[:2])
+        return (losses, data[2]), logits
+
+
+class NegativeWeight(Weighted):
+    weight = -1.0
+
+
 class Recorder(Tracker):
     def __init__(self):
         self.records = []
@@ -124,6 +145,20 @@ def test_skipping_has_a_limit(tmp_path):
             trainer.fit()
     assert trainer.state.epoch == 2
     assert len(list((tmp_path / "run/diagnosis").iterdir())) == 3
+
+
+@pytest.mark.parametrize("reduction", ["ddp", "exact"])
+@pytest.mark.parametrize(
+    ("task", "cause"),
+    [(Weighted, "the weights of all losses are 0"), (NegativeWeight, "a weight of rank 0 is negative or not finite")],
+)
+def test_weights_without_a_mean_are_reported(tmp_path, reduction, task, cause):
+    config = load_config([], [*SETTINGS, f"distributed.reduction={reduction}"])
+    with init_distributed(config) as context, make(tmp_path / "run", context, config, task) as trainer:
+        number = poisoned_step(trainer)
+        with pytest.raises(UserError, match=f"step {number + 1}: {cause}; see"):
+            trainer.fit()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
 def test_excessive_learning_rate_is_reported(tmp_path):

@@ -91,11 +91,19 @@ class Scoring(Task):
         return {"absolute_error": error, "close": error < 1}
 
 
+class WeightedScoring(Scoring):
+    """The loss is weighted by the number of words."""
+
+    def loss(self, model, data):
+        losses, outputs = super().loss(model, data)
+        return (losses, torch.tensor([float(len(words)) for words in data["words"]])), outputs
+
+
 TASK = Scoring(Config())
 
 
 @contextmanager
-def make_step(*reduction: str) -> Iterator[tuple[TrainStep, Loader, DistributedContext, Config]]:
+def make_step(*reduction: str, task: Task = TASK) -> Iterator[tuple[TrainStep, Loader, DistributedContext, Config]]:
     config = load_config([], [*SETTINGS, *reduction])
     with init_distributed(config) as context:
         dataset = TASK.datasets().train
@@ -103,7 +111,7 @@ def make_step(*reduction: str) -> Iterator[tuple[TrainStep, Loader, DistributedC
         loader = Loader(dataset, sampler, 0, context.device)
         sample = loader.sample_batch()
         example = TASK.transform(sample.data, sample.keys)
-        train_step = TrainStep(config, context, TASK, 100, example)
+        train_step = TrainStep(config, context, task, 100, example)
         train_step.warm_up()
         yield train_step, loader, context, config
 
@@ -148,13 +156,46 @@ def test_recomputed_step_lists_each_sample(reduction):
     with make_step(*reduction) as (train_step, loader, *_):
         for number in (0, 2):
             batch = loader.batch(0, number)
-            losses, gradients = train_step.on_device.recompute(batch, step=number)
+            losses, weights, gradients = train_step.on_device.recompute(batch, step=number)
+            assert weights is None
             expected, _ = reference_losses(train_step.on_device.model, batch)
             torch.testing.assert_close(losses, expected.detach())
             expected.mean().backward()
             for name, parameter in train_step.on_device.model.named_parameters():
                 torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
             train_step.on_device.model.zero_grad()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=["ddp", "exact"])
+def test_weighted_steps_equal_plain_training(reduction):
+    with make_step(*reduction, task=WeightedScoring(Config())) as (train_step, loader, context, _):
+        model = train_step.on_device.model
+        reference = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        totals = []
+        for step, batch in enumerate(loader.epoch(0)):
+            train_step(batch, step, stop=False)
+            losses, outputs = reference_losses(reference, batch)
+            weights = torch.tensor([float(len(words)) for words in batch.data["words"]])
+            ((weights * losses).sum() / weights.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            totals.append(torch.stack([weights, weights * losses.detach(), _errors(outputs, batch)], 1))
+        for ours, expected in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)  # as above
+        weight, loss, error = torch.cat(totals).double().sum(0).tolist()
+        means = train_step.on_device.meter.total().means
+        assert [means["loss"], means["absolute_error"]] == pytest.approx([loss / weight, error / 20], rel=1e-4)
+        test = TASK.datasets().test
+        evaluation = EvaluationLoader(test, TASK.eval_batch_size, 0, 1, context.device)
+        metrics = evaluate(train_step.on_device.outline, model, evaluation, len(test), context)
+        losses = (model(test.words, test.features) - test.scores).detach().double() ** 2
+        weights = torch.tensor([len(words) for words in test.words])
+        assert metrics.means["loss"] == pytest.approx(float((weights * losses).sum() / weights.sum()), abs=2e-6)
+
+
+def _errors(outputs, batch):
+    return (outputs["score"] - batch.data["sample"]["score"]).abs().detach()
 
 
 def test_evaluation_equals_means_over_the_set():
