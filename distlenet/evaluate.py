@@ -8,7 +8,7 @@ if __name__ == "__main__":
 from collections.abc import Iterator
 from pathlib import Path
 
-from distlenet.checkpoint.format import State, load_checkpoint, load_model
+from distlenet.checkpoint.format import State, evaluation_weights, load_checkpoint, load_model
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.arguments import settings_parser
 from distlenet.config.fields import flatten
@@ -69,7 +69,7 @@ def evaluate_checkpoint(
         path, state = broadcast_object((path, state))  # during a run, ranks may have found different ones
         task = make_task(config)
         model = task.model().to(context.device)
-        load_model(model, state, path)
+        load_model(model, evaluation_weights(state), path)
         loaders = evaluation_loaders(config, context, datasets := task.datasets(), task)
         if split not in loaders:
             raise UserError("--split val: the data has no validation set; give the data.validation of the training")

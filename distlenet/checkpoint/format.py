@@ -108,14 +108,24 @@ def load_checkpoint(path: Path) -> State:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"checkpoint {path}: cannot be read: {reason}; give another, or remove it") from error
     match state:
-        case {"model": dict(model), "config": dict(), "step": int(step), "epoch": int(epoch)} if min(step, epoch) >= 0:
-            if all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in model.items()):
+        case {"model": model, "config": dict(), "step": int(step), "epoch": int(epoch)} if min(step, epoch) >= 0:
+            if is_weights(model) and is_weights(state.get("ema", {})):
                 return cast(State, state)
     raise CheckpointError(f"checkpoint {path}: is not one of distlenet, with model, step, epoch and config")
 
 
+def is_weights(value: Any) -> bool:
+    """Return whether ``value`` is a dict of tensors by name, as the state of a model."""
+    return isinstance(value, dict) and all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in value.items())
+
+
+def evaluation_weights(state: State) -> State:
+    """Return ``state`` with the weights that an evaluation or a prediction loads: their average, if it has one."""
+    return {**state, "model": state.get("ema", state["model"])}
+
+
 def load_model(model: torch.nn.Module, state: State, path: Path) -> None:
-    """Load the weights of a checkpoint into ``model``. Raise UserError if they belong to another architecture."""
+    """Load the weights, ``state["model"]``, into ``model``. Raise UserError if they belong to another architecture."""
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:

@@ -108,6 +108,13 @@ class TrainConfig:
     )
     label_smoothing: float = setting(0.05, "Label smoothing of the training loss.", ge=0, lt=1, result=True)
     max_grad_norm: float | None = setting(None, "Largest norm of the gradient; null: no clipping.", gt=0, result=True)
+    ema_decay: float | None = setting(
+        None,
+        "Decay per step of a moving average of the weights, which is evaluated in place of the weights; null: none.",
+        gt=0,
+        lt=1,
+        result=True,
+    )
     on_nonfinite: Literal["stop", "skip"] = setting(
         "stop",
         "After a step with a non-finite loss, which RUN/diagnosis explains: stop the run, or skip the step "

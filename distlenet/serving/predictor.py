@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distlenet.checkpoint.format import State, load_checkpoint, load_model
+from distlenet.checkpoint.format import State, evaluation_weights, load_checkpoint, load_model
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.loading import load_config
 from distlenet.distributed.context import set_threads
@@ -32,7 +32,7 @@ class Predictor:
         self.images, self.classes = read_task_state(state, file)
         self.transform = ImageTransform(self.images, input_size(config.model.name, self.images))
         self.model = make_model(config.model)
-        load_model(self.model, state, file)
+        load_model(self.model, evaluation_weights(state), file)
         self.model.eval()
         channels = [] if self.images.channels == 1 else [self.images.channels]
         probabilities = self(torch.zeros(1, *channels, *self.images.size, dtype=torch.uint8))

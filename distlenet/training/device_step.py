@@ -18,6 +18,7 @@ from distlenet.training.optimizers import make_optimizer
 from distlenet.training.outline import outline_of
 from distlenet.training.parameter_groups import parameter_groups
 from distlenet.training.step_result import DeviceResult
+from distlenet.training.weight_average import WeightAverage
 from distlenet.utils.keyed_random import seed_micro_batch
 
 
@@ -35,7 +36,7 @@ class RankShare(NamedTuple):
 
 
 class DeviceStep:
-    """Model, loss scaler, optimizer, reducer, guard and meter."""
+    """Model, average of its weights, loss scaler, optimizer, reducer, guard and meter."""
 
     def __init__(self, config: Config, context: DistributedContext, task: Task, example: Data) -> None:
         """Build all parts; ``example`` is the transformed data of one sample. A collective.
@@ -48,6 +49,8 @@ class DeviceStep:
         self.model = task.model().to(self.device)
         self.example = example
         self.outline = outline_of(task, self.model, example, self.autocast)
+        decay = config.train.ema_decay
+        self.weight_average = None if decay is None else WeightAverage(self.model, decay)
         self.scaler = make_scaler(context.precision, self.device)
         scaled = self.scaler.is_enabled()
         self.optimizer = make_optimizer(config.optim, parameter_groups(task, self.model), loss_scaling=scaled)
@@ -89,14 +92,19 @@ class DeviceStep:
             grad_norm = self._clip_gradients()
             nonfinite = nonfinite | ~grad_norm.isfinite()
         skipped = self.guard.should_skip(nonfinite, self.step_input)  # host sync, unless deferred
-        if not skipped:
+        taken = not skipped
+        if taken:
             if want_grad_norm and scaled:  # an overflow is expected, and unscaling must be followed by a step
                 grad_norm = self._clip_gradients()
             self.meter.update(values)
+            scale = self.scaler.get_scale()  # host sync, with fp16 only
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            taken = self.scaler.get_scale() >= scale  # a smaller scale means an overflow: no step was taken
+            if taken and self.weight_average is not None:
+                self.weight_average.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return DeviceResult(reduction, grad_norm, skipped)
+        return DeviceResult(reduction, grad_norm, skipped, taken)
 
     def _clip_gradients(self) -> Tensor:
         """Clip to ``train.max_grad_norm``, if set, and return the norm before, a scalar. No host sync."""
@@ -105,6 +113,10 @@ class DeviceStep:
         if self.max_grad_norm is not None:
             clip_grads_with_norm_(self.model.parameters(), self.max_grad_norm, norm)
         return norm
+
+    def evaluated_model(self) -> nn.Module:
+        """Return the bare module for an evaluation: with the averaged weights, if there are any."""
+        return self.model if self.weight_average is None else self.weight_average.evaluated_model()
 
     def seed(self, step: int, micro_batch: int) -> None:
         """Seed the generator of the device, for dropout, by step and micro-batch."""

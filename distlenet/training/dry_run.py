@@ -139,6 +139,8 @@ def _memory(trainer: Trainer) -> dict[str, int]:
     states = trainer.train_step.on_device.optimizer.state.values()
     memory = {"weights": weights, "gradients": weights}
     memory["optimizer"] = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+    if trainer.config.train.ema_decay is not None:
+        memory["average of the weights"] = weights
     if trainer.config.distributed.reduction == "exact":
         memory["exact sums"] = 2 * 8 * sum(p.numel() for p in trainer.model.parameters())
     stored = trainer.loader.sample_batch().data

@@ -15,6 +15,7 @@ class DeviceResult:
     reduction: ReductionResult
     grad_norm: Tensor | None  # scalar; None if not computed
     skipped: bool
+    taken: bool  # the optimizer's step; False also if the loss scaler skipped it
 
 
 @dataclass(frozen=True)

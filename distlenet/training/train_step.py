@@ -45,12 +45,10 @@ class TrainStep:
         ``train.on_nonfinite=skip``.
         """
         lr = float(self.schedule.get_last_lr()[0])
-        scale = self.on_device.scaler.get_scale()  # host sync, with fp16 only
         self.on_device.set_inputs(step, stop)
         run = self.on_device.compute if self.graph is None else self.graph.run
         result = run(batch, step, want_grad_norm)
-        # A smaller scale means an overflow: no step was taken.
-        if not result.skipped and self.on_device.scaler.get_scale() >= scale:
+        if result.taken:
             self.schedule.step()
         reduction = result.reduction
         stop = self.stop_flag.poll(reduction.stop)
@@ -97,8 +95,10 @@ class TrainStep:
     def state_dict(self) -> State:
         """Return what a checkpoint holds of the step. A collective."""
         parts = self.on_device
+        average = {} if parts.weight_average is None else {"ema": parts.weight_average.state_dict()}
         return {
             "model": parts.model.state_dict(),
+            **average,
             "optimizer": parts.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": parts.scaler.state_dict(),
@@ -113,6 +113,11 @@ class TrainStep:
         parts = self.on_device
         scaled = parts.scaler.is_enabled()
         check_optimizer_state(self.config.optim, parts.optimizer, scaled, state)
+        if parts.weight_average is not None:
+            if "ema" in state:
+                parts.weight_average.load_state_dict(state["ema"])
+            else:  # the run had none so far: it begins with the loaded weights
+                parts.weight_average.reset()
         check_same_structure(state["meter"], parts.meter.state_dict(), "meter")  # collective
         if state["scaler"] and scaled:
             check_same_structure(state["scaler"], parts.scaler.state_dict(), "scaler")

@@ -137,16 +137,17 @@ class Trainer:
         self.checkpoints.save(self, self.selection.is_best(state.best))  # collective
 
     def evaluate(self) -> tuple[dict[str, Metrics], TrainState]:
-        """Evaluate the bare model on all splits; return the metrics by split, and the next state. A collective.
+        """Evaluate the model, or its average, on all splits; return metrics by split and the next state. A collective.
 
         If a rank was asked to stop, save and exit: a resumed run repeats the evaluation.
         """
         state, evaluated, best = self.state, {}, self.state.best
+        model = self.train_step.on_device.evaluated_model()
         try:
             for split in self.evaluator.loaders:
                 ends = state.step >= self.total_steps or self.selection.stops(best)
                 analyse = split == "test" and ends
-                evaluated[split] = self.evaluator.evaluate(split, self.model, state.step, analyse)  # collective
+                evaluated[split] = self.evaluator.evaluate(split, model, state.step, analyse)  # collective
                 if split == "val":
                     best = self.selection.update(best, evaluated[split], state.step)
         except EvaluationStopped:

@@ -70,6 +70,8 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
         {"model": 3},
         {"model": {"conv1.weight": 3}},
         {"model": {1: torch.zeros(1)}},
+        {"ema": None},
+        {"ema": {"conv1.weight": 3}},
         {"config": [1]},
         {"config": None},
         {"step": "x"},
