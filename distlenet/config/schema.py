@@ -197,6 +197,9 @@ class CheckpointConfig:
         result=True,
     )
     resume: str = setting("auto", "auto: the run's newest checkpoint; never: start anew; or a file or run directory.")
+    init_from: str | None = setting(
+        None, "Weights that a new run starts from: a checkpoint, a run directory, or a saved state_dict.", result=True
+    )
     allow_changed: list[str] = setting([], "Result-changing keys that may differ from those of the resumed checkpoint.")
     path: str | None = setting(None, "File or run directory that evaluate reads; checkpoint=PATH is its short form.")
 

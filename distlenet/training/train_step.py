@@ -1,8 +1,11 @@
 """One optimizer step, and everything it changes."""
 
+from pathlib import Path
+
 import torch
 
 from distlenet.checkpoint.format import State
+from distlenet.checkpoint.initial_weights import load_initial_weights
 from distlenet.config.schema import Config
 from distlenet.distributed.collectives import any_rank
 from distlenet.distributed.context import DistributedContext
@@ -53,6 +56,13 @@ class TrainStep:
         reduction = result.reduction
         stop = self.stop_flag.poll(reduction.stop)
         return StepResult(lr, stop, result.skipped, result.grad_norm, reduction.gradient_ready, reduction.reduced)
+
+    def load_initial_weights(self, path: Path) -> None:
+        """Start from the weights in a file, not from the initial ones of the model. A collective."""
+        parts = self.on_device
+        load_initial_weights(parts.model, path)
+        if parts.weight_average is not None:
+            parts.weight_average.reset()
 
     def warm_up(self) -> None:
         """Prepare for the first step, after a checkpoint was loaded. A collective."""

@@ -157,6 +157,8 @@ class Trainer:
     def start(self) -> None:
         """Resume from a checkpoint, or start from scratch; report it. A collective."""
         self.resumed_from = self.checkpoints.restore(self)
+        if self.resumed_from is None and self.config.checkpoint.init_from is not None:
+            self.train_step.load_initial_weights(Path(self.config.checkpoint.init_from))  # collective
         if self.resumed_from is not None:
             self.state = replace(self.state, restarts=self.state.restarts + 1)
         own = self.resumed_from is None or self.run_dir.resolve() in self.resumed_from.resolve().parents
