@@ -5,10 +5,11 @@ from distlenet.utils.process import exit_with_agent
 if __name__ == "__main__":
     exit_with_agent()  # before the imports that take seconds
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distlenet.checkpoint.format import State, evaluation_weights, load_checkpoint, load_model
+from distlenet.checkpoint.format import State, evaluation_weights, load_checkpoint, load_model, load_task_state
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.arguments import settings_parser
 from distlenet.config.fields import flatten
@@ -19,13 +20,17 @@ from distlenet.data.sources import require_local_data
 from distlenet.distributed.collectives import broadcast_object
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
+from distlenet.distributed.environment import read_environment
 from distlenet.task import Batch
-from distlenet.tasks.registry import make_task, reads_images
+from distlenet.tasks.registry import MakeTask, reads_images
+from distlenet.tasks.registry import make_task as make_configured_task
+from distlenet.tracking.base import Record
 from distlenet.tracking.history import to_json
 from distlenet.tracking.text import format_metrics, result_line
-from distlenet.training.evaluation import evaluate
+from distlenet.training.evaluation import evaluate as evaluate_split
 from distlenet.training.meter import Metrics
 from distlenet.training.outline import outline_of
+from distlenet.utils.callable_module import make_callable
 from distlenet.utils.errors import UserError, warn
 
 
@@ -42,12 +47,40 @@ def main() -> None:
     files, overrides = arguments.config, arguments.overrides
     # checkpoint=PATH is the short form of checkpoint.path=PATH
     overrides = [f"checkpoint.path={o.partition('=')[2]}" if o.startswith("checkpoint=") else o for o in overrides]
-    given = load_config(files, overrides)
-    if given.checkpoint.path is None:
+    checkpoint = load_config(files, overrides).checkpoint.path
+    if checkpoint is None:
         raise UserError("checkpoint: none is given; add checkpoint=RUN_DIRECTORY or checkpoint=FILE.pt")
-    path = find_checkpoint(Path(given.checkpoint.path))
+    result = evaluate(checkpoint, overrides, files, arguments.split)
+    if read_environment(os.environ).rank == 0:
+        if arguments.json:
+            print(to_json(result), flush=True)
+        else:
+            values = {key: value for key, value in result.items() if key.startswith(f"{arguments.split}_")}
+            metrics = {key.removeprefix(f"{arguments.split}_"): value for key, value in values.items()}
+            found, step = result["checkpoint"], result["step"]
+            print(f"{found}: step {step}, {format_metrics(metrics, prefix=arguments.split)}")
+            print(result_line(values, arguments.split), flush=True)
+
+
+def evaluate(
+    checkpoint: str | Path,
+    overrides: Sequence[str] = (),
+    files: Sequence[str] = (),
+    split: str = "test",
+    make_task: MakeTask = make_configured_task,
+) -> Record:
+    """Evaluate a checkpoint file, or the newest one of a run directory, as one rank. A collective, under torchrun.
+
+    Settings that neither ``files`` nor ``overrides`` give are taken from the checkpoint; the user's code must be named
+    again, or ``make_task`` creates the task. ``split`` is test or val. Return ``checkpoint``, ``step``, and metrics by
+    name: ``test_loss``, ``test_count`` and so on. Raise UserError if the checkpoint does not fit task or data.
+    """
+    given = load_config(files, overrides)
+    path = find_checkpoint(Path(checkpoint))
     state = load_checkpoint(path)
-    names = ["task.name", "model.name", "data.name"]
+    names = (
+        ["task.name", "model.name", "data.name"] if make_task is make_configured_task else ["model.name", "data.name"]
+    )
     config = load_config(files, overrides, state["config"], names)
     trained_on = dict(flatten(state["config"])).get("data.name")
     if config.data.name != trained_on:
@@ -57,20 +90,20 @@ def main() -> None:
         if config.data.name == "synthetic":
             config = load_config(files, [*overrides, f"data.root={given.data.root}"], state["config"], names)
         require_local_data(config.data)
-    evaluate_checkpoint(config, state, path, arguments.split, arguments.json)
+    metrics, path, state = _evaluate(config, state, path, split, make_task)
+    return {"checkpoint": str(path), "step": state["step"], **metrics.to_dict(f"{split}_")}
 
 
-def evaluate_checkpoint(
-    config: Config, state: State, path: Path, split: str = "test", as_json: bool = False
-) -> Metrics:
-    """Evaluate the checkpoint ``state``, read from ``path``, as one rank; rank 0 prints."""
+def _evaluate(config: Config, state: State, path: Path, split: str, make_task: MakeTask) -> tuple[Metrics, Path, State]:
+    """Return the metrics, and the checkpoint that rank 0 found."""
     with init_distributed(config) as context:
-        env = context.env
         path, state = broadcast_object((path, state))  # during a run, ranks may have found different ones
         task = make_task(config)
+        datasets = task.datasets()
+        loaders = evaluation_loaders(config, context, datasets, task)
         model = task.model().to(context.device)
-        load_model(model, evaluation_weights(state), path)
-        loaders = evaluation_loaders(config, context, datasets := task.datasets(), task)
+        load_model(model, evaluation_weights(state), path)  # first: another architecture is the clearer message
+        load_task_state(task, state, path)
         if split not in loaders:
             raise UserError("--split val: the data has no validation set; give the data.validation of the training")
         loader = loaders[split]
@@ -83,16 +116,11 @@ def evaluate_checkpoint(
         first = EvaluationLoader(datasets.test, 1, 0, 1, context.device, task.collate, config.seed)
         sample = next(iter(first))
         outline = outline_of(task, model, task.transform(sample.data, None), context.autocast())
-        metrics = evaluate(outline, model, batches(), loader.samples, context)
-        if env.rank == 0:
-            values, step = metrics.to_dict(f"{split}_"), state["step"]
-            if as_json:
-                print(to_json({"checkpoint": str(path), "step": step, **values}), flush=True)
-            else:
-                print(f"{path}: step {step}, {format_metrics(metrics.to_dict(), prefix=split)}")
-                print(result_line(values, split), flush=True)
-    return metrics
+        metrics = evaluate_split(outline, model, batches(), loader.samples, context)
+    return metrics, path, state
 
+
+make_callable(__name__)
 
 if __name__ == "__main__":
     run_entry(main)

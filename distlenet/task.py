@@ -159,6 +159,13 @@ class Task(ABC):
         """Return values per sample, (n,), by name; the engine averages them exactly."""
         return {}
 
+    def predict(self, model: nn.Module, data: Data) -> Any:
+        """Return the model's outputs for samples that are not transformed; ``distlenet.load_model`` calls it.
+
+        By default it computes the loss, so ``data`` must include targets.
+        """
+        return self.loss(model, self.transform(data, None))[1]
+
     def error_analysis(self, device: device) -> ErrorAnalysis | None:
         """Return an empty analysis for the final evaluation, or None."""
         return None

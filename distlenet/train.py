@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from distlenet.distributed.entry_point import run_entry
 from distlenet.distributed.environment import read_environment
 from distlenet.distributed.preemption import Preemption
 from distlenet.reduction.batch_size import micro_batch_size
-from distlenet.task import Task
+from distlenet.tasks.registry import MakeTask
 from distlenet.tasks.registry import make_task as make_configured_task
 from distlenet.tracking.base import Record, Trackers
 from distlenet.tracking.history import History
@@ -41,8 +40,6 @@ REPORT_TIMEOUT_S = 120.0
 """Seconds that writing a report may take."""
 
 MAX_DRY_RUN_RANKS = 1_000_000
-
-MakeTask = Callable[[Config], Task]
 
 
 def main(make_task: MakeTask = make_configured_task, trainer_class: type[Trainer] = Trainer) -> None:

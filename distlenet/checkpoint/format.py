@@ -11,7 +11,7 @@ import os
 import secrets
 import textwrap
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -131,3 +131,21 @@ def load_model(model: torch.nn.Module, state: State, path: Path) -> None:
     except RuntimeError as error:
         name, reason = type(model).__name__, textwrap.shorten(str(error), 1000, placeholder=" ...")
         raise UserError(f"checkpoint {path}: is of another architecture than {name}: {reason}") from error
+
+
+class HasState(Protocol):
+    """A task: what it returned when the checkpoint was written is loaded again."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Load a saved state."""
+
+
+def load_task_state(task: HasState, state: State, path: Path) -> None:
+    """Load the state of a task from a checkpoint. Raise UserError if it is one of another task."""
+    try:
+        task.load_state_dict(state["task"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"checkpoint {path}: its task state is not one of {type(task).__name__} ({type(error).__name__}: {error}); "
+            "give the task that was trained"
+        ) from error

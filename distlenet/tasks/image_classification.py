@@ -30,31 +30,43 @@ After Mixup and CutMix, float32 (n, classes) with the share of each class in pla
 class ImageClassification(Task):
     """Train ``config.model`` to classify the images of ``config.data``."""
 
+    images: ImageFormat
+    image_transform: ImageTransform
+
     def __init__(self, config: Config) -> None:
-        """Load the data. Raise UserError if it is unavailable, damaged, or does not fit the network. A collective."""
         super().__init__(config)
-        self.data: Datasets = load_images(config.data)
-        self.classes: tuple[str, ...] = tuple(self.data.classes or ())
-        self.images = from_rank_0(lambda: measure_images(self.data.train, config.data.size is not None))
-        own_network = type(self).model is not ImageClassification.model
-        size = None if own_network else input_size(config.model.name, self.images)
-        self.image_transform = ImageTransform(self.images, size, config.data.augment, config.data.shift)
+        self.data: Datasets | None = None
+        self.classes: tuple[str, ...] = ()
         self.checked = False
         self.mixing: Mixing | None = None
-        if config.data.mixup > 0 or config.data.cutmix > 0:
-            if not self.classes:
-                name = "mixup" if config.data.mixup > 0 else "cutmix"
-                raise UserError(f"data.{name}: needs the number of classes; return Datasets(classes=[...])")
-            self.mixing = Mixing(config.data.mixup, config.data.cutmix, len(self.classes))
-        self.partners = self.mixing is not None
+        self.partners = config.data.mixup > 0 or config.data.cutmix > 0
 
     def model(self) -> nn.Module:
         """Return a new network on the CPU."""
         return make_model(self.config.model)
 
     def datasets(self) -> Datasets:
-        """Return the images of the source."""
+        """Load the data at the first call: a collective.
+
+        Raise UserError if it is unavailable, damaged, or does not fit the network.
+        """
+        if self.data is None:
+            self.data = data = load_images(self.config.data)
+            images = from_rank_0(lambda: measure_images(data.train, self.config.data.size is not None))
+            self._set_format(images, tuple(data.classes or ()))
         return self.data
+
+    def _set_format(self, images: ImageFormat, classes: tuple[str, ...]) -> None:
+        config = self.config
+        own_network = type(self).model is not ImageClassification.model
+        size = None if own_network else input_size(config.model.name, images)
+        self.images, self.classes = images, classes
+        self.image_transform = ImageTransform(images, size, config.data.augment, config.data.shift)
+        if self.partners:
+            if not classes:
+                name = "mixup" if config.data.mixup > 0 else "cutmix"
+                raise UserError(f"data.{name}: needs the number of classes; return Datasets(classes=[...])")
+            self.mixing = Mixing(config.data.mixup, config.data.cutmix, len(classes))
 
     def transform(self, data: Any, keys: SampleKeys | None) -> ImagesAndLabels:
         """Pad, augment and normalise the images, and mix them with those of their partners."""
@@ -82,11 +94,20 @@ class ImageClassification(Task):
 
     def error_analysis(self, device: torch.device) -> ClassificationErrors:
         """Return an empty confusion matrix and list of mistakes."""
-        return ClassificationErrors(self.data.test, self.classes, device)
+        return ClassificationErrors(self.datasets().test, self.classes, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the format of the images, with their statistics, and the class names."""
         return {**self.images.to_dict(), "classes": list(self.classes)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the format of the images and the class names: the data is not needed."""
+        self._set_format(ImageFormat.from_dict(state), tuple(state["classes"]))
+
+    def predict(self, model: nn.Module, data: Tensor) -> Tensor:
+        """Return logits, float32 (n, C), of images as stored: (n, H, W) or (n, C, H, W)."""
+        logits: Tensor = model(self.image_transform(data))
+        return logits.float()
 
     def _check(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return the logits. Raise UserError if the network fails, or does not return one value per class."""

@@ -8,6 +8,9 @@ from distlenet.task import Task
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.utils.errors import UserError
 
+MakeTask = Callable[[Config], Task]
+"""Creates the task of a run. A collective."""
+
 TASKS: dict[str, Callable[..., Task]] = {"image_classification": ImageClassification}
 
 

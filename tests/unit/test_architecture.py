@@ -27,7 +27,7 @@ ALLOWED = {
     "training": {"checkpoint", "config", "data", "distributed", "reduction", "task", "tasks", "tracking", "utils"},
     "preflight": {"checkpoint", "config", "data", "distributed", "tasks", "tracking", "training", "utils"},
     "report": {"config", "distributed", "tracking", "utils"},
-    "serving": {"checkpoint", "config", "data", "distributed", "models", "tasks", "utils"},
+    "serving": {"checkpoint", "config", "data", "distributed", "models", "task", "tasks", "utils"},
     "commands": {
         "checkpoint",
         "config",

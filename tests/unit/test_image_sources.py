@@ -180,9 +180,11 @@ def test_the_fingerprint_depends_on_pixels_labels_and_names(tmp_path):
 def test_images_that_lenet_does_not_take_are_refused(tmp_path, shape, message):
     path = save_array(tmp_path / "set.npz", random_images(6, *shape), random_images(6, *shape))
     with pytest.raises(UserError, match=rf"model.name=lenet: takes grey images of at most 32×32 pixels, but {message}"):
-        ImageClassification(config_of("array", path))
+        ImageClassification(config_of("array", path)).datasets()
     if len(shape) == 2:
-        assert ImageClassification(config_of("array", path, "data.size=32")).images.size == (32, 32)
+        task = ImageClassification(config_of("array", path, "data.size=32"))
+        task.datasets()
+        assert task.images.size == (32, 32)
 
 
 def test_a_network_that_does_not_fit_is_refused_at_the_first_sample(tmp_path):

@@ -143,10 +143,12 @@ def test_task_mixes_in_training_only():
     plain = ImageClassification(load_config([], settings))
     assert (task.partners, plain.partners) == (True, False)
     indices = torch.arange(12)
-    own, partners = task.data.train.get_batch(indices), task.data.train.get_batch(indices + 50)
+    train = task.datasets().train
+    own, partners = train.get_batch(indices), train.get_batch(indices + 50)
     keys = SampleKeys(0, 0, indices)
     inputs, targets = task.transform((own, partners), keys)
     assert targets.shape == (12, 10)
+    plain.datasets()
     assert torch.equal(task.transform(own, None)[0], plain.transform(own, None)[0])
     assert torch.equal(task.transform(own, None)[1], own[1])
 

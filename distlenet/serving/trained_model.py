@@ -1,0 +1,52 @@
+"""Load the network of a checkpoint, for use from Python."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distlenet.checkpoint.format import evaluation_weights, load_checkpoint, load_task_state
+from distlenet.checkpoint.format import load_model as load_weights
+from distlenet.checkpoint.store import find_checkpoint
+from distlenet.config.loading import load_config
+from distlenet.config.names import check_arguments
+from distlenet.task import Data, Task
+from distlenet.tasks.image_classification import ImageClassification
+from distlenet.tasks.registry import make_task
+
+
+class TrainedModel(nn.Module):
+    """A network with the transform of its task, in evaluation mode on the CPU."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, data: Data) -> Any:
+        """Return the outputs for a batch of samples as the dataset holds them; see ``Task.predict``."""
+        return self.task.predict(self.model, data)
+
+
+def load_model(checkpoint: str | Path, task: type[Task] | None = None, overrides: Sequence[str] = ()) -> TrainedModel:
+    """Load a checkpoint file, or the newest one of a run directory. The data of the run is not needed.
+
+    ``task`` is the class that was trained, called with the settings of the checkpoint and ``task.args``; it can also be
+    named in ``overrides``, and so must be a network that is not built in: ``["model.name=my_package:Net"]``. A
+    checkpoint cannot cause an import. Raise UserError if the checkpoint does not fit the task.
+    """
+    file = find_checkpoint(Path(checkpoint))
+    state = load_checkpoint(file)
+    names = ["task.name"] if task is None else []
+    if task is None or task.model is ImageClassification.model:
+        names.append("model.name")
+    config = load_config([], overrides, state["config"], names)
+    if task is None:
+        made = make_task(config)
+    else:
+        check_arguments("task.args", task, config.task.args, positional=1)
+        made = task(config, **config.task.args)
+    load_task_state(made, state, file)
+    model = made.model()
+    load_weights(model, evaluation_weights(state), file)
+    return TrainedModel(model, made).eval()
