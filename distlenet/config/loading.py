@@ -153,6 +153,12 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"checkpoint.allow_changed: {unknown_key(unknown[0])}")
     if fixed := {"task.name", "model.name", "optim.name"} & set(config.checkpoint.allow_changed):
         raise UserError(f"checkpoint.allow_changed: {min(fixed)} cannot change: the state would not fit; remove it")
+    fixed = {key for key in config.checkpoint.allow_changed if key.startswith("optim.")}
+    if fixed and is_import_name(config.optim.schedule):
+        raise UserError(
+            f"checkpoint.allow_changed: {min(fixed)} cannot change: it is part of the state of "
+            f"optim.schedule={config.optim.schedule}; remove it"
+        )
 
 
 def to_yaml(config: Config) -> str:

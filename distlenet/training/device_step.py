@@ -14,7 +14,7 @@ from distlenet.reduction.reducer import ReductionResult
 from distlenet.task import Batch, Data, Task
 from distlenet.training.meter import Meter
 from distlenet.training.nonfinite_guard import NonfiniteGuard
-from distlenet.training.optimizers import make_optimizer
+from distlenet.training.optimizers import check_optimizer, make_optimizer
 from distlenet.training.outline import outline_of
 from distlenet.training.parameter_groups import parameter_groups
 from distlenet.training.step_result import DeviceResult
@@ -54,8 +54,10 @@ class DeviceStep:
         self.scaler = make_scaler(context.precision, self.device)
         scaled = self.scaler.is_enabled()
         self.optimizer = make_optimizer(config.optim, parameter_groups(task, self.model), loss_scaling=scaled)
+        check_optimizer(config.optim, self.optimizer)
         self.reducer = make_reducer(config, self.model, context.env, not scaled, self.outline.weighted)
-        deferred = self.device.type == "cuda" and config.train.on_nonfinite == "stop"
+        skips_on_device = scaled or getattr(self.optimizer, "_step_supports_amp_scaling", False)  # if it is fused
+        deferred = self.device.type == "cuda" and config.train.on_nonfinite == "stop" and skips_on_device
         self.guard = NonfiniteGuard(self.optimizer, self.device, deferred, loss_scaling=scaled)
         self.meter = Meter(self.outline.metric_names, self.device, self.outline.weighted)
         self.stop_input = torch.zeros((), device=self.device)

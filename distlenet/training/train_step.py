@@ -6,6 +6,7 @@ import torch
 
 from distlenet.checkpoint.format import State
 from distlenet.checkpoint.initial_weights import load_initial_weights
+from distlenet.config.names import is_import_name
 from distlenet.config.schema import Config
 from distlenet.distributed.collectives import any_rank
 from distlenet.distributed.context import DistributedContext
@@ -13,7 +14,8 @@ from distlenet.distributed.preemption import StopFlag
 from distlenet.task import Batch, Data, Task
 from distlenet.training.cuda_graph import GraphedStep
 from distlenet.training.device_step import DeviceStep
-from distlenet.training.optimizers import check_optimizer_state, load_optimizer, make_schedule
+from distlenet.training.optimizers import check_optimizer_state, load_optimizer
+from distlenet.training.schedules import make_schedule
 from distlenet.training.step_result import StepResult
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.structure import check_same_structure
@@ -85,7 +87,9 @@ class TrainStep:
         if self.on_device.scaler.is_enabled():
             return "with precision=fp16 the host must know whether a step was skipped"
         if not self.on_device.guard.deferred:
-            return "with train.on_nonfinite=skip the host must know whether a step was skipped"
+            return "with train.on_nonfinite=skip, or an optimizer without fused=true, the host decides about each step"
+        if is_import_name(self.config.optim.schedule):
+            return f"optim.schedule={self.config.optim.schedule} may change more than the learning rate"
         if self.on_device.reducer.micro_batches_per_rank > 1:
             return "a rank has several micro-batches per step, each with its own random numbers"
         return None
@@ -131,7 +135,7 @@ class TrainStep:
         check_same_structure(state["meter"], parts.meter.state_dict(), "meter")  # collective
         if state["scaler"] and scaled:
             check_same_structure(state["scaler"], parts.scaler.state_dict(), "scaler")
-        load_optimizer(parts.optimizer, self.schedule, state)
+        load_optimizer(self.config.optim, parts.optimizer, self.schedule, state)
         if state["scaler"]:  # empty if the run was not fp16 so far: then the loss scale starts anew
             parts.scaler.load_state_dict(state["scaler"])
         parts.meter.load_state_dict(state["meter"], self.context.env.rank)

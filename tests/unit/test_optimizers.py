@@ -5,7 +5,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from distlenet.config.loading import load_config
-from distlenet.training.optimizers import load_optimizer, lr_factor, make_optimizer, make_schedule
+from distlenet.training.optimizers import load_optimizer, make_optimizer
+from distlenet.training.schedules import lr_factor, make_schedule
 
 pytestmark = pytest.mark.unit
 
@@ -110,7 +111,7 @@ def test_resuming_uses_the_state_of_the_checkpoint_and_the_settings_of_the_run()
     new = load_config([], ["optim.lr=0.1", "optim.schedule=cosine", "optim.momentum=0.5"]).optim
     resumed = make_optimizer(new, one_group(layer))
     resumed_schedule = make_schedule(new, resumed, STEPS)
-    load_optimizer(resumed, resumed_schedule, state)
+    load_optimizer(new, resumed, resumed_schedule, state)
     (group,) = resumed.param_groups
     assert group["momentum"] == 0.5
     assert group["lr"] == pytest.approx(0.05)  # half way down a cosine from 0.1
@@ -126,5 +127,7 @@ def test_resumed_schedule_continues():
     step_through(schedule, optimizer, 17)
     resumed = make_optimizer(config, one_group(torch.nn.Linear(1, 1)))
     resumed_schedule = make_schedule(config, resumed, STEPS)
-    load_optimizer(resumed, resumed_schedule, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()})
+    load_optimizer(
+        config, resumed, resumed_schedule, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    )
     assert step_through(resumed_schedule, resumed, 10) == step_through(schedule, optimizer, 10)
