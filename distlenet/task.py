@@ -159,6 +159,23 @@ class Task(ABC):
         """Return values per sample, (n,), by name; the engine averages them exactly."""
         return {}
 
+    def prediction(self, outputs: Any, data: Data) -> dict[str, Any] | None:
+        """Return what ``summary_metrics`` needs of each sample: tensors (n, ...) or lists of n items, by name.
+
+        They are kept in host memory until the end of an evaluation: each rank holds those of its samples, and rank 0
+        then about three times those of the whole set, while it gathers them. By default None: nothing is kept.
+        """
+        return None
+
+    def summary_metrics(self, predictions: dict[str, Any]) -> dict[str, float]:
+        """Return metrics that are no averages over samples, such as AUC, by name.
+
+        ``predictions`` holds what ``prediction`` returned for all samples of a set, in the order of the dataset, on
+        the CPU: the same on any number of ranks. Rank 0 calls this after each evaluation, and the others wait for at
+        most ``distributed.step_timeout_s``.
+        """
+        return {}
+
     def predict(self, model: nn.Module, data: Data) -> Any:
         """Return the model's outputs for samples that are not transformed; ``distlenet.load_model`` calls it.
 

@@ -43,6 +43,13 @@ def all_gather_object(value: T) -> list[T]:
     return values
 
 
+def gather_on_rank_0(value: T) -> list[T]:
+    """Return the ``value`` of every rank on rank 0, and an empty list on the others. A collective."""
+    values: list[T] = [value] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, values if dist.get_rank() == 0 else None, dst=0)
+    return values
+
+
 def broadcast_object(value: T) -> T:
     """Return rank 0's ``value`` on every rank. A collective."""
     values = [value]

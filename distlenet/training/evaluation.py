@@ -1,6 +1,7 @@
 """Evaluation of a model on a dataset: every sample once, over all ranks."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from distlenet.distributed.context import DistributedContext
 from distlenet.task import Batch, ErrorAnalysis
 from distlenet.training.meter import Meter, Metrics
 from distlenet.training.outline import TaskOutline
+from distlenet.training.predictions import Predictions
 
 
 @torch.no_grad()
@@ -26,6 +28,7 @@ def evaluate(
     receives all outputs. A collective, then a host sync. Raise RuntimeError if not every sample was counted once.
     """
     task, meter = outline.task, Meter(outline.metric_names, context.device, outline.weighted)
+    predictions = Predictions(task, outline.metric_names) if outline.predicts else None
     model.eval()
     try:
         for batch in batches:
@@ -35,9 +38,13 @@ def evaluate(
             meter.update(outline.values(result, data))
             if analysis is not None:
                 analysis.update(result.outputs, data, batch.indices)
+            if predictions is not None:
+                predictions.update(result.outputs, data, batch.indices)  # host sync
     finally:
         model.train()
     metrics = meter.total()  # collective, host sync
     if metrics.count != expected:
         raise RuntimeError(f"evaluation counted {metrics.count} samples of a set of {expected}")
+    if predictions is not None:
+        metrics = replace(metrics, means=metrics.means | predictions.metrics())  # collective
     return metrics

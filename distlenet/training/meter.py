@@ -16,7 +16,10 @@ from distlenet.utils.exact_sums import LOSS_BITS, round_to_grid
 
 @dataclass(frozen=True)
 class Metrics:
-    """Means over samples by name (``loss``, then the task's metrics), and the number of samples."""
+    """Means over samples by name (``loss``, then the task's metrics), and the number of samples.
+
+    Those of an evaluation also hold the task's ``summary_metrics``.
+    """
 
     means: dict[str, float]
     count: int

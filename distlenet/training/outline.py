@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distlenet.task import Data, Task
+from distlenet.tracking.base import RESERVED_KEYS
 from distlenet.utils.errors import UserError
 from distlenet.utils.exact_sums import LOSS_BITS
 from distlenet.utils.nested import map_tensors
@@ -33,6 +34,7 @@ class TaskOutline:
     task: Task
     metric_names: tuple[str, ...]
     weight_unit: float | None = None  # a power of two near the weight of a sample; None without weights
+    predicts: bool = False  # whether the task has metrics over all predictions
 
     @property
     def weighted(self) -> bool:
@@ -90,6 +92,7 @@ def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractCo
         with autocast:
             losses, outputs = task.loss(model, example)
         metrics = task.metrics(outputs, example)
+        prediction = task.prediction(outputs, example)
     finally:
         model.train(was_training)
     weight_unit = None
@@ -102,12 +105,23 @@ def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractCo
             f"{_describe(losses)}; return the losses without averaging them, for example with reduction='none'"
         )
     for metric, values in metrics.items():
-        if metric in ("loss", "count") or not isinstance(values, Tensor) or values.shape != (1,):
+        if metric in RESERVED_KEYS:
+            raise UserError(f"{name}.metrics: {metric}: this name is taken; give the metric another one")
+        if not isinstance(values, Tensor) or values.shape != (1,):
             raise UserError(
-                f"{name}.metrics: {metric}: expected one value per sample, of shape (1,) for one sample, and a name "
-                f"other than loss and count, but got {_describe(values)}"
+                f"{name}.metrics: {metric}: expected one value per sample, of shape (1,) for one sample, but got "
+                f"{_describe(values)}"
             )
-    return TaskOutline(task, tuple(metrics), weight_unit)
+    if prediction is None and type(task).summary_metrics is not Task.summary_metrics:
+        raise UserError(f"{name}.summary_metrics: needs {name}.prediction, which returns None; define both")
+    for key, values in (prediction or {}).items():
+        one = len(values) == 1 if isinstance(values, list) else isinstance(values, Tensor) and values.shape[:1] == (1,)
+        if not one:
+            raise UserError(
+                f"{name}.prediction: {key}: expected a tensor (n, ...) or a list with one item per sample, n is 1, "
+                f"but got {_describe(values)}"
+            )
+    return TaskOutline(task, tuple(metrics), weight_unit, prediction is not None)
 
 
 def _weight_unit(name: str, weights: Any) -> float:

@@ -59,7 +59,8 @@ class Trainer:
         on_device = self.train_step.on_device
         self.model, self.meter, self.reducer = on_device.model, on_device.meter, on_device.reducer
         self.evaluator = Evaluator(on_device.outline, evaluation_loaders, context, preemption, run_dir)
-        self.selection.check_names(on_device.outline.metric_names)
+        if not on_device.outline.predicts:  # else the names are known after the first evaluation
+            self.selection.check_names(on_device.outline.metric_names)
         self.throughput = Throughput(self.device, hosts_of_ranks())
         self.checkpoints = CheckpointManager(
             config, context, run_dir, self.model, blocker=self._unwritten_sample_log, before_write=tracker.sync
