@@ -1,5 +1,6 @@
 """Gradient reduction by DistributedDataParallel, with a stop flag in its all-reduce."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.reduction.buffers import BufferAverage, unchanged_buffers
 from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
@@ -25,6 +27,10 @@ from distlenet.utils.nested import count_samples, select_samples
 
 OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True}
 """Chosen by measurement: ``benchmarks/reduction_cost.py`` also tries smaller buckets and ``static_graph``."""
+
+PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+# Buffers are averaged instead of copied from rank 0. torch 2.14 renames the option.
+OPTIONS["forward_sync_buffers" if "forward_sync_buffers" in PARAMETERS else "broadcast_buffers"] = False
 
 CommHook = Callable[[Any, dist.GradBucket], Future[Tensor]]  # type: ignore[name-defined]
 
@@ -92,7 +98,7 @@ class DdpReducer:
         """
         device = next(model.parameters()).device
         self.rank, self.micro_batch_size, self.micro_batches_per_rank = env.rank, micro_batch_size, accumulation_steps
-        self.bare_model, self.clock = model, Clock(device)
+        self.bare_model, self.clock, self.buffers = model, Clock(device), BufferAverage(model, 1, all_reduce)
         self.comm_hook: CommHook | None = None
         self.loss_multiplier = env.world_size  # DistributedDataParallel divides by it, and so does bf16_compress_hook
         if compress:
@@ -121,9 +127,10 @@ class DdpReducer:
         added: a resumed run needs the order that an uninterrupted run has by then.
         """
         self.bare_model.eval()
-        for _ in range(2):
-            loss = example_loss(self.model) + self.flag * 0
-            (loss if self.weight is None else loss + self.weight * 0).backward()
+        with unchanged_buffers(self.bare_model):
+            for _ in range(2):
+                loss = example_loss(self.model) + self.flag * 0
+                (loss if self.weight is None else loss + self.weight * 0).backward()
         self.bare_model.train()
         self.model.zero_grad(set_to_none=True)
 
@@ -131,6 +138,7 @@ class DdpReducer:
         """Wrap the model again: DistributedDataParallel would wait for the missing gradients. A collective."""
         model = self.model.module
         del self.model  # removes its hooks from the parameters
+        self.buffers.reset()
         self.model = self._wrap(model)
         self.warm_up(example_loss)
 
@@ -150,14 +158,16 @@ class DdpReducer:
     @contextmanager
     def step(self, global_size: int, stop: Tensor) -> Iterator[ReductionStep]:
         """Reduce one step. A collective."""
-        step = _DdpStep(self, self.loss_multiplier / global_size, stop)
+        self.buffers.begin()
+        step = _DdpStep(self, global_size, stop)
         yield step
         step.end()
 
 
 class _DdpStep(ReductionStep):
-    def __init__(self, reducer: DdpReducer, loss_factor: float, stop: Tensor) -> None:
-        self.reducer, self.loss_factor, self.stop = reducer, loss_factor, stop
+    def __init__(self, reducer: DdpReducer, global_size: int, stop: Tensor) -> None:
+        self.reducer, self.global_size, self.stop = reducer, global_size, stop
+        self.loss_factor = reducer.loss_multiplier / global_size
         self.weight = torch.zeros_like(stop, dtype=torch.float64) if reducer.weighted else None  # of this rank
 
     def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
@@ -165,8 +175,10 @@ class _DdpStep(ReductionStep):
         for micro_batch in micro_batches[:-1]:
             with self.reducer.model.no_sync():
                 yield micro_batch
+            self.reducer.buffers.add(0, count_samples(micro_batch.data))
         if micro_batches:
             yield micro_batches[-1]
+            self.reducer.buffers.add(0, count_samples(micro_batches[-1].data))
         else:  # the last backward pass is the collective
             self.backward(self.reducer.model(NO_SAMPLES), self.weight)
 
@@ -192,7 +204,10 @@ class _DdpStep(ReductionStep):
         if (weight := self._total_weight()) is not None:
             nonfinite |= ~(weight > 0)
             torch._foreach_div_([p.grad for p in self.reducer.bare_model.parameters() if p.grad is not None], weight)
-        self._result = ReductionResult(stop, nonfinite, self.reducer.ready.mark, reduced)
+        change = self.reducer.buffers.reduce(self.global_size)
+        if change is not None:
+            nonfinite |= ~change.isfinite().all()
+        self._result = ReductionResult(stop, nonfinite, self.reducer.ready.mark, reduced, change)
 
     def _total_weight(self) -> Tensor | None:
         """Return the sum of the weights of all ranks, divided by the global batch size; None without weights."""

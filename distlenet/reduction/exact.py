@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.reduction.buffers import BufferAverage
 from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
@@ -43,20 +44,15 @@ class ExactReducer:
         """Reduce the gradients of ``model``; ``check_finite`` includes them in ``ReductionResult.nonfinite``.
 
         ``weighted`` losses divide by the sum of their weights.
-        Raise UserError for modules that mix the samples of a micro-batch, and for parameters that are not float32.
+        A BatchNorm computes its statistics over a shard. Raise UserError for parameters that are not float32.
         """
-        for name, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                raise UserError(
-                    f"distributed.reduction=exact: {name} ({type(module).__name__}) computes statistics over a "
-                    "micro-batch, which depend on how the batch is split; use GroupNorm, or distributed.reduction=ddp"
-                )
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if odd := [name for name, p in named if p.dtype != torch.float32 or torch.empty_like(p).stride() != p.stride()]:
             raise UserError(
                 f"distributed.reduction=exact: needs dense float32 parameters, but {odd[0]} is not; change it, or give "
                 "distributed.reduction=ddp"
             )
+        self.buffers = BufferAverage(model, virtual_shards, all_reduce)
         self.model, self.env, self.all_reduce, self.check_finite = model, env, all_reduce, check_finite
         self.micro_batch_size = micro_batch_size
         self.micro_batches_per_rank = len(range(env.rank, virtual_shards, env.world_size))
@@ -79,8 +75,9 @@ class ExactReducer:
     def warm_up(self, example_loss: ExampleLoss) -> None:
         """Do nothing: the order of additions does not matter."""
 
-    def reset(self, example_loss: ExampleLoss) -> None:
-        """Do nothing: a step keeps no state."""
+    def reset(self, example_loss: ExampleLoss) -> None:  # noqa: ARG002
+        """Undo the changes of buffers; a step keeps no other state."""
+        self.buffers.reset()
 
     def cap_micro_batch_size(self, limit: int) -> None:
         """Do nothing: a shard has the same size on any number of ranks."""
@@ -97,6 +94,7 @@ class ExactReducer:
         self.flag.copy_(stop)
         if self.weight is not None:
             self.weight.zero_()
+        self.buffers.begin()
         step = _ExactStep(self, global_size)
         yield step
         step.end()
@@ -111,6 +109,7 @@ class _ExactStep(ReductionStep):
         for micro_batch in self.reducer.split(data):
             yield micro_batch
             self.add_shard()
+            self.reducer.buffers.add(micro_batch.number, count_samples(micro_batch.data))
 
     def backward(self, loss_sum: Tensor, weight_sum: Tensor | None = None) -> None:
         loss = loss_sum * (1 / self.global_size)
@@ -150,7 +149,10 @@ class _ExactStep(ReductionStep):
         nonfinite = (total * 0).isnan()
         if reducer.weight is not None:
             nonfinite |= ~(reducer.weight > 0)
-        self._result = ReductionResult(reducer.flag, nonfinite, ready, reduced)
+        change = reducer.buffers.reduce(self.global_size)
+        if change is not None:
+            nonfinite |= ~change.isfinite().all()
+        self._result = ReductionResult(reducer.flag, nonfinite, ready, reduced, change)
 
 
 def _gradient_in_memory_order(parameter: Tensor) -> Tensor:

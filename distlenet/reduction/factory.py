@@ -20,6 +20,12 @@ def make_reducer(
     ``check_finite=False`` is for loss scaling, which expects overflows; ``weighted`` is for weighted losses. Raise
     UserError if settings or model do not allow it.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise UserError(
+                f"{name} (SyncBatchNorm): waits for all ranks in each forward pass, for ever if one of them has fewer "
+                "micro-batches; use BatchNorm, whose running statistics are averaged over all ranks"
+            )
     size, settings = micro_batch_size(config, env.world_size), config.distributed
     if settings.reduction == "exact" and settings.gradient_compression != "none":
         raise UserError(

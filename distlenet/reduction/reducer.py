@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from distlenet.reduction.buffers import BufferAverage
 from distlenet.task import Data
 from distlenet.utils.clock import Mark
 
@@ -40,10 +41,12 @@ class ReductionResult:
     """The result of a step, identical on all ranks."""
 
     stop: Tensor  # scalar, positive if any rank was asked to stop
-    # bool scalar: a loss, or with ``exact`` a gradient, is not finite or too large to sum exactly, or all weights are 0
+    # bool scalar: a loss or the change of a buffer, or with ``exact`` a gradient, is not finite or too large to sum
+    # exactly, or all weights are 0
     nonfinite: Tensor
     gradient_ready: Mark  # this rank's gradient was complete
     reduced: Mark  # the gradients of all ranks were summed
+    buffer_change: Tensor | None  # for ``BufferAverage.apply``, if the step is taken; None if no buffer changes
 
 
 class ReductionStep(ABC):
@@ -81,6 +84,7 @@ class Reducer(Protocol):
     def model(self) -> nn.Module:
         """The model for the forward pass of a step."""
 
+    buffers: BufferAverage
     micro_batch_size: int  # samples, at most
     micro_batches_per_rank: int
 

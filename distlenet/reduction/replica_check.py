@@ -1,42 +1,53 @@
-"""Check that all ranks hold the same parameters, to the bit, with one small all-reduce."""
+"""Check that all ranks hold the same parameters and buffers, to the bit, with one small all-reduce."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from distlenet.distributed.collectives import gather
+from distlenet.reduction.buffers import persistent_buffers
 
 INTEGER_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 class ReplicaMismatch(RuntimeError):
-    """Ranks hold different parameters: a hardware error or a bug, which must not go unnoticed."""
+    """Ranks hold different parameters or buffers: a hardware error or a bug, which must not go unnoticed."""
+
+
+def named_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and the persistent buffers by name."""
+    buffers = {buffer.name: buffer.tensor for buffer in persistent_buffers(model)}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def fingerprints(model: nn.Module) -> Tensor:
-    """Hash the bits of each parameter: int64 (number of parameters,), on their device. No host sync.
+    """Hash the bits of each parameter and buffer: int64 (number of these,), on their device. No host sync.
 
     The hash is a sum modulo 2**64 with odd weights: a change of any one element changes it.
     """
     sums = []
-    for parameter in model.parameters():
-        integer_type = INTEGER_TYPES[parameter.element_size()]
-        bits = parameter.detach().contiguous().view(-1).view(integer_type).long()
+    for tensor in named_state(model).values():
+        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        integer_type = INTEGER_TYPES[tensor.element_size()]
+        bits = tensor.detach().contiguous().view(-1).view(integer_type).long()
         weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)
         sums.append((bits * (weights * 0x5851F42D4C957F2D)).sum())
     return torch.stack(sums)
 
 
 def check_replicas(model: nn.Module) -> None:
-    """Raise ReplicaMismatch, on every rank, if parameters differ between ranks. A collective, then a host sync."""
+    """Raise ReplicaMismatch, on every rank, if parameters or buffers differ between ranks.
+
+    A collective, then a host sync.
+    """
     own = fingerprints(model)
     extremes = torch.stack([own, ~own])  # the maximum of ~x is ~ of the minimum of x
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     if torch.equal(extremes[0], ~extremes[1]):  # host sync
         return
-    table = gather(own)  # (ranks, parameters); a collective
+    table = gather(own)  # (ranks, tensors); a collective
     common = table.mode(dim=0).values
-    names = [name for name, _ in model.named_parameters()]
+    names = list(named_state(model))
     mismatches = [
         f"rank {rank}: {', '.join(name for name, differs in zip(names, row != common, strict=True) if differs)}"
         for rank, row in enumerate(table)

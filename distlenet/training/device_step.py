@@ -9,6 +9,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from distlenet.config.schema import Config
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.device import make_scaler
+from distlenet.reduction.buffers import unchanged_buffers
 from distlenet.reduction.factory import make_reducer
 from distlenet.reduction.reducer import ReductionResult
 from distlenet.task import Batch, Data, Task
@@ -105,6 +106,9 @@ class DeviceStep:
             taken = self.scaler.get_scale() >= scale  # a smaller scale means an overflow: no step was taken
             if taken and self.weight_average is not None:
                 self.weight_average.update()
+            if taken and reduction.buffer_change is not None:
+                skip = self.guard.found_inf if self.guard.deferred else None
+                self.reducer.buffers.apply(reduction.buffer_change, skip)
         self.optimizer.zero_grad(set_to_none=True)
         return DeviceResult(reduction, grad_norm, skipped, taken)
 
@@ -141,23 +145,21 @@ class DeviceStep:
     def recompute(self, batch: Batch, step: int) -> RankShare:
         """Compute this rank's share of a step again, changing nothing. Not a collective."""
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         gradients = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
         losses, weights = torch.zeros(len(batch), device=self.device), torch.ones(len(batch), device=self.device)
         data = self._transform(batch)
         for number, (part, positions) in self.reducer.split((data, torch.arange(len(batch), device=self.device))):
             self.seed(step, number)
-            with self.autocast:
-                result = self.outline.loss(self.model, part)
-            scaled = self.scaler.scale(self.outline.sums(result)[0] / batch.global_size)
-            # Not backward(): its hooks would start a collective, and the other ranks are elsewhere.
-            part_gradients = torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
+            with unchanged_buffers(self.model):
+                with self.autocast:
+                    result = self.outline.loss(self.model, part)
+                scaled = self.scaler.scale(self.outline.sums(result)[0] / batch.global_size)
+                # Not backward(): its hooks would start a collective, and the other ranks are elsewhere.
+                part_gradients = torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
             for name, gradient in zip(named, part_gradients, strict=True):
                 if gradient is not None:
                     gradients[name].add_(gradient)
             losses[positions] = result.losses.detach().float()
             if result.weights is not None:
                 weights[positions] = result.weights
-        for name, buffer in self.model.named_buffers():  # such as the statistics of a BatchNorm
-            buffer.copy_(buffers[name])
         return RankShare(losses, weights if self.outline.weighted else None, gradients)

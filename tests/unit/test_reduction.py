@@ -132,7 +132,7 @@ def test_shards_do_not_depend_on_the_world_size(n, sizes):
 def test_reducers_implement_the_protocol(kind):
     """The type checker compares the types; here, members and parameters."""
     model = nn.Linear(1, 1)
-    attributes = {"model", "micro_batch_size", "micro_batches_per_rank"}
+    attributes = {"model", "buffers", "micro_batch_size", "micro_batches_per_rank"}
     methods = get_protocol_members(Reducer) - attributes
     assert methods == {"warm_up", "reset", "cap_micro_batch_size", "split", "step"}
     for name in methods:
@@ -242,10 +242,11 @@ def test_parameter_without_gradient_gets_zeros():
     assert torch.equal(model["used"].weight.grad, torch.ones(1, 1))
 
 
-def test_batch_statistics_are_refused():
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
-    with pytest.raises(UserError, match=r"1 \(BatchNorm2d\).*GroupNorm"):
-        make_exact(model)
+@pytest.mark.parametrize("reduction", ["exact", "ddp"])
+def test_sync_batchnorm_is_refused(reduction):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SyncBatchNorm(4))
+    with pytest.raises(UserError, match=r"1 \(SyncBatchNorm\): waits for all ranks .*; use BatchNorm"):
+        make_reducer(load_config([], [f"distributed.reduction={reduction}"]), model, ONE_RANK, check_finite=True)
 
 
 def test_other_dtypes_are_refused():
