@@ -184,7 +184,11 @@ class Task(ABC):
         return self.loss(model, self.transform(data, None))[1]
 
     def error_analysis(self, device: device) -> ErrorAnalysis | None:
-        """Return an empty analysis for the final evaluation, or None."""
+        """Return an empty analysis for the final evaluation, or None.
+
+        Its report is written to RUN/test.json. report.html shows one of the form ``{"images": [{"caption": TEXT, "png":
+        BASE64}, ...]}``, and that of ``ImageClassification``.
+        """
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def draw_charts(runs: list[Run], png_directory: Path) -> Iterator[tuple[str, str
     }
     if len(runs) == 1:
         charts["Time per step"] = _draw_time_split
-    if len(runs) == 1 and runs[0].error_analysis:
+    if len(runs) == 1 and "confusion" in runs[0].error_analysis:
         charts |= {"Confusion": _draw_confusion, "Accuracy of each class": _draw_class_accuracies}
     for title, draw in charts.items():
         with mpl.rc_context(STYLE):

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 START: Record = {"time": "", "run_id": "", "step": 0, "world_size": 0, "host": "", "automatic": False}
 MISTAKE: Record = {"index": 0, "label": 0, "predicted": 0, "confidence": 0.0, "png": ""}
+IMAGE: Record = {"caption": "", "png": ""}
 MAX_CLASS_NAME = 40  # characters that fit into a chart
 
 
@@ -101,8 +102,14 @@ def _parse_starts(text: str) -> list[Record]:
 
 
 def _parse_error_analysis(text: str) -> Record:
-    """Parse and check an error analysis. Raise ValueError, KeyError or TypeError if it is malformed."""
+    """Parse and check an error analysis. Raise ValueError, KeyError or TypeError if it is malformed.
+
+    That of a user's task may consist of ``images`` only.
+    """
     content = json.loads(text)
+    if set(content) == {"images"}:
+        check_same_structure(content, {"images": [IMAGE] * len(content["images"])}, "content")
+        return {"images": [{**image, "caption": printable(image["caption"])} for image in content["images"]]}
     classes, mistakes = len(content["classes"]), len(content["mistakes"])
     expected = {"classes": [""] * classes, "confusion": [[0] * classes] * classes, "mistakes": [MISTAKE] * mistakes}
     check_same_structure(content, expected, "content")

@@ -54,6 +54,15 @@ def test_page_of_one_run_is_complete_and_self_contained(tmp_path):
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", text)  # loads nothing
 
 
+def test_images_of_a_task_are_shown_with_their_captions(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    (run_dir / "test.json").write_text(json.dumps({"images": [{"caption": "drawn <0>", "png": PNG}] * 3}))
+    write_report([read_run(run_dir)], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count(f'src="data:image/png;base64,{PNG}">drawn &lt;0&gt;</figure>') == 3
+    assert "Confusion" not in text
+
+
 def test_page_of_several_runs_compares_them(tmp_path):
     run_dirs = [make_run(tmp_path / name, [f"optim.lr={lr}", f"seed={seed}"]) for name, lr, seed in RUNS]
     runs = [read_run(run_dir) for run_dir in run_dirs]
@@ -128,6 +137,8 @@ DAMAGED_STARTS = ['{"time": "x"}', '{"time": "2027-01-15T08:00:00Z", "run_id": 3
             False,
         ),
         ("test.json", '{"classes": ["a"], "confusion": [[1]], "mistakes": [{"index": 1}]}', True),
+        ("test.json", '{"images": [{"png": 1, "caption": "a"}]}', True),
+        ("test.json", '{"images": []}', False),
         ("summary.json", "[1]", True),
         ("summary.json", '{"train_s": "long", "train_images_per_s": [1], "more": "\\ud800"}', False),
         *(("starts.jsonl", f"{line}\n", False) for line in DAMAGED_STARTS),
