@@ -62,8 +62,10 @@ test-browser: $(VENV)/.installed-dev
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; }
 	DISTLENET_BROWSER=required $(BIN)/pytest tests/browser
 
+PROOF := device=cpu distributed.reduction=exact data.name=digits data.augment=shift data.ledger=true optim.lr=0.1 \
+  train.global_batch_size=64
 prove-exact: $(VENV)/.installed
-	@$(BIN)/python benchmarks/prove_exact.py $(ARGS)
+	@$(BIN)/python -m distlenet.prove $(PROOF) --ranks 1 2 4 8 --steps 47 $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/python benchmarks/bench.py $(ARGS)

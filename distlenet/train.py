@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from distlenet.config.arguments import positive_int, settings_parser
 from distlenet.config.loading import load_config, run_directory, to_yaml
 from distlenet.config.schema import Config
 from distlenet.distributed.collectives import raise_on_all_ranks
-from distlenet.distributed.context import init_distributed
+from distlenet.distributed.context import DistributedContext, init_distributed
 from distlenet.distributed.entry_point import run_entry
 from distlenet.distributed.environment import read_environment
 from distlenet.distributed.preemption import Preemption
 from distlenet.reduction.batch_size import micro_batch_size
+from distlenet.task import Task
 from distlenet.tasks.registry import MakeTask
 from distlenet.tasks.registry import make_task as make_configured_task
 from distlenet.tracking.base import Record, Trackers
@@ -41,8 +43,10 @@ REPORT_TIMEOUT_S = 120.0
 
 MAX_DRY_RUN_RANKS = 1_000_000
 
+MakeTrainer = Callable[[Config, DistributedContext, Task, Path, Trackers, Preemption], Trainer]
 
-def main(make_task: MakeTask = make_configured_task, trainer_class: type[Trainer] = Trainer) -> None:
+
+def main(make_task: MakeTask = make_configured_task, trainer_class: MakeTrainer = Trainer) -> None:
     """Train, or print the plan of a dry run."""
     parser = settings_parser("distlenet.train", "Train the network, on this process's share of the data.")
     parser.add_argument("--dry-run", action="store_true", help="compose and check everything, print the plan, and exit")
@@ -71,7 +75,7 @@ def dry_run(config: Config, world_size: int, make_task: MakeTask = make_configur
         print(f"{name:18} {text}")
 
 
-def train(config: Config, make_task: MakeTask = make_configured_task, trainer_class: type[Trainer] = Trainer) -> Record:
+def train(config: Config, make_task: MakeTask = make_configured_task, trainer_class: MakeTrainer = Trainer) -> Record:
     """Train one run as one rank, and return its summary.
 
     Raise UserError for every mistake that the user can fix, if possible before the ranks meet.
