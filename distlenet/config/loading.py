@@ -149,7 +149,7 @@ def _check_combinations(config: Config) -> None:
     }.items():
         if name is not None and not re.fullmatch("val/.+", name):
             raise UserError(f"{key}={name}: expected val/NAME, a metric of the validation set, such as val/loss")
-    if unknown := [key for key in config.checkpoint.allow_changed if key not in FIELDS]:
+    if unknown := [key for key in config.checkpoint.allow_changed if key not in FIELDS and key not in ("data", "code")]:
         raise UserError(f"checkpoint.allow_changed: {unknown_key(unknown[0])}")
     if fixed := {"task.name", "model.name", "optim.name"} & set(config.checkpoint.allow_changed):
         raise UserError(f"checkpoint.allow_changed: {min(fixed)} cannot change: the state would not fit; remove it")

@@ -200,7 +200,7 @@ class CheckpointConfig:
     init_from: str | None = setting(
         None, "Weights that a new run starts from: a checkpoint, a run directory, or a saved state_dict.", result=True
     )
-    allow_changed: list[str] = setting([], "Result-changing keys that may differ from those of the resumed checkpoint.")
+    allow_changed: list[str] = setting([], "What may differ from the resumed checkpoint: keys of settings, data, code.")
     path: str | None = setting(None, "File or run directory that evaluate reads; checkpoint=PATH is its short form.")
 
 

@@ -74,6 +74,11 @@ class BatchedDataset(Dataset[Fetched]):
         return self.collate(load_samples(self.dataset, keys))
 
 
+def read_samples(dataset: AnyDataset, collate: Collate, seed: int, indices: Tensor) -> Data:
+    """Return the samples at ``indices``, int64 (n,), as an evaluation reads them."""
+    return BatchedDataset(dataset, collate, seed)[Request(EVALUATION_EPOCH, indices)].data
+
+
 class _EpochSampler(Sampler[Request]):
     """Hands a DataLoader the requests of one epoch: persistent workers need one DataLoader for all epochs."""
 

@@ -22,6 +22,7 @@ from distlenet.tracking.base import Record, Tracker
 from distlenet.training.evaluator import EvaluationStopped, Evaluator
 from distlenet.training.meter import Metrics
 from distlenet.training.nonfinite_report import handle_nonfinite
+from distlenet.training.origin import check_origin, origin_of
 from distlenet.training.records import measurements, run_info, summary
 from distlenet.training.selection import Selection
 from distlenet.training.starts import choose_run_id, process_age_s, record_start
@@ -58,6 +59,7 @@ class Trainer:
         self.train_step = TrainStep(config, context, task, self.total_steps, example)
         on_device = self.train_step.on_device
         self.model, self.meter, self.reducer = on_device.model, on_device.meter, on_device.reducer
+        self.origin = origin_of(config, task, self.model, datasets)
         self.evaluator = Evaluator(on_device.outline, evaluation_loaders, context, preemption, run_dir)
         if not on_device.outline.predicts:  # else the names are known after the first evaluation
             self.selection.check_names(on_device.outline.metric_names)
@@ -232,12 +234,14 @@ class Trainer:
             **self.state.state_dict(),
             **self.train_step.state_dict(),
             "config": self.config.to_dict(),
+            "origin": self.origin.to_dict(),
             "task": self.task.state_dict(),
             "versions": {"distlenet": __version__, "torch": str(torch.__version__)},
         }
 
     def load_state_dict(self, state: State) -> None:
         """Load a saved state, of any number of ranks, except the weights. A collective."""
+        check_origin(state.get("origin"), self.origin, self.config, state.get("batch", 0))
         self.train_step.load_state_dict(state)
         saved = TrainState.from_state_dict(state)
         if saved.batch > self.sampler.steps or saved.micro_batch < 1:
