@@ -13,6 +13,7 @@ from distlenet.reduction.buffers import unchanged_buffers
 from distlenet.reduction.factory import make_reducer
 from distlenet.reduction.reducer import ReductionResult
 from distlenet.task import Batch, Data, Task
+from distlenet.training.compilation import compile_model
 from distlenet.training.meter import Meter
 from distlenet.training.nonfinite_guard import NonfiniteGuard
 from distlenet.training.optimizers import check_optimizer, make_optimizer
@@ -56,7 +57,8 @@ class DeviceStep:
         scaled = self.scaler.is_enabled()
         self.optimizer = make_optimizer(config.optim, parameter_groups(task, self.model), loss_scaling=scaled)
         check_optimizer(config.optim, self.optimizer)
-        self.reducer = make_reducer(config, self.model, context.env, not scaled, self.outline.weighted)
+        trained_model = compile_model(self.model, self.device) if config.model.compile else self.model
+        self.reducer = make_reducer(config, trained_model, context.env, not scaled, self.outline.weighted)
         skips_on_device = scaled or getattr(self.optimizer, "_step_supports_amp_scaling", False)  # if it is fused
         deferred = self.device.type == "cuda" and config.train.on_nonfinite == "stop" and skips_on_device
         self.guard = NonfiniteGuard(self.optimizer, self.device, deferred, loss_scaling=scaled)

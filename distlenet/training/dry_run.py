@@ -63,13 +63,14 @@ def plan(config: Config, world_size: int, make_task: Callable[[Config], Task] = 
 
 
 def _for_this_machine(config: Config) -> tuple[Config, str]:
-    """Return settings that the CPU can compose, and the given ones that need a GPU."""
-    gpu_settings = {
+    """Return settings that the CPU can compose, and the given ones that are not checked."""
+    unchecked = {
         "device=cuda": config.device == "cuda",
         "precision=fp16": config.precision == "fp16",
         "distributed.backend=nccl": config.distributed.backend == "nccl",
         "data.device=cuda": config.data.device == "cuda",
         "train.cuda_graph=auto": config.train.cuda_graph == "auto",
+        "model.compile=true": config.model.compile,
     }
     changed = replace(
         config,
@@ -78,8 +79,9 @@ def _for_this_machine(config: Config) -> tuple[Config, str]:
         distributed=replace(config.distributed, backend="auto"),
         data=replace(config.data, device="cpu", num_workers=0),
         train=replace(config.train, cuda_graph="off"),
+        model=replace(config.model, compile=False),
     )
-    return changed, ", ".join(setting for setting, given in gpu_settings.items() if given)
+    return changed, ", ".join(setting for setting, given in unchecked.items() if given)
 
 
 @contextmanager

@@ -88,6 +88,8 @@ class TrainStep:
             return "with precision=fp16 the host must know whether a step was skipped"
         if not self.on_device.guard.deferred:
             return "with train.on_nonfinite=skip, or an optimizer without fused=true, the host decides about each step"
+        if self.config.model.compile:
+            return "model.compile=true was not tested with it"
         if is_import_name(self.config.optim.schedule):
             return f"optim.schedule={self.config.optim.schedule} may change more than the learning rate"
         if self.on_device.reducer.micro_batches_per_rank > 1:

@@ -179,7 +179,8 @@ class Trainer:
                 limit = self.config.checkpoint.max_restarts_without_progress
                 record_start(self.run_dir, self.state.step, self.env.world_size, limit, self.state.run_id, settings)
             self.tracker.start(self.run_info())
-        self.watchdog.set_timeout(self.config.distributed.step_timeout_s, "distributed.step_timeout_s")
+        if not self.config.model.compile:  # otherwise a step may compile for minutes
+            self.watchdog.set_timeout(self.config.distributed.step_timeout_s, "distributed.step_timeout_s")
         self.start_s = process_age_s()
         self.preemption.install()  # before, there is nothing to save, and a signal ends the rank
 
