@@ -85,7 +85,7 @@ def evaluate(
     trained_on = dict(flatten(state["config"])).get("data.name")
     if config.data.name != trained_on:
         warn(f"data.name={config.data.name}: the checkpoint was trained on {trained_on}, so its accuracy means little")
-    if reads_images(config) and given.data.root == Config().data.root:
+    if reads_images(config, make_task) and given.data.root == Config().data.root:
         # The checkpoint's data.root is read, but nothing is written there.
         if config.data.name == "synthetic":
             config = load_config(files, [*overrides, f"data.root={given.data.root}"], state["config"], names)

@@ -27,7 +27,7 @@ def make_task(config: Config) -> Task:
     return task
 
 
-def reads_images(config: Config) -> bool:
-    """Return whether the task loads the images that ``config.data`` names."""
-    function = resolve("task.name", config.task.name, TASKS)
+def reads_images(config: Config, maker: MakeTask = make_task) -> bool:
+    """Return whether the task that ``maker`` creates loads the images that ``config.data`` names."""
+    function = resolve("task.name", config.task.name, TASKS) if maker is make_task else maker
     return isinstance(function, type) and issubclass(function, ImageClassification)

@@ -43,7 +43,7 @@ def plan(config: Config, world_size: int, make_task: Callable[[Config], Task] = 
     Raise UserError if training would, or if the dataset is not on this machine: nothing is downloaded.
     """
     micro_batch_size(config, world_size)  # before the data: it is the most frequent mistake
-    if reads_images(config):
+    if reads_images(config, make_task):
         require_local_data(config.data)
     config, not_checked = _for_this_machine(config)
     resident_before = _resident_bytes()
