@@ -176,6 +176,10 @@ class DistributedConfig:
         8, "With exact: micro-batches of a global batch; the number of ranks divides it.", ge=1, lt=2**20, result=True
     )
     allow_uneven_batches: bool = setting(False, "Allow a global batch that the number of ranks does not divide.")
+    find_unused_parameters: bool = setting(
+        False,
+        "With ddp: allow a loss that does not depend on all parameters; their gradient is 0. Each step takes longer.",
+    )
     init_timeout_s: float = setting(300.0, "Seconds in which all ranks must reach the first step.", ge=1, lt=10**6)
     step_timeout_s: float = setting(120.0, "Seconds in which a step must end; else the job ends.", ge=1, lt=10**6)
     threads: int | None = setting(None, "CPU threads per rank; null: OMP_NUM_THREADS if set, else 1.", ge=1, lt=1000)

@@ -19,6 +19,7 @@ from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
 from distlenet.utils.clock import Clock
+from distlenet.utils.errors import UserError
 from distlenet.utils.nested import count_samples, select_samples
 
 # DistributedDataParallel imports torch._dynamo when it is first built, and an exception kept from that import (seen
@@ -48,6 +49,11 @@ def sum_comm_hook(all_reduce: AllReduce) -> CommHook:
     return hook
 
 
+UNUSED = (
+    "DistributedDataParallel waits for their gradients; give distributed.find_unused_parameters=true, or exclude them "
+    "with requires_grad_(False)"
+)
+
 NO_SAMPLES = object()
 """Input of the wrapped model on a rank without samples."""
 
@@ -55,8 +61,10 @@ NO_SAMPLES = object()
 class _ModelWithStopFlag(nn.Module):
     """A model and parameters that are always 0: only their gradients matter."""
 
-    def __init__(self, model: nn.Module, device: torch.device, sums_weights: bool) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, sums_weights: bool, find_unused: bool) -> None:
         super().__init__()
+        if find_unused:  # they are not in the graph of the outputs, so they would count as unused
+            self._ddp_params_and_buffers_to_ignore = ["flag", "weight", ".flag", ".weight"]
         self.model = model
         self.flag = nn.Parameter(torch.zeros((), device=device))
         self.weight = nn.Parameter(torch.zeros((), device=device)) if sums_weights else None
@@ -64,8 +72,25 @@ class _ModelWithStopFlag(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; for ``NO_SAMPLES``, return 0, with a gradient of 0 for every parameter."""
         if args and args[0] is NO_SAMPLES:
-            return torch.stack([(p * 0).sum().float() for p in self.model.parameters() if p.requires_grad]).sum()
+            return zero_of(self.model)
         return self.model(*args, **kwargs)
+
+
+def zero_of(model: nn.Module) -> Tensor:
+    """Return 0, with a gradient of 0 for every parameter."""
+    return torch.stack([(p * 0).sum().float() for p in model.parameters() if p.requires_grad]).sum()
+
+
+class _Wrapper(DistributedDataParallel):
+    """Explains the error for a parameter that a micro-batch before did not use."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if "Expected to have finished reduction in the prior iteration" in str(error):
+                raise UserError(f"the loss of a micro-batch does not depend on all parameters: {UNUSED}") from error
+            raise
 
 
 class _ReadyMark:
@@ -90,11 +115,12 @@ class DdpReducer:
         all_reduce: AllReduce = dist.all_reduce,
         compress: bool = False,
         weighted: bool = False,
+        find_unused: bool = False,
     ) -> None:
         """Wrap ``model``; a rank takes ``accumulation_steps`` micro-batches of up to ``micro_batch_size`` samples.
 
         With ``compress``, gradients travel as bf16 through the process group. ``weighted`` losses divide by the sum of
-        their weights. A collective.
+        their weights. ``find_unused`` allows losses that do not depend on all parameters. A collective.
         """
         device = next(model.parameters()).device
         self.rank, self.micro_batch_size, self.micro_batches_per_rank = env.rank, micro_batch_size, accumulation_steps
@@ -106,15 +132,17 @@ class DdpReducer:
         elif all_reduce is not dist.all_reduce:
             self.comm_hook, self.loss_multiplier = sum_comm_hook(all_reduce), 1
         self.weighted, self.weights_in_bucket = weighted, weighted and not compress  # bf16 would round their sum
-        self.model = self._wrap(_ModelWithStopFlag(model, device, self.weights_in_bucket))
+        self.find_unused = find_unused
+        self.model = self._wrap(_ModelWithStopFlag(model, device, self.weights_in_bucket, find_unused))
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # The first parameter's gradient is the last one of a backward pass. The hook does not refer to the reducer:
         # the garbage collector does not see a hook's references, and the process group would never end.
         self.ready = _ReadyMark(self.clock)
-        next(p for p in model.parameters() if p.requires_grad).register_post_accumulate_grad_hook(self.ready.set)
+        next(iter(self.parameters.values())).register_post_accumulate_grad_hook(self.ready.set)
 
     def _wrap(self, model: _ModelWithStopFlag) -> DistributedDataParallel:
         self.flag, self.weight = model.flag, model.weight
-        wrapped = DistributedDataParallel(model, **OPTIONS)
+        wrapped = _Wrapper(model, find_unused_parameters=self.find_unused, **OPTIONS)
         if self.comm_hook is not None:
             wrapped.register_comm_hook(None, self.comm_hook)
         return wrapped
@@ -129,7 +157,8 @@ class DdpReducer:
         self.bare_model.eval()
         with unchanged_buffers(self.bare_model):
             for _ in range(2):
-                loss = example_loss(self.model) + self.flag * 0
+                # In evaluation mode, the loss may not depend on all parameters.
+                loss = example_loss(self.model) + self.flag * 0 + (0 if self.find_unused else zero_of(self.bare_model))
                 (loss if self.weight is None else loss + self.weight * 0).backward()
         self.bare_model.train()
         self.model.zero_grad(set_to_none=True)
@@ -198,16 +227,34 @@ class _DdpStep(ReductionStep):
         """Read what all ranks contributed: the last backward pass has reduced it."""
         flag, reduced = self.reducer.flag, self.reducer.clock.mark()
         assert flag.grad is not None, "no backward in this step"
+        self._check_unused()
+        if self.reducer.find_unused:
+            self._sum_flags()
         stop = flag.grad.clone()
         flag.grad = None
         nonfinite = stop.isnan()
         if (weight := self._total_weight()) is not None:
             nonfinite |= ~(weight > 0)
-            torch._foreach_div_([p.grad for p in self.reducer.bare_model.parameters() if p.grad is not None], weight)
+            torch._foreach_div_([p.grad for p in self.reducer.parameters.values() if p.grad is not None], weight)
         change = self.reducer.buffers.reduce(self.global_size)
         if change is not None:
             nonfinite |= ~change.isfinite().all()
         self._result = ReductionResult(stop, nonfinite, self.reducer.ready.mark, reduced, change)
+
+    def _check_unused(self) -> None:
+        """Give unused parameters a gradient of 0, or raise UserError if these are not allowed."""
+        unused = [name for name, parameter in self.reducer.parameters.items() if parameter.grad is None]
+        if unused and not self.reducer.find_unused:
+            raise UserError(f"the loss does not depend on {', '.join(unused)}: {UNUSED}")
+        for name in unused:
+            self.reducer.parameters[name].grad = torch.zeros_like(self.reducer.parameters[name])
+
+    def _sum_flags(self) -> None:
+        """Sum what is not in a bucket with unused parameters. A collective."""
+        gradients = [p.grad for p in (self.reducer.flag, self.reducer.weight) if p is not None and p.grad is not None]
+        sums = torch.stack(gradients).double()
+        dist.all_reduce(sums)  # collective
+        torch._foreach_copy_(gradients, list((sums / self.reducer.loss_multiplier).unbind()))
 
     def _total_weight(self) -> Tensor | None:
         """Return the sum of the weights of all ranks, divided by the global batch size; None without weights."""

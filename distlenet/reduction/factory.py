@@ -35,5 +35,6 @@ def make_reducer(
     all_reduce = resolve_all_reduce(settings.shared_memory, env, next(model.parameters()).device)
     if settings.reduction == "ddp":
         compress = settings.gradient_compression == "bf16"
-        return DdpReducer(model, env, config.train.accumulation_steps, size, all_reduce, compress, weighted)
+        steps, find_unused = config.train.accumulation_steps, settings.find_unused_parameters
+        return DdpReducer(model, env, steps, size, all_reduce, compress, weighted, find_unused)
     return ExactReducer(model, env, settings.virtual_shards, size, check_finite, all_reduce, weighted)

@@ -242,6 +242,64 @@ def test_parameter_without_gradient_gets_zeros():
     assert torch.equal(model["used"].weight.grad, torch.ones(1, 1))
 
 
+class Branches(nn.Module):
+    """Uses one of two layers, by the sign of the first sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positive, self.negative, self.unused = (nn.Linear(1, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.positive if x[0] > 0 else self.negative)(x)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1)])
+def test_other_parameters_in_each_micro_batch(signs, compress, weighted):
+    model, plain = Branches(), Branches()
+    plain.load_state_dict(model.state_dict())
+    reducer = DdpReducer(model, ONE_RANK, 2, 2, compress=compress, weighted=weighted, find_unused=True)
+    reducer.warm_up(lambda wrapped: wrapped(torch.ones(1, 1)).sum())
+    data = torch.tensor([[1.0], [2.0], [3.0], [4.0]]) * torch.tensor(signs).repeat_interleave(2).unsqueeze(1)
+    for stop in (0.0, 1.0):
+        model.zero_grad()
+        with reducer.step(4, torch.tensor(stop)) as step:
+            for micro_batch in step.micro_batches(data):
+                step.backward(reducer.model(micro_batch.data).sum(), torch.tensor(6.0).double() if weighted else None)
+        assert (bool(step.result.stop > 0), bool(step.result.nonfinite)) == (stop > 0, False)
+        plain.zero_grad()
+        for part in data.split(2):
+            (plain(part).sum() / (12 if weighted else 4)).backward()
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+            torch.testing.assert_close(ours.grad, expected, rtol=2**-7 if compress else 1e-6, atol=0, msg=name)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("signs", "message"), [((1, 1), "negative.weight, negative.bias"), ((1, -1), "all parameters")]
+)
+def test_unused_parameters_are_refused(signs, message):
+    """Also if an earlier micro-batch uses them, which only the next forward pass finds."""
+    model = Branches()
+    model.unused.requires_grad_(False)
+    reducer = make_ddp(model, accumulation_steps=2, size=2)
+    reducer.warm_up(lambda wrapped: wrapped(torch.ones(1, 1)).sum())
+    data = torch.ones(4, 1) * torch.tensor(signs).repeat_interleave(2).unsqueeze(1)
+
+    def take_steps():
+        for _ in range(2):
+            model.zero_grad()
+            with reducer.step(4, torch.tensor(0.0)) as step:
+                for micro_batch in step.micro_batches(data):
+                    step.backward(reducer.model(micro_batch.data).sum())
+
+    with pytest.raises(UserError, match=rf"does not depend on {message}: .*distributed\.find_unused_parameters=true"):
+        take_steps()
+
+
 @pytest.mark.parametrize("reduction", ["exact", "ddp"])
 def test_sync_batchnorm_is_refused(reduction):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SyncBatchNorm(4))
