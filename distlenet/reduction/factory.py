@@ -24,7 +24,7 @@ def make_reducer(
         if isinstance(module, nn.SyncBatchNorm):
             raise UserError(
                 f"{name} (SyncBatchNorm): waits for all ranks in each forward pass, for ever if one of them has fewer "
-                "micro-batches; use BatchNorm, whose running statistics are averaged over all ranks"
+                "micro-batches; give model.sync_batchnorm=true, or use BatchNorm"
             )
     size, settings = micro_batch_size(config, env.world_size), config.distributed
     if settings.reduction == "exact" and settings.gradient_compression != "none":

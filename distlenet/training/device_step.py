@@ -11,6 +11,7 @@ from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.device import make_scaler
 from distlenet.reduction.buffers import unchanged_buffers
 from distlenet.reduction.factory import make_reducer
+from distlenet.reduction.global_statistics import use_global_statistics
 from distlenet.reduction.reducer import ReductionResult
 from distlenet.task import Batch, Data, Task
 from distlenet.training.compilation import compile_model
@@ -49,6 +50,8 @@ class DeviceStep:
         self.seed_value, self.max_grad_norm = config.seed, config.train.max_grad_norm
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = task.model().to(self.device)
+        if config.model.sync_batchnorm:
+            use_global_statistics(self.model)
         self.example = example
         self.outline = outline_of(task, self.model, example, self.autocast)
         decay = config.train.ema_decay

@@ -16,6 +16,7 @@ from distlenet.data.sample_log import SampleLog, open_sample_log
 from distlenet.distributed.collectives import any_rank, hosts_of_ranks, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import Preemption
+from distlenet.reduction.global_statistics import check_global_statistics
 from distlenet.reduction.replica_check import check_replicas
 from distlenet.task import Batch, Task
 from distlenet.tracking.base import Record, Tracker
@@ -54,6 +55,7 @@ class Trainer:
         self.sampler, self.data_source = self.loader.sampler, datasets.source
         epochs_steps = config.train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
+        check_global_statistics(config, self.env.world_size, self.sampler.global_size(self.sampler.steps - 1))
         sample = self.loader.sample_batch()
         example = task.transform(sample.data, sample.keys)
         self.train_step = TrainStep(config, context, task, self.total_steps, example)
@@ -248,7 +250,8 @@ class Trainer:
         if saved.batch > self.sampler.steps or saved.micro_batch < 1:
             raise ValueError(f"batch {saved.batch} of {self.sampler.steps}, micro-batches of {saved.micro_batch}")
         self.state = replace(saved, started_from=self.state.started_from or saved.started_from)
-        self.reducer.cap_micro_batch_size(saved.micro_batch)
+        if not self.config.model.sync_batchnorm:  # its statistics need the whole share at once
+            self.reducer.cap_micro_batch_size(saved.micro_batch)
 
     def close(self) -> None:
         """Release what the process group must not outlive, and let a write in progress end. Not a collective."""

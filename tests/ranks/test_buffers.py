@@ -93,3 +93,44 @@ def test_ddp_after_a_restart(tmp_path):
     train(tmp_path / "broken", 2, *more, die_at=5)
     train(tmp_path / "broken", 2, *more)
     assert differences(list(result(whole)), list(result(tmp_path / "broken"))) == []
+
+
+SYNC = ("distributed.reduction=ddp", "model.sync_batchnorm=true", "data.drop_last=true")
+
+# 12 steps. As in test_parity.py, float32 sums in another order change a step by 3.6e-6, here without clipping: the
+# gradients are smaller than 5, too. BatchNorm divides by standard deviations, which are above 0.1 here: at most 10
+# times the error.
+TOLERANCE = 12 * 3.6e-6 * 10
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def test_global_statistics_do_not_depend_on_the_number_of_ranks(tmp_path):
+    (plain,) = states(train(tmp_path / "plain", 1, "distributed.reduction=ddp", "data.drop_last=true"), 1)
+    for ranks in (1, 2, 4):
+        out = train(tmp_path / f"{ranks}", ranks, *SYNC)
+        first, *others = states(out, ranks)
+        assert distance(first, plain) < TOLERANCE
+        assert all(differences(first, other) == [] for other in others)
+    # Evaluated as plain BatchNorm.
+    assert evaluation(out)["test_loss"] == json.loads((out / "run/summary.json").read_text())["test_loss"]
+    local = train(tmp_path / "local", 4, "distributed.reduction=ddp", "data.drop_last=true")
+    assert distance(states(local, 4)[0], plain) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the last global batch has 1 samples, fewer than 2 ranks; give data.drop_last=true"),
+        (["model.compile=true"], "was not tested with model.compile=true; give one of them only"),
+        (["train.accumulation_steps=3"], "train.accumulation_steps=3 splits the global batch"),
+        (["distributed.reduction=exact"], "computes each virtual shard by itself; give distributed.reduction=ddp"),
+    ],
+)
+def test_global_statistics_that_are_impossible_are_refused(tmp_path, words, message):
+    more = (f"run.dir={tmp_path}", "model.sync_batchnorm=true", *words)
+    ended = run_ranks(2, DIRECTORY / "rank_program.py", tmp_path, *SETTINGS, *more)
+    assert ended.status != 0
+    assert message in ended.stderr

@@ -303,7 +303,7 @@ def test_unused_parameters_are_refused(signs, message):
 @pytest.mark.parametrize("reduction", ["exact", "ddp"])
 def test_sync_batchnorm_is_refused(reduction):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SyncBatchNorm(4))
-    with pytest.raises(UserError, match=r"1 \(SyncBatchNorm\): waits for all ranks .*; use BatchNorm"):
+    with pytest.raises(UserError, match=r"1 \(SyncBatchNorm\): waits for all ranks .*; give model.sync_batchnorm=true"):
         make_reducer(load_config([], [f"distributed.reduction={reduction}"]), model, ONE_RANK, check_finite=True)
 
 
