@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from distlenet import ImageClassification, load_config
 from PIL import Image
+
+from distlenet import ImageClassification, load_config
 
 
 def tint(grey: np.ndarray, key: str) -> np.ndarray:
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="directory to write")
     parser.add_argument("--source", default="data", help="directory of Fashion-MNIST, see docs/data.md")
     parser.add_argument("--train", type=int, default=10_000, help="training images (10,000)")
-    parser.add_argument("--validation", type=int, default=2_000, help="validation images, from the training set (2,000)")
+    parser.add_argument("--validation", type=int, default=2_000, help="validation images (2,000)")
     parser.add_argument("--test", type=int, default=5_000, help="test images (5,000)")
     parser.add_argument("--baseline", action="store_true", help="fit scikit-learn's logistic regression to the images")
     arguments = parser.parse_args()

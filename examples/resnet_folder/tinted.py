@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from distlenet import Datasets
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
+
+from distlenet import Datasets
 
 
 def datasets(root: str, size: int = 28) -> Datasets:

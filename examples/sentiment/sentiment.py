@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from distlenet import Config, Datasets, Task, UserError
 from torch import Tensor, nn
+
+from distlenet import Config, Datasets, Task, UserError
 
 PADDING, UNKNOWN = 0, 1
 
@@ -20,7 +21,7 @@ Review = tuple[str, int]
 class Sentiment(Task):
     """Classify the reviews in ``data.root``/neg.txt and pos.txt, one per line, by their first ``length`` characters."""
 
-    def __init__(self, config: Config, max_characters: int = 4000, length: int = 160) -> None:
+    def __init__(self, config: Config, max_characters: int = 4000, length: int = 128) -> None:
         super().__init__(config)
         self.root, self.max_characters, self.length = Path(config.data.root), max_characters, length
         self.vocabulary: dict[str, int] = {}
@@ -73,7 +74,7 @@ class Sentiment(Task):
 
 
 class CharacterNet(nn.Module):
-    """Convolutions over 2, 3 and 4 characters, and the maximum of each over the text.
+    """Convolutions over 1, 2 and 3 characters, and the maximum of each over the text.
 
     Kim (2014), Convolutional Neural Networks for Sentence Classification, https://arxiv.org/abs/1408.5882
     """
@@ -82,13 +83,14 @@ class CharacterNet(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(characters, width, padding_idx=PADDING)
         nn.init.normal_(self.embedding.weight.data[PADDING + 1 :], std=0.1)
-        self.convolutions = nn.ModuleList(nn.Conv1d(width, channels, size) for size in (2, 3, 4))
+        self.drop_characters = nn.Dropout1d(0.2)
+        self.convolutions = nn.ModuleList(nn.Conv1d(width, channels, size) for size in (1, 2, 3))
         self.dropout = nn.Dropout(0.5)
         self.output = nn.Linear(3 * channels, 2)
 
     def forward(self, texts: Tensor) -> Tensor:
         """Return the logits (n, 2) of texts (n, length)."""
-        features = self.embedding(texts).transpose(1, 2)
+        features = self.drop_characters(self.embedding(texts)).transpose(1, 2)
         maxima = [convolution(features).amax(2).relu() for convolution in self.convolutions]
         return self.output(self.dropout(torch.cat(maxima, 1)))
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from distlenet import Config, Datasets, Task, UserError
 from torch import Tensor, nn
+
+from distlenet import Config, Datasets, Task, UserError
 
 LABELS = {"easy-ham-1": 0, "easy-ham-2": 0, "hard-ham-1": 0, "spam-1": 1, "spam-2": 1}
 PADDING, UNKNOWN = 0, 1
@@ -75,7 +76,7 @@ class Spam(Task):
 
 
 class TextNet(nn.Module):
-    """The sum of the words' vectors, divided by the root of their number, and the maximum of a convolution over three words."""
+    """A linear model of the words' vectors and of the maximum of a convolution over three words."""
 
     def __init__(self, words: int, width: int = 64, channels: int = 64) -> None:
         super().__init__()

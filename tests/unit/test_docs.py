@@ -13,7 +13,13 @@ from distlenet.config.fields import FIELDS
 pytestmark = pytest.mark.unit
 
 PAGES = sorted(
-    [REPO / "README.md", *REPO.glob("CONTRIBUTING.md"), *REPO.glob("docs/*.md"), *REPO.glob("benchmarks/*.md")]
+    [
+        REPO / "README.md",
+        *REPO.glob("CONTRIBUTING.md"),
+        *REPO.glob("docs/*.md"),
+        *REPO.glob("benchmarks/*.md"),
+        *REPO.glob("examples/**/*.md"),
+    ]
 )
 NOT_SETTINGS = {"key", "checkpoint"}
 """The placeholder ``key=value``, and the argument ``checkpoint=RUN`` of evaluate and predict."""
@@ -72,7 +78,7 @@ def unknown_settings(code: str) -> set[str]:
     groups = "|".join(sorted({key.partition(".")[0] for key in FIELDS if "." in key}))
     dotted = set(re.findall(rf"(?<![\w./])((?:{groups})\.\w+)(?![\w/.(])", code))
     dotted -= {name for name in dotted if name.rpartition(".")[2] in SUFFIXES}
-    assigned = set(re.findall(r"(?:^|[\s\"])([a-z]\w*)=(?!True)", code, re.MULTILINE))  # not --option=value
+    assigned = set(re.findall(r"(?:^|[\s\"])([a-z]\w*)=(?!True|=)", code, re.MULTILINE))  # not --option=value
     return dotted - FIELDS.keys() | assigned - FIELDS.keys() - NOT_SETTINGS
 
 
@@ -154,7 +160,9 @@ def test_the_messages_in_the_readme_are_those_of_the_programs():
 
 
 def language_files() -> list[Path]:
-    files = [path for place in ("distlenet", "docs", "slurm", "launch") for path in (REPO / place).rglob("*")]
+    files = [
+        path for place in ("distlenet", "docs", "examples", "slurm", "launch") for path in (REPO / place).rglob("*")
+    ]
     files += [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "Makefile"]
     return sorted(path for path in files if path.is_file() and (path.suffix in TEXT_SUFFIXES or not path.suffix))
 
