@@ -64,6 +64,21 @@ class Sentiment(Task):
         """Return whether each review is classified correctly."""
         return {"accuracy": outputs.argmax(1) == data[1]}
 
+    def prediction(self, outputs: Tensor, data: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Return what the area under the ROC curve needs."""
+        return {"score": outputs[:, 1] - outputs[:, 0], "positive": data[1] == 1}
+
+    def summary_metrics(self, predictions: dict[str, Tensor]) -> dict[str, float]:
+        """Return the area under the ROC curve: the share of the pairs of two classes that are in the right order."""
+        score, positive = predictions["score"].double(), predictions["positive"].bool()
+        differences = score[positive].unsqueeze(1) - score[~positive]
+        return {"auc": float((differences > 0).double().mean() + (differences == 0).double().mean() / 2)}
+
+    def predict(self, model: nn.Module, data: Sequence[str]) -> Tensor:
+        """Return the probability that each review is positive, (n,), for ``distlenet.load_model``."""
+        inputs, _ = self.collate([("".join(text.split()), 0) for text in data])
+        return model(inputs).softmax(1)[:, 1]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the characters: without them, the weights cannot be used."""
         return {"characters": "".join(self.vocabulary)}

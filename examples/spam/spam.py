@@ -53,8 +53,8 @@ class Spam(Task):
 
     def collate(self, samples: Sequence[Mail]) -> tuple[list[Tensor], Tensor]:
         """Return the numbers of each mail's words, a list because the lengths differ, and the labels."""
-        numbers = [torch.tensor([self.vocabulary.get(word, UNKNOWN) for word in words]) for words, _ in samples]
-        return numbers, torch.tensor([label for _, label in samples])
+        texts = [[self.vocabulary.get(word, UNKNOWN) for word in words] for words, _ in samples]
+        return [torch.tensor(text, dtype=torch.int64) for text in texts], torch.tensor([label for _, label in samples])
 
     def loss(self, model: nn.Module, data: tuple[list[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Return the binary cross-entropy of each mail, in nats, and its logit."""
@@ -65,6 +65,21 @@ class Spam(Task):
     def metrics(self, outputs: Tensor, data: tuple[list[Tensor], Tensor]) -> dict[str, Tensor]:
         """Return whether each mail is classified correctly."""
         return {"accuracy": (outputs > 0) == data[1]}
+
+    def prediction(self, outputs: Tensor, data: tuple[list[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return what the area under the ROC curve needs."""
+        return {"score": outputs, "positive": data[1] == 1}
+
+    def summary_metrics(self, predictions: dict[str, Tensor]) -> dict[str, float]:
+        """Return the area under the ROC curve: the share of the pairs of two classes that are in the right order."""
+        score, positive = predictions["score"].double(), predictions["positive"].bool()
+        differences = score[positive].unsqueeze(1) - score[~positive]
+        return {"auc": float((differences > 0).double().mean() + (differences == 0).double().mean() / 2)}
+
+    def predict(self, model: nn.Module, data: Sequence[bytes]) -> Tensor:
+        """Return the probability that each mail is spam, (n,), for ``distlenet.load_model``."""
+        inputs, _ = self.collate([(words_of(text), 0) for text in data])
+        return model(inputs).sigmoid()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the vocabulary: without it, the weights cannot be used."""
@@ -102,7 +117,7 @@ class TextNet(nn.Module):
         vectors, is_word = self.embedding(words), words != PADDING
         features = self.convolution(vectors.transpose(1, 2)).relu()
         maxima = (features * is_word.unsqueeze(1)).amax(2)  # no feature is below 0
-        sums = vectors.sum(1) / is_word.sum(1, keepdim=True).sqrt()  # the vector of padding is 0
+        sums = vectors.sum(1) / is_word.sum(1, keepdim=True).clamp(min=1).sqrt()  # the vector of padding is 0
         return self.output(self.dropout(torch.cat([sums, maxima], 1))).squeeze(1)
 
 
