@@ -13,10 +13,9 @@ from distlenet.config.loading import load_config
 from distlenet.config.schema import Config
 from distlenet.distributed.entry_point import run_entry
 from distlenet.prove.causes import CAUSES
-from distlenet.prove.checks import Finding
-from distlenet.prove.child import CONTRACT
+from distlenet.prove.checks import CONTRACT, Finding
 from distlenet.prove.comparison import TOLERANCE, Promise, compare
-from distlenet.prove.processes import ProcessFailed, start
+from distlenet.prove.processes import SERVER_HASH_SEED, ProcessFailed, start
 from distlenet.prove.tables import print_cause, print_findings, print_table
 from distlenet.prove.trials import Run, check_ledger, plan, settings_of_runs
 from distlenet.utils.errors import UserError
@@ -89,13 +88,14 @@ class Proof:
         """Find out, with a third process, whether the order of listings made the difference."""
         if name.startswith("weights"):
             return "model weights"
-        with self.start_checks("ascending", 1, "third") as job:
+        with self.start_checks("ascending", SERVER_HASH_SEED + 1, "third") as job:
             job.wait()
         third = differing(self.contract("ascending")["fingerprint"], self.contract("third")["fingerprint"])
         return "dataset process" if third else "order"
 
     def compare_runs(self, runs: list[Run]) -> bool:
         """Train in all ways, and print the comparison; return whether everything that is promised holds."""
+        print()
         contract, columns = self.contract("ascending"), {}
         causes: dict[str, str] = {}  # {stage: the difference}
         close = not contract["mixes_in_training"]
@@ -105,6 +105,7 @@ class Proof:
                 run.execute(self.words, directory)
                 if self.config.data.ledger:
                     check_ledger(directory / "run")
+                print(f"trained: {run.name}", flush=True)
             except ProcessFailed as error:
                 print(f"\n{run.name}: {error}")
                 return False
@@ -125,7 +126,7 @@ class Proof:
         return not causes
 
 
-ORDERS = (("ascending", 0), ("descending", 1))
+ORDERS = (("ascending", SERVER_HASH_SEED), ("descending", SERVER_HASH_SEED + 1))
 """The order of listings, and the hash seed, which orders sets, of each process that checks the hooks."""
 
 

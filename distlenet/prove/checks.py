@@ -12,6 +12,9 @@ from torch import Tensor
 from distlenet.utils.errors import UserError
 from distlenet.utils.nested import tensors_in
 
+CONTRACT = "contract.json"
+"""The file with the result of the direct checks."""
+
 
 class Finding(NamedTuple):
     """The result of one check."""

@@ -14,15 +14,13 @@ from distlenet.config.loading import load_config
 from distlenet.config.schema import Config
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
+from distlenet.prove.checks import CONTRACT
 from distlenet.prove.contract import Contract
 from distlenet.prove.listing import sort_listings
 from distlenet.prove.recording import Recorder, RecordingTrainer, recorded
 from distlenet.task import Task
 from distlenet.tasks.registry import make_task
 from distlenet.train import train
-
-CONTRACT = "contract.json"
-"""The file with the result of the direct checks."""
 
 MOST_TEST_SAMPLES = 1000
 """Of each set for evaluation."""

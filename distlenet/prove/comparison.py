@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from distlenet.prove.recording import GRADIENTS
+GRADIENTS = "gradients.pt"
+"""The file with the gradients of the first step."""
 
 STAGES = (
     "initial weights",

@@ -67,7 +67,7 @@ class ModelContract:
         if not findings:
             findings = [Finding(f"loss: {check}", None) for check in ("one per sample", "again", "samples alone")]
             findings.append(self.check_state())
-        return [*findings, self.check_metrics(noisy, outputs)]
+        return [*findings, self.check_metrics(noisy, outputs), *self.check_prediction(outputs)]
 
     def loss(self, model: nn.Module, positions: Sequence[int] | None = None, seed: int = 0) -> tuple[Tensor, Any]:
         """Return losses, with their weights if there are any, float64 (n, 1 or 2), and outputs."""
@@ -120,6 +120,18 @@ class ModelContract:
         tolerance = REPEATED if comparable else self.tolerance
         problem = compare_values(whole, alone, tolerance) or compare_values(whole, backwards.flip(0), tolerance)
         return Finding("metrics: samples alone", "metrics alone" if problem else None, problem or "")
+
+    def check_prediction(self, outputs: Any) -> list[Finding]:
+        """Compute what ``Task.summary_metrics`` receives, sample by sample, from the same outputs."""
+        with hook("metrics"):
+            whole = self.task.prediction(outputs, self.inputs)
+            if whole is None or not is_per_sample(outputs, self.n):
+                return []
+            parts = [self.task.prediction(take(outputs, [k]), take(self.inputs, [k])) for k in range(self.n)]
+            mixes = not is_per_sample(whole, self.n) or any(
+                outputs_differ(take(whole, [k]), part, REPEATED) for k, part in enumerate(parts)
+            )
+        return [Finding("prediction: samples alone", "metrics alone" if mixes else None, "differs" if mixes else "")]
 
     def check_state(self) -> Finding:
         """Load the state of a network that has computed two batches into a new one: both must compute the same."""

@@ -1,14 +1,21 @@
-"""Start the processes of a proof and wait for them."""
+"""Start the processes of a proof and wait for them.
 
+All but one are forked from a server that has imported torch and this package, which takes seconds. They are as fresh as
+new interpreters: the server has imported nothing of the user, and drawn no random number.
+"""
+
+import multiprocessing
 import os
+import random
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from distlenet.utils.errors import UserError
@@ -18,6 +25,9 @@ LIMIT_S = 3600.0
 
 GRACE_S = 15.0
 """From the failure of a rank until the others are killed."""
+
+SERVER_HASH_SEED = 0
+SERVER, INTERPRETER = multiprocessing.get_context("forkserver"), multiprocessing.get_context("spawn")
 
 
 class ProcessFailed(Exception):
@@ -29,7 +39,7 @@ class Job:
     """The ranks of a run, or one process without ranks."""
 
     directory: Path
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[BaseProcess]
 
     def wait(self, killed: bool = False) -> None:
         """Wait until all ranks have ended; with ``killed``, by SIGKILL.
@@ -38,32 +48,39 @@ class Job:
         """
         deadline = time.monotonic() + LIMIT_S
         expected = -signal.SIGKILL if killed else 0
-        while any(process.poll() is None for process in self.processes) and time.monotonic() < deadline:
+        while any(process.exitcode is None for process in self.processes) and time.monotonic() < deadline:
             time.sleep(0.05)
-            if any(process.returncode not in (None, expected) for process in self.processes):
+            if any(process.exitcode not in (None, expected) for process in self.processes):
                 deadline = min(deadline, time.monotonic() + GRACE_S)
         self.kill()
-        statuses = [process.returncode for process in self.processes]
+        statuses = [process.exitcode for process in self.processes]
         if all(status == expected for status in statuses):
             return
-        outputs = [path.read_text(errors="replace") for path in sorted(self.directory.glob("output-*.txt"))]
-        lines = [line.removeprefix("distlenet: ") for text in outputs for line in text.splitlines()[-1:]]
-        if 2 in statuses:
+        outputs = [output_of(self.directory, rank) for rank in range(len(statuses))]
+        texts = [path.read_text(errors="replace") if path.exists() else "" for path in outputs]
+        lines = [line.removeprefix("distlenet: ") for text in texts for line in text.splitlines()[-1:]]
+        if 2 in statuses and lines:
             raise UserError(lines[statuses.index(2)] if len(lines) == len(statuses) else lines[0])
-        shown = next((text for text, status in zip(outputs, statuses, strict=True) if status not in (expected, -9)), "")
+        shown = next((text for text, status in zip(texts, statuses, strict=True) if status not in (expected, -9)), "")
         raise ProcessFailed(f"exit status {statuses}: " + "\n".join(shown.splitlines()[-12:]))
 
     def kill(self) -> None:
-        """Kill all processes that still run."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.processes[0].pid, signal.SIGKILL)
+        """Kill all processes that still run, with their loader workers."""
         for process in self.processes:
-            process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()
+            process.join()
+
+
+def output_of(directory: Path, rank: int) -> Path:
+    """Return the file that receives what a rank prints."""
+    return directory / f"output-{rank:04}.txt"
 
 
 @contextmanager
-def start(directory: Path, words: Sequence[str], ranks: int = 1, hash_seed: int = 0) -> Iterator[Job]:
-    """Start ``ranks`` processes of ``distlenet.prove.child`` in one process group; kill them at the end."""
+def start(directory: Path, words: Sequence[str], ranks: int = 1, hash_seed: int = SERVER_HASH_SEED) -> Iterator[Job]:
+    """Start ``ranks`` processes of ``distlenet.prove.child``; kill them at the end of the block."""
     directory.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -72,22 +89,49 @@ def start(directory: Path, words: Sequence[str], ranks: int = 1, hash_seed: int 
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
     common = {"OMP_NUM_THREADS": "1", **inherited, "WANDB_MODE": "disabled", "PYTHONHASHSEED": str(hash_seed)}
     sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes: list[subprocess.Popen[bytes]] = []
-    command = [sys.executable, "-m", "distlenet.prove.child", f"--out={directory}", *words]
+    SERVER.set_forkserver_preload(["torch._dynamo", "distlenet.prove.child"])
+    context = SERVER if hash_seed == SERVER_HASH_SEED else INTERPRETER
+    job = Job(directory, [])
     try:
-        for rank in range(ranks):
-            own = {name: str(value) for name, value in {**sizes, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            with (directory / f"output-{rank:04}.txt").open("wb") as output:
-                process = subprocess.Popen(
-                    command,
-                    env={**common, **own},
-                    process_group=processes[0].pid if processes else 0,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            processes.append(process)
-        yield Job(directory, processes)
+        with _environment(common):  # the server and the interpreter inherit it
+            for rank in range(ranks):
+                own = {name: str(value) for name, value in {**sizes, "RANK": rank, "LOCAL_RANK": rank}.items()}
+                arguments = ([f"--out={directory}", *words], {**common, **own}, output_of(directory, rank))
+                process = context.Process(target=_become_child, args=arguments)
+                process.start()
+                job.processes.append(process)
+        yield job
     finally:
-        if processes:
-            Job(directory, processes).kill()
+        job.kill()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set the environment of this process until the end of the block."""
+    before = dict(os.environ)
+    _set_environment(values)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(values)
+
+
+def _become_child(words: list[str], environment: Mapping[str, str], output: Path) -> None:
+    """Run ``distlenet.prove.child`` in this process, with a session, an environment and generators as a new one has."""
+    import numpy as np  # not in the parent process: it takes a while
+
+    os.setsid()
+    with output.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    _set_environment(environment)
+    multiprocessing.set_start_method(None, force=True)  # the default, for loader workers
+    random.seed()
+    np.random.seed()
+    sys.argv = ["distlenet.prove.child", *words]
+    runpy.run_module("distlenet.prove.child", run_name="__main__", alter_sys=True)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distlenet.data.loader import EvaluationLoader
+from distlenet.prove.comparison import GRADIENTS
 from distlenet.prove.digests import digest, sample_digests
 from distlenet.task import Batch, Data, Datasets, SampleKeys, Task
 from distlenet.training.evaluator import Evaluator
@@ -21,9 +22,6 @@ from distlenet.training.meter import Metrics
 from distlenet.training.step_result import StepResult
 from distlenet.training.trainer import Trainer
 from distlenet.utils.nested import count_samples
-
-GRADIENTS = "gradients.pt"
-"""The file with the gradients of the first step."""
 
 
 class Recorder:

@@ -11,7 +11,7 @@ def print_findings(findings: Iterable[Finding]) -> None:
     """Print the results of the direct checks."""
     print("Hooks, called directly:")
     for finding in findings:
-        print(f"  {finding.check:56} {f'DIFFERS: {finding.detail}' if finding.cause else 'holds'}")
+        print(f"  {finding.check:52} {f'FAILS: {finding.detail}' if finding.cause else 'holds'}", flush=True)
 
 
 def print_cause(cause: str, hook: str, where: str) -> None:
