@@ -108,6 +108,8 @@ class Proof:
                 print(f"trained: {run.name}", flush=True)
             except ProcessFailed as error:
                 print(f"\n{run.name}: {error}")
+                if "ReplicaMismatch" in str(error):
+                    print_cause("replicas", "", "the ranks of one run hold different weights")
                 return False
             same_ranks = next(index for index, other in enumerate(runs) if other.ranks[0] == run.ranks[-1])
             reference = 0 if self.exact or same_ranks == number else same_ranks

@@ -113,6 +113,11 @@ CAUSES = {
         "the initial weights depend on the rank or the process",
         "initialise with torch.nn.init; the engine seeds torch before Task.model",
     ),
+    "replicas": Cause(
+        "model",
+        "the initial weights, or changes of weights or buffers in forward, depend on the rank",
+        "initialise with torch.nn.init; let only the optimizer change parameters",
+    ),
     "losses": Cause(
         "model",
         "a state that is no buffer, random numbers of another generator than torch's, or the rank; in Task.model or "
