@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from distlenet.report.runs import Run, columns
+from distlenet.report.runs import Run, columns, metric_names
 
 MAX_POINTS = 400  # per line; longer lines are averaged, because the page is too narrow to show more
 MAX_FULL_LINES = 8  # charts with more lines draw fewer points per line; a page of 60 runs stays below 2 MB
@@ -36,26 +36,30 @@ STYLE: dict[Any, Any] = {
 
 def draw_charts(runs: list[Run], png_directory: Path) -> Iterator[tuple[str, str]]:
     """Yield the title and SVG of each chart that has data, and write it as PNG too."""
-    charts: dict[str, Callable[[list[Run], Axes], None]] = {
-        "Loss": partial(_draw_metric, key="loss", ylabel="nats per image"),
-        "Accuracy": partial(_draw_metric, key="accuracy", ylabel="share of images"),
-        "Learning rate": partial(_draw_train, key="lr"),
-        "Throughput": partial(_draw_train, key="images_per_s", ylabel="images/s of all ranks"),
-        "Gradient norm": partial(_draw_train, key="grad_norm"),
-        "Steps over time, and restarts": _draw_steps_over_time,
-    }
+    metrics = {name: name.replace("_", " ").capitalize() for name in metric_names(runs)}
+    charts: list[tuple[str, Callable[[list[Run], Axes], None]]] = [
+        ("Loss", partial(_draw_metric, key="loss", ylabel="mean over samples")),
+        *((title, partial(_draw_metric, key=name, ylabel=name)) for name, title in metrics.items()),
+        ("Learning rate", partial(_draw_train, key="lr")),
+        ("Throughput", partial(_draw_train, key="images_per_s", ylabel="samples/s of all ranks")),
+        ("Gradient norm", partial(_draw_train, key="grad_norm")),
+        ("Steps over time, and restarts", _draw_steps_over_time),
+    ]
     if len(runs) == 1:
-        charts["Time per step"] = _draw_time_split
+        charts.append(("Time per step", _draw_time_split))
     if len(runs) == 1 and "confusion" in runs[0].error_analysis:
-        charts |= {"Confusion": _draw_confusion, "Accuracy of each class": _draw_class_accuracies}
-    for title, draw in charts.items():
+        charts += [("Confusion", _draw_confusion), ("Accuracy of each class", _draw_class_accuracies)]
+    slugs: set[str] = set()
+    for title, draw in charts:
         with mpl.rc_context(STYLE):
             figure = Figure()
             axes = figure.subplots()
             draw(runs, axes)
             if not axes.has_data():
                 continue
-            slug = "-".join(re.findall("[a-z]+", title.lower()))
+            slug = "-".join(re.findall("[a-z0-9]+", title.lower())) or "metric"
+            slug += f"-{len(slugs)}" if slug in slugs else ""
+            slugs.add(slug)
             if len(runs) > 1 or len(axes.get_legend_handles_labels()[0]) > 1:
                 axes.legend()
             svg = _to_svg(figure, title, slug)
@@ -97,8 +101,10 @@ def _plot(axes: Axes, runs: list[Run], points: list[list[Any]], line_format: str
 def _draw_metric(runs: list[Run], axes: Axes, key: str, ylabel: str) -> None:
     for number, run in enumerate(runs):
         prefix, test_color = ("", "C1") if len(runs) == 1 else (f"{run.name} ", f"C{number}")
-        train, test = (columns(run.of_split(split), "step", key) for split in ("train", "test"))
+        train, val, test = (columns(run.of_split(split), "step", key) for split in ("train", "val", "test"))
         _plot(axes, runs, train, color=f"C{number}", label=f"{prefix}training", alpha=0.45, linewidth=1)
+        val_color = "C2" if len(runs) == 1 else test_color
+        _plot(axes, runs, val, "s--", color=val_color, label=f"{prefix}validation", markersize=3)
         _plot(axes, runs, test, "o-", color=test_color, label=f"{prefix}test", markersize=3)
     axes.set(xlabel="optimizer step", ylabel=ylabel)
     if key == "accuracy":

@@ -23,7 +23,7 @@ def write_report(runs: list[Run], page: Path) -> None:
             title=" and ".join(run.name for run in runs),
             runs=runs,
             charts=charts,
-            figures=[(row[0][0], [value for _, value in row]) for row in zip(*map(key_figures, runs), strict=True)],
+            figures=[row for row in key_figures(runs) if any(value is not None for value in row[1])],
             differences=differences(runs),
         )
         replace_text(page, content.encode(errors="replace").decode())  # JSON strings may hold lone surrogates

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from distlenet.config.fields import flatten, to_yaml_value
 from distlenet.config.loading import read_yaml
-from distlenet.tracking.base import TEST_FILE, Record
+from distlenet.tracking.base import TEST_FILE, Record, metrics_of
 from distlenet.tracking.history import read_records
 from distlenet.utils.errors import UserError, printable, warn
 from distlenet.utils.structure import MAX_COUNT, check_same_structure
@@ -20,7 +20,8 @@ T = TypeVar("T")
 START: Record = {"time": "", "run_id": "", "step": 0, "world_size": 0, "host": "", "automatic": False}
 MISTAKE: Record = {"index": 0, "label": 0, "predicted": 0, "confidence": 0.0, "png": ""}
 IMAGE: Record = {"caption": "", "png": ""}
-MAX_CLASS_NAME = 40  # characters that fit into a chart
+MAX_NAME = 40  # characters of the name of a class or of a metric that fit into a chart
+MAX_METRICS = 20  # of a task, which a page shows
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _parse_error_analysis(text: str) -> Record:
     for mistake in content["mistakes"]:
         if max(mistake["label"], mistake["predicted"]) >= classes:
             raise ValueError(f"a mistake has a label beyond the {classes} classes")
-    return {**content, "classes": [printable(name)[:MAX_CLASS_NAME] for name in content["classes"]]}
+    return {**content, "classes": [printable(name)[:MAX_NAME] for name in content["classes"]]}
 
 
 def to_number(value: Any) -> float | None:
@@ -134,24 +135,43 @@ def columns(records: list[Record], *keys: str) -> list[list[Any]]:
     return [list(values) for values in zip(*complete, strict=True)] if complete else [[] for _ in keys]
 
 
-def key_figures(run: Run) -> list[tuple[str, str | None]]:
-    """Return names and values of a run's key figures; None for a value that the run does not have."""
-    tests, train = run.of_split("test"), run.of_split("train")
-    last: Record = tests[-1] if tests else {}
-    speed = to_number(run.summary.get("train_images_per_s")) or (train[-1].get("images_per_s") if train else None)
+def metric_names(runs: list[Run]) -> list[str]:
+    """Return the names of the metrics of the runs, besides the loss."""
+    names = dict.fromkeys(name for run in runs for record in run.records for name in metrics_of(record))
+    return [name for name in names if len(name) <= MAX_NAME and name.isprintable()][:MAX_METRICS]
+
+
+def format_value(name: str, value: Any, form: str = "{:.4f}") -> str | None:
+    """Format a number, and accuracies in percent; return None for anything else."""
+    return None if to_number(value) is None else ("{:.2%}" if name == "accuracy" else form).format(value)
+
+
+def key_figures(runs: list[Run]) -> list[tuple[str, list[str | None]]]:
+    """Return the key figures: a name, and the value of each run; None for a value that a run does not have."""
+    metrics = ["accuracy", "loss", *metric_names(runs)]
+    figures = [dict(_figures(run, list(dict.fromkeys(metrics)))) for run in runs]
+    return [(name, [each[name] for each in figures]) for name in figures[0]]
+
+
+def _figures(run: Run, metrics: list[str]) -> list[tuple[str, str | None]]:
+    test, val = ((run.of_split(split) or [{}])[-1] for split in ("test", "val"))
+    train, summary = run.of_split("train"), run.summary
+    speed = to_number(summary.get("train_images_per_s")) or (train[-1].get("images_per_s") if train else None)
     rows: list[tuple[str, Any, str]] = [
-        ("test accuracy, last", last.get("accuracy"), "{:.2%}"),
-        ("test accuracy, best", max(columns(tests, "accuracy")[0], default=None), "{:.2%}"),
-        ("test loss, last", last.get("loss"), "{:.4f}"),
-        ("epoch", last.get("epoch"), "{}"),
+        ("epoch", test.get("epoch"), "{}"),
+        ("step of best.pt", summary.get("best_step"), "{:,}"),
         ("optimizer steps", run.records[-1]["step"] if run.records else None, "{:,}"),
-        ("images/s", speed, "{:,.0f}"),
-        ("seconds of training", run.summary.get("train_s"), "{:,.1f}"),
+        ("samples/s", speed, "{:,.0f}"),
+        ("seconds of training", summary.get("train_s"), "{:,.1f}"),
         ("ranks", run.starts[-1]["world_size"] if run.starts else None, "{}"),
         ("restarts", len(run.restarts) if run.starts else None, "{}"),
     ]
-    figures = [(name, None if to_number(value) is None else form.format(value)) for name, value, form in rows]
-    return [*figures, ("state", "complete" if run.summary else "not complete")]
+    return [
+        *((f"test {name}", format_value(name, test.get(name))) for name in metrics),
+        *((f"validation {name}", format_value(name, val.get(name))) for name in metrics),
+        *((name, format_value(name, value, form)) for name, value, form in rows),
+        ("state", "complete" if summary else "not complete"),
+    ]
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:

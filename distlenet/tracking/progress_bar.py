@@ -61,7 +61,7 @@ class ProgressBar(TextLogger):
             (NARROW, f"{record['step']}/{info['steps']}"),
             (0, f"loss {record['loss']:.3f}"),
             *((NARROW, f"{label(name)} {format_metric(name, value, 1)}") for name, value in first_metric(record)),
-            (WIDE, f"{record['images_per_s']:,.0f} images/s"),
+            (WIDE, f"{record['images_per_s']:,.0f} {self.unit}/s"),
             (VERY_WIDE, f"lr {record['lr']:.2g}  {info['world_size']} ranks"),
             (0, f"{time_left(record, info)} left"),
         ]
@@ -84,7 +84,7 @@ class ProgressBar(TextLogger):
             for metric, _ in first_metric(test):
                 shown = known and metric in record  # the training set has no metrics over all predictions
                 cells[f"{name} {label(metric)}"] = format_metric(metric, record[metric]) if shown else ""
-        cells["test images"] = f"{test['count']}"
+        cells[f"test {self.unit}"] = f"{test['count']}"
         if not self.columns:
             self.columns = self._choose_columns(list(cells))
             self.print("  ".join(f"{name:>{CELL}}" for name in self.columns))
@@ -94,9 +94,12 @@ class ProgressBar(TextLogger):
         """Choose the columns of the table that fit into the terminal."""
         selecting = "val" if "val loss" in columns else "test"
         if self.console.width < WIDE:
-            return ["epoch", *(name for name in columns if name.startswith(f"{selecting} ") and name != "test images")]
+            return [
+                "epoch",
+                *(name for name in columns if name.startswith(f"{selecting} ") and name != f"test {self.unit}"),
+            ]
         if selecting == "val" and self.console.width < VERY_WIDE:
-            return [name for name in columns if name not in ("step", "test images")]
+            return [name for name in columns if name not in ("step", f"test {self.unit}")]
         return columns
 
     def finish(self, summary: Record) -> None:

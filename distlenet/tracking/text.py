@@ -18,6 +18,7 @@ class TextLogger(Tracker):
 
     def __init__(self) -> None:
         self.run_info: Record = {}
+        self.unit = "samples"  # what the samples are called
         self.last_line_time = float("-inf")
         self.slow_ranks: list[int] = []  # the slowest rank of each of the last records, if it was slow
         self.reported_ranks: set[int] = set()
@@ -25,12 +26,15 @@ class TextLogger(Tracker):
     def start(self, run_info: Record) -> None:
         """Print the configuration of the run, and the step from which it resumes."""
         self.run_info = i = run_info
+        self.unit = i["unit"]
+        what = f"{i['model']} on {i['data']}" if i["data"] else i["model"]
+        source = f", {i['data_source']}" if i["data_source"] else ""
         self.print(
-            f"distlenet {i['version']}: {i['model']} on {i['data']} ({i['train_count']} images, {i['data_source']})\n"
+            f"distlenet {i['version']}: {what} ({i['train_count']} {self.unit}{source})\n"
             f"world size {i['world_size']}, {i['backend']}, {i['device']}, {i['precision']}, "
             f"threads per rank {i['threads']}, reduction {i['reduction']}, W&B {i['wandb']}\n"
             f"epochs {i['epochs']}, steps {i['steps']}, global batch {i['global_batch_size']} = "
-            f"ranks {i['world_size']} × micro-batches {i['micro_batches']} × images {i['micro_batch_size']}"
+            f"ranks {i['world_size']} × micro-batches {i['micro_batches']} × {self.unit} {i['micro_batch_size']}"
         )
         if i["complete"]:
             limit = "train.stop_patience" if i.get("stopped_early") else "train.epochs"
@@ -46,13 +50,13 @@ class TextLogger(Tracker):
         self.report_slow_rank(record)
         epoch = f"epoch {record['epoch']}/{self.run_info['epochs']}"
         if record["split"] in ("val", "test"):
-            self.print(f"{epoch}  {format_metrics(record, prefix=record['split'])} of {record['count']} images")
+            self.print(f"{epoch}  {format_metrics(record, prefix=record['split'])} of {record['count']} {self.unit}")
         elif record["split"] == "train" and time.monotonic() - self.last_line_time >= LINE_INTERVAL_S:
             self.last_line_time = time.monotonic()
             self.print(
                 f"{epoch}  step {record['step']}/{self.run_info['steps']}  {format_metrics(record, digits=1)}  "
                 f"lr {record['lr']:.4g}  "
-                f"{record['images_per_s']:,.0f} images/s  {time_left(record, self.run_info)} left"
+                f"{record['images_per_s']:,.0f} {self.unit}/s  {time_left(record, self.run_info)} left"
             )
 
     def report_slow_rank(self, record: Record) -> None:
@@ -72,12 +76,12 @@ class TextLogger(Tracker):
     def finish(self, summary: Record) -> None:
         """Print the result, the times and the run directory."""
         speed = summary["train_images_per_s"]  # None if the run was complete at its start
-        trained = f"trained at {speed:,.0f} images/s, " if speed else ""
+        trained = f"trained at {speed:,.0f} {self.unit}/s, " if speed else ""
         if summary.get("stopped_early"):
             self.print(f"stopped early after step {summary['steps']}: train.stop_when did not improve")
         if "best_step" in summary:
             self.print(f"best.pt: step {summary['best_step']}, {summary['best_by']} {summary['best_value']:.4f}")
-        self.print(result_line(summary))
+        self.print(result_line(summary, unit=self.unit))
         self.print(f"{summary['start_s']:.1f} s to start, {trained}{summary['wall_s']:.1f} s in all")
         self.print(f"Files of this run: {summary['run_dir']}")
 
@@ -104,13 +108,13 @@ class TutorialLogger(TextLogger):
         super().finish(summary)
 
 
-def result_line(metrics: Record, split: str = "test") -> str:
+def result_line(metrics: Record, split: str = "test", unit: str = "samples") -> str:
     """Format the metrics of a split, ``test_loss`` and so on; only the accuracy if there is one, as in the tutorial."""
     values = {key.removeprefix(f"{split}_"): value for key, value in metrics.items() if key.startswith(f"{split}_")}
     name = {"val": "validation"}.get(split, split)
     if "accuracy" not in values:
-        return f"The network on the {values['count']} {name} samples: {format_metrics(values)}"
-    return f"Accuracy of the network on the {values['count']} {name} images: {100 * values['accuracy']:.1f} %"
+        return f"The network on the {values['count']} {name} {unit}: {format_metrics(values)}"
+    return f"Accuracy of the network on the {values['count']} {name} {unit}: {100 * values['accuracy']:.1f} %"
 
 
 def format_metrics(record: Record, prefix: str = "", digits: int = 2) -> str:
@@ -127,5 +131,5 @@ def format_metric(name: str, value: float, digits: int = 2) -> str:
 
 def time_left(record: Record, run_info: Record) -> timedelta:
     """Return the remaining time of the run at the speed of ``record``, in full seconds."""
-    images = (run_info["steps"] - record["step"]) * run_info["train_count"] / run_info["steps_per_epoch"]
-    return timedelta(seconds=round(images / max(record["images_per_s"], 1e-9)))
+    samples = (run_info["steps"] - record["step"]) * run_info["train_count"] / run_info["steps_per_epoch"]
+    return timedelta(seconds=round(samples / max(record["images_per_s"], 1e-9)))

@@ -9,6 +9,8 @@ from distlenet.config.schema import Config
 from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.distributed.context import DistributedContext
 from distlenet.reduction.reducer import Reducer
+from distlenet.task import Task
+from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Record
 from distlenet.tracking.wandb import wandb_mode
 from distlenet.training.selection import Selection
@@ -18,14 +20,22 @@ from distlenet.training.throughput import Throughput
 
 
 def run_info(
-    config: Config, context: DistributedContext, state: TrainState, sampler: GlobalBatchSampler, reducer: Reducer
+    config: Config,
+    context: DistributedContext,
+    task: Task,
+    state: TrainState,
+    sampler: GlobalBatchSampler,
+    reducer: Reducer,
 ) -> Record:
     """Return what a tracker receives before the first step."""
+    built_in = isinstance(task, ImageClassification)
+    configured = built_in and type(task).model is ImageClassification.model
     return {
         "version": __version__,
         "run_id": state.run_id,
-        "model": config.model.name,
-        "data": config.data.name,
+        "model": config.model.name if configured else type(task).__name__,
+        "data": config.data.name if built_in else None,
+        "unit": "images" if built_in else "samples",
         "step": state.step,
         "evaluated": state.evaluated,
         "epochs": config.train.epochs,

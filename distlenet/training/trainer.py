@@ -215,7 +215,7 @@ class Trainer:
 
     def run_info(self) -> Record:
         """Return what a tracker receives before the first step."""
-        shared = run_info(self.config, self.context, self.state, self.sampler, self.reducer)
+        shared = run_info(self.config, self.context, self.task, self.state, self.sampler, self.reducer)
         return {
             **shared,
             "run": self.run_dir.name,

@@ -111,4 +111,4 @@ def test_complete_run_is_not_trained_again_and_evaluates_to_the_same_loss(tmp_pa
         assert evaluated["step"] == json.loads(summary)["steps"]
     shown = run_python("-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run'}").succeeded().stdout
     assert f"test loss {results['test_loss']:.4f}  test accuracy {results['test_accuracy']:.2%}" in shown
-    assert shown.count("Accuracy of the network on the 360 test images") == 1
+    assert shown.count("Accuracy of the network on the 360 test samples") == 1

@@ -23,6 +23,7 @@ RUN_INFO = {
     "data": "digits",
     "train_count": 1437,
     "data_source": "bundled",
+    "unit": "images",
     "world_size": 2,
     "backend": "gloo",
     "device": "cpu",
@@ -41,8 +42,9 @@ RUN_INFO = {
     "evaluated": 0,
     "resumed_from": None,
 }
-SUMMARY = {"test_accuracy": 0.98765, "test_count": 360, "steps": 40, "run_dir": "runs/x"}
-SUMMARY |= {"start_s": 2.31, "wall_s": 20.0, "train_images_per_s": 12345.6}
+TIMED = {"steps": 40, "run_dir": "runs/x", "start_s": 2.31, "wall_s": 20.0, "train_images_per_s": 12345.6}
+SUMMARY = {"test_accuracy": 0.98765, "test_count": 360, **TIMED}
+SELECTED = {"stopped_early": True, "best_by": "val/rmse", "best_value": 1.5, "best_step": 20}
 TIMES = "2.3 s to start, trained at 12,346 images/s, 20.0 s in all"
 
 
@@ -81,12 +83,32 @@ def test_every_evaluation_and_the_result_are_printed(capsys):
     )
 
 
+def test_a_task_without_accuracy_and_a_validation_set(capsys):
+    """The metrics are those of the records, and samples are not called images."""
+    console = TextLogger()
+    console.start({**RUN_INFO, "model": "Prices", "data": None, "data_source": "", "unit": "samples"})
+    record = {"epoch": 1, "step": 20, "batch": 20, "loss": 0.25, "rmse": 1.5, "count": 360}
+    console.log({**record, "split": "train", "lr": 0.1, "images_per_s": 1000.0})
+    console.log({**record, "split": "val", "r2": 0.5})
+    console.finish({**TIMED, "test_loss": 0.25, "test_rmse": 1.5, "test_count": 360, **SELECTED})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "distlenet 1: Prices (1437 samples)"
+    assert lines[3].startswith("epoch 1/2  step 20/40  loss 0.2500  rmse 1.5000  lr 0.1  1,000 samples/s")
+    assert lines[4:8] == [
+        "epoch 1/2  val loss 0.2500  val rmse 1.5000  val r2 0.5000 of 360 samples",
+        "stopped early after step 40: train.stop_when did not improve",
+        "best.pt: step 20, val/rmse 1.5000",
+        "The network on the 360 test samples: loss 0.2500  rmse 1.5000",
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
         ({}, "global batch 64 = ranks 2 × micro-batches 1 × images 32"),
         ({"step": 8, "resumed_from": "runs/x/c.pt"}, "resumed at step 8 of 40 from runs/x/c.pt"),
         ({"step": 40, "complete": True}, "this run is complete; to train longer, give run.name=name checkpoint.allow"),
+        ({"complete": True, "stopped_early": True}, "checkpoint.allow_changed=[train.stop_patience] and a larger"),
     ],
 )
 def test_the_opening_lines(capsys, change, part):
@@ -161,7 +183,7 @@ class Screen(io.StringIO):
         return re.split("[\n\r]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.getvalue()))
 
 
-def shown(width: int) -> Screen:
+def shown(width: int, validation: bool = False) -> Screen:
     """Show 20 steps and an evaluation, twice, on a terminal of ``width`` columns."""
     screen = Screen()
     bar = ProgressBar(Console(file=screen, width=width, force_terminal=True, color_system="256", highlight=False))
@@ -170,6 +192,8 @@ def shown(width: int) -> Screen:
         bar.log(train_record(last))
         bar.progress.refresh()
         bar.log({**train_record(last), "split": "train_epoch", "loss": 0.375})
+        if validation:
+            bar.log({**evaluation(last), "split": "val", "loss": 0.3, "accuracy": 0.8})
         bar.log(evaluation(last))
     bar.finish(SUMMARY)
     return screen
@@ -215,6 +239,56 @@ def test_evaluations_are_rows_of_a_table(width, table):
     assert len(rows) == 2
     assert {len(row) for row in rows} == {len(lines[heading].rstrip())}  # right-aligned
     assert len(rows[0]) <= width
+
+
+@pytest.mark.parametrize(
+    ("width", "table"),
+    [
+        (40, [["epoch", "val loss", "val acc"], ["1/2", "0.3000", "80.00%"]]),
+        (
+            78,
+            [
+                ["epoch", "train loss", "train acc", "val loss", "val acc", "test loss", "test acc"],
+                ["1/2", "0.3750", "75.00%", "0.3000", "80.00%", "0.2500", "90.00%"],
+            ],
+        ),
+        (
+            110,
+            [
+                [
+                    "epoch",
+                    "step",
+                    "train loss",
+                    "train acc",
+                    "val loss",
+                    "val acc",
+                    "test loss",
+                    "test acc",
+                    "test images",
+                ],
+                ["1/2", "20", "0.3750", "75.00%", "0.3000", "80.00%", "0.2500", "90.00%", "360"],
+            ],
+        ),
+    ],
+)
+def test_the_table_has_the_validation_set(width, table):
+    lines = shown(width, validation=True).lines()
+    cells = [re.split("  +", line.strip()) for line in lines]
+    assert table[0] in cells
+    assert table[1] in cells
+    assert max(len(line.rstrip()) for line, cell in zip(lines, cells, strict=True) if cell in table) <= width
+
+
+def test_the_bar_without_any_metric():
+    screen = Screen()
+    bar = ProgressBar(Console(file=screen, width=110, force_terminal=True, highlight=False))
+    bar.start(RUN_INFO)
+    for record in (train_record(20), {**train_record(20), "split": "train_epoch"}, evaluation(20)):
+        bar.log({key: value for key, value in record.items() if key != "accuracy"})
+    bar.finish(SUMMARY)
+    cells = [re.split("  +", line.strip()) for line in screen.lines()]
+    assert ["epoch", "step", "train loss", "test loss", "test images"] in cells
+    assert ["1/2", "20", "0.5000", "0.2500", "360"] in cells
 
 
 def test_no_color_is_respected(monkeypatch):

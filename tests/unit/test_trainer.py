@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distlenet import train
+from distlenet import evaluate, train
 from distlenet.config.loading import load_config
+from distlenet.report.page import write_report
+from distlenet.report.runs import read_run
+from distlenet.task import Datasets, Task
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -92,3 +95,63 @@ def test_a_metric_that_does_not_exist_is_refused_before_the_first_step(tmp_path)
     with pytest.raises(UserError, match="best_by=val/f1: the task has no such metric; give one of val/loss"):
         train_digits(tmp_path, "data.validation=0.25", "checkpoint.best_by=val/f1")
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+class Numbers:
+    """The numbers 0.0, 0.1 and so on, and twice their values."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def get_batch(self, indices):
+        return indices / 10, indices / 5
+
+
+class Regression(Task):
+    """A task without images, accuracy or error analysis."""
+
+    def model(self):
+        return torch.nn.Linear(1, 1)
+
+    def datasets(self):
+        return Datasets(train=Numbers(40), test=Numbers(25), validation=Numbers(10))
+
+    def loss(self, model, data):
+        inputs, targets = data
+        outputs = model(inputs.unsqueeze(1)).squeeze(1)
+        return (outputs - targets) ** 2, outputs
+
+    def metrics(self, outputs, data):
+        return {"absolute_error": (outputs - data[1]).abs()}
+
+    def prediction(self, outputs, data):
+        return {"error": outputs - data[1]}
+
+    def summary_metrics(self, predictions):
+        return {"median_error": predictions["error"].abs().median()}
+
+
+@pytest.mark.parametrize("best_by", ["val/absolute_error", "val/median_error"])
+def test_a_task_without_accuracy(tmp_path, capsys, best_by):
+    settings = ("device=cpu", "train.global_batch_size=8", "train.epochs=2", "train.log_every=1", "optim.lr=0.001")
+    run = (f"run.dir={tmp_path}", "run.name=run", "wandb.mode=disabled")
+    summary = train.train(load_config([], [*settings, *run, f"checkpoint.best_by={best_by}"]), Regression)
+    out = capsys.readouterr().out
+    assert "Regression (40 samples)" in out
+    assert "The network on the 25 test samples: loss " in out
+    assert {"val_median_error", "test_median_error", "test_absolute_error", "test_loss"} <= summary.keys()
+    assert summary["best_by"] == best_by
+    for split in ("test", "val"):
+        evaluated = evaluate.evaluate(tmp_path / "run", split=split, make_task=Regression)
+        values = {name: value for name, value in evaluated.items() if name.startswith(f"{split}_")}
+        assert len(values) == 4
+        assert values == {name: value for name, value in summary.items() if name.startswith(f"{split}_")}
+    write_report([read_run(tmp_path / "run")], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<figcaption>Absolute error</figcaption>" in page
+    assert "<span>validation median_error</span>" in page
+    assert ">validation<" in page  # in the legend
+    assert "<span>test accuracy" not in page
