@@ -12,7 +12,7 @@ from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.loading import load_config
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.preemption import Preemption
-from distlenet.evaluate import evaluate_checkpoint
+from distlenet.evaluate import evaluate
 from distlenet.serving.predictor import Predictor
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
@@ -105,7 +105,7 @@ def test_the_average_is_evaluated_and_saved_and_the_weights_train_on(tmp_path):
     state = load_checkpoint(path)
     assert state["ema"].keys() == state["model"].keys()
     assert not torch.equal(state["ema"]["fc1.weight"], state["model"]["fc1.weight"])
-    loss = evaluate_checkpoint(averaged.config, state, path).means["loss"]
+    loss = evaluate(path)["test_loss"]
     assert loss == averaged.state.test["test_loss"]
     assert loss != raw.state.test["test_loss"]
     predictor = Predictor(path)
