@@ -12,7 +12,7 @@ from distlenet.task import Data, Task
 from distlenet.tracking.base import RESERVED_KEYS
 from distlenet.utils.errors import UserError
 from distlenet.utils.exact_sums import LOSS_BITS
-from distlenet.utils.nested import map_tensors
+from distlenet.utils.nested import count_samples, map_tensors
 
 SMALLEST_WEIGHT = 1e-3
 """Smaller weights would lose digits: weights are rounded to multiples of 2**-20, so that their sums are exact."""
@@ -42,8 +42,19 @@ class TaskOutline:
         return self.weight_unit is not None
 
     def loss(self, model: nn.Module, data: Data) -> SampleLosses:
-        """Call ``Task.loss``. A negative weight becomes NaN, and so does the loss. No host sync."""
-        losses, outputs = self.task.loss(model, data)
+        """Call ``Task.loss``. A negative weight becomes NaN, and so does the loss. No host sync.
+
+        Raise UserError if a BatchNorm has a single value per channel.
+        """
+        try:
+            losses, outputs = self.task.loss(model, data)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"a micro-batch of {count_samples(data)} has no batch statistics: {error}; give data.drop_last=true, a "
+                "larger train.global_batch_size, or fewer micro-batches"
+            ) from error
         if not isinstance(losses, tuple):
             return SampleLosses(losses, None, outputs)
         losses, weights = losses

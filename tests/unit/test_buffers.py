@@ -140,6 +140,30 @@ def test_one_micro_batch_equals_plain_batchnorm_to_the_bit():
         assert torch.equal(model.state_dict()[name], value), name
 
 
+def average_change(changes: dict[int, float], rows: int, all_reduce) -> float:
+    """Return the average of one step whose micro-batches, by row, change a float64 buffer from 0."""
+    model = nn.Module()
+    model.register_buffer("value", torch.zeros(1, dtype=torch.float64))
+    average = BufferAverage(model, rows, all_reduce)
+    average.begin()
+    for row, change in changes.items():
+        model.value.fill_(change)
+        average.add(min(row, rows - 1), 1)
+    return average.reduce(1).item()
+
+
+@pytest.mark.parametrize(("rows", "equal"), [(4, True), (1, False)])
+def test_rows_make_the_sum_independent_of_ranks(rows, equal):
+    """With one row, the order of additions matters: 2**-53 is lost when it is added to 1, but not 2 × 2**-53."""
+    changes = dict(enumerate([1.0, 2.0**-53, 2.0**-53, 2.0**-53]))
+    one_rank = average_change(changes, rows, lambda _: None)
+    sent: list[Tensor] = []
+    average_change({row: changes[row] for row in (1, 3)}, rows, lambda values: sent.append(values.clone()))
+    two_ranks = average_change({row: changes[row] for row in (0, 2)}, rows, lambda values: values.add_(sent.pop(0)))
+    assert sent == []
+    assert (one_rank == two_ranks) == equal
+
+
 @pytest.mark.usefixtures("group")
 def test_model_without_changing_buffers_sends_nothing():
     calls = []

@@ -65,6 +65,14 @@ def test_metrics_are_one_value_per_sample(name, values):
         outline(metrics=lambda *_: {name: values})
 
 
+def test_single_value_per_channel_is_explained():
+    task = type("Mine", (Doubling,), {"model": lambda _: nn.BatchNorm1d(3)})(Config())
+    with pytest.raises(UserError, match=r"^a micro-batch of 1 has no batch statistics: .*; give data\.drop_last=true"):
+        TaskOutline(task, ()).loss(task.model().train(), torch.ones(1, 3))
+    with pytest.raises(ValueError, match="expected 2D or 3D input"):
+        TaskOutline(task, ()).loss(task.model().train(), torch.ones(1, 3, 1, 1))
+
+
 def weighted(weights):
     """Return the methods of a task with losses 3 and 5."""
     n = len(weights)

@@ -5,7 +5,7 @@ from torch import nn
 
 from distlenet.models.lenet import Net
 from distlenet.reduction import replica_check
-from distlenet.reduction.replica_check import ReplicaMismatch, check_replicas, fingerprints
+from distlenet.reduction.replica_check import ReplicaMismatch, check_replicas, fingerprints, named_state
 
 pytestmark = pytest.mark.unit
 
@@ -24,6 +24,23 @@ def test_flipped_bit_changes_the_fingerprint_of_its_parameter_only(dtype):
             bits[index] ^= mask
             assert [i for i, same in enumerate(fingerprints(model) == before) if not same] == [number]
             bits[index] ^= mask
+    assert torch.equal(fingerprints(model), before)
+
+
+def test_persistent_buffers_are_checked():
+    """Running statistics, counters and complex constants; not caches, which may differ between ranks."""
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model.register_buffer("rotations", torch.ones(2, dtype=torch.complex64))
+    model.register_buffer("cache", torch.ones(2), persistent=False)
+    before = fingerprints(model)
+    assert set(named_state(model)) == set(model.state_dict())
+    assert len(before) == 6
+    for number, name in enumerate(named_state(model)):
+        value = model.state_dict()[name]
+        value.add_(1)
+        assert [i for i, same in enumerate(fingerprints(model) == before) if not same] == [number]
+        value.sub_(1)
+    model.cache.add_(1)
     assert torch.equal(fingerprints(model), before)
 
 
