@@ -101,11 +101,11 @@ def _evaluate(config: Config, state: State, path: Path, split: str, make_task: M
         task = make_task(config)
         datasets = task.datasets()
         loaders = evaluation_loaders(config, context, datasets, task)
+        if split not in loaders:
+            raise UserError("--split val: the run has no validation set; give --split test")
         model = task.model().to(context.device)
         load_model(model, evaluation_weights(state), path)  # first: another architecture is the clearer message
         load_task_state(task, state, path)
-        if split not in loaders:
-            raise UserError("--split val: the data has no validation set; give the data.validation of the training")
         loader = loaders[split]
 
         def batches() -> Iterator[Batch]:

@@ -9,7 +9,7 @@ from checkpoint_states import lenet_state, tiny_state
 from conftest import run_command
 
 from distlenet.checkpoint import store as store_module
-from distlenet.checkpoint.format import load_checkpoint
+from distlenet.checkpoint.format import link_atomically, load_checkpoint
 from distlenet.checkpoint.store import CheckpointStore, find_checkpoint
 from distlenet.utils.errors import UserError
 
@@ -40,6 +40,12 @@ def test_the_last_is_a_copy_without_hard_links(tmp_path, monkeypatch):
 
 def refuse(*_):
     raise OSError(1, "Operation not permitted")
+
+
+def test_a_link_that_exists_leaves_no_temporary_file(tmp_path):
+    path = CheckpointStore(tmp_path, keep_last=1).write(tiny_state(1))
+    link_atomically(path, tmp_path / "last.pt")  # os.replace does nothing then
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-00000001.pt"]
 
 
 def test_the_last_is_repaired_at_a_start(tmp_path):

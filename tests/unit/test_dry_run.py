@@ -29,6 +29,14 @@ def test_plan_of_many_ranks():
     assert rows["steps"] == "69 (3 epochs of 23); each epoch ends with a batch of 29; drops none"  # 1437 = 22 × 64 + 29
 
 
+def test_plan_with_a_validation_set():
+    rows = plan_rows(2, "data.validation=0.1", "checkpoint.keep_last=2")
+    assert rows["data"] == "digits: 1,293 samples to train on, 144 to validate, 360 to test"
+    assert rows["validation, test"] == "about 252 samples a rank, each epoch"
+    assert rows["checkpoint"].endswith("for the 3 that are kept")
+    assert plan_rows(2, "checkpoint.keep_last=2")["checkpoint"].endswith("for the 2 that are kept")
+
+
 def test_plan_of_an_exact_run_that_drops_the_last_batch():
     settings = (
         "distributed.reduction=exact",

@@ -132,6 +132,10 @@ def test_a_run_stopped_by_max_steps_resumes_within_the_epoch(error_of, tmp_path)
         (["checkpoint=."], "has no checkpoints"),
         (["checkpoint=c.pt", "data.nam=digits"], "did you mean data.name?"),
         (["checkpoint=other.pt"], "another architecture"),
+        (
+            ["checkpoint=c.pt", "--split=val", "device=cpu"],
+            "--split val: the run has no validation set; give --split test",
+        ),
     ],
 )
 def test_evaluation(error_of, tmp_path, words, message):
