@@ -57,6 +57,8 @@ def load_config(
             raise UserError(f"{given}: {error}") from error
     config = Config(**{name: GROUPS[name](**v) if name in GROUPS else v for name, v in _nest(values).items()})
     _check_combinations(config)
+    if not base:  # otherwise nothing is trained, and the optimizer may be the default in place of the user's code
+        _check_optimizer(config)
     return config
 
 
@@ -137,8 +139,6 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_combinations(config: Config) -> None:
     """Raise UserError for what the type and the range of one value do not cover."""
-    if config.optim.nesterov and config.optim.name == "sgd" and config.optim.momentum == 0:
-        raise UserError("optim.nesterov=true: needs optim.momentum above 0; give optim.nesterov=false")
     if (name := config.run.name) is not None and (name in ("", "..") or Path(name).name != name):
         raise UserError(f"run.name={name}: expected the name of one directory; its parent is run.dir")
     if not 0 < len(config.wandb.project) <= 128 or set("/\\#?%:") & set(config.wandb.project):
@@ -153,6 +153,12 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"checkpoint.allow_changed: {unknown_key(unknown[0])}")
     if fixed := {"task.name", "model.name", "optim.name"} & set(config.checkpoint.allow_changed):
         raise UserError(f"checkpoint.allow_changed: {min(fixed)} cannot change: the state would not fit; remove it")
+
+
+def _check_optimizer(config: Config) -> None:
+    """Raise UserError for settings of the optimizer that do not fit each other."""
+    if config.optim.nesterov and config.optim.name == "sgd" and config.optim.momentum == 0:
+        raise UserError("optim.nesterov=true: needs optim.momentum above 0; give optim.nesterov=false")
     fixed = {key for key in config.checkpoint.allow_changed if key.startswith("optim.")}
     if fixed and is_import_name(config.optim.schedule):
         raise UserError(

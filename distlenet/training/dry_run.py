@@ -142,7 +142,7 @@ def _memory(trainer: Trainer) -> dict[str, int]:
     memory = {"weights": weights, "gradients": weights}
     memory["optimizer"] = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
     if trainer.config.train.ema_decay is not None:
-        memory["average of the weights"] = weights
+        memory["averages"] = weights
     if trainer.config.distributed.reduction == "exact":
         memory["exact sums"] = 2 * 8 * sum(p.numel() for p in trainer.model.parameters())
     stored = trainer.loader.sample_batch().data

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from distlenet.config.loading import load_config
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.preemption import Preemption
+from distlenet.evaluate import evaluate
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
 from distlenet.training.optimizers import (
@@ -232,7 +233,8 @@ def test_a_run_with_both_by_name(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     words = ("data.name=digits", "device=cpu", "train.max_steps=5", "optim.name=torch.optim:NAdam", "optim.lr=0.01")
     words += ("optim.schedule=torch.optim.lr_scheduler:StepLR", "optim.schedule_args.step_size=2")
-    config = load_config([], [*words, "optim.schedule_args.gamma=0.5", f"run.dir={tmp_path}"])
+    words += ("optim.schedule_args.gamma=0.5", "optim.momentum=0")
+    config = load_config([], [*words, f"run.dir={tmp_path}"])
     with (
         init_distributed(config) as context,
         closing(
@@ -243,3 +245,5 @@ def test_a_run_with_both_by_name(tmp_path):
     assert trainer.state.lr == 0.0025  # of the fifth step
     assert isinstance(trainer.train_step.on_device.optimizer, NAdam)
     assert isinstance(trainer.train_step.schedule, LRScheduler)
+    found = evaluate(tmp_path)  # it does not train: neither optimizer nor schedule has to be named again
+    assert found["test_loss"] == trainer.state.test["test_loss"]
