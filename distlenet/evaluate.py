@@ -22,7 +22,7 @@ from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
 from distlenet.distributed.environment import read_environment
 from distlenet.task import Batch
-from distlenet.tasks.registry import MakeTask, reads_images
+from distlenet.tasks.registry import MakeTask, create_task, reads_images
 from distlenet.tasks.registry import make_task as make_configured_task
 from distlenet.tracking.base import Record
 from distlenet.tracking.history import to_json
@@ -98,7 +98,7 @@ def _evaluate(config: Config, state: State, path: Path, split: str, make_task: M
     """Return the metrics, and the checkpoint that rank 0 found."""
     with init_distributed(config) as context:
         path, state = broadcast_object((path, state))  # during a run, ranks may have found different ones
-        task = make_task(config)
+        task = create_task(make_task, config)
         datasets = task.datasets()
         loaders = evaluation_loaders(config, context, datasets, task)
         if split not in loaders:

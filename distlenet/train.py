@@ -26,7 +26,7 @@ from distlenet.distributed.environment import read_environment
 from distlenet.distributed.preemption import Preemption
 from distlenet.reduction.batch_size import micro_batch_size
 from distlenet.task import Task
-from distlenet.tasks.registry import MakeTask
+from distlenet.tasks.registry import MakeTask, create_task
 from distlenet.tasks.registry import make_task as make_configured_task
 from distlenet.tracking.base import Record, Trackers
 from distlenet.tracking.history import History
@@ -95,7 +95,7 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
         with raise_on_all_ranks():
             if rank_0 and config.checkpoint.resume not in ("auto", "never"):
                 find_checkpoint(Path(config.checkpoint.resume))
-        task = make_task(config)
+        task = create_task(make_task, config)
         with raise_on_all_ranks():
             if rank_0:
                 stack.callback(lock_run_dir(run_dir, config.distributed.init_timeout_s).release)

@@ -10,10 +10,9 @@ from distlenet.checkpoint.format import evaluation_weights, load_checkpoint, loa
 from distlenet.checkpoint.format import load_model as load_weights
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.loading import load_config
-from distlenet.config.names import check_arguments
 from distlenet.task import Data, Task
 from distlenet.tasks.image_classification import ImageClassification
-from distlenet.tasks.registry import make_task
+from distlenet.tasks.registry import create_task, make_task
 
 
 class TrainedModel(nn.Module):
@@ -41,11 +40,7 @@ def load_model(checkpoint: str | Path, task: type[Task] | None = None, overrides
     if task is None or task.model is ImageClassification.model:
         names.append("model.name")
     config = load_config([], overrides, state["config"], names)
-    if task is None:
-        made = make_task(config)
-    else:
-        check_arguments("task.args", task, config.task.args, positional=1)
-        made = task(config, **config.task.args)
+    made = create_task(task or make_task, config)
     load_task_state(made, state, file)
     model = made.model()
     load_weights(model, evaluation_weights(state), file)

@@ -8,8 +8,8 @@ from distlenet.task import Task
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.utils.errors import UserError
 
-MakeTask = Callable[[Config], Task]
-"""Creates the task of a run. A collective."""
+MakeTask = Callable[..., Task]
+"""The class of a task, or a function of the settings that returns a task."""
 
 TASKS: dict[str, Callable[..., Task]] = {"image_classification": ImageClassification}
 
@@ -19,12 +19,20 @@ def make_task(config: Config) -> Task:
 
     Raise UserError if the name cannot be imported, does not accept ``task.args`` or is no task.
     """
-    function = resolve("task.name", config.task.name, TASKS)
-    check_arguments("task.args", function, config.task.args, positional=1)
-    task = function(config, **config.task.args)
+    task = _call(resolve("task.name", config.task.name, TASKS), config)
     if not isinstance(task, Task):
         raise UserError(f"task.name={config.task.name}: returned a {type(task).__name__}; expected a distlenet.Task")
     return task
+
+
+def create_task(maker: MakeTask, config: Config) -> Task:
+    """Create a task: a class also receives ``task.args``. A collective. Raise UserError if it does not accept them."""
+    return _call(maker, config) if isinstance(maker, type) else maker(config)
+
+
+def _call(function: MakeTask, config: Config) -> Task:
+    check_arguments("task.args", function, config.task.args, positional=1)
+    return function(config, **config.task.args)
 
 
 def reads_images(config: Config, maker: MakeTask = make_task) -> bool:

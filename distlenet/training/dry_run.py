@@ -5,7 +5,7 @@ their input. So every check that training makes of settings, data and ranks is m
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +27,9 @@ from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.rendezvous import host_key
 from distlenet.distributed.watchdog import Watchdog
 from distlenet.reduction.batch_size import micro_batch_size
-from distlenet.task import Data, Task
+from distlenet.task import Data
+from distlenet.tasks.registry import MakeTask, create_task, reads_images
 from distlenet.tasks.registry import make_task as make_configured_task
-from distlenet.tasks.registry import reads_images
 from distlenet.tracking.base import Trackers
 from distlenet.training.trainer import Trainer
 from distlenet.utils.nested import map_tensors, tensors_in
@@ -37,7 +37,7 @@ from distlenet.utils.nested import map_tensors, tensors_in
 Row = tuple[str, str]
 
 
-def plan(config: Config, world_size: int, make_task: Callable[[Config], Task] = make_configured_task) -> list[Row]:
+def plan(config: Config, world_size: int, make_task: MakeTask = make_configured_task) -> list[Row]:
     """Compose the job of ``world_size`` ranks, and return its plan as rows of (name, text).
 
     Raise UserError if training would, or if the dataset is not on this machine: nothing is downloaded.
@@ -48,7 +48,7 @@ def plan(config: Config, world_size: int, make_task: Callable[[Config], Task] = 
     config, not_checked = _for_this_machine(config)
     resident_before = _resident_bytes()
     with fake_process_group(config, world_size) as context:
-        task = make_task(config)
+        task = create_task(make_task, config)
         trainer = Trainer(config, context, task, run_directory(config), Trackers(), Preemption(0.0))
         for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter)

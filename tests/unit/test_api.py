@@ -83,3 +83,15 @@ def test_a_checkpoint_of_another_task_is_refused(tmp_path):
     run(tmp_path, Slope, "run.name=slope")
     with pytest.raises(UserError, match=r"its task state is not one of ImageClassification"):
         load_model(tmp_path / "slope")
+
+
+def test_a_class_receives_the_arguments_of_the_task(tmp_path):
+    """With slope 0, an untrained network with a weight in [-1, 1] has a loss of at most x², whose mean is 17.5."""
+    small = ["train.global_batch_size=4", "optim.lr=0.0001", "task.args.slope=0"]
+    summary = run(tmp_path, Slope, *small)
+    assert summary["test_loss"] < 17.5
+    assert evaluate(tmp_path / "run", make_task=Slope)["test_loss"] == summary["test_loss"]
+    assert load_model(tmp_path / "run", Slope).task.slope == 0
+    assert evaluate(tmp_path / "run", ["task.args.slope=50"], make_task=Slope)["test_loss"] > 10_000
+    with pytest.raises(UserError, match=r"task.args: Slope: got an unexpected keyword argument 'angle'.*slope=3.0"):
+        run(tmp_path, Slope, "task.args={angle: 1}")
