@@ -168,6 +168,7 @@ def test_a_preempted_run_is_marked_and_a_finished_one_sends_its_best_checkpoint(
         "wandb.finish_timeout_s=60",
         "checkpoint.preemption_grace_s=60",
         "train.epochs=40",
+        "data.validation=0.1",
     )
     with Job(tmp_path, sys.executable, "-m", "distlenet.train", *arguments, env=server.environ) as job:
         job.wait_for_records()
