@@ -177,9 +177,10 @@ class Task(ABC):
         return {}
 
     def predict(self, model: nn.Module, data: Data) -> Any:
-        """Return the model's outputs for samples that are not transformed; ``distlenet.load_model`` calls it.
+        """Return the model's outputs for raw samples, as the dataset holds them; ``distlenet.load_model`` calls it.
 
-        By default it computes the loss, so ``data`` must include targets.
+        A method that replaces it must call ``transform(data, None)``, or do what that does. By default it also computes
+        the loss, so ``data`` must include targets.
         """
         return self.loss(model, self.transform(data, None))[1]
 

@@ -133,7 +133,14 @@ CHEAP_VALUES = {  # others would take long, or write outside the directory of th
     "wandb.tags": ["[]"],
     "tracking.tensorboard": ["false"],
 }
-FIXED = {"data.name": "digits", "device": "cpu", "data.root": "none", "wandb.mode": "disabled", "train.max_steps": "2"}
+FIXED = {
+    "model.compile": "false",
+    "data.name": "digits",
+    "device": "cpu",
+    "data.root": "none",
+    "wandb.mode": "disabled",
+    "train.max_steps": "2",
+}
 
 
 @examples(60)
