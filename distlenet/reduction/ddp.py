@@ -78,7 +78,8 @@ class _ModelWithStopFlag(nn.Module):
 
 def zero_of(model: nn.Module) -> Tensor:
     """Return 0, with a gradient of 0 for every parameter."""
-    return torch.stack([(p * 0).sum().float() for p in model.parameters() if p.requires_grad]).sum()
+    # Times zeros_like, not 0: a gradient has the strides of its parameter, otherwise DistributedDataParallel warns.
+    return torch.stack([(p * torch.zeros_like(p)).sum().float() for p in model.parameters() if p.requires_grad]).sum()
 
 
 class _Wrapper(DistributedDataParallel):
