@@ -82,13 +82,11 @@ def output_of(directory: Path, rank: int) -> Path:
 def start(directory: Path, words: Sequence[str], ranks: int = 1, hash_seed: int = SERVER_HASH_SEED) -> Iterator[Job]:
     """Start ``ranks`` processes of ``distlenet.prove.child``; kill them at the end of the block."""
     directory.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = ("SLURM_", "TORCHELASTIC_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
     common = {"OMP_NUM_THREADS": "1", **inherited, "WANDB_MODE": "disabled", "PYTHONHASHSEED": str(hash_seed)}
-    sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, **address}
     SERVER.set_forkserver_preload(["torch._dynamo", "distlenet.prove.child"])
     context = SERVER if hash_seed == SERVER_HASH_SEED else INTERPRETER
     job = Job(directory, [])
@@ -103,6 +101,15 @@ def start(directory: Path, words: Sequence[str], ranks: int = 1, hash_seed: int 
         yield job
     finally:
         job.kill()
+
+
+def _free_port() -> int:
+    """Return a free port below those that the system gives to other programs while the ranks start."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

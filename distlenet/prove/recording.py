@@ -175,8 +175,8 @@ class RecordingTrainer(Trainer):
 
     def step(self, batch: Batch) -> StepResult:
         """Record a step."""
+        self.checkpoints.store.wait()  # while it writes, the checkpoint after this step would be left out
         if self.state.step == self.kill_before:
-            self.checkpoints.store.wait()
             dist.barrier()  # collective: each rank has recorded all steps before this one
             os.kill(os.getpid(), signal.SIGKILL)
         self.recorder.begin(f"step {self.state.step}", batch.indices)

@@ -40,7 +40,6 @@ def test_a_broken_task_fails_and_its_hook_is_named(task, hook):
 @pytest.mark.parametrize(
     ("task", "stage", "place"),
     [
-        ("OfTheRank", "raw samples", "step 0"),
         ("OfTheWorker", "raw samples", "step 0"),
         ("LateState", "losses", r"step [2345]"),
     ],
@@ -51,11 +50,17 @@ def test_what_the_hooks_alone_do_not_show_is_found_by_the_runs(task, stage, plac
     assert re.search(rf"first difference is in {stage} of {place}:", ended.stdout), str(ended)
 
 
+def test_data_that_depends_on_the_rank_is_refused():
+    ended = prove("OfTheRank", "--ranks", "1", "2")
+    assert ended.status == 2, str(ended)
+    assert "the data differs between ranks: train (96 samples" in ended.stderr
+
+
 @pytest.mark.parametrize("reduction", ["ddp", "exact"])
 def test_a_correct_task_passes(reduction):
     ended = prove("Correct", "--ranks", "1", "2", f"distributed.reduction={reduction}").succeeded()
     assert ended.stdout.endswith("Everything that is promised holds.\n")
-    rows = dict(re.findall(r"^  (\w[\w ]*\w)  +((?:same|close|-).*)$", ended.stdout, re.MULTILINE))
+    rows = dict(re.findall(r"^  (\w+(?: \w+)*)  +((?:same|close|-).*)$", ended.stdout, re.MULTILINE))
     between_ranks = ["close", "-"] if reduction == "ddp" else ["same", "same"]
     assert [rows[stage].split()[0] for stage in ("gradients", "weights")] == between_ranks
     assert rows["weights"].split()[1:] == ["same", "same"]
