@@ -42,8 +42,8 @@ class WeightAverage:
         for parameter, average in zip(self.averaged_model.parameters(), self.averages, strict=True):
             if parameter.dtype != average.dtype:  # otherwise they are one tensor
                 parameter.copy_(average)
-        for target, buffer in zip(self.averaged_model.buffers(), self.model.buffers(), strict=True):
-            target.copy_(buffer)
+        for target, source in zip(self.averaged_model.modules(), self.model.modules(), strict=True):
+            target._buffers.update(source._buffers)  # the same tensors: a forward pass may have replaced one
         return self.averaged_model
 
     def state_dict(self) -> State:

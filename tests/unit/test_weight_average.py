@@ -96,6 +96,19 @@ def test_shared_parameters_have_one_average_under_both_names():
     assert torch.equal(other.averages[0], start / 2)
 
 
+def test_a_cache_that_a_forward_pass_has_replaced_is_evaluated_too():
+    class Cached(torch.nn.Linear):
+        def forward(self, x):
+            self.mask = torch.ones(len(x), 1)
+            return super().forward(x) * self.mask
+
+    model = Cached(2, 2)
+    model.register_buffer("mask", torch.ones(1, 1), persistent=False)
+    average = WeightAverage(model, 0.5)
+    model(torch.ones(3, 2))
+    assert average.evaluated_model()(torch.ones(3, 2)).shape == (3, 2)
+
+
 def test_the_average_is_evaluated_and_saved_and_the_weights_train_on(tmp_path):
     averaged = train(tmp_path / "averaged", "train.ema_decay=0.5")
     raw = train(tmp_path / "raw")
