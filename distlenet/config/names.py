@@ -9,9 +9,11 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from distlenet.utils.errors import UserError
+
+T = TypeVar("T")
 
 IMPORT_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -87,3 +89,19 @@ def check_arguments(key: str, function: Callable[..., Any], args: Mapping[str, A
         name = getattr(function, "__qualname__", str(function))
         accepted = f"accepts {', '.join(allowed)[:600]}" if allowed else "accepts none"
         raise UserError(f"{key}: {name}: {error}; it {accepted}") from error
+
+
+def create(kind: type[T], given: str, function: Callable[..., Any], value: Any, key: str, args: Mapping[str, Any]) -> T:
+    """Return ``function(value, **args)``, an object of torch's class ``kind``.
+
+    Raise UserError if it does not accept the arguments, which are those of the setting ``key``, or returns something
+    else. ``given`` is the setting that names it.
+    """
+    check_arguments(key, function, args, positional=1)
+    try:
+        created = function(value, **args)
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise UserError(f"{given}: {type(error).__name__}: {error}; change {key}") from error
+    if not isinstance(created, kind):
+        raise UserError(f"{given}: returned a {type(created).__name__}; expected an {kind.__name__} of torch")
+    return created

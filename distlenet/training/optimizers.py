@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from distlenet.config.names import check_arguments, is_import_name, resolve
+from distlenet.config.names import create, is_import_name, resolve
 from distlenet.config.schema import OptimConfig
 from distlenet.training.parameter_groups import Group
 from distlenet.training.savable import check_savable, required_arguments
@@ -29,8 +29,7 @@ def make_optimizer(config: OptimConfig, groups: list[Group], loss_scaling: bool 
     With ``loss_scaling`` SGD is not fused: if the first step is skipped because of an overflow, the fused kernel keeps
     momentum buffers that were never initialised (seen with torch 2.15). Raise UserError if it cannot be made.
     """
-    given, args = f"optim.name={config.name}", config.args
-    function = resolve("optim.name", config.name, BUILT_IN)
+    args, function = config.args, resolve("optim.name", config.name, BUILT_IN)
     settings: dict[str, Any] = {"lr": config.lr}
     if not is_import_name(config.name) or "weight_decay" in _argument_names(function):
         settings["weight_decay"] = config.weight_decay
@@ -41,14 +40,7 @@ def make_optimizer(config: OptimConfig, groups: list[Group], loss_scaling: bool 
     if not is_import_name(config.name):
         settings["fused"] = not (loss_scaling and config.name == "sgd")
     settings |= args
-    check_arguments("optim.args", function, settings, positional=1)
-    try:
-        optimizer = function(groups, **settings)
-    except (TypeError, ValueError, RuntimeError, LookupError) as error:
-        raise UserError(f"{given}: {type(error).__name__}: {error}; change optim.args") from error
-    if not isinstance(optimizer, Optimizer):
-        raise UserError(f"{given}: returned a {type(optimizer).__name__}; expected an Optimizer of torch")
-    return optimizer
+    return create(Optimizer, f"optim.name={config.name}", function, groups, "optim.args", settings)
 
 
 def check_optimizer(config: OptimConfig, optimizer: Optimizer) -> None:

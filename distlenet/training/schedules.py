@@ -6,7 +6,7 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from distlenet.config.names import check_arguments, is_import_name, resolve
+from distlenet.config.names import create, is_import_name, resolve
 from distlenet.config.schema import OptimConfig
 from distlenet.training.savable import check_savable, required_arguments
 from distlenet.utils.errors import UserError
@@ -25,17 +25,11 @@ def make_schedule(config: OptimConfig, optimizer: Optimizer, total_steps: int) -
         else:
             warmup = config.warmup_steps
         return LambdaLR(optimizer, partial(lr_factor, config.schedule, warmup, total_steps))
-    given, args = f"optim.schedule={config.schedule}", config.schedule_args
+    given = f"optim.schedule={config.schedule}"
     if config.warmup_steps is not None:
         raise UserError(f"optim.warmup_steps={config.warmup_steps}: {given} has no such argument; remove it")
     function = resolve("optim.schedule", config.schedule, {})
-    check_arguments("optim.schedule_args", function, args, positional=1)
-    try:
-        schedule = function(optimizer, **args)
-    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise UserError(f"{given}: {type(error).__name__}: {error}; change optim.schedule_args") from error
-    if not isinstance(schedule, LRScheduler):
-        raise UserError(f"{given}: returned a {type(schedule).__name__}; expected an LRScheduler of torch")
+    schedule = create(LRScheduler, given, function, optimizer, "optim.schedule_args", config.schedule_args)
     if needed := required_arguments(schedule.step):
         raise UserError(
             f"{given}: its step needs {', '.join(needed)}, but a schedule is stepped after every optimizer step, "
