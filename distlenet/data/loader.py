@@ -1,82 +1,20 @@
 """Batches for one rank, on its device."""
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from distlenet.config.schema import Config
+from distlenet.data.batched_dataset import AnyDataset, BatchedDataset, Collate, Fetched, Request
+from distlenet.data.placement import place_datasets, prefetch_to_device
 from distlenet.data.sampler import GlobalBatchSampler
-from distlenet.data.seeding import EVALUATION_EPOCH, load_samples
-from distlenet.data.sources import ImageDataset
+from distlenet.data.seeding import EVALUATION_EPOCH
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import block_signals, worker_init_fn
-from distlenet.task import Batch, BatchDataset, Data, Datasets, MapDataset, SampleKeys, Task
-from distlenet.utils.errors import UserError
-from distlenet.utils.nested import map_tensors, tensors_in
-
-GPU_SHARE = 0.25  # of a GPU's free memory, which a dataset may take to be kept there with data.device=auto
-
-AnyDataset = MapDataset | BatchDataset
-
-Collate = Callable[[list[Any]], Data]
-"""Combines the samples of a map-style dataset."""
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """What was loaded for a request. A DataLoader turns tuples into lists, but leaves a class like this as it is."""
-
-    data: Data
-    indices: Tensor  # int64 (n,), on the host
-    on_device: Tensor  # the same, on the device of the samples
-
-    def pin_memory(self) -> "Fetched":
-        """Return a copy in pinned memory; the DataLoader calls this."""
-        return Fetched(*map_tensors(lambda tensor: tensor.pin_memory(), (self.data, self.indices, self.on_device)))
-
-
-class Request(NamedTuple):
-    """The samples to load in one batch: all that a loader worker receives."""
-
-    epoch: int  # or EVALUATION_EPOCH
-    indices: Tensor  # int64 (n,), on the host; n may be 0
-
-
-class BatchedDataset(Dataset[Fetched]):
-    """A dataset whose item is a whole batch, on the GPU if an ``ImageDataset`` was placed there."""
-
-    def __init__(self, dataset: AnyDataset, collate: Collate, seed: int, partners: bool = False) -> None:
-        """Load ``partners``, too: as ``Task.partners``."""
-        self.dataset, self.collate, self.seed, self.partners = dataset, collate, seed, partners
-        self.device = dataset.images.device if isinstance(dataset, ImageDataset) else torch.device("cpu")
-
-    def __getitem__(self, request: Request) -> Fetched:
-        """Fetch the samples of a request. No host sync."""
-        epoch, indices = request
-        on_device = indices if self.device.type == "cpu" else indices.pin_memory().to(self.device, non_blocking=True)
-        keys = SampleKeys(self.seed, epoch, on_device)
-        data = self._fetch(keys)
-        if self.partners:
-            data = data, self._fetch(replace(keys, indices=keys.integers("partner", len(self.dataset))))
-        return Fetched(data, indices, on_device)
-
-    def _fetch(self, keys: SampleKeys) -> Data:
-        if not len(keys.indices):  # no dataset has to serve a batch without samples
-            return ()
-        if hasattr(self.dataset, "get_batch"):
-            return self.dataset.get_batch(keys.indices)
-        return self.collate(load_samples(self.dataset, keys))
-
-
-def read_samples(dataset: AnyDataset, collate: Collate, seed: int, indices: Tensor) -> Data:
-    """Return the samples at ``indices``, int64 (n,), as an evaluation reads them."""
-    return BatchedDataset(dataset, collate, seed)[Request(EVALUATION_EPOCH, indices)].data
+from distlenet.task import Batch, Datasets, SampleKeys, Task
+from distlenet.utils.nested import map_tensors
 
 
 class _EpochSampler(Sampler[Request]):
@@ -211,52 +149,3 @@ def evaluation_loaders(
         for split, dataset in (("val", datasets.validation), ("test", datasets.test))
         if dataset is not None
     }
-
-
-def prefetch_to_device(batches: Iterator[Fetched], device: torch.device) -> Iterator[Fetched]:
-    """Copy each batch to a GPU while the previous one is computed, on a separate stream.
-
-    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-streams
-    """
-    copy_stream, compute_stream = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    in_flight: deque[tuple[Fetched, torch.cuda.Event]] = deque()
-
-    def wait(fetched: Fetched, copied: torch.cuda.Event) -> Fetched:
-        compute_stream.wait_event(copied)
-        for tensor in tensors_in((fetched.data, fetched.on_device)):
-            tensor.record_stream(compute_stream)  # its memory is not reused before that stream is done with it
-        return fetched
-
-    for batch in batches:
-        with torch.cuda.stream(copy_stream):
-            source = batch.data, batch.indices
-            data, on_device = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), source)
-            in_flight.append((Fetched(data, batch.indices, on_device), copy_stream.record_event()))
-        if len(in_flight) == 2:
-            yield wait(*in_flight.popleft())
-    while in_flight:
-        yield wait(*in_flight.popleft())
-
-
-def place_datasets(datasets: Datasets, wanted: str, num_workers: int, device: torch.device) -> Datasets:
-    """Return ``datasets`` with their images on the GPU, if one is used and they fit, else unchanged.
-
-    ``wanted`` is auto, cpu or cuda. Raise UserError if it is cuda and the images cannot be there.
-    """
-    if wanted == "cuda" and num_workers:
-        raise UserError(f"data.device=cuda: data.num_workers={num_workers}: they have no GPU; give data.num_workers=0")
-    if wanted == "cuda" and device.type != "cuda":
-        raise UserError("data.device=cuda: this rank has no GPU; give data.device=auto")
-    if wanted == "cpu" or device.type == "cpu" or num_workers:
-        return datasets
-    splits = {split: getattr(datasets, split) for split in ("train", "validation", "test")}
-    images = {split: dataset for split, dataset in splits.items() if isinstance(dataset, ImageDataset)}
-    if len(images) < len([dataset for dataset in splits.values() if dataset is not None]):
-        return datasets
-    needed, free = sum(dataset.nbytes for dataset in images.values()), torch.cuda.mem_get_info(device)[0]
-    if needed <= free * (1 if wanted == "cuda" else GPU_SHARE):
-        placed: dict[str, Any] = {split: dataset.to(device) for split, dataset in images.items()}
-        return replace(datasets, **placed)
-    if wanted == "cuda":
-        raise UserError(f"data.device=cuda: the images take {needed:,} bytes of {free:,} free; give data.device=auto")
-    return datasets

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from distlenet.config.schema import Config
-from distlenet.data.loader import AnyDataset, BatchedDataset, Request
+from distlenet.data.batched_dataset import AnyDataset, BatchedDataset, Request
 from distlenet.data.seeding import EVALUATION_EPOCH, load_samples
 from distlenet.distributed.context import DistributedContext
 from distlenet.prove.checks import Finding, HookError, compare_digests, hook, spoil_generators

@@ -17,7 +17,7 @@ from distlenet.config.fields import FIELDS
 from distlenet.config.loading import result_settings
 from distlenet.config.names import is_import_name
 from distlenet.config.schema import Config
-from distlenet.data.loader import read_samples
+from distlenet.data.batched_dataset import read_samples
 from distlenet.distributed.collectives import broadcast_object, raise_on_all_ranks
 from distlenet.task import Datasets, Task
 from distlenet.utils.errors import UserError

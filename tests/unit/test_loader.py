@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distlenet.config.schema import Config
-from distlenet.data.loader import EvaluationLoader, Loader, place_datasets
+from distlenet.data.loader import EvaluationLoader, Loader
+from distlenet.data.placement import place_datasets
 from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.data.sources import ImageDataset
 from distlenet.task import Datasets, Task
