@@ -33,8 +33,8 @@ check: $(VENV)/.installed-dev lint
 
 test: $(VENV)/.installed-dev lint
 	@$(BIN)/python -m distlenet.data
-	$(BIN)/pytest --numprocesses=2 tests/unit
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile tests/ranks
+	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/unit
+	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/ranks
 
 chaos: $(VENV)/.installed
 	@$(BIN)/python benchmarks/chaos.py $(ARGS)
@@ -43,7 +43,7 @@ chaos: $(VENV)/.installed
 coverage: $(VENV)/.installed-dev
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --numprocesses=2 tests/unit
-	$(BIN)/coverage run -m pytest --numprocesses=2 --dist=loadfile tests/ranks
+	$(BIN)/coverage run -m pytest --numprocesses=2 --dist=worksteal tests/ranks
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -55,7 +55,7 @@ SLURM := slurmctld slurmd slurm-client munge iproute2
 test-cluster: $(VENV)/.installed-dev
 	@command -v slurmctld > /dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM) > /dev/null; }
-	DISTLENET_SLURM=required $(BIN)/pytest tests/cluster
+	DISTLENET_SLURM=required $(BIN)/pytest --numprocesses=2 --dist=worksteal tests/cluster
 
 test-browser: $(VENV)/.installed-dev
 	@command -v chromium > /dev/null || \

@@ -46,6 +46,10 @@ dist.init_process_group("gloo")
 dist.all_reduce(torch.zeros(1))
 print("joined", flush=True)
 """
+STARTS = (
+    ("to start Python, import torch and join a group",),
+    ("the same with torch._dynamo, which torch.optim imports", "dynamo"),
+)
 
 
 def launch(ranks: int, *words: object, log: Path) -> subprocess.Popen[bytes]:
@@ -65,13 +69,13 @@ def children(pid: int) -> list[int]:
     return []
 
 
-def startup_s(ranks: int, directory: Path, *options: str) -> float:
-    """Return the median time of 5 trials from starting the ranks' processes until all have joined a group."""
+def startup_s(ranks: int, trials: int, directory: Path, *options: str) -> float:
+    """Return the median time of ``trials`` from starting the ranks' processes until all have joined a group."""
     script = directory / "join.py"
     script.write_text(JOIN)
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     seconds = []
-    for attempt in range(5):
+    for attempt in range(trials):
         port = {"MASTER_PORT": str(23_400 + attempt)}
         started = time.monotonic()
         processes = [
@@ -154,17 +158,15 @@ def train_with_kills(arguments: argparse.Namespace, directory: Path, words: list
                 recoveries.append(time.monotonic() - killed_at)
     if agent.wait() != 0 or sum(killed.values()) < arguments.kills:
         sys.exit(f"{log.read_text()[-6000:]}\nstatus {agent.returncode} after {killed} kills")
-    bare, with_dynamo = startup_s(arguments.ranks, directory), startup_s(arguments.ranks, directory, "dynamo")
     starts = [json.loads(line) for line in (directory / "run/starts.jsonl").read_text().splitlines()]
     steps = json.loads((directory / "run/summary.json").read_text())["steps"]
     print(f"kills: {killed['rank']} of ranks, {killed['agent']} of agents; starts of the run: {len(starts)}")
     print(f"steps: {steps}, and {ledger.steps_taken() - steps} repeated")
     median, longest = statistics.median(recoveries), max(recoveries)
     print(f"from a killed rank to the next step: median {median:.2f} s, at most {longest:.2f} s, of {len(recoveries)}")
-    print(f"to start Python, import torch and join a group: {bare:.2f} s; ratio of the medians {median / bare:.2f}")
-    print(
-        f"the same with torch._dynamo, which torch.optim imports: {with_dynamo:.2f} s; ratio {median / with_dynamo:.2f}"
-    )
+    for what, *options in STARTS if arguments.trials else ():
+        seconds = startup_s(arguments.ranks, arguments.trials, directory, *options)
+        print(f"{what}: {seconds:.2f} s; ratio of the medians {median / seconds:.2f}")
 
 
 def main() -> None:
@@ -172,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="SIGKILLs (30)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks (2)")
+    parser.add_argument("--trials", type=int, default=5, help="measurements of the time to start (5); 0: none")
     parser.add_argument("--seed", type=int, default=0, help="seed of the times and victims (0)")
     arguments = parser.parse_args()
     words = [*SETTINGS, f"train.epochs={max(10, EPOCHS_PER_KILL * arguments.kills)}"]

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_torchrun
 from every_stop import differences, result
 from forked import run_ranks
 
@@ -30,7 +29,7 @@ def test_compiled_run_killed_and_resumed_has_the_same_bits(tmp_path, reduction):
     for directory in (whole, broken):
         directory.mkdir()
     run_ranks(2, PROGRAM, whole, *settings, f"run.dir={whole}", timeout=600).succeeded()
-    died = run_torchrun(2, PROGRAM, broken, "--die-at", 22, *settings, f"run.dir={broken}", timeout=600)
+    died = run_ranks(2, PROGRAM, broken, "--die-at", 22, *settings, f"run.dir={broken}", timeout=600)
     assert died.status != 0, str(died)
     resumed = run_ranks(2, PROGRAM, broken, *settings, f"run.dir={broken}", timeout=600).succeeded()
     assert "resumed at step 20 of 30" in resumed.stdout, str(resumed)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Job, run_torchrun
+from forked import run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -82,7 +83,7 @@ def test_a_non_finite_loss_stops_all_ranks_and_is_reported_with_its_rank(tmp_pat
     script = tmp_path / "poison.py"
     script.write_text(POISON)
     words = (f"distributed.reduction={reduction}", "train.global_batch_size=64", f"run.dir={tmp_path}")
-    ended = run_torchrun(2, script, *SETTINGS, *words)
+    ended = run_ranks(2, script, *SETTINGS, *words)
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
     step, rank = map(int, re.match(r"distlenet: step (\d+): the loss of rank (\d) is not finite", line).groups())
     report = json.loads((tmp_path / f"run/diagnosis/step-{step:08d}.json").read_text())
@@ -99,7 +100,7 @@ def test_a_skipped_step_is_the_same_on_any_number_of_ranks(tmp_path):
     words = ("distributed.reduction=exact", "train.on_nonfinite=skip", "train.global_batch_size=64", "train.epochs=2")
     kept = []
     for ranks in (1, 2):
-        run_torchrun(ranks, script, *SETTINGS, *words, f"run.dir={tmp_path / str(ranks)}").succeeded()
+        run_ranks(ranks, script, *SETTINGS, *words, f"run.dir={tmp_path / str(ranks)}").succeeded()
         run = tmp_path / str(ranks) / "run"
         assert json.loads((run / "summary.json").read_text())["skipped_steps"] == 2
         kept.append(newest_weights(run))

@@ -30,15 +30,15 @@ def history(directory: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in NONDETERMINISTIC_KEYS} for record in records]
 
 
-@pytest.mark.parametrize(("ranks", "die_at"), [(2, 7), (4, 23), (2, 30)])
-def test_killed_rank_ends_the_job_and_the_next_job_resumes_to_the_same_bits(tmp_path, ranks, die_at):
+@pytest.mark.parametrize(("launch", "ranks", "die_at"), [(run_torchrun, 2, 7), (run_ranks, 4, 23), (run_ranks, 2, 30)])
+def test_killed_rank_ends_the_job_and_the_next_job_resumes_to_the_same_bits(tmp_path, launch, ranks, die_at):
     """Within the first epoch, at the start of the second, and within it; an epoch has 23 steps."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for directory in (whole, broken):
         directory.mkdir()
     run_ranks(ranks, PROGRAM, whole, *SETTINGS, f"run.dir={whole}").succeeded()
     # The time limit is the promise: the job ends long before distributed.step_timeout_s (120 s).
-    died = run_torchrun(ranks, PROGRAM, broken, "--die-at", die_at, *SETTINGS, f"run.dir={broken}", timeout=60)
+    died = launch(ranks, PROGRAM, broken, "--die-at", die_at, *SETTINGS, f"run.dir={broken}", timeout=60)
     assert died.status != 0, str(died)
     assert not (broken / "run/summary.json").exists()
     resumed = run_ranks(ranks, PROGRAM, broken, *SETTINGS, f"run.dir={broken}").succeeded()

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import run_torchrun
+from forked import run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -38,7 +38,7 @@ def test_ranks_of_a_node_share_the_pages(tmp_path, storage):
         overrides = ["data.name=synthetic", "data.synthetic_train=20000", f"data.root={tmp_path}"]
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
-    run_torchrun(3, script, tmp_path, *overrides).succeeded()
+    run_ranks(3, script, tmp_path, *overrides).succeeded()
     mappings = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     assert len({mapping["inode"] for mapping in mappings}) == 1
     for mapping in mappings:

@@ -1,11 +1,11 @@
 """Preflight on several ranks of one machine; faulty_preflight.py simulates faults."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_command, run_torchrun
+from conftest import run_torchrun
+from forked import run_python, run_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -49,7 +49,7 @@ def test_all_checks_pass_and_the_network_is_timed(tmp_path):
     ],
 )
 def test_a_rank_that_differs_is_reported(tmp_path, fault, line):
-    result = run_torchrun(2, FAULTY, fault, *DIGITS, f"run.dir={tmp_path}")
+    result = run_ranks(2, FAULTY, fault, *DIGITS, f"run.dir={tmp_path}")
     assert result.status != 0
     failed = [text for text in result.stdout.splitlines() if text.startswith("FAIL")]
     assert len(failed) == 1, str(result)
@@ -63,8 +63,8 @@ def test_a_rank_that_differs_is_reported(tmp_path, fault, line):
 def test_a_missing_rank_is_reported(tmp_path):
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
     env = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20571"}
-    command = (sys.executable, "-m", "distlenet.preflight", *DIGITS, "--wait", "2")
-    result = run_command(*command, env=env)
+    command = ("-m", "distlenet.preflight", *DIGITS, "--wait", "2")
+    result = run_python(*command, env=env)
     assert result.status == 2
     assert "FAIL  ranks" in result.stdout
     assert "rank 1 did not join in time" in result.stdout

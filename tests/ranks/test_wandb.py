@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import Job, run_command
+from forked import run_python, run_ranks
 from wandb_server import WandbServer
 
 from distlenet.tracking.base import NONDETERMINISTIC_KEYS
@@ -49,11 +50,6 @@ def server():
     server.close()
 
 
-def torchrun(ranks: int, *arguments: object, env: dict[str, str]):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-    return run_command(*launcher, *arguments, env=env)
-
-
 def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -81,10 +77,10 @@ def test_a_killed_offline_run_has_each_step_once(tmp_path):
     program.write_text(KILLED_AT_STEP_32)
     environ = {"WANDB_MODE": "offline"}
     command = (program, *SETTINGS, f"run.dir={tmp_path}")
-    assert torchrun(2, *command, env=environ).status != 0
+    assert run_ranks(2, *command, env=environ).status != 0
     first = json.loads((tmp_path / "run/starts.jsonl").read_text())["run_id"]
     assert records(tmp_path / "run")[-1]["step"] == 29
-    ended = torchrun(2, *command, env=environ).succeeded()
+    ended = run_ranks(2, *command, env=environ).succeeded()
     assert "resumed at step 28" in ended.stdout
     run_id, rows = offline_rows(tmp_path / "run")
     assert run_id == first
@@ -95,8 +91,8 @@ def test_a_killed_online_run_of_four_ranks_is_one_run_with_each_step_once(tmp_pa
     program = tmp_path / "program.py"
     program.write_text(KILLED_AT_STEP_32)
     command = (program, *SETTINGS, f"run.dir={tmp_path}", "checkpoint.every_steps=7")
-    assert torchrun(4, *command, env=server.environ).status != 0
-    ended = torchrun(4, *command, env=server.environ).succeeded()
+    assert run_ranks(4, *command, env=server.environ).status != 0
+    ended = run_ranks(4, *command, env=server.environ).succeeded()
     assert "resumed at step 28" in ended.stdout
     (run_id,) = server.rows
     assert run_id == json.loads((tmp_path / "run/starts.jsonl").read_text().splitlines()[0])["run_id"]
@@ -115,8 +111,8 @@ def closed_port() -> str:
 
 def test_a_slow_server_receives_everything(tmp_path, server):
     server.behavior = "slow"
-    command = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
-    ended = run_command(*command, env=server.environ).succeeded()
+    command = ("-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
+    ended = run_python(*command, env=server.environ).succeeded()
     assert "distlenet:" not in ended.stderr
     (run_id,) = server.rows
     assert_rows(server.history(run_id), records(tmp_path / "run"))
@@ -124,8 +120,8 @@ def test_a_slow_server_receives_everything(tmp_path, server):
 
 def test_with_a_wrong_key_the_run_is_kept_offline(tmp_path, server):
     server.behavior = "wrong key"
-    command = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
-    ended = run_command(*command, env=server.environ).succeeded()
+    command = ("-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
+    ended = run_python(*command, env=server.environ).succeeded()
     assert len(re.findall("distlenet: W&B: .*; this run is kept offline, wandb sync sends it later", ended.stderr)) == 1
     assert ended.stderr.count("distlenet:") == 1
     run_id, rows = offline_rows(tmp_path / "run")
@@ -153,8 +149,8 @@ def test_a_full_disk_stops_only_wandb(tmp_path, server, small_disk, mode):
         while True:
             file.write(bytes(4096))
     environ = {**server.environ, "WANDB_MODE": mode}
-    command = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=20")
-    ended = run_command(*command, env=environ).succeeded()
+    command = ("-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=20")
+    ended = run_python(*command, env=environ).succeeded()
     assert "W&B" in ended.stderr or "wandb" in ended.stderr
     assert "--replay-wandb" in ended.stderr or "metrics.jsonl has everything" in ended.stderr
     assert [r["step"] for r in records(tmp_path / "run") if r["split"] == "test"] == [12, 24, 36, 48]
@@ -177,8 +173,8 @@ def test_a_preempted_run_is_marked_and_a_finished_one_sends_its_best_checkpoint(
     (run_id,) = server.rows
     assert server.endings[run_id]["preempting"] is True
     assert not any("CreateArtifact" in query for query in server.queries)
-    command = (sys.executable, "-m", "distlenet.train", *arguments)
-    run_command(*command, env=server.environ).succeeded()
+    command = ("-m", "distlenet.train", *arguments)
+    run_python(*command, env=server.environ).succeeded()
     assert server.endings[run_id] == {"exitcode": 0, "preempting": False}
     assert any("CreateArtifact" in query for query in server.queries)
     assert_rows(server.history(run_id), records(tmp_path / "run"), NONDETERMINISTIC_KEYS)
@@ -188,8 +184,8 @@ def test_a_preempted_run_is_marked_and_a_finished_one_sends_its_best_checkpoint(
 def test_a_broken_server_causes_one_warning(tmp_path, server, behavior):
     server.behavior = behavior
     environ = {**server.environ, **({"WANDB_BASE_URL": closed_port()} if behavior == "unreachable" else {})}
-    command = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=0.5")
-    ended = run_command(*command, env=environ).succeeded()
+    command = ("-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=0.5")
+    ended = run_python(*command, env=environ).succeeded()
     assert ended.stderr.count("distlenet:") == 1
     assert "W&B: the process that sends the records was not done within 0.5 s (wandb.finish_timeout_s)" in ended.stderr
     assert [r["step"] for r in records(tmp_path / "run") if r["split"] == "test"] == [12, 24, 36, 48]
@@ -288,11 +284,11 @@ def test_training_does_not_wait_for_wandb(tmp_path, server):
 
 
 def test_a_replay_sends_only_what_is_missing(tmp_path, server):
-    command = (sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "train.max_steps=20")
-    run_command(*command, env={"WANDB_MODE": "disabled"}).succeeded()
-    replay = (sys.executable, "-m", "distlenet.report", tmp_path / "run", "--replay-wandb")
+    command = ("-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "train.max_steps=20")
+    run_python(*command, env={"WANDB_MODE": "disabled"}).succeeded()
+    replay = ("-m", "distlenet.report", tmp_path / "run", "--replay-wandb")
     for _ in range(2):
-        run_command(*replay, env=server.environ).succeeded()
+        run_python(*replay, env=server.environ).succeeded()
         (run_id,) = server.rows
         assert_rows(server.history(run_id), records(tmp_path / "run"))
     assert server.sent_rows == len(records(tmp_path / "run")) + 1  # the row with the tables

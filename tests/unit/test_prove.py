@@ -116,28 +116,29 @@ def test_a_correct_task_passes(check):
 
 
 BROKEN = [
-    ("OwnGenerator", "dataset again"),
-    ("GlobalCounter", "dataset again"),
-    ("PaddingCollate", "collate"),
-    ("UnkeyedTransform", "transform again"),
-    ("BatchTransform", "transform alone"),
-    ("MixingLoss", "loss alone"),
-    ("MeanLoss", "loss shape"),
-    ("ExpandedMean", "loss mean"),
-    ("ExpandedMeanOfZeros", "loss mean"),
-    ("RandomLoss", "loss again"),
-    ("MixingModel", "model alone"),
-    ("RandomModel", "model again"),
-    ("HiddenState", "model state"),
-    ("MixingMetric", "metrics alone"),
-    ("MeanMetric", "metrics shape"),
+    ("OwnGenerator", "dataset again", "dataset"),
+    ("GlobalCounter", "dataset again", "dataset"),
+    ("PaddingCollate", "collate", "collate"),
+    ("UnkeyedTransform", "transform again", "transform"),
+    ("BatchTransform", "transform alone", "transform"),
+    ("MixingLoss", "loss alone", "loss"),
+    ("MeanLoss", "loss shape", "loss"),
+    ("ExpandedMean", "loss mean", "loss"),
+    ("ExpandedMeanOfZeros", "loss mean", "loss"),
+    ("RandomLoss", "loss again", "loss"),
+    ("MixingModel", "model alone", "model"),
+    ("RandomModel", "model again", "model"),
+    ("HiddenState", "model state", "model"),
+    ("MixingMetric", "metrics alone", "metrics"),
+    ("MeanMetric", "metrics shape", "metrics"),
 ]
 
 
-@pytest.mark.parametrize(("task", "cause"), BROKEN)
-def test_a_broken_hook_is_found(check, task, cause):
+@pytest.mark.parametrize(("task", "cause", "hook"), BROKEN)
+def test_a_broken_hook_is_found(check, task, cause, hook):
     contract = check(getattr(prove_tasks, task))
     assert {finding.cause for finding in contract.findings if finding.cause} == {cause}
+    assert CAUSES[cause].hook == hook
 
 
 @pytest.mark.parametrize("hook", ["datasets", "transform", "model", "loss", "metrics", "collate"])
