@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 
 def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -13,6 +12,8 @@ def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if tuple(images.shape[-2:]) == size:
         return images
+    from torchvision.transforms.v2 import functional  # slow to import, and most runs need it nowhere else
+
     planes = images.reshape(-1, 1, *images.shape[-2:])
     resized = functional.resize_image(planes.float(), list(size), antialias=True)
     if images.dtype == torch.uint8:

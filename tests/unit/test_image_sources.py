@@ -240,6 +240,13 @@ def test_an_image_is_resized_the_same_way_alone_and_in_a_batch():
     assert resize_images(images, (40, 31)) is images
 
 
+def test_torchvision_is_not_imported_unless_images_are_resized(tmp_path):
+    """Its import takes a second. The process is forked from one that has imported the commands."""
+    script = tmp_path / "program.py"
+    script.write_text("import sys\nprint('distlenet.train' in sys.modules, 'torchvision' in sys.modules)\n")
+    assert run_python(script).succeeded().stdout == "True False\n"
+
+
 @pytest.mark.parametrize("shape", [(8, 9), (3, 8, 9)])
 def test_mistakes_are_shown_in_color(shape):
     image = random_images(*shape)
