@@ -21,7 +21,7 @@ from distlenet.config.loading import load_config
 from distlenet.config.schema import Config
 from distlenet.distributed.context import DistributedContext, init_distributed
 from distlenet.distributed.preemption import Preemption
-from distlenet.reduction import ddp
+from distlenet.reduction import wrapped_model
 from distlenet.task import Batch
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
@@ -29,9 +29,9 @@ from distlenet.training.trainer import Trainer
 
 ROUNDS, STEPS = 20, 15
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ddp": ddp.OPTIONS,
-    "ddp, buckets of 64 KiB": {**ddp.OPTIONS, "bucket_cap_mb": 1 / 16},
-    "ddp, static graph": {**ddp.OPTIONS, "static_graph": True},
+    "ddp": wrapped_model.OPTIONS,
+    "ddp, buckets of 64 KiB": {**wrapped_model.OPTIONS, "bucket_cap_mb": 1 / 16},
+    "ddp, static graph": {**wrapped_model.OPTIONS, "static_graph": True},
     "ddp, gradients copied": {"gradient_as_bucket_view": False},
 }
 BF16 = "ddp, bf16 between ranks"
@@ -63,7 +63,7 @@ def measure(batch: int) -> None:
     trainers = []
     with tempfile.TemporaryDirectory() as scratch, init_distributed(configs[0]) as context:
         for name, config in zip(ways, configs, strict=True):
-            ddp.OPTIONS = OPTIONS.get(name, OPTIONS["ddp"])
+            wrapped_model.OPTIONS = OPTIONS.get(name, OPTIONS["ddp"])
             trainers.append(make_trainer(config, context, Path(scratch), Preemption(25)))
         feeds = [batches(trainer) for trainer in trainers]
         seconds: list[list[float]] = [[] for _ in trainers]
