@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run_torchrun
 from forked import run_python, run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -15,7 +14,7 @@ DIGITS = ("data.name=digits", "device=cpu")
 
 def test_all_checks_pass_and_the_network_is_timed(tmp_path):
     command = ("-m", "distlenet.preflight", *DIGITS, f"run.dir={tmp_path}/runs", "--allreduce", "--json")
-    result = run_torchrun(2, *command).succeeded()
+    result = run_ranks(2, *command).succeeded()
     (line,) = result.stdout.splitlines()
     report = json.loads(line)
     assert report["good"]
