@@ -13,7 +13,7 @@ from distlenet.checkpoint.format import State, evaluation_weights, load_checkpoi
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.arguments import settings_parser
 from distlenet.config.fields import flatten
-from distlenet.config.loading import load_config
+from distlenet.config.loading import check_modules, load_config, warn_of_unused_settings
 from distlenet.config.schema import Config
 from distlenet.data.loader import EvaluationLoader, evaluation_loaders
 from distlenet.data.sources import require_local_data
@@ -71,9 +71,10 @@ def evaluate(
 ) -> Record:
     """Evaluate a checkpoint file, or the newest one of a run directory, as one rank. A collective, under torchrun.
 
-    Settings that neither ``files`` nor ``overrides`` give are taken from the checkpoint; the user's code must be named
-    again, or ``make_task`` creates the task. ``split`` is test or val. Return ``checkpoint``, ``step``, and metrics by
-    name: ``test_loss``, ``test_count`` and so on. Raise UserError if the checkpoint does not fit task or data.
+    The settings are those of the checkpoint, unless ``overrides`` give others; ``files`` give names, and settings that
+    do not change the result. The user's code must be named again, or ``make_task`` creates the task. ``split`` is test
+    or val. Return ``checkpoint``, ``step``, and metrics by name: ``test_loss``, ``test_count`` and so on. Raise
+    UserError if the checkpoint does not fit task or data.
     """
     given = load_config(files, overrides)
     path = find_checkpoint(Path(checkpoint))
@@ -82,6 +83,9 @@ def evaluate(
         ["task.name", "model.name", "data.name"] if make_task is make_configured_task else ["model.name", "data.name"]
     )
     config = load_config(files, overrides, state["config"], names)
+    check_modules(config)
+    if read_environment(os.environ).rank == 0:
+        warn_of_unused_settings(files, overrides, state["config"])
     trained_on = dict(flatten(state["config"])).get("data.name")
     if config.data.name != trained_on:
         warn(f"data.name={config.data.name}: the checkpoint was trained on {trained_on}, so its accuracy means little")

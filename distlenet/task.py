@@ -94,6 +94,10 @@ class Task(ABC):
 
     ``task.name=my_package.tasks:Spam task.args.max_words=200`` creates ``Spam(config, max_words=200)``.
 
+    The order of calls: ``__init__``, then ``datasets`` and ``model``, or ``load_state_dict`` and ``model`` for a
+    prediction. For each batch ``collate``, unless the dataset has ``get_batch``, then ``transform``; for each
+    micro-batch ``loss`` and ``metrics``. After an evaluation ``summary_metrics``, and for a checkpoint ``state_dict``.
+
     ``loss`` and ``metrics`` return one value per sample. Therefore the engine can weight samples equally over ranks,
     micro-batches and short batches, sum exactly, and list the worst samples of a failed step. A batch has at least one
     sample.
@@ -147,7 +151,9 @@ class Task(ABC):
     def collate(self, samples: list[Any]) -> Data:
         """Combine samples of a map-style dataset. By default as torch's DataLoader, but without its lists of tensors.
 
-        It may run in a loader process, and must not be random.
+        ``samples`` are a rank's share of a global batch, which is split into micro-batches later. So what becomes of a
+        sample must not depend on the others: instead of padding to the longest, return a list of tensors and pad in
+        ``loss``, or pad to a fixed length. It may run in a loader process, and must not be random.
         """
         return _lists_to_tuples(default_collate(samples))
 

@@ -1,7 +1,7 @@
 """Names in settings: of built-in parts, or ``module:attribute`` of the user's code."""
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -41,7 +41,9 @@ def resolve(key: str, name: str, builtin: Mapping[str, Any]) -> Any:
     for part in attribute.split("."):
         if not hasattr(value, part):
             close = difflib.get_close_matches(part, dir(value), n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            content = getattr(value, "__dict__", {})
+            own = [name for name, each in content.items() if getattr(each, "__module__", "") == module_name]
+            hint = f"; did you mean {close[0]}?" if close else f"; it defines {', '.join(own)[:300]}" if own else ""
             raise UserError(f"{key}={name}: {module_name} has no attribute {attribute}{hint}")
         value = getattr(value, part)
     if not callable(value):
@@ -49,27 +51,40 @@ def resolve(key: str, name: str, builtin: Mapping[str, Any]) -> Any:
     return value
 
 
-def _import(name: str, given: str) -> ModuleType:
+def check_module(key: str, name: str) -> None:
+    """Raise UserError if the top-level package of a name of the user's code does not exist. Import nothing."""
+    top = name.partition(":")[0].partition(".")[0]
+    _import_from_current_directory()
+    if top not in sys.modules and importlib.util.find_spec(top) is None:
+        raise _no_module(top, f"{key}={name}")
+
+
+def _import_from_current_directory() -> None:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
+
+
+def _no_module(name: str, given: str) -> UserError:
+    return UserError(
+        f"{given}: there is no module {name}; start in the directory that contains it, or add its directory to "
+        "PYTHONPATH"
+    )
+
+
+def _import(name: str, given: str) -> ModuleType:
+    _import_from_current_directory()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise UserError(
-                f"{given}: there is no module {error.name}; start in the directory that contains it, or add its "
-                "directory to PYTHONPATH"
-            ) from error
+            raise _no_module(error.name, given) from error
         raise _import_failure(error, name, given) from error
     except Exception as error:
         raise _import_failure(error, name, given) from error
 
 
 def _import_failure(error: Exception, name: str, given: str) -> UserError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return UserError(f"{given}: importing {name} failed: {reason}{place}; fix it")
+    return UserError(f"{given}: importing {name} failed: {_reason(error)}; fix it")
 
 
 def check_arguments(key: str, function: Callable[..., Any], args: Mapping[str, Any], positional: int = 0) -> None:
@@ -105,3 +120,26 @@ def create(kind: type[T], given: str, function: Callable[..., Any], value: Any, 
     if not isinstance(created, kind):
         raise UserError(f"{given}: returned a {type(created).__name__}; expected an {kind.__name__} of torch")
     return created
+
+
+def call(key: str, function: Callable[..., Any], args: Mapping[str, Any], *positional: Any) -> Any:
+    """Return ``function(*positional, **args)``; ``key`` is the setting of ``args``, such as ``model.args``.
+
+    Raise UserError if the function does not accept the arguments, or fails with a TypeError or a ValueError of them.
+    """
+    check_arguments(key, function, args, len(positional))
+    try:
+        return function(*positional, **args)
+    except (TypeError, ValueError) as error:
+        if not args:  # an error in the function itself
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in args.items())[:300]
+        name = getattr(function, "__qualname__", str(function))
+        raise UserError(f"{key}: {name}({given}) failed: {_reason(error)}; change the arguments") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the type and the text of an error, and where it was raised, in one line."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300] + place

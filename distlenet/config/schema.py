@@ -52,7 +52,9 @@ class DataConfig:
         names=("fashion_mnist", "mnist", "digits", "synthetic", "folder", "array", "tar", "cifar10"),
     )
     args: dict[str, Any] = setting({}, "Arguments of a data.name=MODULE:FUNCTION.", result=True)
-    root: str = setting("data", "Directory of the data files, and target of the download.")
+    root: str = setting(
+        "data", "Directory of the data files, and target of the download; not for a data.name=MODULE:FUNCTION."
+    )
     size: int | list[int] | None = setting(
         None, "Resize all images to this height and width, in pixels; null: as stored.", ge=1, lt=2**14, result=True
     )
@@ -110,7 +112,13 @@ class TrainConfig:
     check_replicas_every: int | None = setting(
         500, "Steps between checks that all ranks hold the same parameters; null: only at start and end.", ge=1
     )
-    label_smoothing: float = setting(0.05, "Label smoothing of the training loss.", ge=0, lt=1, result=True)
+    label_smoothing: float = setting(
+        0.05,
+        "Label smoothing of the training loss of image_classification; another loss ignores it.",
+        ge=0,
+        lt=1,
+        result=True,
+    )
     max_grad_norm: float | None = setting(None, "Largest norm of the gradient; null: no clipping.", gt=0, result=True)
     ema_decay: float | None = setting(
         None,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from distlenet.config.names import check_arguments, resolve
+from distlenet.config.names import call, resolve
 from distlenet.config.schema import ModelConfig
 from distlenet.models.lenet import Net
 from distlenet.utils.errors import UserError
@@ -22,8 +22,7 @@ def make_model(config: ModelConfig) -> nn.Module:
     Raise UserError if the name cannot be imported, does not accept ``config.args`` or returns no network.
     """
     function = resolve("model.name", config.name, MODELS)
-    check_arguments("model.args", function, config.args)
-    model = function(**config.args)
+    model = call("model.args", function, config.args)
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name={config.name}: returned a {type(model).__name__}; expected a torch.nn.Module")
     return model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distlenet.config.fields import flatten, to_yaml_value
-from distlenet.config.loading import read_yaml
+from distlenet.config.reading import read_yaml
 from distlenet.tracking.base import TEST_FILE, Record, metrics_of
 from distlenet.tracking.history import read_records
 from distlenet.utils.errors import UserError, printable, warn

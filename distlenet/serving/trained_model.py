@@ -9,7 +9,7 @@ from torch import nn
 from distlenet.checkpoint.format import evaluation_weights, load_checkpoint, load_task_state
 from distlenet.checkpoint.format import load_model as load_weights
 from distlenet.checkpoint.store import find_checkpoint
-from distlenet.config.loading import load_config
+from distlenet.config.loading import check_modules, load_config, warn_of_unused_settings
 from distlenet.task import Data, Task
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tasks.registry import create_task, make_task
@@ -27,19 +27,27 @@ class TrainedModel(nn.Module):
         return self.task.predict(self.model, data)
 
 
-def load_model(checkpoint: str | Path, task: type[Task] | None = None, overrides: Sequence[str] = ()) -> TrainedModel:
+def load_model(
+    checkpoint: str | Path,
+    task: type[Task] | None = None,
+    overrides: Sequence[str] = (),
+    files: Sequence[str] = (),
+) -> TrainedModel:
     """Load a checkpoint file, or the newest one of a run directory. The data of the run is not needed.
 
     ``task`` is the class that was trained, called with the settings of the checkpoint and ``task.args``; it can also be
-    named in ``overrides``, and so must be a network that is not built in: ``["model.name=my_package:Net"]``. A
-    checkpoint cannot cause an import. Raise UserError if the checkpoint does not fit the task.
+    named in ``overrides`` or in ``files`` of settings, and so must be a network that is not built in:
+    ``["model.name=my_package:Net"]``. A checkpoint cannot cause an import. Raise UserError if the checkpoint does not
+    fit the task.
     """
     file = find_checkpoint(Path(checkpoint))
     state = load_checkpoint(file)
     names = ["task.name"] if task is None else []
     if task is None or task.model is ImageClassification.model:
         names.append("model.name")
-    config = load_config([], overrides, state["config"], names)
+    config = load_config(files, overrides, state["config"], names)
+    check_modules(config)
+    warn_of_unused_settings(files, overrides, state["config"])
     made = create_task(task or make_task, config)
     load_task_state(made, state, file)
     model = made.model()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from distlenet.config.names import check_arguments, resolve
+from distlenet.config.names import call, resolve
 from distlenet.config.schema import Config
 from distlenet.task import Task
 from distlenet.tasks.image_classification import ImageClassification
@@ -19,7 +19,7 @@ def make_task(config: Config) -> Task:
 
     Raise UserError if the name cannot be imported, does not accept ``task.args`` or is no task.
     """
-    task = _call(resolve("task.name", config.task.name, TASKS), config)
+    task = call("task.args", resolve("task.name", config.task.name, TASKS), config.task.args, config)
     if not isinstance(task, Task):
         raise UserError(f"task.name={config.task.name}: returned a {type(task).__name__}; expected a distlenet.Task")
     return task
@@ -27,12 +27,10 @@ def make_task(config: Config) -> Task:
 
 def create_task(maker: MakeTask, config: Config) -> Task:
     """Create a task: a class also receives ``task.args``. A collective. Raise UserError if it does not accept them."""
-    return _call(maker, config) if isinstance(maker, type) else maker(config)
-
-
-def _call(function: MakeTask, config: Config) -> Task:
-    check_arguments("task.args", function, config.task.args, positional=1)
-    return function(config, **config.task.args)
+    if not isinstance(maker, type):
+        return maker(config)
+    task: Task = call("task.args", maker, config.task.args, config)
+    return task
 
 
 def reads_images(config: Config, maker: MakeTask = make_task) -> bool:

@@ -101,8 +101,16 @@ def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractCo
     model.eval()
     try:
         with autocast:
-            losses, outputs = task.loss(model, example)
+            result = task.loss(model, example)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise UserError(
+                f"{name}.loss: returned {_describe(result)}; expected two values: the losses, one per sample, and the "
+                "outputs of the network"
+            )
+        losses, outputs = result
         metrics = task.metrics(outputs, example)
+        if not isinstance(metrics, dict):
+            raise UserError(f"{name}.metrics: returned {_describe(metrics)}; expected a dict of tensors (n,) by name")
         prediction = task.prediction(outputs, example)
     finally:
         model.train(was_training)

@@ -47,6 +47,12 @@ def test_the_arguments_are_passed():
     assert (len(split.train), len(split.validation)) == (15, 5)
 
 
+def test_the_directory_is_an_argument():
+    config = load_config([], ["data.name=builtins:dict", "data.root=/images"])
+    with pytest.raises(UserError, match=r"data.root=/images: .* receives data.args only; give data.args.root=/images"):
+        load_data(config.data)
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [

@@ -8,11 +8,12 @@ from conftest import run_command
 from forked import run_python
 from torch import nn
 
-from distlenet.config.loading import load_config, run_directory, to_yaml
+from distlenet.config.loading import identity, load_config, run_directory, to_yaml, warn_of_unused_settings
 from distlenet.config.names import check_arguments, resolve
 from distlenet.config.schema import ModelConfig
 from distlenet.models.networks import make_model
 from distlenet.tasks.registry import make_task
+from distlenet.train import train
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -81,6 +82,7 @@ def test_a_network_is_made_from_a_name_and_arguments(directory):
         ("none_such:Net", "there is no module none_such; start in the directory that contains it"),
         ("torch.nn:Linaer", "torch.nn has no attribute Linaer; did you mean Linear?"),
         ("{module}:number", "is a int; expected a class or a function"),
+        ("{module}:Something", "has no attribute Something; it defines Net, Halved"),
         ("broken:Net", "importing broken failed: ZeroDivisionError"),
         ("needs_more:Net", "importing needs_more failed: ModuleNotFoundError: No module named 'none_such'"),
     ],
@@ -106,6 +108,24 @@ def test_arguments_are_checked_against_the_signature():
             check_arguments("task.args", function, args, positional=1)
     with pytest.raises(UserError, match=r"model\.args: Net: .*; it accepts none"):
         make_model(ModelConfig(args={"width": 3}))
+
+
+def test_an_argument_that_the_network_refuses_is_named(directory):
+    """torchvision's functions pass any argument on, so their signatures accept it."""
+    settings = ["model.name=torchvision.models:resnet18", "model.args.num_class=5"]
+    with pytest.raises(
+        UserError, match=r"model\.args: resnet18\(num_class=5\) failed: TypeError: .*'num_class'.*, line"
+    ):
+        make_model(load_config([], settings).model)
+    with pytest.raises(UserError, match=rf"Net\(width='a'\) failed: TypeError: .*{module_of(directory)}|torch"):
+        make_model(load_config([], [f"model.name={module_of(directory)}:Net", "model.args.width=a"]).model)
+
+
+def test_a_module_that_does_not_exist_is_found_before_the_ranks_meet(monkeypatch):
+    monkeypatch.setattr("distlenet.train.init_distributed", lambda *_: pytest.fail("too late"))
+    for name in ("task.name=none_such:Task", "optim.name=none.such:Optim", "data.name=none_such:data"):
+        with pytest.raises(UserError, match=rf"{name}: there is no module none"):
+            train(load_config([], [name]))
 
 
 def test_what_is_no_network_or_no_task_is_refused():
@@ -146,10 +166,45 @@ def test_names_and_arguments_name_the_run():
     assert run_directory(load_config([], ["data.name=my.data:flowers"])).name.startswith("flowers-")
 
 
+def test_the_directory_of_a_function_is_no_part_of_the_name():
+    names = {
+        identity(load_config([], ["data.name=a:b", *more]))
+        for more in ([], ["data.args.root=x"], ["data.args.root=y"], ["data.root=z"])
+    }
+    assert len(names) == 1
+    assert identity(load_config([], ["data.name=a:b", "data.args.size=3"])) not in names
+
+
+def test_a_file_does_not_replace_what_the_checkpoint_was_trained_with(tmp_path, capsys):
+    base = load_config([], ["model.name=a:B", "model.args={width: 1, depth: 2}", "data.size=7"]).to_dict()
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        "model: {name: a:B, args: {width: 3}}\ndata: {size: 7, root: elsewhere}\ntrain: {epochs: 1}\noptim: {lr: 0.1}\n"
+    )
+    overrides = ["optim.lr=0.3"]
+    config = load_config([str(file)], overrides, base, ["model.name"])
+    assert (config.model.name, config.model.args, config.data.root) == ("a:B", {"width": 1, "depth": 2}, "elsewhere")
+    assert (config.train.epochs, config.optim.lr) == (8, 0.3)
+    warn_of_unused_settings([str(file)], overrides, base)
+    assert capsys.readouterr().err == (
+        "distlenet: --config: model.args={'width': 3} (in the checkpoint {'width': 1, 'depth': 2}), "
+        "train.epochs=1 (in the checkpoint 8): not used; the checkpoint's settings are, unless key=value replaces one\n"
+    )
+    file.write_text("model: {name: c:D, args: {width: 3}}\n")
+    assert load_config([str(file)], [], base, ["model.name"]).model.args == {"width": 3}  # of another network
+    file.write_text("model: {name: a:B, args: {depth: 2}}\ndata: {size: 7}\n")
+    warn_of_unused_settings([str(file)], [], base)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_checkpoint_cannot_name_code():
     base = load_config([], ["task.name=evil:Task", "optim.name=evil:Optim", "optim.args.x=1"]).to_dict()
-    with pytest.raises(UserError, match=r"made with evil:Task; code is never imported .*: add task.name=evil:Task"):
+    with pytest.raises(
+        UserError, match=r"made with task.name=evil:Task; code is never imported .*: add task.name=evil:Task"
+    ):
         load_config(base=base, used_names=["task.name"])
+    with pytest.raises(UserError, match=r"add task.name=evil:Task optim.name=evil:Optim, if you trust it"):
+        load_config(base=base, used_names=["task.name", "model.name", "optim.name"])
     unused = load_config(base=base)
     assert (unused.task.name, unused.optim.name) == ("image_classification", "sgd")
     assert load_config([], ["task.name=good:Task"], base, ["task.name"]).task.name == "good:Task"

@@ -59,6 +59,17 @@ def test_losses_are_one_number_per_sample(losses, described):
         outline(loss=lambda *_: (losses, None))
 
 
+@pytest.mark.parametrize(
+    ("returned", "described"),
+    [(torch.ones(1), r"a tensor of shape \(1,\)"), ((1, 2, 3), "a tuple"), (None, "a NoneType")],
+)
+def test_loss_returns_losses_and_outputs(returned, described):
+    with pytest.raises(UserError, match=rf"^Mine\.loss: returned {described}.*; expected two values: the losses"):
+        outline(loss=lambda *_: returned)
+    with pytest.raises(UserError, match=rf"^Mine\.metrics: returned {described}.*; expected a dict"):
+        outline(metrics=lambda *_: returned)
+
+
 @pytest.mark.parametrize(("name", "values"), [("f1", torch.tensor(0.5)), ("f1", 0.5)])
 def test_metrics_are_one_value_per_sample(name, values):
     with pytest.raises(UserError, match=rf"^Mine\.metrics: {name}: expected one value per sample"):

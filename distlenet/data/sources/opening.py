@@ -80,6 +80,11 @@ def load_images(config: DataConfig) -> Datasets:
 
 def _load_function(config: DataConfig, local_rank: int = 0) -> Datasets:
     function = resolve("data.name", config.name, {})
+    if config.root != DataConfig().root:
+        raise UserError(
+            f"data.root={config.root}: data.name={config.name} receives data.args only; give data.args.root="
+            f"{config.root}, if it has this argument"
+        )
     check_arguments("data.args", function, config.args)
     return load_custom(function, config.args, config, local_rank)
 
