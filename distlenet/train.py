@@ -1,9 +1,12 @@
 """``python -m distlenet.train``, alone or under torchrun or srun: compose a run, train, clean up."""
 
 from distlenet.utils.process import exit_with_agent
+from distlenet.utils.startup import announce_start, exit_on_stop_request
 
-if __name__ == "__main__":
-    exit_with_agent()  # before the imports that take seconds
+if __name__ == "__main__":  # before the imports that take seconds
+    exit_with_agent()
+    exit_on_stop_request()
+    announce_start()
 
 import math
 import os
@@ -17,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.arguments import positive_int, settings_parser
-from distlenet.config.loading import load_config, run_directory, to_yaml
+from distlenet.config.loading import check_modules, load_config, run_directory, to_yaml
 from distlenet.config.schema import Config
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext, init_distributed
@@ -71,6 +74,7 @@ def dry_run(config: Config, world_size: int, make_task: MakeTask = make_configur
         raise UserError(f"--world-size {world_size}: expected at most {MAX_DRY_RUN_RANKS:,}")
     if read_environment(os.environ).world_size > 1:
         raise UserError("--dry-run composes the whole job in one process: start it alone, and give --world-size")
+    check_modules(config)
     for name, text in plan(config, world_size, make_task):
         print(f"{name:18} {text}")
 
@@ -85,6 +89,7 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
             f"checkpoint.path={config.checkpoint.path}: is for distlenet.evaluate; to resume from a file give "
             "checkpoint.resume"
         )
+    check_modules(config)
     run_dir = run_directory(config)
     with ExitStack() as stack:
         preemption = stack.enter_context(closing(Preemption(config.checkpoint.preemption_grace_s)))

@@ -13,8 +13,8 @@ from distlenet.distributed.environment import DistributedEnvironment, read_envir
 from distlenet.distributed.failures import format_failure
 from distlenet.distributed.rank_log import dump_stacks_on_signal
 from distlenet.utils.errors import Preempted, RankError, UserError, print_error, warn
+from distlenet.utils.startup import PREEMPTED, is_first_rank
 
-PREEMPTED = 75  # exit status of a run that stopped on request and can be resumed: EX_TEMPFAIL of BSD's sysexits.h
 LINGER_S = 10.0  # how long the other ranks wait for rank 0 to print an error
 
 
@@ -68,8 +68,9 @@ def _run(main: Callable[[], None]) -> int:
 
 def should_report(error: Exception | None = None) -> bool:
     """Return whether this rank prints: the first of its node for a RankError, else the first of the job."""
-    names = ("LOCAL_RANK", "SLURM_LOCALID") if isinstance(error, RankError) else ("RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+    if not isinstance(error, RankError):
+        return is_first_rank()
+    return next((os.environ[name] for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), "0") == "0"
 
 
 def _stop_agent() -> None:

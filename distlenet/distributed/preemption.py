@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from distlenet.utils.process import exit_with_parent
+from distlenet.utils.startup import STOP_SIGNALS, stop
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL may use
+SIGNALS = STOP_SIGNALS
 
 
 @dataclass
@@ -52,9 +53,9 @@ class Preemption:
         return max(0.0, min(self.deadline - time.monotonic(), self.grace_s))
 
     def close(self) -> None:
-        """Restore the previous handlers."""
+        """Restore the previous handlers; those of the start would report that no step was taken."""
         for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is stop else handler)
 
 
 @contextmanager

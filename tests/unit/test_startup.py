@@ -1,0 +1,92 @@
+"""Stop requests before the first step."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import LIMIT_S, clean_environment
+
+pytestmark = pytest.mark.unit
+
+
+def wait_until(condition, process):
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def handles_sigterm(process):
+    """Return whether the process handles the signal, from the mask in /proc: bit n - 1 stands for signal n."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    mask = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(mask >> (signal.SIGTERM - 1) & 1)
+
+
+def has_socket(process):
+    with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        return any("socket" in os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir())
+    return False
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGUSR2)])
+def test_a_rank_that_waits_for_others_ends_with_one_line(tmp_path, rank, number):
+    """The main thread waits in C++ for the rank that never starts: a handler of Python alone would not run."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 20_000 + os.getpid() % 10_000}
+    env = clean_environment({name: str(value) for name, value in (ranks | address).items()})
+    command = [sys.executable, "-m", "distlenet.train", "data.name=digits", "device=cpu", "wandb.mode=disabled"]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(lambda: handles_sigterm(process), process)
+            if rank == 0:
+                wait_until(lambda: has_socket(process), process)  # of its store: it waits for the other rank
+            process.send_signal(number)
+            _, error = process.communicate(timeout=LIMIT_S)
+        finally:
+            process.kill()
+    assert process.returncode == 75
+    line = f"distlenet: stopped by {number.name} before the first step; the same command starts again\n"
+    assert error == (line if rank == 0 else "")
+
+
+PROGRAM = """
+import os, signal, sys
+from distlenet.distributed.preemption import Preemption
+from distlenet.utils.startup import exit_on_stop_request
+
+exit_on_stop_request()
+reading, writing = os.pipe()
+if (child := os.fork()) == 0:
+    os.write(writing, b"ready")
+    while True:
+        signal.pause()
+os.read(reading, 5)
+os.kill(child, signal.SIGTERM)
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+preemption = Preemption(25)
+preemption.install()
+os.kill(os.getpid(), signal.SIGTERM)
+print(preemption.requested_by, flush=True)
+preemption.close()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_child_and_a_run_that_trains_are_not_ended(tmp_path):
+    """After the training, the signal has its default action."""
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.stdout, ended.returncode) == ("child -15\nSIGTERM\n", -signal.SIGTERM), ended.stderr
