@@ -26,8 +26,8 @@ def main() -> None:
     """Predict, then raise UserError if an image could not be read."""
     parser = Parser(
         "python -m distlenet.predict",
-        usage="%(prog)s checkpoint=RUN_OR_FILE [key=value]... IMAGE_OR_DIRECTORY... [--top K] [--invert ...] [--json] "
-        "[--save FILE]",
+        usage="%(prog)s checkpoint=RUN_OR_FILE [--config FILE]... [key=value]... IMAGE_OR_DIRECTORY... [--top K] "
+        "[--invert ...] [--json] [--save FILE]",
         description="Classify images of any size, grey or color, light or dark.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -36,6 +36,9 @@ def main() -> None:
         metavar="checkpoint=RUN IMAGE",
         nargs="+",
         help="a run or checkpoint file; images, directories; settings",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="YAML file that names your task and network"
     )
     parser.add_argument("--top", metavar="K", type=positive_int, default=3, help="classes to show per image (3)")
     parser.add_argument(
@@ -56,7 +59,7 @@ def main() -> None:
         require_report_packages()
         if arguments.save.suffix.lower() != ".png" or not arguments.save.parent.is_dir():
             raise UserError(f"--save {arguments.save}: expected a name that ends in .png, in an existing directory")
-    predictor = Predictor(Path(checkpoints[0].partition("=")[2]), overrides)
+    predictor = Predictor(Path(checkpoints[0].partition("=")[2]), overrides, arguments.config)
     if arguments.top > len(predictor.classes):
         raise UserError(f"--top {arguments.top}: expected an integer from 1 to {len(predictor.classes)}")
     images, paths, failures = read_images(names, arguments.invert, predictor.images)

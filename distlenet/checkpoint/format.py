@@ -141,11 +141,15 @@ class HasState(Protocol):
 
 
 def load_task_state(task: HasState, state: State, path: Path) -> None:
-    """Load the state of a task from a checkpoint. Raise UserError if it is one of another task."""
+    """Load the state of a task from a checkpoint. Raise UserError if it is one of another task, or missing."""
+    saved = state.get("task", {})
     try:
-        task.load_state_dict(state["task"])
+        if not isinstance(saved, dict):
+            raise TypeError(f"it is a {type(saved).__name__}")
+        task.load_state_dict(saved)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise UserError(
-            f"checkpoint {path}: its task state is not one of {type(task).__name__} ({type(error).__name__}: {error}); "
-            "give the task that was trained"
+            f"checkpoint {path}: its task state is not one of {type(task).__name__}: {reason}; give the task that was "
+            "trained, or a checkpoint of this version"
         ) from error

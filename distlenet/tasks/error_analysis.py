@@ -27,7 +27,12 @@ class ClassificationErrors:
         self.mistakes = torch.zeros(0, 4, dtype=torch.float64, device=device)  # confidence, index, label, predicted
 
     def update(self, outputs: Tensor, data: tuple[Tensor, Tensor], indices: Tensor) -> None:
-        """Add logits (n, C) for inputs and labels (n,) with dataset indices (n,). No host sync."""
+        """Add logits (n, C) for inputs and labels (n,) with dataset indices (n,). No host sync.
+
+        Raise ValueError if the outputs are none.
+        """
+        if outputs.dim() != 2 or outputs.shape[1] != len(self.classes):
+            raise ValueError(f"expected outputs (n, {len(self.classes)}), one per class, but got {list(outputs.shape)}")
         labels = data[1]
         confidence, predicted = outputs.double().softmax(1).max(1)
         cells = torch.zeros(self.confusion.numel(), dtype=torch.int64, device=self.device)

@@ -54,6 +54,8 @@ class ImageClassification(Task):
             self.data = data = load_images(self.config.data)
             images = from_rank_0(lambda: measure_images(data.train, self.config.data.size is not None))
             self._set_format(images, tuple(data.classes or ()))
+            if self.partners:
+                self.mixing = self._make_mixing()
         return self.data
 
     def _set_format(self, images: ImageFormat, classes: tuple[str, ...]) -> None:
@@ -62,11 +64,13 @@ class ImageClassification(Task):
         size = None if own_network else input_size(config.model.name, images)
         self.images, self.classes = images, classes
         self.image_transform = ImageTransform(images, size, config.data.augment, config.data.shift)
-        if self.partners:
-            if not classes:
-                name = "mixup" if config.data.mixup > 0 else "cutmix"
-                raise UserError(f"data.{name}: needs the number of classes; return Datasets(classes=[...])")
-            self.mixing = Mixing(config.data.mixup, config.data.cutmix, len(classes))
+
+    def _make_mixing(self) -> Mixing:
+        mixup, cutmix = self.config.data.mixup, self.config.data.cutmix
+        if not self.classes:
+            name = "mixup" if mixup > 0 else "cutmix"
+            raise UserError(f"data.{name}: needs the number of classes; return Datasets(classes=[...])")
+        return Mixing(mixup, cutmix, len(self.classes))
 
     def transform(self, data: Any, keys: SampleKeys | None) -> ImagesAndLabels:
         """Pad, augment and normalise the images, and mix them with those of their partners."""
@@ -92,9 +96,9 @@ class ImageClassification(Task):
         targets = data[1]
         return {"accuracy": outputs.argmax(1) == (targets.argmax(1) if targets.is_floating_point() else targets)}
 
-    def error_analysis(self, device: torch.device) -> ClassificationErrors:
-        """Return an empty confusion matrix and list of mistakes."""
-        return ClassificationErrors(self.datasets().test, self.classes, device)
+    def error_analysis(self, device: torch.device) -> ClassificationErrors | None:
+        """Return an empty confusion matrix and list of mistakes; None if the classes are not known."""
+        return None if not self.classes else ClassificationErrors(self.datasets().test, self.classes, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the format of the images, with their statistics, and the class names."""
@@ -102,12 +106,23 @@ class ImageClassification(Task):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the format of the images and the class names: the data is not needed."""
-        self._set_format(ImageFormat.from_dict(state), tuple(state["classes"]))
+        images, classes = ImageFormat.from_dict(state), state["classes"]
+        if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+            raise ValueError("the class names are no list of strings")
+        self._set_format(images, tuple(classes))
 
     def predict(self, model: nn.Module, data: Tensor) -> Tensor:
-        """Return logits, float32 (n, C), of images as stored: (n, H, W) or (n, C, H, W)."""
-        logits: Tensor = model(self.image_transform(data))
+        """Return logits, float32 (n, C), of images as stored: (n, H, W) or (n, C, H, W), through ``transform``."""
+        inputs, _ = self.transform((data, torch.zeros(len(data), dtype=torch.int64, device=data.device)), None)
+        logits: Tensor = model(inputs)
         return logits.float()
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Return what ``python -m distlenet.predict`` shows of the outputs of ``predict``: a value per class, (n, C).
+
+        By default the softmax. A task with several labels per image replaces it, for example by the sigmoid.
+        """
+        return outputs.softmax(1)
 
     def _check(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return the logits. Raise UserError if the network fails, or does not return one value per class."""

@@ -60,7 +60,7 @@ class ImageFormat:
             and isinstance(state["dark_border"], bool)
         )
         if not valid:
-            raise ValueError("invalid value")
+            raise ValueError("the description of the images is invalid")
         return cls(
             channels, (size[0], size[1]), state["resized"], tuple(mean), tuple(std), low, high, state["dark_border"]
         )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from distlenet.data.loader import EvaluationLoader
@@ -15,7 +16,7 @@ from distlenet.tracking.base import TEST_FILE
 from distlenet.training.evaluation import evaluate
 from distlenet.training.meter import Metrics
 from distlenet.training.outline import TaskOutline
-from distlenet.utils.errors import warn
+from distlenet.utils.errors import UserError, warn
 from distlenet.utils.files import replace_text
 
 
@@ -69,3 +70,23 @@ class Evaluator:
             replace_text(self.path, json.dumps(report) + "\n")
         except OSError as error:  # training does not fail because of its report
             warn(f"{self.path}: cannot be written: {error.strerror or error}; the report has no confusion matrix")
+
+
+@torch.no_grad()
+def check_error_analysis(outline: TaskOutline, model: nn.Module, batch: Batch, context: DistributedContext) -> None:
+    """Raise UserError if the task's error analysis does not accept its outputs: before the training, not after it."""
+    task, name = outline.task, type(outline.task).__name__
+    if (analysis := task.error_analysis(context.device)) is None:
+        return
+    model.eval()
+    data = task.transform(batch.data, None)
+    with context.autocast():
+        outputs = outline.loss(model, data).outputs
+    model.train()
+    try:
+        analysis.update(outputs, data, batch.indices)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"{name}.error_analysis: does not accept the outputs of {name}.loss: {reason}; return None from it"
+        ) from error

@@ -11,7 +11,7 @@ from distlenet.checkpoint.format import State
 from distlenet.checkpoint.manager import CheckpointManager
 from distlenet.config.loading import identity
 from distlenet.config.schema import Config
-from distlenet.data.loader import make_loaders
+from distlenet.data.loader import EvaluationLoader, make_loaders
 from distlenet.data.sample_log import SampleLog, open_sample_log
 from distlenet.distributed.collectives import any_rank, hosts_of_ranks, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
@@ -20,7 +20,7 @@ from distlenet.reduction.global_statistics import check_global_statistics
 from distlenet.reduction.replica_check import check_replicas
 from distlenet.task import Batch, Task
 from distlenet.tracking.base import Record, Tracker
-from distlenet.training.evaluator import EvaluationStopped, Evaluator
+from distlenet.training.evaluator import EvaluationStopped, Evaluator, check_error_analysis
 from distlenet.training.meter import Metrics
 from distlenet.training.nonfinite_report import handle_nonfinite
 from distlenet.training.origin import check_origin, origin_of
@@ -63,6 +63,8 @@ class Trainer:
         self.model, self.meter, self.reducer = on_device.model, on_device.meter, on_device.reducer
         self.origin = origin_of(config, task, self.model, datasets)
         self.evaluator = Evaluator(on_device.outline, evaluation_loaders, context, preemption, run_dir)
+        one = EvaluationLoader(datasets.test, 1, 0, 1, self.device, task.collate, config.seed)
+        check_error_analysis(on_device.outline, self.model, next(iter(one)), context)
         if not on_device.outline.predicts:  # else the names are known after the first evaluation
             self.selection.check_names(on_device.outline.metric_names)
         self.throughput = Throughput(self.device, hosts_of_ranks())
@@ -184,7 +186,7 @@ class Trainer:
         if not self.config.model.compile:  # otherwise a step may compile for minutes
             self.watchdog.set_timeout(self.config.distributed.step_timeout_s, "distributed.step_timeout_s")
         self.start_s = process_age_s()
-        self.preemption.install()  # before, there is nothing to save, and a signal ends the rank
+        self.preemption.install()  # before, there is nothing to save, and a signal ends the rank (utils/startup.py)
 
     def due(self, interval: int | None) -> bool:
         """Return whether something is due after this step; without an interval it is due after the last step."""

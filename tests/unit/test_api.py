@@ -18,6 +18,38 @@ class OwnNet(ImageClassification):
         return nn.Sequential(nn.Flatten(), nn.Linear(1024, len(self.classes)))
 
 
+class Inverted(OwnNet):
+    """A transform that differs from the built-in one, also in an evaluation."""
+
+    def transform(self, data, keys):
+        inputs, labels = super().transform(data, keys)
+        return -inputs, labels
+
+
+class Sigmoid(OwnNet):
+    """Several labels per image."""
+
+    def probabilities(self, outputs):
+        return outputs.sigmoid()
+
+
+class OddOrEven(ImageClassification):
+    """One output per image."""
+
+    def model(self):
+        return nn.Sequential(nn.Flatten(), nn.Linear(1024, 1), nn.Flatten(0))
+
+    def loss(self, model, data):
+        outputs = model(data[0])
+        return (outputs - data[1] % 2) ** 2, outputs
+
+    def metrics(self, outputs, data):
+        return {}
+
+    def error_analysis(self, device):
+        return None
+
+
 class Slope(Task):
     """Fits y = 3x with one weight."""
 
@@ -60,6 +92,37 @@ def test_a_loaded_built_in_model_predicts_as_the_command(tmp_path):
     with torch.no_grad():
         probabilities = load_model(str(tmp_path / "run"))(images).softmax(1)
     assert torch.equal(probabilities, Predictor(tmp_path / "run")(images))
+
+
+def test_the_command_predicts_with_the_task_that_was_trained(tmp_path):
+    run(tmp_path, Inverted, "data.name=digits")
+    images = load_data(load_config([], ["data.name=digits"]).data).test.images[:5]
+    with torch.no_grad():
+        logits = load_model(tmp_path / "run", Inverted)(images)
+        assert not torch.allclose(logits, load_model(tmp_path / "run", OwnNet)(images))
+        plain = load_model(tmp_path / "run", Sigmoid)(images)
+    assert torch.equal(Predictor(tmp_path / "run", [f"task.name={__name__}:Inverted"])(images), logits.softmax(1))
+    assert torch.equal(Predictor(tmp_path / "run", [f"task.name={__name__}:Sigmoid"])(images), plain.sigmoid())
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"task:\n  name: {__name__}:Inverted\n")
+    assert torch.equal(Predictor(tmp_path / "run", files=[str(settings)])(images), logits.softmax(1))
+
+
+def test_the_command_refuses_what_has_no_output_per_class(tmp_path):
+    run(tmp_path, Slope, "train.global_batch_size=4", "optim.lr=0.001")
+    with pytest.raises(UserError, match=r"Slope: is no ImageClassification; predict from Python, .*load_model"):
+        Predictor(tmp_path / "run", [f"task.name={__name__}:Slope"])
+    run(tmp_path, OddOrEven, "data.name=digits", "run.name=odd")
+    with pytest.raises(UserError, match=r"OddOrEven.predict: returned outputs of shape \[1\] for 1 images"):
+        Predictor(tmp_path / "odd", [f"task.name={__name__}:OddOrEven"])
+
+
+def test_an_error_analysis_of_other_outputs_is_refused_before_the_training(tmp_path):
+    task = type("Analysed", (OddOrEven,), {"error_analysis": ImageClassification.error_analysis})
+    with pytest.raises(
+        UserError, match=r"Analysed.error_analysis: does not accept .*expected outputs \(n, 10\).*got \[1\]"
+    ):
+        run(tmp_path, task, "data.name=digits")
 
 
 def test_a_task_that_is_no_classification_of_images(tmp_path):

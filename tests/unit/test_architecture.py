@@ -28,7 +28,7 @@ ALLOWED = {
     "preflight": {"checkpoint", "config", "data", "distributed", "tasks", "tracking", "training", "utils"},
     "prove": {"commands", "config", "data", "distributed", "task", "tasks", "training", "utils"},
     "report": {"config", "distributed", "tracking", "utils"},
-    "serving": {"checkpoint", "config", "data", "distributed", "models", "task", "tasks", "utils"},
+    "serving": {"checkpoint", "config", "data", "distributed", "task", "tasks", "utils"},
     "commands": {
         "checkpoint",
         "config",

@@ -122,7 +122,7 @@ def test_the_average_is_evaluated_and_saved_and_the_weights_train_on(tmp_path):
     assert loss == averaged.state.test["test_loss"]
     assert loss != raw.state.test["test_loss"]
     predictor = Predictor(path)
-    assert torch.equal(predictor.model.fc1.weight, state["ema"]["fc1.weight"])
+    assert torch.equal(predictor.trained.model.fc1.weight, state["ema"]["fc1.weight"])
 
 
 def test_resumed_average_has_the_same_bits(tmp_path):
