@@ -3,12 +3,13 @@
 import base64
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
 import pytest
 import torch
-from forked import run_python, run_ranks
+from forked import run_python
 from PIL import Image
 from torch import nn
 
@@ -18,6 +19,7 @@ from distlenet.config.loading import load_config
 from distlenet.data.images import ImageDataset
 from distlenet.data.resizing import resize_images
 from distlenet.data.sources import load_data, open_data
+from distlenet.data.sources.shard_index import INDEX_NAME
 from distlenet.task import SampleKeys
 from distlenet.tasks.error_analysis import encode_png
 from distlenet.tasks.image_classification import ImageClassification
@@ -281,6 +283,45 @@ def test_shards_return_the_images_in_their_order(tmp_path):
         load("tar", root)
 
 
+def test_the_headers_of_shards_are_read_once(tmp_path, monkeypatch):
+    images, labels = random_images(90, 9, 11), torch.from_numpy(labels_of(90))
+    root = save_shards(tmp_path / "set", {"train": (images, labels), "test": (images[:5], labels[:5])})
+    read, open_tar = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda path, mode: read.append(path.name) or open_tar(path, mode))
+
+    def loaded():
+        read.clear()
+        return load("tar", root)
+
+    first = loaded()
+    assert read == ["train-0000.tar", "train-0040.tar", "train-0080.tar", "test-0000.tar"]
+    again = loaded()
+    assert read == []
+    assert torch.equal(again.train.images, images)
+    assert (again.train.labels.tolist(), again.fingerprint) == (labels.tolist(), first.fingerprint)
+    shard = root / "train-0040.tar"
+    content = bytearray(shard.read_bytes())
+    with open_tar(shard) as archive:
+        content[archive.getmember("0040.cls").offset_data] = ord("0")  # it was 1; the size stays the same
+    time = shard.stat().st_mtime_ns + 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(time, time))
+    assert loaded().train.labels.tolist() != labels.tolist()
+    assert read == ["train-0040.tar"]
+    for damaged in (
+        "[]",
+        '{"train-0000.tar": {"stamp": 1}',
+        (root / INDEX_NAME).read_text().replace('"images"', '"i"'),
+    ):
+        (root / INDEX_NAME).write_text(damaged)
+        assert len(loaded().train) == 90
+        assert len(read) == 4
+    assert not list(root.glob(f"{INDEX_NAME}.*"))  # temporary files
+    (root / INDEX_NAME).unlink()
+    (root / INDEX_NAME).mkdir()  # cannot be written
+    assert len(loaded().train) == 90
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
 def test_the_validation_split_is_exact_and_does_not_depend_on_the_seed(fraction):
     whole = load("digits", "data").train
@@ -336,30 +377,3 @@ def test_training_on_the_same_images_as_array_and_folder_has_the_same_bits(tmp_p
     assert json.loads((tmp_path / "folder/test.json").read_text())["classes"] == list("0123456789")
     words = ("checkpoint=" + str(tmp_path / "folder"), tmp_path / "set/test/0", "--json")
     assert len(run_python("-m", "distlenet.predict", *words).succeeded().stdout.splitlines()) > 3
-
-
-COLOR_PROGRAM = """
-from torch import nn
-from distlenet import train
-from distlenet.distributed.entry_point import run_entry
-from distlenet.tasks.image_classification import ImageClassification
-class Colors(ImageClassification):
-    def model(self):
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
-run_entry(lambda: train.main(Colors))
-"""
-
-
-@pytest.mark.slow
-def test_color_images_are_trained_to_the_end_on_two_ranks(tmp_path):
-    save_folder(tmp_path / "set", random_images(40, 3, 20, 30), random_images(12, 3, 20, 30))
-    (tmp_path / "program.py").write_text(COLOR_PROGRAM)
-    settings = ("data.name=folder", f"data.root={tmp_path / 'set'}", "data.size=[16,24]", "data.augment=flip_shift")
-    words = (*settings, "train.epochs=2", "train.global_batch_size=10", f"run.dir={tmp_path}", "run.name=run")
-    run_ranks(2, tmp_path / "program.py", *words).succeeded()
-    state = load_checkpoint(find_checkpoint(tmp_path / "run"))
-    assert (state["step"], state["task"]["channels"], state["task"]["size"]) == (8, 3, [16, 24])
-    details = json.loads((tmp_path / "run/test.json").read_text())
-    assert sum(map(sum, details["confusion"])) == 12
-    with Image.open(io.BytesIO(base64.b64decode(details["mistakes"][0]["png"]))) as mistake:
-        assert (mistake.mode, mistake.size) == ("RGB", (24, 16))

@@ -72,26 +72,6 @@ def test_changed_code_and_data_are_named(modules):
     start(task, "checkpoint.allow_changed=[code,data]").succeeded()
 
 
-def test_another_directory_of_images_is_named(tmp_path):
-    import numpy as np
-
-    for name, value in (("a", 1), ("b", 2)):
-        images, labels = np.full((6, 9, 9), value, np.uint8), np.arange(6) % 2
-        arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
-        np.savez(tmp_path / f"{name}.npz", **arrays)
-
-    def train(name):
-        words = ("data.name=array", f"data.root={tmp_path / name}.npz", "model.name=own_net:Net", *SETTINGS[2:])
-        return run_python("-m", "distlenet.train", "device=cpu", *words, cwd=tmp_path)
-
-    (tmp_path / "own_net.py").write_text(
-        "from torch import nn\n\ndef Net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(81, 2))\n"
-    )
-    train("a").succeeded()
-    ran = train("b")
-    assert (ran.status, "the data is not that of the checkpoint: train (6 images" in ran.stderr) == (2, True)
-
-
 def test_data_is_not_changed_inside_an_epoch():
     origin, config = Origin({"train": "2 samples"}, {}), load_config([], ["checkpoint.allow_changed=[data]"])
     saved = {"data": {"train": "1 samples"}, "code": {}}
