@@ -55,7 +55,7 @@ SLURM := slurmctld slurmd slurm-client munge iproute2
 test-cluster: $(VENV)/.installed-dev
 	@command -v slurmctld > /dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM) > /dev/null; }
-	DISTLENET_SLURM=required $(BIN)/pytest --numprocesses=2 --dist=worksteal tests/cluster
+	DISTLENET_SLURM=required $(BIN)/pytest --numprocesses=2 --dist=worksteal --timeout=600 tests/cluster
 
 test-browser: $(VENV)/.installed-dev
 	@command -v chromium > /dev/null || \

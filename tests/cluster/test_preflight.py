@@ -14,7 +14,7 @@ from cluster.slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.cluster
 
-LIMIT_S = 100.0
+LIMIT_S = 200.0
 FAULTY = Path(__file__).parents[1] / "ranks/faulty_preflight.py"
 SETTINGS = ("data.name=digits", "device=cpu", "distributed.init_timeout_s=30")
 PREFLIGHT = (sys.executable, "-m", "distlenet.preflight", *SETTINGS)
