@@ -22,7 +22,7 @@ from distlenet.task import Task
 from distlenet.tasks.registry import make_task
 from distlenet.train import train
 
-MOST_TEST_SAMPLES = 1000
+MOST_TEST_SAMPLES = 500
 """Of each set for evaluation."""
 
 
