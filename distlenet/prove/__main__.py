@@ -18,6 +18,7 @@ from distlenet.prove.comparison import TOLERANCE, Promise, compare
 from distlenet.prove.processes import SERVER_HASH_SEED, ProcessFailed, start
 from distlenet.prove.tables import print_cause, print_findings, print_table
 from distlenet.prove.trials import Run, check_ledger, plan, settings_of_runs
+from distlenet.reduction.batch_size import micro_batch_size
 from distlenet.utils.errors import UserError
 
 
@@ -34,6 +35,8 @@ def main() -> None:
         raise UserError(f"--ranks {' '.join(arguments.ranks)}: expected integers, at least 1")
     if arguments.steps < 3:
         raise UserError(f"--steps {arguments.steps}: expected at least 3, since a run is killed twice")
+    for count in ranks:
+        micro_batch_size(config, count)  # raises UserError, before anything is started
     words = [*(f"--config={path}" for path in arguments.config), *overrides]
     with tempfile.TemporaryDirectory(prefix="prove-") as scratch:
         words += settings_of_runs(config, ranks, arguments.steps)

@@ -65,4 +65,5 @@ def test_a_wrong_setting_is_a_user_error():
     ended = prove("Correct", "--ranks", "3")
     assert ended.status == 2, str(ended)
     assert "train.global_batch_size=16" in ended.stderr
+    assert ended.stdout == ""  # nothing was started
     assert prove("Missing").status == 2

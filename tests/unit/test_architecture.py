@@ -26,7 +26,7 @@ ALLOWED = {
     "tasks": {"config", "data", "distributed", "models", "task", "utils"},
     "training": {"checkpoint", "config", "data", "distributed", "reduction", "task", "tasks", "tracking", "utils"},
     "preflight": {"checkpoint", "config", "data", "distributed", "tasks", "tracking", "training", "utils"},
-    "prove": {"commands", "config", "data", "distributed", "task", "tasks", "training", "utils"},
+    "prove": {"commands", "config", "data", "distributed", "reduction", "task", "tasks", "training", "utils"},
     "report": {"config", "distributed", "tracking", "utils"},
     "serving": {"checkpoint", "config", "data", "distributed", "task", "tasks", "utils"},
     "commands": {
