@@ -1,4 +1,4 @@
-"""Chinese reviews, good or bad: a convolutional network on characters."""
+"""Chinese reviews, good or bad: a convolutional network on characters, plus a linear model of their pairs."""
 
 import hashlib
 from collections import Counter
@@ -89,12 +89,13 @@ class Sentiment(Task):
 
 
 class CharacterNet(nn.Module):
-    """Convolutions over 1, 2 and 3 characters, and the maximum of each over the text.
+    """The sum of two models, as in Wide & Deep (https://arxiv.org/abs/1606.07792).
 
-    Kim (2014), Convolutional Neural Networks for Sentence Classification, https://arxiv.org/abs/1408.5882
+    One has convolutions over 1, 2 and 3 characters, and takes the maximum of each over the text (Kim, 2014,
+    https://arxiv.org/abs/1408.5882). The other is a linear model of the pairs of characters, numbered by a hash.
     """
 
-    def __init__(self, characters: int, width: int = 64, channels: int = 64) -> None:
+    def __init__(self, characters: int, width: int = 64, channels: int = 64, pairs: int = 2**17) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, width, padding_idx=PADDING)
         nn.init.normal_(self.embedding.weight.data[PADDING + 1 :], std=0.1)
@@ -102,12 +103,23 @@ class CharacterNet(nn.Module):
         self.convolutions = nn.ModuleList(nn.Conv1d(width, channels, size) for size in (1, 2, 3))
         self.dropout = nn.Dropout(0.5)
         self.output = nn.Linear(3 * channels, 2)
+        self.pairs = nn.Embedding(pairs, 2, padding_idx=PADDING)
+        nn.init.zeros_(self.pairs.weight)
+        self.drop_pairs = nn.Dropout1d(0.5)
 
     def forward(self, texts: Tensor) -> Tensor:
         """Return the logits (n, 2) of texts (n, length)."""
         features = self.drop_characters(self.embedding(texts)).transpose(1, 2)
         maxima = [convolution(features).amax(2).relu() for convolution in self.convolutions]
-        return self.output(self.dropout(torch.cat(maxima, 1)))
+        return self.output(self.dropout(torch.cat(maxima, 1))) + self.sum_of_pairs(texts)
+
+    def sum_of_pairs(self, texts: Tensor) -> Tensor:
+        """Return the logits of the pairs of characters, (n, 2)."""
+        first, second = texts[:, :-1], texts[:, 1:]
+        numbers = (first * 49_999 + second) % (self.pairs.num_embeddings - 1) + 1
+        is_pair = second != PADDING
+        weights = self.drop_pairs(self.pairs(numbers * is_pair))  # (n, length - 1, 2)
+        return weights.sum(1) / is_pair.sum(1, keepdim=True).clamp(min=1).sqrt()
 
 
 def read_reviews(root: Path) -> dict[str, list[Review]]:

@@ -104,7 +104,7 @@ def make_nothing(directory: Path) -> None:
     """Write no data: the settings name a set that is bundled."""
 
 
-IMAGES = ("train.epochs=2", "train.global_batch_size=32", "optim.lr=0.02", "distributed.virtual_shards=2")
+IMAGES = ("train.epochs=2", "train.global_batch_size=32", "optim.lr=0.002", "distributed.virtual_shards=2")
 RATINGS = ("train.epochs=3", "train.global_batch_size=96", "optim.lr=0.02", "task.args={width: 4, hidden: 8}")
 DETECTION = (
     "data.name=digits",
