@@ -93,7 +93,7 @@ class ModelConfig:
     args: dict[str, Any] = setting({}, "Arguments of model.name.", result=True)
     compile: bool = setting(False, "Compile the network of the training steps with torch.compile.", result=True)
     sync_batchnorm: bool = setting(
-        False, "With ddp: statistics of BatchNorm over the global batch; false: over each micro-batch.", result=True
+        False, "Statistics of BatchNorm over the global batch; false: over each micro-batch.", result=True
     )
     channels_last: bool = setting(True, "Store images and convolution weights in channels-last format.", result=True)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -35,7 +36,7 @@ class Recorder:
         self.index_of: dict[str, list[int]] = defaultdict(
             list
         )  # indices of the samples with a digest: a micro-batch has no indices
-        self.micro_batch: list[int] = []  # indices of the present micro-batch
+        self.present = threading.local()  # its ``indices`` are those of the present micro-batch
 
     def add(self, stage: str, names: Iterable[Any], values: Iterable[Any]) -> None:
         """Add a line, complete on the file system: the rank may be killed at any time."""
@@ -57,7 +58,7 @@ class Recorder:
 
     def find_micro_batch(self, transformed: list[str]) -> None:
         """Find the indices of a micro-batch. Equal samples have equal digests, and equal losses."""
-        self.micro_batch = [self.index_of[name].pop(0) if self.index_of[name] else -1 for name in transformed]
+        self.present.indices = [self.index_of[name].pop(0) if self.index_of[name] else -1 for name in transformed]
 
 
 class First:
@@ -111,7 +112,7 @@ class RecordedTask(Task):
         result = super().loss(model, data)  # type: ignore[safe-super]
         columns = result[0] if isinstance(result[0], tuple) else (result[0],)
         values = torch.stack([column.detach().double() for column in columns], 1)
-        recorder.add("losses", recorder.micro_batch, values.tolist())  # host sync
+        recorder.add("losses", recorder.present.indices, values.tolist())  # host sync
         return result
 
     def metrics(self, outputs: Any, data: Data) -> dict[str, Tensor]:
@@ -119,7 +120,7 @@ class RecordedTask(Task):
         values = super().metrics(outputs, data)
         if self.recorder.place is not None:
             for name, value in values.items():
-                names = [f"{name} of sample {index}" for index in self.recorder.micro_batch]
+                names = [f"{name} of sample {index}" for index in self.recorder.present.indices]
                 self.recorder.add("metrics", names, value.tolist())  # host sync
         return values
 

@@ -59,6 +59,20 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
             tensor.copy_(before)
 
 
+class BufferCopies:
+    """The buffers with which one micro-batch computes, while others compute in turn with theirs."""
+
+    def __init__(self, buffers: list[Buffer]) -> None:
+        self.buffers, self.tensors = buffers, [buffer.tensor.clone() for buffer in buffers]
+        self.versions = [(tensor, tensor._version) for tensor in self.tensors]
+
+    def swap(self) -> None:
+        """Exchange the tensors of the modules for those that are kept here."""
+        for i, buffer in enumerate(self.buffers):
+            tensor, buffer.module._buffers[buffer.key] = buffer.tensor, self.tensors[i]
+            self.tensors[i] = tensor
+
+
 class BufferAverage:
     """Averages the changes of a model's buffers; without persistent buffers, every method does nothing.
 
@@ -111,6 +125,23 @@ class BufferAverage:
         elif self.groups:
             self.sums[row].add_(torch.cat([self._change(i) for i in range(len(self.groups))]) * samples)
         self._undo()
+
+    def copies(self) -> BufferCopies:
+        """Copy the buffers that may change."""
+        return BufferCopies([self.candidates[i] for i in sorted(self.found)] if self.complete else self.candidates)
+
+    @contextmanager
+    def exchanged(self, copies: BufferCopies) -> Iterator[None]:
+        """Let the model use ``copies`` within a ``with`` block."""
+        versions = self.versions
+        if not self.complete:
+            self.versions = copies.versions
+        copies.swap()
+        try:
+            yield
+        finally:
+            copies.swap()
+            self.versions = versions
 
     def reduce(self, global_size: int) -> Tensor | None:
         """Return the average change, float64 (elements,), or None if no buffer changes. A collective.

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.buffers import BufferAverage, unchanged_buffers
-from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep
+from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep, T
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.reduction.wrapped_model import (
     NO_SAMPLES,
@@ -115,6 +115,10 @@ class DdpReducer:
         starts = range(0, samples, size)
         first = self.rank * self.micro_batches_per_rank
         return [MicroBatch(first + k, select_samples(data, slice(s, s + size))) for k, s in enumerate(starts)]
+
+    def map(self, function: Callable[[MicroBatch], T], micro_batches: list[MicroBatch]) -> list[T]:
+        """Call ``function`` on each micro-batch."""
+        return [function(micro_batch) for micro_batch in micro_batches]
 
     @contextmanager
     def step(self, global_size: int, stop: Tensor) -> Iterator[ReductionStep]:

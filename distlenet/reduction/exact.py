@@ -1,7 +1,7 @@
 """Gradients summed without rounding: the same bits for every number of ranks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.buffers import BufferAverage
-from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep
+from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep, T
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
 from distlenet.utils.clock import Clock
@@ -44,7 +44,7 @@ class ExactReducer:
         """Reduce the gradients of ``model``; ``check_finite`` includes them in ``ReductionResult.nonfinite``.
 
         ``weighted`` losses divide by the sum of their weights.
-        A BatchNorm computes its statistics over a shard. Raise UserError for parameters that are not float32.
+        Raise UserError for parameters that are not float32.
         """
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if odd := [name for name, p in named if p.dtype != torch.float32 or torch.empty_like(p).stride() != p.stride()]:
@@ -88,6 +88,10 @@ class ExactReducer:
         shards = (slice(k, None, per_rank) for k in range(min(per_rank, count_samples(data))))
         return [MicroBatch(rank + k * world_size, select_samples(data, shard)) for k, shard in enumerate(shards)]
 
+    def map(self, function: Callable[[MicroBatch], T], micro_batches: list[MicroBatch]) -> list[T]:
+        """Call ``function`` on each micro-batch."""
+        return [function(micro_batch) for micro_batch in micro_batches]
+
     @contextmanager
     def step(self, global_size: int, stop: Tensor) -> Iterator[ReductionStep]:
         """Reduce one step. A collective."""
@@ -95,27 +99,39 @@ class ExactReducer:
         if self.weight is not None:
             self.weight.zero_()
         self.buffers.begin()
-        step = _ExactStep(self, global_size)
+        step = self.make_step(global_size)
         yield step
         step.end()
 
+    def make_step(self, global_size: int) -> "ExactStep":
+        """Return the object of one step."""
+        return ExactStep(self, global_size)
 
-class _ExactStep(ReductionStep):
+
+class ExactStep(ReductionStep):
+    """One step."""
+
     def __init__(self, reducer: ExactReducer, global_size: int) -> None:
         self.reducer, self.global_size = reducer, global_size
         self.has_partial_sum = False
 
     def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
+        """Yield the shards of this rank."""
         for micro_batch in self.reducer.split(data):
             yield micro_batch
             self.add_shard()
             self.reducer.buffers.add(micro_batch.number, count_samples(micro_batch.data))
 
     def backward(self, loss_sum: Tensor, weight_sum: Tensor | None = None) -> None:
+        """Add the gradient of a shard."""
         loss = loss_sum * (1 / self.global_size)
         self.reducer.flag.add_(loss.detach() * 0)  # NaN if the loss is not finite
         if weight_sum is not None and self.reducer.weight is not None:
             self.reducer.weight.add_(weight_sum)  # exact: the weights are multiples of 2**-20, in units of 2**k
+        self.differentiate(loss)
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Compute the gradient of one shard."""
         loss.backward()
 
     def add_shard(self) -> None:

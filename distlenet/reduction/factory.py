@@ -7,6 +7,7 @@ from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.batch_size import micro_batch_size
 from distlenet.reduction.ddp import DdpReducer
 from distlenet.reduction.exact import ExactReducer
+from distlenet.reduction.lockstep import LockstepReducer
 from distlenet.reduction.reducer import Reducer
 from distlenet.reduction.shared_memory import resolve_all_reduce
 from distlenet.utils.errors import UserError
@@ -37,4 +38,5 @@ def make_reducer(
         compress = settings.gradient_compression == "bf16"
         steps, find_unused = config.train.accumulation_steps, settings.find_unused_parameters
         return DdpReducer(model, env, steps, size, all_reduce, compress, weighted, find_unused)
-    return ExactReducer(model, env, settings.virtual_shards, size, check_finite, all_reduce, weighted)
+    kind = LockstepReducer if config.model.sync_batchnorm else ExactReducer
+    return kind(model, env, settings.virtual_shards, size, check_finite, all_reduce, weighted)

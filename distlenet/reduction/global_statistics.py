@@ -1,10 +1,10 @@
 """``model.sync_batchnorm``: batch statistics over the global batch, on CPUs and GPUs.
 
-All ranks exchange sums in each forward and backward pass of such a layer. Each rank therefore needs exactly one
-micro-batch per step, with at least one sample.
+Sums are exchanged in each forward and backward pass of such a layer: with ``ddp`` by all ranks, so that each rank needs
+exactly one micro-batch per step, with at least one sample; with ``exact`` by all virtual shards (``lockstep``).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -12,29 +12,43 @@ from torch import Tensor, nn
 from torch.nn.modules import batchnorm
 
 from distlenet.config.schema import Config
+from distlenet.reduction.lockstep import this_shard
 from distlenet.utils.errors import UserError
 
 CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks. Each rank uses it, so its gradient is summed over ranks, too."""
+class _GlobalSum(torch.autograd.Function):
+    """The sum over ranks or shards. Each of them uses it, so its gradient is a sum over them, too."""
 
     @staticmethod
-    def forward(_: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)  # collective
-        return total
+    def forward(ctx: Any, values: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        return _exchange(values, layer, backward=False)
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)  # collective
-        return total
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _exchange(gradient, ctx.layer, backward=True), None
+
+
+def _global_sum(values: Tensor, layer: nn.Module) -> Tensor:
+    total = cast(Tensor, _GlobalSum.apply(values, layer))
+    if (shard := this_shard()) is not None:
+        shard.totals.append(total)
+    return total
+
+
+def _exchange(values: Tensor, layer: nn.Module, backward: bool) -> Tensor:
+    """Return the sum of ``values``, float64 (n,), over all shards, or without shards over ranks. A collective."""
+    if (shard := this_shard()) is not None:
+        return shard.add(layer, backward, values)
+    total = values.clone()
+    dist.all_reduce(total)  # collective
+    return total
 
 
 class GlobalBatchNorm(batchnorm._BatchNorm):
-    """BatchNorm whose statistics in training mode are those of all ranks. Parameters and buffers are the same."""
+    """BatchNorm with statistics of the global batch in training mode. Parameters and buffers are the same."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -51,8 +65,10 @@ class GlobalBatchNorm(batchnorm._BatchNorm):
         variance, mean = variance.double(), mean.double()
         count = torch.full_like(mean[:1], local_count)
         sums = torch.cat([mean * local_count, (variance + mean**2) * local_count, count])
-        sums = _SumOverRanks.apply(sums)  # float64: the difference of squares below loses no digits
+        sums = _global_sum(sums, self)  # float64: the difference of squares below loses no digits
         total, squares, count = sums.tensor_split([len(mean), 2 * len(mean)])
+        if local_count == 1 and float(count.detach()) == 1:  # host sync, only with a single local value; as torch does
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         mean = total / count
         variance = (squares / count - mean**2).clamp(min=0)
         self._update_running(mean.detach(), variance.detach(), count.detach())
@@ -92,23 +108,21 @@ def use_global_statistics(model: nn.Module) -> None:
 
 
 def check_global_statistics(config: Config, world_size: int, smallest_batch: int) -> None:
-    """Raise UserError unless each rank has one micro-batch in each step; ``smallest_batch`` is the last one."""
+    """Raise UserError if not all of a global batch is computed at once; ``smallest_batch`` is the last one."""
     if not config.model.sync_batchnorm:
         return
-    if config.distributed.reduction == "exact":
-        raise UserError(
-            "model.sync_batchnorm=true: distributed.reduction=exact computes each virtual shard by itself; give "
-            "distributed.reduction=ddp, or model.sync_batchnorm=false: then the statistics are those of a shard"
-        )
     if config.model.compile:
         raise UserError("model.sync_batchnorm=true: was not tested with model.compile=true; give one of them only")
+    if config.distributed.reduction == "exact":
+        return
     if config.train.accumulation_steps != 1:
         raise UserError(
             f"model.sync_batchnorm=true: train.accumulation_steps={config.train.accumulation_steps} splits the global "
-            "batch into micro-batches that are computed one after the other; give train.accumulation_steps=1"
+            "batch into micro-batches that are computed one after the other; give train.accumulation_steps=1, or "
+            "distributed.reduction=exact"
         )
     if smallest_batch < world_size:
         raise UserError(
             f"model.sync_batchnorm=true: the last global batch has {smallest_batch} samples, fewer than {world_size} "
-            "ranks; give data.drop_last=true, or another train.global_batch_size"
+            "ranks; give data.drop_last=true, another train.global_batch_size, or distributed.reduction=exact"
         )

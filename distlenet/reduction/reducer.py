@@ -1,9 +1,11 @@
 """The protocol of gradient reduction.
 
+    def compute(micro_batch):
+        result = outline.loss(reducer.model, micro_batch.data)
+        step.backward(*outline.sums(result))
+
     with reducer.step(batch.global_size, stop) as step:
-        for micro_batch in step.micro_batches(inputs):
-            result = outline.loss(reducer.model, micro_batch.data)
-            step.backward(*outline.sums(result))
+        step.map(compute, inputs)
     step.result
 
 At the end of the ``with`` block each parameter's ``grad`` is the gradient of the mean loss over the global batch.
@@ -17,13 +19,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from distlenet.reduction.buffers import BufferAverage
 from distlenet.task import Data
 from distlenet.utils.clock import Mark
+
+T = TypeVar("T")
 
 ExampleLoss = Callable[[nn.Module], Tensor]
 """Returns the loss, a scalar, of a model on an example of the data."""
@@ -54,13 +58,17 @@ class ReductionStep(ABC):
 
     _result: ReductionResult | None = None
 
+    def map(self, function: Callable[[MicroBatch], T], data: Data) -> list[T]:
+        """Return what ``function`` returns for each micro-batch of a rank's share; it calls ``backward`` once.
+
+        None is empty. A share without samples, such as ``()``, has none, and adds nothing. In ``ddp``, and with global
+        statistics, that is a collective.
+        """
+        return [function(micro_batch) for micro_batch in self.micro_batches(data)]
+
     @abstractmethod
     def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
-        """Yield the micro-batches of a rank's share; each needs one ``backward`` before the next.
-
-        None is empty. A share without samples, such as ``()``, has none, and adds nothing. In ``ddp``, that is a
-        collective.
-        """
+        """Yield the micro-batches of ``map``; each needs one ``backward`` before the next."""
 
     @abstractmethod
     def backward(self, loss_sum: Tensor, weight_sum: Tensor | None = None) -> None:
@@ -99,6 +107,12 @@ class Reducer(Protocol):
 
     def split(self, data: Data) -> list[MicroBatch]:
         """Return the micro-batches of a rank's share, none of them empty."""
+
+    def map(self, function: Callable[[MicroBatch], T], micro_batches: list[MicroBatch]) -> list[T]:
+        """Return what ``function`` returns for each of all micro-batches of ``split``, outside a step.
+
+        A collective if the model has global statistics.
+        """
 
     def step(self, global_size: int, stop: Tensor) -> AbstractContextManager[ReductionStep]:
         """Reduce the gradients of a global batch of ``global_size`` samples. A collective.

@@ -12,7 +12,8 @@ from distlenet.distributed.device import make_scaler
 from distlenet.reduction.buffers import unchanged_buffers
 from distlenet.reduction.factory import make_reducer
 from distlenet.reduction.global_statistics import use_global_statistics
-from distlenet.reduction.reducer import ReductionResult
+from distlenet.reduction.lockstep import connect
+from distlenet.reduction.reducer import MicroBatch, ReductionResult
 from distlenet.task import Batch, Data, Task
 from distlenet.training.compilation import compile_model
 from distlenet.training.meter import Meter
@@ -77,15 +78,17 @@ class DeviceStep:
     def compute(self, batch: Batch, step: int, want_grad_norm: bool) -> DeviceResult:
         """Compute the gradient of a global batch and take the step. A collective."""
         data = self._transform(batch)
-        values = []
+
+        def compute(micro_batch: MicroBatch) -> Tensor:
+            self.seed(step, micro_batch.number)
+            with self.autocast:
+                result = self.outline.loss(self.reducer.model, micro_batch.data)
+            loss_sum, weight_sum = self.outline.sums(result)
+            reduction.backward(self.scaler.scale(loss_sum), weight_sum)  # the last is a collective
+            return self.outline.values(result, micro_batch.data)
+
         with self.reducer.step(batch.global_size, self.stop_input) as reduction:
-            for micro_batch in reduction.micro_batches(data):
-                self.seed(step, micro_batch.number)
-                with self.autocast:
-                    result = self.outline.loss(self.reducer.model, micro_batch.data)
-                loss_sum, weight_sum = self.outline.sums(result)
-                reduction.backward(self.scaler.scale(loss_sum), weight_sum)  # the last is a collective
-                values.append(self.outline.values(result, micro_batch.data))
+            values = reduction.map(compute, data)
         return self._apply(reduction.result, self.outline.join(values, self.device), want_grad_norm)
 
     def _transform(self, batch: Batch) -> Data:
@@ -148,23 +151,27 @@ class DeviceStep:
             return self.outline.loss(model, self.example).losses.sum()
 
     def recompute(self, batch: Batch, step: int) -> RankShare:
-        """Compute this rank's share of a step again, changing nothing. Not a collective."""
+        """Compute this rank's share of a step again, changing nothing. A collective with ``model.sync_batchnorm``."""
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         gradients = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
         losses, weights = torch.zeros(len(batch), device=self.device), torch.ones(len(batch), device=self.device)
         data = self._transform(batch)
-        for number, (part, positions) in self.reducer.split((data, torch.arange(len(batch), device=self.device))):
-            self.seed(step, number)
+
+        def compute(micro_batch: MicroBatch) -> None:
+            part, positions = micro_batch.data
+            self.seed(step, micro_batch.number)
             with unchanged_buffers(self.model):
                 with self.autocast:
                     result = self.outline.loss(self.model, part)
                 scaled = self.scaler.scale(self.outline.sums(result)[0] / batch.global_size)
                 # Not backward(): its hooks would start a collective, and the other ranks are elsewhere.
-                part_gradients = torch.autograd.grad(scaled, list(named.values()), allow_unused=True)
+                part_gradients = torch.autograd.grad(connect(scaled), list(named.values()), allow_unused=True)
             for name, gradient in zip(named, part_gradients, strict=True):
                 if gradient is not None:
                     gradients[name].add_(gradient)
             losses[positions] = result.losses.detach().float()
             if result.weights is not None:
                 weights[positions] = result.weights
+
+        self.reducer.map(compute, self.reducer.split((data, torch.arange(len(batch), device=self.device))))
         return RankShare(losses, weights if self.outline.weighted else None, gradients)

@@ -138,8 +138,9 @@ def _describe(trainer: Trainer, checkpoint: int) -> list[Row]:
 def _memory(trainer: Trainer) -> dict[str, int]:
     """Return the bytes that a rank keeps for training."""
     weights = sum(p.nbytes for p in trainer.model.parameters())
+    at_once = trainer.reducer.micro_batches_per_rank if trainer.config.model.sync_batchnorm else 1
     states = trainer.train_step.on_device.optimizer.state.values()
-    memory = {"weights": weights, "gradients": weights}
+    memory = {"weights": weights, "gradients": weights * at_once}
     memory["optimizer"] = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
     if trainer.config.train.ema_decay is not None:
         memory["averages"] = weights
@@ -149,7 +150,7 @@ def _memory(trainer: Trainer) -> dict[str, int]:
     inputs = trainer.train_step.on_device.example
     per_sample = sum(tensor.nbytes for tensor in tensors_in((stored, inputs)))
     memory["batch"] = len(trainer.sampler.rank_offsets) * per_sample
-    return memory | {"activations": _activations(trainer, inputs)}
+    return memory | {"activations": _activations(trainer, inputs) * at_once}
 
 
 def _activations(trainer: Trainer, sample: Data) -> int:

@@ -90,6 +90,8 @@ class TrainStep:
             return "with train.on_nonfinite=skip, or an optimizer without fused=true, the host decides about each step"
         if self.config.model.compile:
             return "model.compile=true was not tested with it"
+        if self.config.model.sync_batchnorm and self.config.distributed.reduction == "exact":
+            return "with model.sync_batchnorm=true and distributed.reduction=exact, shards wait for each other"
         if is_import_name(self.config.optim.schedule):
             return f"optim.schedule={self.config.optim.schedule} may change more than the learning rate"
         if self.on_device.reducer.micro_batches_per_rank > 1:

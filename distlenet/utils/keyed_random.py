@@ -24,11 +24,15 @@ def hash32(values: Tensor, *words: int | Tensor) -> Tensor:
     return state
 
 
+def default_generator(device: torch.device) -> torch.Generator:
+    """Return the generator that dropout on ``device`` uses."""
+    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+
+
 def seed_micro_batch(device: torch.device, seed: int, step: int, shard: int) -> None:
     """Seed the generator of ``device`` for one micro-batch, such as for its dropout.
 
     The random numbers then depend only on (seed, step, shard): no generator state has to be saved, and any rank can
     process any shard.
     """
-    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
-    generator.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + shard + 1) % 2**63)
+    default_generator(device).manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + shard + 1) % 2**63)

@@ -1,4 +1,4 @@
-"""A network with BatchNorm, for ``model.name=batchnorm_net:BatchNormNet``."""
+"""Networks with BatchNorm, for ``model.name=batchnorm_net:BatchNormNet``."""
 
 import torch
 from torch import nn
@@ -28,3 +28,22 @@ class BatchNormNet(nn.Sequential):
         if self.training:  # replaces the buffer instead of writing to it
             self.shift = 0.9 * self.shift + 0.1 * logits.detach().float().mean(0)
         return logits - self.shift + self.mask
+
+
+class ResidualNet(nn.Module):
+    """A BatchNorm of the input, a downsample branch, and between BatchNorms dropout and a buffer that changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3, stride=3), nn.BatchNorm2d(4), nn.ReLU())
+        self.block = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6, momentum=None))
+        self.downsample = nn.Sequential(nn.Conv2d(4, 6, 1, stride=2), nn.BatchNorm2d(6))
+        self.head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 10))
+        self.register_buffer("shift", torch.zeros(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert len(x), "a batch without samples"
+        x = nn.functional.dropout(self.stem(x), 0.2, self.training)
+        if self.training:  # replaces the buffer while other shards wait for the next BatchNorm
+            self.shift = 0.9 * self.shift + 0.1 * x.detach().float().mean((0, 2, 3)).view(4, 1, 1)
+        return self.head(self.block(x - self.shift) + self.downsample(nn.functional.dropout(x, 0.2, self.training)))

@@ -95,7 +95,7 @@ def test_ddp_after_a_restart(tmp_path):
     assert differences(list(result(whole)), list(result(tmp_path / "broken"))) == []
 
 
-SYNC = ("distributed.reduction=ddp", "model.sync_batchnorm=true", "data.drop_last=true")
+SYNC = ("model.sync_batchnorm=true", "data.drop_last=true")
 
 # 12 steps. As in test_parity.py, float32 sums in another order change a step by 3.6e-6, here without clipping: the
 # gradients are smaller than 5, too. BatchNorm divides by standard deviations, which are above 0.1 here: at most 10
@@ -109,8 +109,8 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def test_global_statistics_do_not_depend_on_the_number_of_ranks(tmp_path):
     (plain,) = states(train(tmp_path / "plain", 1, "distributed.reduction=ddp", "data.drop_last=true"), 1)
-    for ranks in (1, 2, 4):
-        out = train(tmp_path / f"{ranks}", ranks, *SYNC)
+    for ranks, reduction in ((1, "ddp"), (2, "ddp"), (4, "ddp"), (1, "exact")):
+        out = train(tmp_path / f"{ranks}{reduction}", ranks, *SYNC, f"distributed.reduction={reduction}")
         first, *others = states(out, ranks)
         assert distance(first, plain) < TOLERANCE
         assert all(differences(first, other) == [] for other in others)
@@ -120,13 +120,38 @@ def test_global_statistics_do_not_depend_on_the_number_of_ranks(tmp_path):
     assert distance(states(local, 4)[0], plain) > 10 * TOLERANCE
 
 
+LOCKSTEP = ("distributed.reduction=exact", "model.sync_batchnorm=true", "model.name=batchnorm_net:ResidualNet")
+
+
+@pytest.fixture(scope="module")
+def lockstep_on_one_rank(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("lockstep") / "one", 1, *LOCKSTEP)
+
+
+@pytest.mark.parametrize("starts", [[(4, None)], [(1, 3), (2, 8), (4, 11), (2, None)]], ids=["4", "1-2-4-2"])
+def test_global_statistics_exact_on_any_number_of_ranks(tmp_path, lockstep_on_one_rank, starts):
+    """The last batch of an epoch has a single image, so all ranks but one compute an example."""
+    for ranks, die_at in starts:
+        train(tmp_path / "out", ranks, *LOCKSTEP, f"data.num_workers={ranks // 2}", die_at=die_at)
+    assert differences(list(result(lockstep_on_one_rank)), list(result(tmp_path / "out"))) == []
+    for state in states(tmp_path / "out", starts[-1][0]):
+        assert differences(state, states(lockstep_on_one_rank, 1)[0]) == []
+
+
+def test_nonfinite_step_with_exact_global_statistics_is_explained(tmp_path):
+    """Computing a step again needs all ranks, also those without samples."""
+    more = (f"run.dir={tmp_path}", *LOCKSTEP, "optim.lr=1e30", "train.epochs=1", "data.synthetic_train=25")
+    ended = run_ranks(4, DIRECTORY / "rank_program.py", tmp_path, *SETTINGS, *more)
+    assert ended.status != 0
+    assert "UserError: step 2: the loss of rank 0 is not finite" in ended.stderr, str(ended)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "the last global batch has 1 samples, fewer than 2 ranks; give data.drop_last=true"),
         (["model.compile=true"], "was not tested with model.compile=true; give one of them only"),
         (["train.accumulation_steps=3"], "train.accumulation_steps=3 splits the global batch"),
-        (["distributed.reduction=exact"], "computes each virtual shard by itself; give distributed.reduction=ddp"),
     ],
 )
 def test_global_statistics_that_are_impossible_are_refused(tmp_path, words, message):

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_command
+from conftest import REPO, run_command
 
 from distlenet import train
 from distlenet.config.loading import load_config
@@ -49,6 +49,15 @@ def test_plan_of_an_exact_run_that_drops_the_last_batch():
     assert rows["micro-batches"] == "2 a step, of up to 16 samples"
     assert rows["steps"] == "16 (1.45455 epochs of 11); each epoch drops 29 samples"
     assert "  exact sums" in rows
+
+
+def test_all_shards_of_a_rank_are_in_memory_at_once_with_global_statistics(monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "tests/ranks")
+    words = ("distributed.reduction=exact", "model.name=batchnorm_net:BatchNormNet")
+    local, whole = plan_rows(2, *words), plan_rows(2, *words, "model.sync_batchnorm=true")
+    for row in ("  gradients", "  activations"):
+        size = float(local[row].removesuffix(" KB"))
+        assert float(whole[row].removesuffix(" KB")) == pytest.approx(4 * size, abs=4 * 0.1)  # 8 shards on 2 ranks
 
 
 def test_checkpoint_has_the_size_of_a_real_one(tmp_path):

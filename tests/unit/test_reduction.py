@@ -134,7 +134,7 @@ def test_reducers_implement_the_protocol(kind):
     model = nn.Linear(1, 1)
     attributes = {"model", "buffers", "micro_batch_size", "micro_batches_per_rank"}
     methods = get_protocol_members(Reducer) - attributes
-    assert methods == {"warm_up", "reset", "cap_micro_batch_size", "split", "step"}
+    assert methods == {"warm_up", "reset", "cap_micro_batch_size", "split", "map", "step"}
     for name in methods:
         expected = inspect.signature(getattr(Reducer, name)).parameters
         assert list(inspect.signature(getattr(kind, name)).parameters.values()) == list(expected.values())
