@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, run_command
+from conftest import run_command
+from torch import nn
 
 from distlenet import train
 from distlenet.config.loading import load_config
@@ -51,9 +52,12 @@ def test_plan_of_an_exact_run_that_drops_the_last_batch():
     assert "  exact sums" in rows
 
 
-def test_all_shards_of_a_rank_are_in_memory_at_once_with_global_statistics(monkeypatch):
-    monkeypatch.syspath_prepend(REPO / "tests/ranks")
-    words = ("distributed.reduction=exact", "model.name=batchnorm_net:BatchNormNet")
+def normalised_net():
+    return nn.Sequential(nn.Conv2d(1, 6, 3, stride=4), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(384, 10))
+
+
+def test_all_shards_of_a_rank_are_in_memory_at_once_with_global_statistics():
+    words = ("distributed.reduction=exact", f"model.name={__name__}:normalised_net")
     local, whole = plan_rows(2, *words), plan_rows(2, *words, "model.sync_batchnorm=true")
     for row in ("  gradients", "  activations"):
         size = float(local[row].removesuffix(" KB"))

@@ -45,6 +45,15 @@ def test_one_rank_equals_plain_batchnorm(layer, shape):
     assert torch.equal(model.eval()(ours), plain.eval()(theirs))
 
 
+def test_single_value_is_refused_as_by_torch():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    use_global_statistics(model)
+    for shape in ((2, 3), (1, 3, 2)):
+        model(torch.ones(shape))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        model(torch.ones(1, 3))
+
+
 def test_only_known_layers_are_turned():
     class Own(nn.BatchNorm2d):
         pass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.exact import ExactReducer
 from distlenet.reduction.global_statistics import use_global_statistics
-from distlenet.reduction.lockstep import LockstepReducer
+from distlenet.reduction.lockstep import LockstepReducer, connect, this_shard
 from distlenet.utils.errors import UserError
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("group"), pytest.mark.timeout(60)]
@@ -35,11 +35,12 @@ class ResidualNet(nn.Module):
         self.linear = nn.Linear(6, 5)
         self.head = nn.Sequential(nn.BatchNorm1d(6, affine=False), nn.Linear(6, 1))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("constant", torch.ones(6))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.stem(self.input(x))
         self.calls = self.calls + 1  # while the other shards wait
-        x = (self.main(x) + self.downsample(x)).relu().mean((2, 3))
+        x = (self.main(x) + self.downsample(x)).relu().mean((2, 3)) * self.constant
         return self.linear(x), self.head(x).squeeze(1)
 
 
@@ -112,6 +113,7 @@ def test_gradients_and_statistics_equal_those_of_the_whole_batch_in_float64(n):
         reducer.buffers.apply(result.buffer_change)
         assert distance(model, wanted) < TOLERANCE
     assert threading.active_count() == threads
+    assert reducer.buffers.sums.shape == (SHARDS, 5 * 1 + 2 * (1 + 4 + 6 + 6 + 6) + 1)  # not the constant
     if n == 16:  # a shard has more than one sample
         take_step(make_reducer(ExactReducer, local), (images, labels, shards))
         assert distance(local.linear, wanted.linear) > 100 * TOLERANCE
@@ -181,27 +183,56 @@ def test_shards_that_call_different_layers_are_refused():
         )
 
 
-def test_random_numbers_of_a_shard_do_not_depend_on_the_others():
-    class Random(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(1)
+def test_ranks_that_call_different_layers_are_refused():
+    model = nn.Sequential(nn.BatchNorm1d(1))
+    use_global_statistics(model)
 
-        def forward(self, x: Tensor) -> Tensor:
-            drawn = [torch.rand(())]
-            self.norm(x)
-            return torch.stack([*drawn, torch.rand(()), torch.rand(())])
+    def add_another_rank(rows: Tensor) -> None:
+        rows[1, 0] = 99
 
-    model = Random()
+    reducer = LockstepReducer(model, DistributedEnvironment(), SHARDS, 4, True, add_another_rank)
+    with pytest.raises(UserError, match="ranks are at different BatchNorm layers: each forward pass"):
+        reducer.map(lambda micro_batch: model(micro_batch.data), reducer.split(torch.ones(1, 1, 2)))
+
+
+def test_sum_of_negative_zeros_does_not_depend_on_the_number_of_ranks():
+    """On several ranks, the zeros of the other ranks are added: -0 + 0 is 0."""
+    model = make_net()
+    reducer = make_reducer(LockstepReducer, model)
+
+    def add(_: object) -> Tensor:
+        return this_shard().add(model, False, torch.tensor([-0.0], dtype=torch.float64))
+
+    (total,) = reducer.map(add, reducer.split(torch.ones(1)))
+    assert not total.signbit()
+
+
+class Shared(nn.Module):
+    """Uses a weight and random numbers before and after a BatchNorm on which the result does not depend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.linear(x), 0.5)
+        self.norm(x)
+        return F.dropout(self.linear(x), 0.5)
+
+
+def test_gradient_of_a_shard_does_not_depend_on_the_others_of_its_rank():
+    """With bf16, torch keeps the converted weight: whether both uses share it changes the last bits of its gradient."""
+    model = Shared()
     use_global_statistics(model)
     reducer = make_reducer(LockstepReducer, model)
 
-    def compute(micro_batch):
+    def gradient(micro_batch):
         torch.manual_seed(micro_batch.number)
-        return model(micro_batch.data)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(micro_batch.data).sum()
+        return torch.autograd.grad(connect(loss), model.linear.weight)[0]
 
-    drawn = reducer.map(compute, reducer.split(torch.arange(4.0).view(4, 1)))
-    assert all(
-        torch.equal(values, torch.rand(3, generator=torch.Generator().manual_seed(number)))
-        for number, values in enumerate(drawn)
-    )
+    shards = reducer.split(torch.randn(16, 8, generator=torch.Generator().manual_seed(1)))
+    together = reducer.map(gradient, shards)
+    for shard, expected in zip(shards, together, strict=True):
+        assert torch.equal(reducer.map(gradient, [shard])[0], expected)
