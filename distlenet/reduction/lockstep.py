@@ -195,7 +195,7 @@ class LockstepReducer(ExactReducer):
         for shard in shards:
             if shard.row is not None and shard.term is not None:
                 rows[shard.row, 0] = number
-                rows[shard.row, 1:] += shard.term.values  # -0 becomes 0, as in the sum over ranks
+                rows[shard.row, 1:] = shard.term.values
         self.all_reduce(rows)  # collective
         numbers = rows[:, 0]
         self.mismatch |= ((numbers != number) & (numbers != 0)).any()

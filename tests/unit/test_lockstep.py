@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.exact import ExactReducer
 from distlenet.reduction.global_statistics import use_global_statistics
-from distlenet.reduction.lockstep import LockstepReducer, connect, this_shard
+from distlenet.reduction.lockstep import LockstepReducer, connect
 from distlenet.utils.errors import UserError
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("group"), pytest.mark.timeout(60)]
@@ -193,18 +193,6 @@ def test_ranks_that_call_different_layers_are_refused():
     reducer = LockstepReducer(model, DistributedEnvironment(), SHARDS, 4, True, add_another_rank)
     with pytest.raises(UserError, match="ranks are at different BatchNorm layers: each forward pass"):
         reducer.map(lambda micro_batch: model(micro_batch.data), reducer.split(torch.ones(1, 1, 2)))
-
-
-def test_sum_of_negative_zeros_does_not_depend_on_the_number_of_ranks():
-    """On several ranks, the zeros of the other ranks are added: -0 + 0 is 0."""
-    model = make_net()
-    reducer = make_reducer(LockstepReducer, model)
-
-    def add(_: object) -> Tensor:
-        return this_shard().add(model, False, torch.tensor([-0.0], dtype=torch.float64))
-
-    (total,) = reducer.map(add, reducer.split(torch.ones(1)))
-    assert not total.signbit()
 
 
 class Shared(nn.Module):
