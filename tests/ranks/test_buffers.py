@@ -120,7 +120,13 @@ def test_global_statistics_do_not_depend_on_the_number_of_ranks(tmp_path):
     assert distance(states(local, 4)[0], plain) > 10 * TOLERANCE
 
 
-LOCKSTEP = ("distributed.reduction=exact", "model.sync_batchnorm=true", "model.name=batchnorm_net:ResidualNet")
+LOCKSTEP = (
+    "distributed.reduction=exact",
+    "model.sync_batchnorm=true",
+    "model.name=batchnorm_net:ResidualNet",
+    "precision=bf16",
+    "train.ema_decay=0.9",
+)
 
 
 @pytest.fixture(scope="module")
