@@ -1,6 +1,6 @@
 """Gradient reduction by DistributedDataParallel, with a stop flag in its all-reduce."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
