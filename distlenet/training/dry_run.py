@@ -130,8 +130,9 @@ def _describe(trainer: Trainer, checkpoint: int) -> list[Row]:
             f"about {-(-evaluated // ranks):,} samples a rank, each epoch",
         ),
         ("checkpoint", f"{_size(checkpoint)}, {_size(checkpoint * kept)} for the {kept} that are kept"),
-        ("memory of a rank", f"about {_size(sum(memory.values()))}:"),
+        ("memory of a rank", f"{'about' if 'activations' in memory else 'at least'} {_size(sum(memory.values()))}:"),
         *((f"  {name}", _size(size)) for name, size in memory.items()),
+        *([] if "activations" in memory else [("  activations", "unknown: the loss needs the values of its inputs")]),
     ]
 
 
@@ -150,11 +151,15 @@ def _memory(trainer: Trainer) -> dict[str, int]:
     inputs = trainer.train_step.on_device.example
     per_sample = sum(tensor.nbytes for tensor in tensors_in((stored, inputs)))
     memory["batch"] = len(trainer.sampler.rank_offsets) * per_sample
-    return memory | {"activations": _activations(trainer, inputs) * at_once}
+    activations = _activations(trainer, inputs)
+    return memory if activations is None else memory | {"activations": activations * at_once}
 
 
-def _activations(trainer: Trainer, sample: Data) -> int:
-    """Return the bytes that forward keeps for backward on a micro-batch, in float32; nothing is allocated."""
+def _activations(trainer: Trainer, sample: Data) -> int | None:
+    """Return the bytes that forward keeps for backward on a micro-batch, in float32; nothing is allocated.
+
+    None if the loss needs the values of its inputs: here they have only shapes.
+    """
     size = trainer.reducer.micro_batch_size
     data = map_tensors(lambda t: torch.empty(size, *t.shape[1:], dtype=t.dtype, device="meta"), sample)
     model = trainer.task.model().to("meta")
@@ -166,7 +171,10 @@ def _activations(trainer: Trainer, sample: Data) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        trainer.task.loss(model, data)
+        try:
+            trainer.task.loss(model, data)
+        except RuntimeError:  # such as item() of a tensor without values; the loss has already run on a sample
+            return None
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     return sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
 

@@ -64,6 +64,18 @@ def test_all_shards_of_a_rank_are_in_memory_at_once_with_global_statistics():
         assert float(whole[row].removesuffix(" KB")) == pytest.approx(4 * size, abs=4 * 0.1)  # 8 shards on 2 ranks
 
 
+def cumulative_net():
+    model = normalised_net()
+    model[1].momentum = None  # an average over all batches: reads how many there were
+    return model
+
+
+def test_activations_of_a_network_that_needs_values_are_unknown():
+    rows = plan_rows(2, f"model.name={__name__}:cumulative_net")
+    assert rows["  activations"] == "unknown: the loss needs the values of its inputs"
+    assert rows["memory of a rank"].startswith("at least ")
+
+
 def test_checkpoint_has_the_size_of_a_real_one(tmp_path):
     settings = ("train.max_steps=2", "run.name=run", f"run.dir={tmp_path}")
     size = plan_rows(1, *settings)["checkpoint"].partition(",")[0]
