@@ -1,4 +1,4 @@
-"""The settings of a checkpoint: which of them files replace, and that none of them causes an import."""
+"""The settings of a checkpoint: files replace some of them, and none of them causes an import."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -31,13 +31,18 @@ def read_base(base: Mapping[str, Any], used_names: Collection[str], given: Mappi
 
 
 def read_files(files: Iterable[str], base: Mapping[str, Any], given: Mapping[str, Any]) -> Read:
-    """Yield the settings of files, without those that change the result and that the checkpoint holds, except names."""
+    """Yield the settings of files, except those that change the result and are in the checkpoint.
+
+    Names are yielded, too, and ``data.args.root``, a location as ``data.root`` is.
+    """
     saved = dict(flatten(base))
     for full_key, value, text in read_settings(files, ()):
         key = split_mapping_key(full_key)[0]
         keeps = key in saved and key in FIELDS and FIELDS[key].result and not FIELDS[key].names
         if not keeps or _has_another_name(key, given, saved):
             yield full_key, value, text
+        elif full_key == "data.args" and isinstance(value, Mapping) and "root" in value:
+            yield "data.args.root", value["root"], text
 
 
 def _has_another_name(key: str, given: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:

@@ -27,9 +27,10 @@ def load_config(
     """Merge ``base``, then ``files``, then ``key=value`` overrides over the defaults; the last value wins.
 
     ``base`` holds the settings of a checkpoint. It must not cause an import: a name of the user's code in it has to be
-    given again by a file or an override if it is one of ``used_names``, and is replaced by the default if not. Of its
-    other settings that change the result, overrides replace any and files none (see ``warn_of_unused_settings``). Raise
-    UserError for an unreadable file, an unknown key, a wrong type or a value out of range.
+    given again by a file or an override if it is one of ``used_names``, and is replaced by the default if not.
+    Overrides replace any of its other settings; files replace only those that do not change the result (see
+    ``warn_of_unused_settings``). Raise UserError for an unreadable file, an unknown key, a wrong type or a value out of
+    range.
     """
     values, given_as = dict(flatten(Config().to_dict())), {}
     given = {key: value for key, value, _ in read_settings(files, overrides)} if base else {}
@@ -75,7 +76,7 @@ def warn_of_unused_settings(files: Sequence[str], overrides: Sequence[str], base
         for key in keys
         if key not in replaced and FIELDS[key].result and _merge(used[key], given[key]) != used[key]
     ]:
-        warn(f"--config: {', '.join(unused)}: not used; the checkpoint's settings are, unless key=value replaces one")
+        warn(f"--config: {', '.join(unused)}: not used, since the checkpoint differs; key=value replaces one")
 
 
 def _merge(old: Any, new: Any) -> Any:
@@ -167,7 +168,7 @@ def identity(config: Config) -> str:
 def result_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that change the result, as {dotted key: value}.
 
-    Without ``data.args.root``, a location, as ``data.root`` is: a fingerprint identifies the data.
+    ``data.args.root`` is not included: it is a location, as ``data.root`` is, and a fingerprint identifies the data.
     """
     settings = {key: value for key, value in flatten(values) if key in FIELDS and FIELDS[key].result}
     if isinstance(arguments := settings.get("data.args"), Mapping):

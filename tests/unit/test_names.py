@@ -117,7 +117,7 @@ def test_an_argument_that_the_network_refuses_is_named(directory):
         UserError, match=r"model\.args: resnet18\(num_class=5\) failed: TypeError: .*'num_class'.*, line"
     ):
         make_model(load_config([], settings).model)
-    with pytest.raises(UserError, match=rf"Net\(width='a'\) failed: TypeError: .*{module_of(directory)}|torch"):
+    with pytest.raises(UserError, match=r"Net\(width='a'\) failed: TypeError: .* \(.*torch.*, line \d+\); change"):
         make_model(load_config([], [f"model.name={module_of(directory)}:Net", "model.args.width=a"]).model)
 
 
@@ -188,13 +188,29 @@ def test_a_file_does_not_replace_what_the_checkpoint_was_trained_with(tmp_path, 
     warn_of_unused_settings([str(file)], overrides, base)
     assert capsys.readouterr().err == (
         "distlenet: --config: model.args={'width': 3} (in the checkpoint {'width': 1, 'depth': 2}), "
-        "train.epochs=1 (in the checkpoint 8): not used; the checkpoint's settings are, unless key=value replaces one\n"
+        "train.epochs=1 (in the checkpoint 8): not used, since the checkpoint differs; key=value replaces one\n"
     )
     file.write_text("model: {name: c:D, args: {width: 3}}\n")
     assert load_config([str(file)], [], base, ["model.name"]).model.args == {"width": 3}  # of another network
     file.write_text("model: {name: a:B, args: {depth: 2}}\ndata: {size: 7}\n")
     warn_of_unused_settings([str(file)], [], base)
     assert capsys.readouterr().err == ""
+
+
+def test_a_file_gives_the_directory_of_a_function(tmp_path, capsys):
+    base = load_config([], ["data.name=a:b", "data.args={root: there, size: 3}"]).to_dict()
+    file = tmp_path / "settings.yaml"
+    file.write_text("data: {name: a:b, args: {root: here, size: 3}}\n")
+    assert load_config([str(file)], [], base, ["data.name"]).data.args == {"root": "here", "size": 3}
+    warn_of_unused_settings([str(file)], [], base)
+    assert capsys.readouterr().err == ""
+    file.write_text("data: {name: a:b, args: {root: here, size: 4}}\n")
+    assert load_config([str(file)], [], base, ["data.name"]).data.args == {"root": "here", "size": 3}
+    warn_of_unused_settings([str(file)], [], base)
+    assert (
+        "data.args={'root': 'here', 'size': 4} (in the checkpoint {'root': 'here', 'size': 3})"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_checkpoint_cannot_name_code():
