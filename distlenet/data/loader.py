@@ -14,6 +14,7 @@ from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import block_signals, worker_init_fn
 from distlenet.task import Batch, Datasets, SampleKeys, Task
+from distlenet.utils.errors import UserError
 from distlenet.utils.nested import map_tensors
 
 
@@ -140,8 +141,14 @@ def make_loaders(
 def evaluation_loaders(
     config: Config, context: DistributedContext, datasets: Datasets, task: Task
 ) -> dict[str, EvaluationLoader]:
-    """Make a rank's loaders of the validation set, if there is one, and of the test set: ``val``, then ``test``."""
+    """Make a rank's loaders of the validation set, if there is one, and of the test set: ``val``, then ``test``.
+
+    Raise UserError if one of them is empty.
+    """
     env, device = context.env, context.device
+    for split, dataset in (("validation", datasets.validation), ("test", datasets.test)):
+        if dataset is not None and not len(dataset):
+            raise UserError(f"{type(task).__name__}.datasets: the {split} set has no samples; add at least one")
     return {
         split: EvaluationLoader(
             dataset, task.eval_batch_size, env.rank, env.world_size, device, task.collate, config.seed

@@ -110,7 +110,7 @@ def test_the_command_predicts_with_the_task_that_was_trained(tmp_path):
 
 def test_the_command_refuses_what_has_no_output_per_class(tmp_path):
     run(tmp_path, Slope, "train.global_batch_size=4", "optim.lr=0.001")
-    with pytest.raises(UserError, match=r"Slope: is no ImageClassification; predict from Python, .*load_model"):
+    with pytest.raises(UserError, match=r"Slope: is not an ImageClassification; predict from Python, .*load_model"):
         Predictor(tmp_path / "run", [f"task.name={__name__}:Slope"])
     run(tmp_path, OddOrEven, "data.name=digits", "run.name=odd")
     with pytest.raises(UserError, match=r"OddOrEven.predict: returned outputs of shape \[1\] for 1 images"):
@@ -132,6 +132,14 @@ def test_a_task_that_is_no_classification_of_images(tmp_path):
     assert torch.equal(net((x, x)), net.model(x))
 
 
+def test_an_empty_set_is_refused(tmp_path):
+    samples = [(torch.ones(1), torch.ones(1))]
+    for validation, test, name in (([], samples, "validation"), (None, [], "test")):
+        task = type("Empty", (Slope,), {"datasets": lambda _, v=validation, t=test: Datasets(samples, t, validation=v)})
+        with pytest.raises(UserError, match=rf"Empty\.datasets: the {name} set has no samples"):
+            run(tmp_path, task, "train.global_batch_size=1")
+
+
 def test_evaluate_returns_the_metrics_of_the_training(tmp_path):
     summary = run(tmp_path, Slope, "train.global_batch_size=4", "optim.lr=0.001")
     result = evaluate(tmp_path / "run", make_task=Slope)
@@ -144,7 +152,7 @@ def test_a_checkpoint_of_another_task_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is of another architecture than Linear"):
         load_model(tmp_path / "run", Slope)
     run(tmp_path, Slope, "run.name=slope")
-    with pytest.raises(UserError, match=r"its task state is not one of ImageClassification"):
+    with pytest.raises(UserError, match=r"its task state does not fit ImageClassification"):
         load_model(tmp_path / "slope")
 
 
