@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import LIMIT_S, clean_environment
+
+from distlenet.utils.startup import announce_start
 
 pytestmark = pytest.mark.unit
 
@@ -38,8 +41,11 @@ def has_socket(process):
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGUSR2)])
 def test_a_rank_that_waits_for_others_ends_with_one_line(tmp_path, rank, number):
     """The main thread waits in C++ for the rank that never starts: a handler of Python alone would not run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 20_000 + os.getpid() % 10_000}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     env = clean_environment({name: str(value) for name, value in (ranks | address).items()})
     command = [sys.executable, "-m", "distlenet.train", "data.name=digits", "device=cpu", "wandb.mode=disabled"]
     with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as process:
@@ -90,3 +96,11 @@ def test_a_child_and_a_run_that_trains_are_not_ended(tmp_path):
         timeout=60,
     )
     assert (ended.stdout, ended.returncode) == ("child -15\nSIGTERM\n", -signal.SIGTERM), ended.stderr
+
+
+@pytest.mark.parametrize(("rank", "is_terminal", "lines"), [("0", True, 1), ("1", True, 0), ("0", False, 0)])
+def test_a_terminal_shows_the_start_once(monkeypatch, capsys, rank, is_terminal, lines):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    announce_start()
+    assert capsys.readouterr().out.count("distlenet is starting: ") == lines
