@@ -151,9 +151,9 @@ class Task(ABC):
     def collate(self, samples: list[Any]) -> Data:
         """Combine samples of a map-style dataset. By default as torch's DataLoader, but without its lists of tensors.
 
-        ``samples`` are a rank's share of a global batch, which is split into micro-batches later. So what becomes of a
-        sample must not depend on the others: instead of padding to the longest, return a list of tensors and pad in
-        ``loss``, or pad to a fixed length. It may run in a loader process, and must not be random.
+        ``samples`` are a rank's share of a global batch, which is split into micro-batches later. Therefore the result
+        for a sample must not depend on the others: instead of padding to the longest, return a list of tensors and pad
+        in ``loss``, or pad to a fixed length. It may run in a loader process, and must not be random.
         """
         return _lists_to_tuples(default_collate(samples))
 

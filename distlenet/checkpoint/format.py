@@ -141,7 +141,7 @@ class HasState(Protocol):
 
 
 def load_task_state(task: HasState, state: State, path: Path) -> None:
-    """Load the state of a task from a checkpoint. Raise UserError if it is one of another task, or missing."""
+    """Load the state of a task from a checkpoint. Raise UserError if it does not fit the task."""
     saved = state.get("task", {})
     try:
         if not isinstance(saved, dict):
@@ -150,6 +150,6 @@ def load_task_state(task: HasState, state: State, path: Path) -> None:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise UserError(
-            f"checkpoint {path}: its task state is not one of {type(task).__name__}: {reason}; give the task that was "
+            f"checkpoint {path}: its task state does not fit {type(task).__name__}: {reason}; give the task that was "
             "trained, or a checkpoint of this version"
         ) from error

@@ -125,7 +125,7 @@ def create(kind: type[T], given: str, function: Callable[..., Any], value: Any, 
 def call(key: str, function: Callable[..., Any], args: Mapping[str, Any], *positional: Any) -> Any:
     """Return ``function(*positional, **args)``; ``key`` is the setting of ``args``, such as ``model.args``.
 
-    Raise UserError if the function does not accept the arguments, or fails with a TypeError or a ValueError of them.
+    Raise UserError if the function does not accept the arguments, or raises a TypeError or ValueError because of them.
     """
     check_arguments(key, function, args, len(positional))
     try:
@@ -139,7 +139,7 @@ def call(key: str, function: Callable[..., Any], args: Mapping[str, Any], *posit
 
 
 def _reason(error: Exception) -> str:
-    """Return the type and the text of an error, and where it was raised, in one line."""
+    """Return the type, the text and the place of an error, in one line."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300] + place

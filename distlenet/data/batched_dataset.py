@@ -21,7 +21,7 @@ Collate = Callable[[list[Any]], Data]
 
 @dataclass(frozen=True)
 class Fetched:
-    """What was loaded for a request. A DataLoader turns tuples into lists, but leaves a class like this as it is."""
+    """The samples of a request. A DataLoader converts tuples to lists, but does not change a class like this."""
 
     data: Data
     indices: Tensor  # int64 (n,), on the host
@@ -33,7 +33,7 @@ class Fetched:
 
 
 class Request(NamedTuple):
-    """The samples to load in one batch: all that a loader worker receives."""
+    """The samples to load in one batch. A loader worker receives nothing else."""
 
     epoch: int  # or EVALUATION_EPOCH
     indices: Tensor  # int64 (n,), on the host; n may be 0

@@ -53,7 +53,7 @@ class Preemption:
         return max(0.0, min(self.deadline - time.monotonic(), self.grace_s))
 
     def close(self) -> None:
-        """Restore the previous handlers; those of the start would report that no step was taken."""
+        """Restore the previous handlers, but not ``stop``, which reports that no step was taken."""
         for number, handler in self.previous_handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is stop else handler)
 

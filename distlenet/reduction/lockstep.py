@@ -83,7 +83,7 @@ class _Shard(Generic[T]):
     def add(self, layer: nn.Module, backward: bool, values: Tensor) -> Tensor:
         """Return, in the thread, the sum of ``values``, float64 (n,), over all shards. A collective.
 
-        ``backward`` tells the two sums of ``layer`` apart.
+        ``backward`` distinguishes the two sums of ``layer``.
         """
         self.pauses.put(_Term(layer, backward, values))
         if (total := self.turns.get()) is None:

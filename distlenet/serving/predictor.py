@@ -28,7 +28,7 @@ class Predictor:
         self.trained = load_model(file, None, overrides, files)
         task = self.trained.task
         if not isinstance(task, ImageClassification):
-            raise UserError(f"task.name={task.config.task.name}: is no ImageClassification; {FROM_PYTHON}")
+            raise UserError(f"task.name={task.config.task.name}: is not an ImageClassification; {FROM_PYTHON}")
         self.task, self.images = task, task.images
         if self.images.channels not in (1, 3) or (self.images.low, self.images.high) != (0.0, 255.0):
             raise UserError(
@@ -51,7 +51,7 @@ class Predictor:
     def __call__(self, images: Tensor) -> Tensor:
         """Return class probabilities (n, classes) of images, uint8 (n, H, W) or (n, 3, H, W), as in evaluation.
 
-        Raise UserError if the task returns no value per class.
+        Raise UserError if the task does not return one value per class.
         """
         return torch.cat([self._probabilities(batch) for batch in images.split(self.task.eval_batch_size)])
 

@@ -29,7 +29,7 @@ class ClassificationErrors:
     def update(self, outputs: Tensor, data: tuple[Tensor, Tensor], indices: Tensor) -> None:
         """Add logits (n, C) for inputs and labels (n,) with dataset indices (n,). No host sync.
 
-        Raise ValueError if the outputs are none.
+        Raise ValueError if the outputs are not logits.
         """
         if outputs.dim() != 2 or outputs.shape[1] != len(self.classes):
             raise ValueError(f"expected outputs (n, {len(self.classes)}), one per class, but got {list(outputs.shape)}")

@@ -108,7 +108,7 @@ class ImageClassification(Task):
         """Load the format of the images and the class names: the data is not needed."""
         images, classes = ImageFormat.from_dict(state), state["classes"]
         if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-            raise ValueError("the class names are no list of strings")
+            raise ValueError("the class names are not a list of strings")
         self._set_format(images, tuple(classes))
 
     def predict(self, model: nn.Module, data: Tensor) -> Tensor:

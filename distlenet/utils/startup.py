@@ -32,7 +32,7 @@ def exit_on_stop_request() -> None:
     """Exit at SIGTERM or SIGUSR2, with one line and status 75, until other handlers are installed.
 
     Python calls handlers between two operations of the main thread, which may wait for other ranks for minutes.
-    Therefore a thread, which the interpreter wakes at each signal, ends the process, too.
+    Therefore a second thread waits for signals, and ends the process, too.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -55,6 +55,7 @@ def stop(number: int, _: FrameType | None) -> None:
 
 
 def _restore() -> None:
+    """Return to the default actions, in a forked child."""
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is stop:
@@ -62,6 +63,7 @@ def _restore() -> None:
 
 
 def _wait(reading: int) -> None:
+    """End the process at a signal. Python's signal handler writes its number to the pipe ``reading``, in any thread."""
     while numbers := os.read(reading, 1):
         if numbers[0] in STOP_SIGNALS and signal.getsignal(numbers[0]) is stop:
             stop(numbers[0], None)

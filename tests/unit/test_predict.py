@@ -226,12 +226,12 @@ def test_no_image_file_starts_a_program(tmp_path, monkeypatch):
         ({"size": [0, 5]}, "is invalid"),
         ({"std": [0.0]}, "is invalid"),
         ({"mean": [float("nan")]}, "is invalid"),
-        ({"size": None}, "is not one of ImageClassification: .*NoneType"),
-        ({"classes": [1] * 10}, "the class names are no list of strings"),
+        ({"size": None}, "does not fit ImageClassification: .*NoneType"),
+        ({"classes": [1] * 10}, "the class names are not a list of strings"),
         ({"classes": ["a"] * 11}, "has 11 class names, but the network has 10 outputs"),
-        (None, "is not one of ImageClassification: it is a NoneType"),
-        ({}, "is not one of ImageClassification: 'mean' is missing; give the task that was trained, or"),
-        (torch.zeros(3), "is not one of ImageClassification: it is a Tensor"),
+        (None, "does not fit ImageClassification: it is a NoneType"),
+        ({}, "does not fit ImageClassification: 'mean' is missing; give the task that was trained, or"),
+        (torch.zeros(3), "does not fit ImageClassification: it is a Tensor"),
     ],
 )
 def test_checkpoint_with_an_invalid_task_state_is_refused(run, tmp_path, change, message):

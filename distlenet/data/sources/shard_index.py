@@ -1,4 +1,4 @@
-"""Where the images of tar files are: their headers are read once, and a file beside them keeps the result."""
+"""The byte offsets of the images in tar files: the headers are read once, and a file next to them keeps the result."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ INDEX_NAME = ".distlenet-index.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One image in a shard: its key, and where its bytes are."""
+    """One image in a shard: its key, and the place of its bytes."""
 
     shard: Path
     key: str
@@ -48,8 +48,9 @@ class Shard:
 def read_shards(root: Path, paths: Sequence[Path]) -> dict[Path, Shard]:
     """Return the content of the shards ``paths`` below ``root``, by path.
 
-    What ``root``/INDEX_NAME holds of a shard is used if size and modification time are the same; otherwise the headers
-    are read, and the file is replaced. It is only a cache: a damaged one is ignored, and so is a failure to write it.
+    The record of a shard in ``root``/INDEX_NAME is used if size and modification time are the same; otherwise the
+    headers are read, and the file is replaced. It is only a cache: a damaged one is ignored, and so is a failure to
+    write it.
     Raise UserError if a shard is damaged, or if an image has no label.
     """
     saved, shards, records = _read_index(root), {}, {}
