@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, device, nn
@@ -73,6 +73,7 @@ class Datasets:
 
     train: MapDataset | BatchDataset
     test: MapDataset | BatchDataset
+    _: KW_ONLY  # a third dataset without a name could be meant as either set for evaluation
     source: str = ""  # the origin of the samples, for messages
     validation: MapDataset | BatchDataset | None = None
     classes: Sequence[str] | None = None  # the names of the labels 0, 1, ...

@@ -25,4 +25,4 @@ def datasets(root: str, size: int = 28) -> Datasets:
         ImageFolder(str(Path(root, split)), transform)
         for split, transform in (("train", augment), ("val", None), ("test", None))
     )
-    return Datasets(train, test, root, validation=validation, classes=train.classes)
+    return Datasets(train, test, source=root, validation=validation, classes=train.classes)

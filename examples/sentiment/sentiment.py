@@ -36,7 +36,7 @@ class Sentiment(Task):
         return Datasets(
             splits["train"],
             splits["test"],
-            str(self.root),
+            source=str(self.root),
             validation=splits["validation"],
             classes=("negative", "positive"),
             fingerprint={name: hashlib.sha256(repr(texts).encode()).hexdigest() for name, texts in splits.items()},

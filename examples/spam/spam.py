@@ -41,7 +41,7 @@ class Spam(Task):
         return Datasets(
             splits["train"],
             splits["test"],
-            str(self.root),
+            source=str(self.root),
             validation=splits["validation"],
             classes=("ham", "spam"),
             fingerprint={name: hashlib.sha256(repr(mails).encode()).hexdigest() for name, mails in splits.items()},

@@ -58,7 +58,9 @@ class Vae(Task):
         images = ImageClassification(self.config).datasets()
         self.size = tuple(images.train[0][0].shape)
         validation = images.validation and IndexedImages(images.validation)
-        return Datasets(IndexedImages(images.train), IndexedImages(images.test), images.source, validation)
+        return Datasets(
+            IndexedImages(images.train), IndexedImages(images.test), source=images.source, validation=validation
+        )
 
     def model(self) -> nn.Module:
         if self.size is None:

@@ -132,6 +132,11 @@ def test_a_task_that_is_no_classification_of_images(tmp_path):
     assert torch.equal(net((x, x)), net.model(x))
 
 
+def test_datasets_other_than_two_need_names():
+    with pytest.raises(TypeError, match="positional"):
+        Datasets([], [], [])
+
+
 def test_an_empty_set_is_refused(tmp_path):
     samples = [(torch.ones(1), torch.ones(1))]
     for validation, test, name in (([], samples, "validation"), (None, [], "test")):

@@ -173,7 +173,7 @@ def test_evaluation_counts_the_batches_that_every_rank_has(samples, expected):
 
 
 def test_images_stay_on_the_host_without_a_gpu():
-    datasets = Datasets(dataset_of(4), dataset_of(2), "generated")
+    datasets = Datasets(dataset_of(4), dataset_of(2), source="generated")
     assert place_datasets(datasets, "auto", 0, CPU) is datasets
     assert place_datasets(datasets, "cpu", 2, CPU) is datasets
     with pytest.raises(UserError, match=r"data\.device=cuda: this rank has no GPU"):

@@ -71,7 +71,7 @@ class Scoring(Task):
         return Scorer()
 
     def datasets(self) -> Datasets:
-        return Datasets(Sentences(20, seed=1), Sentences(13, seed=2), "generated")
+        return Datasets(Sentences(20, seed=1), Sentences(13, seed=2), source="generated")
 
     def transform(self, data, keys):
         """Flip the sign of the features of random samples, in training only."""

@@ -59,7 +59,14 @@ def map_data(opened: OpenedImages) -> Datasets:
     train, test, validation = splits
     assert train is not None
     assert test is not None
-    return Datasets(train, test, opened.source, validation, opened.classes, opened.fingerprint)
+    return Datasets(
+        train,
+        test,
+        source=opened.source,
+        validation=validation,
+        classes=opened.classes,
+        fingerprint=opened.fingerprint,
+    )
 
 
 def load_data(config: DataConfig, fetch: bool = False) -> Datasets:
