@@ -33,10 +33,10 @@ class Recorder:
         self.file = (directory / f"rank-{os.getpid()}.jsonl").open("a")
         self.place: str | None = None  # "step 3", "test after 6"; None: nothing is recorded
         self.indices: list[int] = []  # of the present batch
-        self.index_of: dict[str, list[int]] = defaultdict(
-            list
-        )  # indices of the samples with a digest: a micro-batch has no indices
-        self.present = threading.local()  # its ``indices`` are those of the present micro-batch
+        # A micro-batch has no indices: they are found by the digests of its samples.
+        self.index_of: dict[str, list[int]] = defaultdict(list)
+        # Its ``indices`` are those of the present micro-batch. Of a thread: shards in lockstep are threads.
+        self.present = threading.local()
 
     def add(self, stage: str, names: Iterable[Any], values: Iterable[Any]) -> None:
         """Add a line, complete on the file system: the rank may be killed at any time."""
@@ -106,7 +106,7 @@ class RecordedTask(Task):
     def loss(self, model: nn.Module, data: Data) -> tuple[Any, Any]:
         """Record losses, and the weights of the losses if there are any."""
         recorder = self.recorder
-        if recorder.place is None:
+        if recorder.place is None or not recorder.indices:  # a rank without samples may compute an example
             return super().loss(model, data)  # type: ignore[safe-super]
         recorder.find_micro_batch(sample_digests(data, count_samples(data)))
         result = super().loss(model, data)  # type: ignore[safe-super]

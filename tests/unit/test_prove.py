@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from distlenet.prove.comparison import Promise, compare
 from distlenet.prove.contract import Contract
 from distlenet.prove.digests import digest, is_per_sample, sample_digests, take
 from distlenet.prove.listing import sort_listings
+from distlenet.prove.recording import Recorder, recorded
 from distlenet.prove.trials import plan
 
 pytestmark = pytest.mark.unit
@@ -227,6 +229,26 @@ def test_ddp_promises_only_close_gradients_between_numbers_of_ranks(tmp_path):
     far = record(tmp_path / "far", *REFERENCE, gradient=(1.0, 2.01))
     assert compare(one, far, Promise(same_bits=False))[1].stage == "gradients"
     assert compare(one, far, Promise(same_bits=False, close=False))[1] is None
+
+
+def test_micro_batches_in_turn_are_recorded_with_their_own_samples(tmp_path):
+    """With global statistics and ``exact``, each one is computed in a thread; a rank without samples has an example."""
+    recorder = Recorder(tmp_path)
+    task = recorded(prove_tasks.Correct(load_config()), recorder, 8)
+    model, samples = task.model(), [(torch.full((1, 4), float(label)), torch.tensor([label])) for label in range(3)]
+    digests = [sample_digests(sample, 1)[0] for sample in samples]
+    recorder.begin("step 0", torch.tensor([7, 8]))
+    recorder.add_inputs(digests[:2], digests[:2])
+    _, outputs = task.loss(model, samples[0])
+    other = threading.Thread(target=task.loss, args=(model, samples[1]))
+    other.start()
+    other.join()
+    task.metrics(outputs, samples[0])
+    recorder.begin("step 1", torch.zeros(0))
+    task.loss(model, samples[2])
+    (path,) = tmp_path.iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()][2:]
+    assert [list(line["values"]) for line in lines] == [["7"], ["8"], ["accuracy of sample 7"]]
 
 
 def test_runs_are_killed_twice():
