@@ -24,6 +24,8 @@ def read_base(base: Mapping[str, Any], used_names: Collection[str], given: Mappi
     for key, value in saved.items():
         if _has_another_name(key, given, saved):
             continue
+        if key == "data.root" and _names_code("data.name", given.get("data.name")):
+            continue  # the directory of another data set: a function receives data.args only
         if "${" in str(value):  # a checkpoint is not trusted, and a reference can read the environment
             raise UserError(f"config: {key} contains a reference (${{...}}); the settings of a checkpoint have none")
         if not _names_code(key, value):

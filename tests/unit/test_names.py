@@ -197,6 +197,12 @@ def test_a_file_does_not_replace_what_the_checkpoint_was_trained_with(tmp_path, 
     assert capsys.readouterr().err == ""
 
 
+def test_the_directory_of_a_checkpoint_is_not_that_of_a_function():
+    base = load_config([], ["data.name=folder", "data.root=images"]).to_dict()
+    assert load_config([], ["data.name=a:b"], base, ["data.name"]).data.root == "data"
+    assert load_config([], ["data.name=tar"], base, ["data.name"]).data.root == "images"
+
+
 def test_a_file_gives_the_directory_of_a_function(tmp_path, capsys):
     base = load_config([], ["data.name=a:b", "data.args={root: there, size: 3}"]).to_dict()
     file = tmp_path / "settings.yaml"
