@@ -74,7 +74,10 @@ def diagnose(train_step: TrainStep, batch: Batch, step: int, run_dir: Path) -> s
 
 
 def inspect_rank(train_step: TrainStep, batch: Batch, step: int) -> Record:
-    """Return losses and gradients of this rank's share of a step, as plain values. A collective with ``model.sync_batchnorm``."""
+    """Return losses and gradients of this rank's share of a step, as plain values.
+
+    A collective with ``model.sync_batchnorm``.
+    """
     losses, weights, gradients = train_step.on_device.recompute(batch, step)
     samples = [{"index": i, "loss": loss} for i, loss in zip(batch.indices.tolist(), losses.tolist(), strict=True)]
     worst_first = sorted(samples, key=lambda s: math.inf if math.isnan(s["loss"]) else s["loss"], reverse=True)
