@@ -79,11 +79,11 @@ def _import(name: str, given: str) -> ModuleType:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise _no_module(error.name, given) from error
         raise _import_failure(error, name, given) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that is not guarded by __name__ may call sys.exit
         raise _import_failure(error, name, given) from error
 
 
-def _import_failure(error: Exception, name: str, given: str) -> UserError:
+def _import_failure(error: BaseException, name: str, given: str) -> UserError:
     return UserError(f"{given}: importing {name} failed: {_reason(error)}; fix it")
 
 
@@ -138,7 +138,7 @@ def call(key: str, function: Callable[..., Any], args: Mapping[str, Any], *posit
         raise UserError(f"{key}: {name}({given}) failed: {_reason(error)}; change the arguments") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Return the type, the text and the place of an error, in one line."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""

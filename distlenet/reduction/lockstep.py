@@ -6,6 +6,9 @@ shards: until it needs a sum over all shards. When all of them wait for it, one 
 
 Each shard writes its own row, so each element of the all-reduce has only one term that is not 0. Each rank then adds
 all rows in the same order. So the sum does not depend on the number of ranks.
+
+A row begins with a number for the layer, and all rows have the length of the widest layer: ranks at different layers
+find that out, instead of waiting for each other.
 """
 
 import threading
@@ -17,6 +20,7 @@ from typing import Any, Generic, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.buffers import BufferAverage
@@ -29,6 +33,9 @@ from distlenet.utils.keyed_random import default_generator
 from distlenet.utils.nested import count_samples
 
 FIX = "each forward pass must call the same BatchNorm layers in the same order; or give model.sync_batchnorm=false"
+
+END, FAILED = 1.0, -1.0
+"""Numbers in rows of shards that have ended, and of a rank whose shards are at different layers."""
 
 _thread = threading.local()  # its ``shard`` is the shard that the thread computes
 
@@ -152,6 +159,8 @@ class LockstepReducer(ExactReducer):
         self.virtual_shards, self.device = virtual_shards, self.sum.device
         self.names = {module: name for name, module in model.named_modules()}
         self.numbers = {module: number for number, module in enumerate(self.names, start=1)}
+        widest = max((module.num_features for module in self.names if isinstance(module, _BatchNorm)), default=0)
+        self.row_length = 2 + 2 * widest  # a number, two sums per feature, and the count
         self.example_loss: ExampleLoss | None = None
         self.mismatch = torch.zeros((), dtype=torch.bool, device=self.device)
 
@@ -171,44 +180,65 @@ class LockstepReducer(ExactReducer):
         return [cast(T, shard.result) for shard in shards]
 
     def _run(self, shards: list[_Shard[Any]]) -> None:
-        total = torch.zeros(0)
+        total, problem = torch.zeros(0), ""
         self.mismatch.zero_()
         try:
             while True:
                 for shard in shards:
                     shard.advance(total.clone())
                 terms = [shard.term for shard in shards]
-                self._check_same(terms)
-                if terms[0] is None:
+                problem = self._difference(terms)
+                if problem or terms[0] is None:
                     break
-                total = self._sum(shards, terms[0])
+                total = self._sum(shards, 2.0 * self.numbers[terms[0].layer] + terms[0].backward)
         finally:
             for shard in shards:
                 shard.end()
-        if bool(self.mismatch):  # host sync
-            raise UserError(f"model.sync_batchnorm=true: ranks are at different BatchNorm layers: {FIX}")
+        self._end(shards, problem)
 
-    def _sum(self, shards: list[_Shard[Any]], first: _Term) -> Tensor:
+    def _sum(self, shards: list[_Shard[Any]], number: float) -> Tensor:
         """Return the sum of the terms of all shards of all ranks. A collective; no host sync."""
-        number = 2.0 * self.numbers[first.layer] + first.backward  # not 0
-        rows = torch.zeros(self.virtual_shards, 1 + len(first.values), dtype=torch.float64, device=self.device)
-        for shard in shards:
-            if shard.row is not None and shard.term is not None:
-                rows[shard.row, 0] = number
-                rows[shard.row, 1:] = shard.term.values
-        self.all_reduce(rows)  # collective
-        numbers = rows[:, 0]
+        numbers, values = self._exchange(shards, number)
         self.mismatch |= ((numbers != number) & (numbers != 0)).any()
-        return rows[:, 1:].sum(0)
+        return values.sum(0)
 
-    def _check_same(self, terms: list[_Term | None]) -> None:
-        """Raise UserError unless all shards of this rank wait for the same sum, or none."""
+    def _exchange(self, shards: list[_Shard[Any]], number: float) -> tuple[Tensor, Tensor]:
+        """Return the numbers of all shards, 0 if there is none, and their values, of no more columns than needed."""
+        rows = torch.zeros(self.virtual_shards, self.row_length, dtype=torch.float64, device=self.device)
+        length = 0
+        for shard in shards:
+            rows[self.env.rank if shard.row is None else shard.row, 0] = number
+            if shard.term is not None:
+                length = len(shard.term.values)
+                if shard.row is not None:
+                    rows[shard.row, 1 : 1 + length] = shard.term.values
+        self.all_reduce(rows)  # collective
+        return rows[:, 0], rows[:, 1 : 1 + length]
+
+    def _end(self, shards: list[_Shard[Any]], problem: str) -> None:
+        """Wait until the shards of all ranks have ended. A collective, then a host sync.
+
+        Raise UserError, on all ranks, if shards were at different layers.
+        """
+        for shard in shards:
+            shard.term = None
+        while True:  # more than once only if another rank is at a layer
+            numbers, _ = self._exchange(shards, FAILED if problem else END)
+            self.mismatch |= ((numbers != END) & (numbers != 0)).any()
+            if not bool(self.mismatch):  # host sync
+                return
+            if bool((numbers <= END).all()):
+                break
+        raise UserError(f"model.sync_batchnorm=true: {problem or 'ranks are at different BatchNorm layers'}: {FIX}")
+
+    def _difference(self, terms: list[_Term | None]) -> str:
+        """Return where the shards of this rank are, if they wait for different sums."""
         places = [
             "the end" if term is None else f"{self.names[term.layer]} ({'backward' if term.backward else 'forward'})"
             for term in terms
         ]
-        if other := next((place for place in places if place != places[0]), None):
-            raise UserError(f"model.sync_batchnorm=true: a shard is at {places[0]}, another one at {other}: {FIX}")
+        other = next((place for place in places if place != places[0]), None)
+        return "" if other is None else f"a shard is at {places[0]}, another one at {other}"
 
     def _compute_example(self) -> None:
         """Take part in the sums of a step in which this rank has no samples: compute an example, and discard it."""

@@ -3,6 +3,8 @@
 import copy
 import signal
 import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -192,16 +194,80 @@ def test_shards_that_call_different_layers_are_refused():
         )
 
 
-def test_ranks_that_call_different_layers_are_refused():
-    model = nn.Sequential(nn.BatchNorm1d(1))
-    use_global_statistics(model)
+class Ranks:
+    """Two ranks as threads of this process, with an all-reduce between them."""
 
-    def add_another_rank(rows: Tensor) -> None:
-        rows[1, 0] = 99
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.barrier = threading.Barrier(2, timeout=20)
 
-    reducer = LockstepReducer(model, DistributedEnvironment(), SHARDS, 4, True, add_another_rank)
-    with pytest.raises(UserError, match="ranks are at different BatchNorm layers: each forward pass"):
-        reducer.map(lambda micro_batch: model(micro_batch.data), reducer.split(torch.ones(1, 1, 2)))
+    def all_reduce(self, rows: Tensor) -> None:
+        self.tensors.append(rows.clone())
+        self.barrier.wait()
+        rows.copy_(self.tensors[0] + self.tensors[1])  # an error if their shapes differ
+        if self.barrier.wait() == 0:
+            self.tensors.clear()
+        self.barrier.wait()
+
+    def map(self, models: Sequence[nn.Module], sizes: Sequence[int]) -> list[str]:
+        """Let each rank compute the loss of so many samples with its model. Return the errors."""
+        env = [DistributedEnvironment(rank=rank, world_size=2) for rank in range(2)]
+
+        def run(rank: int) -> str:
+            try:
+                reducer = LockstepReducer(models[rank], env[rank], SHARDS, 4, True, self.all_reduce)
+                reducer.warm_up(lambda model: model(torch.ones(2, 1)).sum())
+                micro_batches = reducer.split(torch.arange(1.0, 1 + sizes[rank]).view(-1, 1))
+                parameters = list(models[rank].parameters())
+
+                def compute(micro_batch):
+                    loss = connect(models[rank](micro_batch.data).sum())
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
+
+                reducer.map(compute, micro_batches)
+            except UserError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, range(2)))
+
+
+class Layers(nn.Module):
+    """Layers of different sizes, called in the order of ``calls``; "shard" calls one more in every second shard."""
+
+    def __init__(self, calls: str) -> None:
+        super().__init__()
+        self.calls, self.shards = calls, 0
+        self.a, self.b, self.c = nn.BatchNorm1d(1), nn.BatchNorm1d(3), nn.BatchNorm1d(1)
+        use_global_statistics(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shards += 1
+        for name in "ab" + "c" * (self.shards % 2) if self.calls == "shard" else self.calls:
+            x = getattr(self, name)(x.expand(-1, 3) if name == "b" else x[:, :1])
+        return x
+
+
+OF_RANKS, OF_SHARDS = "ranks are at different BatchNorm layers", "a shard is at c (forward), another one at b (backward)"
+
+
+@pytest.mark.parametrize(
+    ("calls", "sizes", "problems"),
+    [
+        (("abc", "abc"), (4, 4), ("", "")),
+        (("abc", "acb"), (4, 4), (OF_RANKS, OF_RANKS)),  # layers of different sizes
+        (("a", "aabb"), (4, 4), (OF_RANKS, OF_RANKS)),  # one rank is at the end before the other
+        (("shard", "ab"), (4, 4), (OF_SHARDS, OF_RANKS)),
+        (("a", "ab"), (4, 0), (OF_RANKS, OF_RANKS)),  # a rank without samples
+        (("ab", "ab"), (4, 0), ("", "")),
+    ],
+)
+def test_ranks_that_call_different_layers_are_refused_on_all_ranks(calls, sizes, problems):
+    """At the same time: no rank is left behind in a collective."""
+    errors = Ranks().map([Layers(each) for each in calls], sizes)
+    for error, problem in zip(errors, problems, strict=True):
+        assert problem in error if problem else not error
 
 
 class Shared(nn.Module):
