@@ -312,6 +312,8 @@ def test_the_headers_of_shards_are_read_once(tmp_path, monkeypatch):
         "[]",
         '{"train-0000.tar": {"stamp": 1}',
         (root / INDEX_NAME).read_text().replace('"images"', '"i"'),
+        (root / INDEX_NAME).read_text().replace('", 512, ', '", 513, '),  # an offset
+        "[" * 100_000,
     ):
         (root / INDEX_NAME).write_text(damaged)
         assert len(loaded().train) == 90
@@ -320,6 +322,26 @@ def test_the_headers_of_shards_are_read_once(tmp_path, monkeypatch):
     (root / INDEX_NAME).unlink()
     (root / INDEX_NAME).mkdir()  # cannot be written
     assert len(loaded().train) == 90
+
+
+def test_shards_with_names_in_another_encoding_and_with_labels_that_are_ids(tmp_path):
+    image = io.BytesIO()
+    Image.fromarray(random_images(1, 9, 11)[0].numpy()).save(image, "PNG")
+    for label in (1, 2**20):
+        for split in ("train", "test"):
+            with tarfile.open(tmp_path / f"{split}-0.tar", "w", tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
+                for suffix, content in (("png", image.getvalue()), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"caf\xe9.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+        if label == 1:
+            assert load("tar", tmp_path).train[0][1] == 1
+    for _ in range(2):  # from the index the second time
+        with pytest.raises(UserError, match=r"has labels up to 1048576; expected integers from 0, below 1,048,576"):
+            load("tar", tmp_path)
+    image_set = (random_images(2, 9, 11), torch.tensor([0, 10**15]))
+    with pytest.raises(UserError, match="has labels from 0 to 1000000000000000; expected integers from 0, below"):
+        load("array", save_array(tmp_path / "set.npz", image_set, image_set))
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5])

@@ -249,7 +249,10 @@ class Layers(nn.Module):
         return x
 
 
-OF_RANKS, OF_SHARDS = "ranks are at different BatchNorm layers", "a shard is at c (forward), another one at b (backward)"
+OF_RANKS, OF_SHARDS = (
+    "ranks are at different BatchNorm layers",
+    "a shard is at c (forward), another one at b (backward)",
+)
 
 
 @pytest.mark.parametrize(

@@ -84,11 +84,13 @@ def test_a_network_is_made_from_a_name_and_arguments(directory):
         ("{module}:number", "is a int; expected a class or a function"),
         ("{module}:Something", "has no attribute Something; it defines Net, Halved"),
         ("broken:Net", "importing broken failed: ZeroDivisionError"),
+        ("exits:Net", "importing exits failed: SystemExit: 0 ("),
         ("needs_more:Net", "importing needs_more failed: ModuleNotFoundError: No module named 'none_such'"),
     ],
 )
 def test_a_name_that_cannot_be_used_is_an_error_of_one_line(directory, name, message):
     (directory / "broken.py").write_text("\n\n1 / 0\n")
+    (directory / "exits.py").write_text("import sys\nsys.exit(0)\n")
     (directory / "needs_more.py").write_text("import none_such\n")
     with pytest.raises(UserError) as raised:
         resolve("model.name", name.format(module=module_of(directory)), {})

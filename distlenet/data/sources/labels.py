@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distlenet.utils.errors import UserError
 
+MAX_CLASSES = 2**20  # larger labels are no classes, but numbers such as ids
 DIGEST_PARTS, DIGEST_BYTES = 64, 2**20  # of a large tensor, so many parts of so many bytes are in its digest
 
 
@@ -27,8 +28,8 @@ def check_labels(name: str, labels: Tensor, images: int, classes: int | None = N
         found = f"{str(labels.dtype)[6:]} of shape {list(labels.shape)}"
         raise UserError(f"data {name}: is {found}; expected one integer for each of the {images:,} images")
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (classes is not None and high >= classes):
-        limit = f" to {classes - 1}, the labels of the training set" if classes is not None else ""
+    if low < 0 or high >= (classes or MAX_CLASSES):
+        limit = f" to {classes - 1}, the labels of the training set" if classes else f", below {MAX_CLASSES:,}"
         raise UserError(f"data {name}: has labels from {low} to {high}; expected integers from 0{limit}")
 
 

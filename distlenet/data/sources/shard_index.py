@@ -1,6 +1,7 @@
 """The byte offsets of the images in tar files: the headers are read once, and a file next to them keeps the result."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -59,7 +60,8 @@ def read_shards(root: Path, paths: Sequence[Path]) -> dict[Path, Shard]:
         shard = _from_record(path, saved.get(name), stamp) or _read_shard(path)
         places = [[entry.key, entry.offset, entry.size, entry.label] for entry in shard.entries]
         shards[path] = shard
-        records[name] = {"stamp": stamp, "color": shard.color, "images": places}
+        record = {"stamp": stamp, "color": shard.color, "images": places}
+        records[name] = {**record, "digest": _digest(record)}
     if records != saved:
         _write_index(root, records)
     return shards
@@ -76,7 +78,7 @@ def _stamp(path: Path) -> list[int]:
 def _read_index(root: Path) -> dict[str, Any]:
     try:
         records = json.loads((root / INDEX_NAME).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return records if isinstance(records, dict) else {}
 
@@ -84,12 +86,17 @@ def _read_index(root: Path) -> dict[str, Any]:
 def _from_record(path: Path, record: Any, stamp: list[int]) -> Shard | None:
     """Return the shard that a record of the index describes, or None if it is of another state of the file."""
     try:
-        if record["stamp"] != stamp:
+        if record["stamp"] != stamp or record["digest"] != _digest({k: record[k] for k in record if k != "digest"}):
             return None
         entries = (Entry(path, str(k), int(offset), int(size), int(n)) for k, offset, size, n in record["images"])
         return Shard(tuple(entries), bool(record["color"]))
     except (LookupError, TypeError, ValueError):
         return None
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """Return 16 hex digits, so that a damaged record is not used: its offsets and labels could be wrong."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _write_index(root: Path, records: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from distlenet.config.schema import DataConfig
 from distlenet.data.decoding import UnreadableImage, open_image, to_tensor
 from distlenet.data.images import COLOR, GREY
+from distlenet.data.sources.labels import MAX_CLASSES
 from distlenet.data.sources.opened import OpenedImages
 from distlenet.data.sources.shard_index import Entry, read_shards
 from distlenet.utils.errors import UserError
@@ -59,6 +60,8 @@ def open_tar(config: DataConfig, stack: ExitStack, fetch: bool) -> OpenedImages:
     color = any(shard.color for shard in contents.values())
     entries = {split: tuple(e for p in paths for e in contents[p].entries) for split, paths in shards.items() if paths}
     classes = 1 + max((entry.label for entry in entries["train"]), default=-1)
+    if classes > MAX_CLASSES:
+        raise UserError(f"data {root}: has labels up to {classes - 1}; expected integers from 0, below {MAX_CLASSES:,}")
     images, fingerprint = {}, {}
     for split, found in entries.items():
         if not found or max(entry.label for entry in found) >= classes:
@@ -67,7 +70,9 @@ def open_tar(config: DataConfig, stack: ExitStack, fetch: bool) -> OpenedImages:
         labels = torch.tensor([entry.label for entry in found], dtype=torch.int64)
         images[split] = TarImages(found, labels, COLOR if color else GREY)
         lines = "\n".join(f"{e.shard.name} {e.key} {e.offset} {e.size} {e.label}" for e in found)
-        fingerprint[split] = f"{len(found)} images {hashlib.sha256(lines.encode()).hexdigest()[:16]}"
+        fingerprint[split] = (
+            f"{len(found)} images {hashlib.sha256(lines.encode(errors='surrogateescape')).hexdigest()[:16]}"
+        )
     names = tuple(map(str, range(classes)))
     return OpenedImages(str(root), names, images["train"], images["test"], images.get("val"), fingerprint)
 
