@@ -17,9 +17,12 @@ TASKS: dict[str, Callable[..., Task]] = {"image_classification": ImageClassifica
 def make_task(config: Config) -> Task:
     """Create the task that ``task.name`` names. A collective.
 
-    Raise UserError if the name cannot be imported, does not accept ``task.args`` or is no task.
+    Raise UserError if the name cannot be imported, does not accept ``task.args`` or is no complete task.
     """
-    task = call("task.args", resolve("task.name", config.task.name, TASKS), config.task.args, config)
+    maker = resolve("task.name", config.task.name, TASKS)
+    if missing := ", ".join(sorted(getattr(maker, "__abstractmethods__", ()))):
+        raise UserError(f"task.name={config.task.name}: does not define {missing}; add each of these methods")
+    task = call("task.args", maker, config.task.args, config)
     if not isinstance(task, Task):
         raise UserError(f"task.name={config.task.name}: returned a {type(task).__name__}; expected a distlenet.Task")
     return task

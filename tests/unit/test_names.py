@@ -135,6 +135,8 @@ def test_what_is_no_network_or_no_task_is_refused():
         make_model(ModelConfig(name="builtins:dict"))
     with pytest.raises(UserError, match=r"returned a SimpleNamespace; expected a distlenet\.Task"):
         make_task(load_config([], ["task.name=tests_of_names:Nothing"]))
+    with pytest.raises(UserError, match="does not define datasets, loss, model; add each of these methods"):
+        make_task(load_config([], ["task.name=distlenet:Task"]))
 
 
 @pytest.fixture(autouse=True)
