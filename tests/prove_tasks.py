@@ -73,6 +73,27 @@ class UnkeyedTransform(Correct):
         return (points + 0.01 * torch.rand_like(points) if keys is not None else points), labels
 
 
+class Padded(Correct):
+    """Points as series of different lengths, padded with 0 in the loss; behind BatchNorm, padding is not 0."""
+
+    def model(self):
+        first = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1, bias=False), nn.BatchNorm1d(4), nn.ReLU())
+        return nn.ModuleList([first, nn.Conv1d(4, CLASSES, 3, padding=1)])
+
+    def transform(self, data, keys):
+        points, labels = super().transform(data, keys)
+        return [point.repeat(10)[: 10 * (2 + int(label))] for point, label in zip(points, labels, strict=True)], labels
+
+    def loss(self, model, data):
+        series, labels = data
+        lengths = torch.tensor([len(values) for values in series])
+        padded = nn.utils.rnn.pad_sequence(series, batch_first=True)
+        outputs = model[1](model[0](padded.unsqueeze(1)))
+        mask = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)
+        outputs = (outputs * mask.unsqueeze(1)).sum(2) / lengths.unsqueeze(1)
+        return F.cross_entropy(outputs, labels, reduction="none"), outputs
+
+
 class MixingLoss(Correct):
     """Each loss is relative to the batch's largest."""
 

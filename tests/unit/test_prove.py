@@ -129,6 +129,7 @@ BROKEN = [
     ("ExpandedMeanOfZeros", "loss mean", "loss"),
     ("RandomLoss", "loss again", "loss"),
     ("MixingModel", "model alone", "model"),
+    ("Padded", "model alone", "model"),
     ("RandomModel", "model again", "model"),
     ("HiddenState", "model state", "model"),
     ("MixingMetric", "metrics alone", "metrics"),
