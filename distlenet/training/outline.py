@@ -104,13 +104,13 @@ def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractCo
             result = task.loss(model, example)
         if not isinstance(result, tuple) or len(result) != 2:
             raise UserError(
-                f"{name}.loss: returned {_describe(result)}; expected two values: the losses, one per sample, and the "
+                f"{name}.loss: returned {describe(result)}; expected two values: the losses, one per sample, and the "
                 "outputs of the network"
             )
         losses, outputs = result
         metrics = task.metrics(outputs, example)
         if not isinstance(metrics, dict):
-            raise UserError(f"{name}.metrics: returned {_describe(metrics)}; expected a dict of tensors (n,) by name")
+            raise UserError(f"{name}.metrics: returned {describe(metrics)}; expected a dict of tensors (n,) by name")
         prediction = task.prediction(outputs, example)
     finally:
         model.train(was_training)
@@ -121,7 +121,7 @@ def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractCo
     if not isinstance(losses, Tensor) or losses.shape != (1,) or not losses.is_floating_point():
         raise UserError(
             f"{name}.loss: expected one floating-point loss per sample, of shape (1,) for one sample, but got "
-            f"{_describe(losses)}; return the losses without averaging them, for example with reduction='none'"
+            f"{describe(losses)}; return the losses without averaging them, for example with reduction='none'"
         )
     for metric, values in metrics.items():
         if metric in RESERVED_KEYS:
@@ -129,16 +129,20 @@ def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractCo
         if not isinstance(values, Tensor) or values.shape != (1,):
             raise UserError(
                 f"{name}.metrics: {metric}: expected one value per sample, of shape (1,) for one sample, but got "
-                f"{_describe(values)}"
+                f"{describe(values)}"
             )
     if prediction is None and type(task).summary_metrics is not Task.summary_metrics:
         raise UserError(f"{name}.summary_metrics: needs {name}.prediction, which returns None; define both")
+    if prediction is not None and not isinstance(prediction, dict):
+        raise UserError(
+            f"{name}.prediction: returned {describe(prediction)}; expected a dict of tensors (n, ...) or lists by name"
+        )
     for key, values in (prediction or {}).items():
         one = len(values) == 1 if isinstance(values, list) else isinstance(values, Tensor) and values.shape[:1] == (1,)
         if not one:
             raise UserError(
                 f"{name}.prediction: {key}: expected a tensor (n, ...) or a list with one item per sample, n is 1, "
-                f"but got {_describe(values)}"
+                f"but got {describe(values)}"
             )
     return TaskOutline(task, tuple(metrics), weight_unit, prediction is not None)
 
@@ -151,7 +155,7 @@ def _weight_unit(name: str, weights: Any) -> float:
     if not isinstance(weights, Tensor) or weights.shape != (1,) or not weights.is_floating_point():
         raise UserError(
             f"{name}.loss: expected one floating-point weight per sample, of shape (1,) for one sample, but got "
-            f"{_describe(weights)}; return losses (n,) and weights (n,)"
+            f"{describe(weights)}; return losses (n,) and weights (n,)"
         )
     weight = float(weights)
     if not 0 <= weight < math.inf or 0 < weight < SMALLEST_WEIGHT:
@@ -162,7 +166,8 @@ def _weight_unit(name: str, weights: Any) -> float:
     return 2.0 ** round(math.log2(weight)) if weight else 1.0
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Return the type of a value, and the shape of a tensor, for a message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
     return f"a {type(value).__name__}"

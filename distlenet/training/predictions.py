@@ -8,6 +8,7 @@ from torch import Tensor
 from distlenet.distributed.collectives import from_rank_0, gather_on_rank_0
 from distlenet.task import Data, Task
 from distlenet.tracking.base import RESERVED_KEYS
+from distlenet.training.outline import describe
 from distlenet.utils.errors import UserError
 from distlenet.utils.nested import map_tensors
 
@@ -39,7 +40,7 @@ class Predictions:
     def metrics(self) -> dict[str, float]:
         """Return ``Task.summary_metrics`` of all samples, in their order in the dataset. A collective.
 
-        Rank 0 computes them. Raise UserError, on every rank, if they are not numbers with unused names.
+        Rank 0 computes them. Raise UserError, on every rank, if they are no dict of numbers with unused names.
         """
         gathered = gather_on_rank_0(self.chunks)  # collective
         self.chunks = []
@@ -52,8 +53,10 @@ class Predictions:
 
         return from_rank_0(compute)  # collective
 
-    def _check(self, metrics: dict[str, Any]) -> dict[str, float]:
+    def _check(self, metrics: Any) -> dict[str, float]:
         place, checked = f"{type(self.task).__name__}.summary_metrics", {}
+        if not isinstance(metrics, dict):
+            raise UserError(f"{place}: returned {describe(metrics)}; expected a dict of numbers by name")
         for name, value in metrics.items():
             if name in RESERVED_KEYS or name in self.metric_names:
                 raise UserError(f"{place}: {name}: this name is taken; give the metric another one")

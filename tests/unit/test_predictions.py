@@ -83,6 +83,9 @@ def test_a_prediction_that_is_a_part_of_a_larger_tensor_is_kept_alone():
             {"prediction": lambda *_: {"a": torch.ones(1)}},
             r"Mine.prediction: a: expected one item for each of 2 samples",
         ),
+        ({"prediction": lambda *_: torch.ones(1)}, r"Mine.prediction: returned a tensor of shape \(1,\) .* a dict"),
+        ({"summary_metrics": lambda *_: torch.ones(())}, r"Mine.summary_metrics: returned a tensor .* expected a dict"),
+        ({"summary_metrics": lambda *_: None}, "Mine.summary_metrics: returned a NoneType; expected a dict"),
         ({"summary_metrics": lambda *_: {"sample": 1.0}}, "Mine.summary_metrics: sample: this name is taken"),
         ({"summary_metrics": lambda *_: {"loss": 1.0}}, "Mine.summary_metrics: loss: this name is taken"),
         (
