@@ -16,17 +16,19 @@ MAX_NAMES = 20
 """Names of tensors that a message lists, of each kind."""
 
 
-def load_initial_weights(model: nn.Module, path: Path) -> None:
+def load_initial_weights(model: nn.Module, path: Path) -> Path:
     """Load the weights in ``path`` whose names and shapes fit ``model``; warn of the others. A collective.
 
-    Rank 0 reads the file. Raise UserError, on every rank, if it cannot be read or nothing in it fits.
+    Rank 0 reads the file. Return it: of a run directory, the newest checkpoint. Raise UserError, on every rank, if it cannot be read or nothing in it fits.
     """
-    fitting = from_rank_0(lambda: _read_fitting(model.state_dict(), path))
+    file, fitting = from_rank_0(lambda: _read_fitting(model.state_dict(), path))
     model.load_state_dict(fitting, strict=False)
+    return file
 
 
-def _read_fitting(own: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    saved = read_weights(path)
+def _read_fitting(own: Mapping[str, Any], path: Path) -> tuple[Path, dict[str, Tensor]]:
+    file = find_checkpoint(path)
+    saved = read_weights(path, file)
     found = f"checkpoint.init_from={path}"
     fitting = {name: t for name, t in saved.items() if name in own and getattr(own[name], "shape", None) == t.shape}
     if not fitting:
@@ -48,17 +50,16 @@ def _read_fitting(own: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         }
         others = "; ".join(f"{kind}: {_list(names)}" for kind, names in kinds.items() if names)
         warn(f"{found}: {len(fitting)} of the model's {len(own)} tensors are loaded; {others}")
-    return fitting
+    return file, fitting
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights in a file, by name, on the CPU; no code in it is executed. Raise UserError.
+def read_weights(path: Path, file: Path) -> dict[str, Tensor]:
+    """Return the weights in ``file``, which ``path`` names, by name, on the CPU; no code in it is executed. Raise UserError.
 
-    The file is a checkpoint or a run directory of this package (its averaged weights, if it has them), or the
+    The file is a checkpoint of this package (its averaged weights, if it has them), or the
     ``state_dict`` of a model, as ``torch.save`` writes it, alone or in a dict under ``state_dict`` or ``model``.
     ``module.`` before all names, of a wrapper, is removed.
     """
-    file = find_checkpoint(path)
     try:
         with open(file, "rb") as opened:
             opened.seek(0, 2)

@@ -44,6 +44,8 @@ class TextLogger(Tracker):
             )
         elif i["step"]:
             self.print(f"resumed at step {i['step']} of {i['steps']} from {i['resumed_from']}")
+        elif i["initialised_from"]:
+            self.print(f"initial weights from {i['initialised_from']}")
 
     def log(self, record: Record) -> None:
         """Print a record; a training record only if no other was printed just before."""

@@ -59,12 +59,13 @@ class TrainStep:
         stop = self.stop_flag.poll(reduction.stop)
         return StepResult(lr, stop, result.skipped, result.grad_norm, reduction.gradient_ready, reduction.reduced)
 
-    def load_initial_weights(self, path: Path) -> None:
-        """Start from the weights in a file, not from the initial ones of the model. A collective."""
+    def load_initial_weights(self, path: Path) -> Path:
+        """Start from the weights in a file, not from the initial ones of the model; return the file. A collective."""
         parts = self.on_device
-        load_initial_weights(parts.model, path)
+        file = load_initial_weights(parts.model, path)
         if parts.weight_average is not None:
             parts.weight_average.reset()
+        return file
 
     def warm_up(self) -> None:
         """Prepare for the first step, after a checkpoint was loaded. A collective."""

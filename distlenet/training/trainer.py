@@ -73,6 +73,7 @@ class Trainer:
         )
         self.sample_log = SampleLog()
         self.resumed_from: Path | None = None
+        self.initialised_from: Path | None = None
         resume = config.checkpoint.resume
         self.state = TrainState(
             micro_batch=self.reducer.micro_batch_size,
@@ -165,7 +166,8 @@ class Trainer:
         """Resume from a checkpoint, or start from scratch; report it. A collective."""
         self.resumed_from = self.checkpoints.restore(self)
         if self.resumed_from is None and self.config.checkpoint.init_from is not None:
-            self.train_step.load_initial_weights(Path(self.config.checkpoint.init_from))  # collective
+            init_from = Path(self.config.checkpoint.init_from)
+            self.initialised_from = self.train_step.load_initial_weights(init_from)  # collective
         if self.resumed_from is not None:
             self.state = replace(self.state, restarts=self.state.restarts + 1)
         own = self.resumed_from is None or self.run_dir.resolve() in self.resumed_from.resolve().parents
@@ -226,6 +228,7 @@ class Trainer:
             "complete": self.complete,
             "stopped_early": self.selection.stops(self.state.best),
             "resumed_from": self.resumed_from and str(self.resumed_from),
+            "initialised_from": self.initialised_from and str(self.initialised_from),
             "data_source": self.data_source,
         }
 

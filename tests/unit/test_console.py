@@ -41,6 +41,7 @@ RUN_INFO = {
     "complete": False,
     "evaluated": 0,
     "resumed_from": None,
+    "initialised_from": None,
 }
 TIMED = {"steps": 40, "run_dir": "runs/x", "start_s": 2.31, "wall_s": 20.0, "train_images_per_s": 12345.6}
 SUMMARY = {"test_accuracy": 0.98765, "test_count": 360, **TIMED}
@@ -107,6 +108,7 @@ def test_a_task_without_accuracy_and_a_validation_set(capsys):
     [
         ({}, "global batch 64 = ranks 2 × micro-batches 1 × images 32"),
         ({"step": 8, "resumed_from": "runs/x/c.pt"}, "resumed at step 8 of 40 from runs/x/c.pt"),
+        ({"initialised_from": "runs/x/c.pt"}, "\ninitial weights from runs/x/c.pt\n"),
         ({"step": 40, "complete": True}, "this run is complete; to train longer, give run.name=name checkpoint.allow"),
         ({"complete": True, "stopped_early": True}, "checkpoint.allow_changed=[train.stop_patience] and a larger"),
     ],

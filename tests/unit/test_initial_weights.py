@@ -56,6 +56,7 @@ def test_a_run_starts_from_the_evaluated_weights_of_another_and_resumes_without_
     average = load_checkpoint(find_checkpoint(tmp_path / "first"))["ema"]
     settings = ("train.ema_decay=0.9", f"checkpoint.init_from={tmp_path / 'first'}")
     whole, weights, averages = train(tmp_path / "second", *settings)
+    assert whole.run_info()["initialised_from"] == str(tmp_path / "first/checkpoints/step-00000004.pt")
     assert_same(weights, average)
     assert_same(averages, average)
     assert capsys.readouterr().err == ""  # all tensors fit
@@ -65,6 +66,7 @@ def test_a_run_starts_from_the_evaluated_weights_of_another_and_resumes_without_
     os.rename(tmp_path / "first", tmp_path / "moved")
     resumed, weights, averages = train(tmp_path / "second", *settings)
     assert resumed.resumed_from is not None
+    assert resumed.run_info()["initialised_from"] is None
     assert_same(whole.model.state_dict(), resumed.model.state_dict())
     with pytest.raises(UserError, match=r"made with other settings: checkpoint.init_from \(was "):
         train(tmp_path / "second", "train.ema_decay=0.9")
@@ -74,7 +76,7 @@ def test_a_run_starts_from_the_evaluated_weights_of_another_and_resumes_without_
 def test_saved_state_dicts(tmp_path, wrap):
     net = Net()
     torch.save(wrap({f"module.{name}": value for name, value in net.state_dict().items()}), tmp_path / "w.pt")
-    assert_same(read_weights(tmp_path / "w.pt"), net.state_dict())
+    assert_same(read_weights(tmp_path / "w.pt", tmp_path / "w.pt"), net.state_dict())
 
 
 def test_what_does_not_fit_keeps_its_initial_values_and_is_listed_once(tmp_path, capsys):
