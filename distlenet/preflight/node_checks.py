@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 from torch.distributed.distributed_c10d import Store
 
 from distlenet.config.names import is_import_name
-from distlenet.config.schema import Config
+from distlenet.config.schema import Config, DataConfig
 from distlenet.data.sources import load_data, open_data, require_local_data
 from distlenet.preflight.finding import Finding, pluralize
 from distlenet.preflight.ports import peers_of, try_peers
@@ -32,26 +32,30 @@ class NodeReport:
     host: str
     unreachable: list[str]
     run_dir_error: str
-    data_source: str
+    data_source: str | None  # None if the task does not use data.name
     data_error: str
 
 
 def check_node(config: Config, info: RankInfo, num_nodes: int, store: Store, token: str) -> NodeReport:
     """Check this node and its connections to the other nodes."""
-    source = error = ""
+    source: str | None = None
+    error = ""
     try:
-        if not reads_images(config):
-            source = config.task.name
-        elif is_import_name(config.data.name):
-            source = load_data(config.data).source
-        else:
-            require_local_data(config.data)  # preflight downloads nothing
-            with open_data(config.data) as data:
-                source = data.source
+        if reads_images(config):
+            source = check_images(config.data)
     except UserError as user_error:
         error = str(user_error)
     unreachable = try_peers(store, peers_of(info.node_rank, num_nodes))
     return NodeReport(info.host, unreachable, check_run_dir(config.run.dir, token), source, error)
+
+
+def check_images(config: DataConfig) -> str:
+    """Return the origin of the images. Raise UserError if they are not here: preflight downloads nothing."""
+    if is_import_name(config.name):
+        return load_data(config).source
+    require_local_data(config)
+    with open_data(config) as data:
+        return data.source
 
 
 def check_run_dir(run_dir: str, token: str) -> str:
@@ -80,7 +84,7 @@ def remove_if_created(run_dir: Path) -> Iterator[None]:
 
 
 def apply_node_rules(nodes: Sequence[NodeReport], config: Config) -> list[Finding]:
-    """Turn the reports of all nodes into findings on ports (of several nodes), run directory and data."""
+    """Turn the reports of all nodes into findings on ports (of several nodes), run directory and images."""
 
     def finding(name: str, faults: list[str], hint: str, success: str) -> Finding:
         return Finding(name, "FAIL", shorten(faults, "; "), hint) if faults else Finding(name, "ok", success)
@@ -97,6 +101,8 @@ def apply_node_rules(nodes: Sequence[NodeReport], config: Config) -> list[Findin
         "give a run.dir on a disk that all nodes share, or fix its permissions",
         f"{config.run.dir} is writable on {pluralize(len(nodes), 'node')}",
     )
+    if not any(node.data_error or node.data_source is not None for node in nodes):
+        return [ports, run_dir] if len(nodes) > 1 else [run_dir]  # the trial step reports the task's own data
     data = finding(
         "data",
         [f"{node.host}: {node.data_error}" for node in nodes if node.data_error],

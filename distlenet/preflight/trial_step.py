@@ -18,7 +18,7 @@ from distlenet.distributed.context import DistributedContext, init_distributed
 from distlenet.distributed.preemption import Preemption
 from distlenet.preflight.allreduce import SIZES, Timing, slow_pairs, time_all_reduces, wrong_sums
 from distlenet.preflight.finding import Finding, PreflightReport
-from distlenet.tasks.registry import make_task
+from distlenet.tasks.registry import make_task, reads_images
 from distlenet.tracking.base import Trackers
 from distlenet.training.trainer import Trainer
 
@@ -62,7 +62,6 @@ def check_pairs(slow: list[tuple[str, str, float]]) -> Finding:
 
 def take_trial_step(config: Config, context: DistributedContext) -> list[Finding]:
     """Take the first two steps of the run in a temporary directory; check speed and checkpoint size. A collective."""
-    data, checkpoint = replace(config.data, ledger=False), replace(config.checkpoint, resume="never")
     task = make_task(config)
     with contextlib.ExitStack() as stack:
         name = ""
@@ -72,7 +71,11 @@ def take_trial_step(config: Config, context: DistributedContext) -> list[Finding
                     TemporaryDirectory(prefix=".preflight-", dir=config.run.dir, ignore_cleanup_errors=True)
                 )
         trial_dir, preemption = Path(broadcast_object(name)), stack.enter_context(contextlib.closing(Preemption(1.0)))
-        trial_config = replace(config, data=data, checkpoint=checkpoint)
+        trial_config = replace(
+            config,
+            data=replace(config.data, ledger=False),
+            checkpoint=replace(config.checkpoint, resume="never"),
+        )
         trainer = Trainer(trial_config, context, task, trial_dir, Trackers(), preemption)
         stack.callback(trainer.close)
         trainer.start()
@@ -87,7 +90,16 @@ def take_trial_step(config: Config, context: DistributedContext) -> list[Finding
         checkpoint_bytes = len(to_bytes(state)) if context.env.rank == 0 else 0
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU" if context.device.type == "cuda" else ""
     step = Finding("training step", "ok", f"{1e3 * seconds:.1f} ms, loss {loss:.3f}{memory}")
-    return [step, check_disk_space(config, checkpoint_bytes, shutil.disk_usage(config.run.dir).free)]
+    data = [] if reads_images(config) else [describe_datasets(trainer)]
+    return [*data, step, check_disk_space(config, checkpoint_bytes, shutil.disk_usage(config.run.dir).free)]
+
+
+def describe_datasets(trainer: Trainer) -> Finding:
+    """Report the datasets of a task that does not use ``data.name``."""
+    datasets = {"train": trainer.loader.batched.dataset}
+    datasets |= {split: loader.batched.dataset for split, loader in trainer.evaluator.loaders.items()}
+    text = (f"{split}: {type(dataset).__name__}, {len(dataset):,} samples" for split, dataset in datasets.items())
+    return Finding("data", "ok", "; ".join(text))
 
 
 def check_disk_space(config: Config, checkpoint_bytes: int, free_bytes: int) -> Finding:

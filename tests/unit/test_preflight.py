@@ -206,6 +206,14 @@ def test_a_single_process(monkeypatch, tmp_path, capsys):
     assert not torch.distributed.is_initialized()
 
 
+def test_the_datasets_of_a_task_that_does_not_use_the_images(monkeypatch, tmp_path, capsys):
+    settings = ["task.name=prove_tasks:Correct", "train.global_batch_size=8"]
+    run(monkeypatch, *settings, "device=cpu", f"run.dir={tmp_path}/runs", "--json")
+    checks = {check["name"]: check["found"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["data"] == "train: Points, 96 samples; test: Points, 40 samples"
+    assert "fashion_mnist" not in str(checks)
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
