@@ -9,6 +9,7 @@ from torch import Tensor, device, nn
 from torch.utils.data import default_collate
 
 from distlenet.config.schema import Config
+from distlenet.utils.errors import UserError
 from distlenet.utils.sample_keys import SampleKeys as SampleKeys
 
 Data = Any
@@ -155,8 +156,19 @@ class Task(ABC):
         ``samples`` are a rank's share of a global batch, which is split into micro-batches later. Therefore the result
         for a sample must not depend on the others: instead of padding to the longest, return a list of tensors and pad
         in ``loss``, or pad to a fixed length. It may run in a loader process, and must not be random.
+        The default raises UserError for samples of different shapes.
         """
-        return _lists_to_tuples(default_collate(samples))
+        try:
+            return _lists_to_tuples(default_collate(samples))
+        except RuntimeError as error:
+            # "each tensor to be equal size", "each element in list"; in a worker also "resize storage", torch's buffer
+            if "equal size" not in str(error) and "resize storage" not in str(error):
+                raise
+            name = type(self).__name__
+            raise UserError(
+                f"{name}.collate: samples have different shapes, which the default cannot combine; define "
+                f"{name}.collate, which returns a list of tensors; see docs/own.md"
+            ) from error
 
     def transform(self, data: Data, keys: SampleKeys | None) -> Data:
         """Turn samples of a dataset, on the rank's device, into input for ``loss``; ``keys`` is None in evaluation."""

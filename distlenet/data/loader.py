@@ -1,6 +1,8 @@
 """Batches for one rank, on its device."""
 
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader, Sampler, default_collate
@@ -26,6 +28,18 @@ class _EpochSampler(Sampler[Request]):
 
     def __iter__(self) -> Iterator[Request]:
         return self.requests
+
+
+@contextmanager
+def one_line_of_worker() -> Iterator[None]:
+    """Raise a UserError of a loader process with its own text: torch's DataLoader puts it behind a traceback."""
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith("Caught "):
+            raise
+        text = re.split(r"^\S*Error: ", str(error), flags=re.MULTILINE)[-1].strip()
+        raise type(error)(text) from error
 
 
 class Loader:
@@ -63,8 +77,9 @@ class Loader:
             fetched: Iterator[Fetched] = iter(self.loader)
         if self.copies:
             fetched = prefetch_to_device(fetched, self.device)
-        for number, samples in enumerate(fetched, start):
-            yield self._batch(samples, epoch, number)
+        with one_line_of_worker():
+            for number, samples in enumerate(fetched, start):
+                yield self._batch(samples, epoch, number)
 
     def batch(self, epoch: int, number: int) -> Batch:
         """Load one global batch, without the workers."""

@@ -180,3 +180,24 @@ def test_images_stay_on_the_host_without_a_gpu():
         place_datasets(datasets, "cuda", 0, CPU)
     with pytest.raises(UserError, match=r"data\.device=cuda: data\.num_workers=2: they have no GPU"):
         place_datasets(datasets, "cuda", 2, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("samples", "num_workers"),
+    [
+        ([torch.ones(9), torch.ones(1)], 0),
+        ([[1, 2], [1]], 0),
+        ([torch.ones(9), torch.ones(1)], 1),  # in a loader process, torch stacks into a buffer; one of these two
+        ([torch.ones(1), torch.ones(9)], 1),  # batches has the longest sample first, which does not fit into it
+    ],
+)
+def test_samples_of_different_shapes_are_a_message_of_one_line(samples, num_workers):
+    dataset = [(sample, 0) for sample in samples]
+    task = type("Mine", (Task,), {"model": None, "loss": None, "datasets": None})(Config())
+    sampler = GlobalBatchSampler(dataset, 2, rank=0, world_size=1, seed=3)
+    with pytest.raises(UserError) as error:
+        next(Loader(dataset, sampler, num_workers, CPU, task.collate).epoch(0))
+    assert str(error.value) == (
+        "Mine.collate: samples have different shapes, which the default cannot combine; define Mine.collate, which "
+        "returns a list of tensors; see docs/own.md"
+    )
