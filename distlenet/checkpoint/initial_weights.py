@@ -19,7 +19,8 @@ MAX_NAMES = 20
 def load_initial_weights(model: nn.Module, path: Path) -> Path:
     """Load the weights in ``path`` whose names and shapes fit ``model``; warn of the others. A collective.
 
-    Rank 0 reads the file. Return it: of a run directory, the newest checkpoint. Raise UserError, on every rank, if it cannot be read or nothing in it fits.
+    Rank 0 reads the file. Return it: of a run directory, the newest checkpoint. Raise UserError, on every rank, if it
+    cannot be read or nothing in it fits.
     """
     file, fitting = from_rank_0(lambda: _read_fitting(model.state_dict(), path))
     model.load_state_dict(fitting, strict=False)
@@ -54,7 +55,7 @@ def _read_fitting(own: Mapping[str, Any], path: Path) -> tuple[Path, dict[str, T
 
 
 def read_weights(path: Path, file: Path) -> dict[str, Tensor]:
-    """Return the weights in ``file``, which ``path`` names, by name, on the CPU; no code in it is executed. Raise UserError.
+    """Return the weights in ``file``, by name, on the CPU; no code in it is executed. Raise UserError, which names ``path``.
 
     The file is a checkpoint of this package (its averaged weights, if it has them), or the
     ``state_dict`` of a model, as ``torch.save`` writes it, alone or in a dict under ``state_dict`` or ``model``.

@@ -30,7 +30,8 @@ CAUSES = {
     "collate": Cause(
         "collate",
         "a sample is padded to the longest of the batch, or changed by its neighbors in another way",
-        "return a list with one tensor per sample, and pad in Task.loss; or pad to a fixed length",
+        "return a list with one tensor per sample, and pad in Task.loss, with a mask after each layer; or pad to a fixed "
+        "length",
     ),
     "transform again": Cause(
         "transform",
@@ -55,7 +56,8 @@ CAUSES = {
     "model alone": Cause(
         "model",
         "the network mixes the samples of a batch in evaluation mode",
-        "normalise over the features of a sample, or with statistics that are buffers (BatchNorm)",
+        "normalise over the features of a sample, or with statistics that are buffers (BatchNorm); mask padding after "
+        "each layer",
     ),
     "model state": Cause(
         "model",
@@ -90,7 +92,7 @@ CAUSES = {
     "metrics alone": Cause(
         "metrics",
         "the value of a sample depends on the other samples: a ratio, a rank, an area under a curve",
-        "return values per sample; give metrics over all predictions to the engine as such",
+        "return values per sample; compute metrics over all predictions in Task.summary_metrics",
     ),
     "raised": Cause("", "an exception, in a call with a few samples", "correct it, and run prove again"),
     "batches": Cause(

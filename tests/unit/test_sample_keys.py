@@ -122,6 +122,7 @@ def test_numbers_depend_only_on_the_key(draw):
 def test_elements_do_not_depend_on_the_shape(draw):
     assert torch.equal(draw(KEYS, (2, 3)).flatten(1), draw(KEYS, (6,)))
     assert torch.equal(draw(KEYS, (6,))[:, 0], draw(KEYS, ()))
+    assert torch.equal(draw(KEYS, (37,))[:, :5], draw(KEYS, (5,)))  # for ragged samples: any length of the longest
 
 
 def others(keys: SampleKeys) -> list[SampleKeys]:
