@@ -55,9 +55,9 @@ def _read_fitting(own: Mapping[str, Any], path: Path) -> tuple[Path, dict[str, T
 
 
 def read_weights(path: Path, file: Path) -> dict[str, Tensor]:
-    """Return the weights in ``file``, by name, on the CPU; no code in it is executed. Raise UserError, which names ``path``.
+    """Return the weights in ``file``, by name, on the CPU; no code in it is executed. Raise UserError.
 
-    The file is a checkpoint of this package (its averaged weights, if it has them), or the
+    ``path`` is the setting. The file is a checkpoint of this package (its averaged weights, if it has them), or the
     ``state_dict`` of a model, as ``torch.save`` writes it, alone or in a dict under ``state_dict`` or ``model``.
     ``module.`` before all names, of a wrapper, is removed.
     """

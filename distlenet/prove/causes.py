@@ -30,8 +30,8 @@ CAUSES = {
     "collate": Cause(
         "collate",
         "a sample is padded to the longest of the batch, or changed by its neighbors in another way",
-        "return a list with one tensor per sample, and pad in Task.loss, with a mask after each layer; or pad to a fixed "
-        "length",
+        "return a list with one tensor per sample, and pad in Task.loss, with a mask after each layer; or pad to a "
+        "fixed length",
     ),
     "transform again": Cause(
         "transform",
