@@ -3,7 +3,8 @@
 ``python benchmarks/compare_steps.py OTHER_TREE [--ranks 2] [--batch 64] [--rounds 200] [key=value]...``. The ranks of
 both versions run at the same time, but only one version takes steps: each takes ``--steps`` steps, then the other. A
 turn takes a fraction of a second; therefore slow changes of the machine's speed cancel in the ratio of two turns.
-Give the present tree as OTHER_TREE to see how far the ratio of equal versions differs from 1.
+Give the present tree as OTHER_TREE to see how far the ratio of equal versions differs from 1, or, with ``--here``, to
+compare two settings.
 """
 
 import argparse
@@ -29,14 +30,20 @@ MANY_EPOCHS = 10_000
 class Version:
     """The ranks of one version; they wait before each turn."""
 
-    def __init__(self, tree: Path, directory: Path, arguments: argparse.Namespace) -> None:
+    def __init__(self, tree: Path, directory: Path, arguments: argparse.Namespace, more: Sequence[str]) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        common = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "MASTER_PORT": port}
+        path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
+        common = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "MASTER_PORT": port}
         common |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(arguments.ranks)}
         common |= {"LOCAL_WORLD_SIZE": str(arguments.ranks), "STEPS_PER_TURN": str(arguments.steps)}
-        settings = [f"train.epochs={MANY_EPOCHS}", f"train.global_batch_size={arguments.batch}", *arguments.overrides]
+        settings = [
+            f"train.epochs={MANY_EPOCHS}",
+            f"train.global_batch_size={arguments.batch}",
+            *arguments.overrides,
+            *more,
+        ]
         self.processes = [
             subprocess.Popen(
                 [sys.executable, __file__, f"run.dir={directory}", *settings],
@@ -69,9 +76,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return milliseconds per step of both versions, and the median and quartiles of the ratio of speeds."""
     with ExitStack() as stack:
         versions = []
-        for tree in (arguments.tree, HERE):
+        for tree, more in ((arguments.tree, ()), (HERE, arguments.here)):
             directory = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-            versions.append(Version(tree.resolve(), Path(directory), arguments))
+            versions.append(Version(tree.resolve(), Path(directory), arguments, more))
             stack.callback(versions[-1].close)
         for version in versions * WARM_UP_TURNS:
             version.turn()
@@ -114,6 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tree", metavar="OTHER_TREE", type=Path, help="a checkout of the other version")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings of both versions")
+    parser.add_argument(
+        "--here", metavar="key=value", action="append", default=[], help="a setting of this version only"
+    )
     for name, default, text in (
         ("ranks", 2, "ranks of each version"),
         ("batch", 64, "global batch size"),
