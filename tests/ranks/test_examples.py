@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -170,6 +171,14 @@ def test_it_learns(trained):
     if example.chance is not None:
         deviation = math.sqrt(example.chance * (1 - example.chance) / tested[-1]["count"])
         assert tested[-1][example.metric] > example.chance + 5 * deviation
+
+
+def test_its_hooks_keep_the_contract(trained):
+    """The first part of ``distlenet.prove``; its runs take minutes for all examples."""
+    program = Path(__file__).with_name("hooks_program.py")
+    words = (program, "--config", trained.example.config, "device=cpu", *trained.example.settings)
+    output = run_python(*words, cwd=trained.directory, timeout=LIMIT_S).succeeded().stdout
+    assert re.fullmatch(r"1\d checks, failed: \[\]\n", output)
 
 
 def test_an_evaluation_reproduces_the_logged_metrics(trained):
