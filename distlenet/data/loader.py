@@ -1,11 +1,9 @@
 """Batches for one rank, on its device."""
 
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from distlenet.config.schema import Config
 from distlenet.data.batched_dataset import AnyDataset, BatchedDataset, Collate, Fetched, Request
@@ -30,16 +28,23 @@ class _EpochSampler(Sampler[Request]):
         return self.requests
 
 
-@contextmanager
-def one_line_of_worker() -> Iterator[None]:
-    """Raise a UserError of a loader process with its own text: torch's DataLoader puts it behind a traceback."""
-    try:
-        yield
-    except UserError as error:
-        if not str(error).startswith("Caught "):
-            raise
-        text = re.split(r"^\S*Error: ", str(error), flags=re.MULTILINE)[-1].strip()
-        raise type(error)(text) from error
+class _UserErrorsAsItems(Dataset[Fetched | UserError]):
+    """Returns a UserError instead of raising it: a DataLoader would put the traceback of the worker before its text."""
+
+    def __init__(self, batched: BatchedDataset) -> None:
+        self.batched = batched
+
+    def __getitem__(self, request: Request) -> Fetched | UserError:
+        try:
+            return self.batched[request]
+        except UserError as error:
+            return error
+
+
+def _raise_user_error(item: Fetched | UserError) -> Fetched:
+    if isinstance(item, UserError):
+        raise item
+    return item
 
 
 class Loader:
@@ -59,7 +64,7 @@ class Loader:
         self.copies = device != self.batched.device
         self.epoch_sampler = _EpochSampler()
         self.loader = DataLoader(
-            self.batched,
+            _UserErrorsAsItems(self.batched),
             batch_size=None,  # no batching by the DataLoader: the requests reach the dataset whole
             sampler=self.epoch_sampler,
             num_workers=num_workers,
@@ -74,12 +79,11 @@ class Loader:
         batches = self.sampler.batches(epoch, start, stop)
         self.epoch_sampler.requests = (Request(epoch, indices) for indices in batches)
         with block_signals():  # a signal to stop must not end a worker while it starts
-            fetched: Iterator[Fetched] = iter(self.loader)
+            fetched: Iterator[Fetched] = map(_raise_user_error, self.loader)
         if self.copies:
             fetched = prefetch_to_device(fetched, self.device)
-        with one_line_of_worker():
-            for number, samples in enumerate(fetched, start):
-                yield self._batch(samples, epoch, number)
+        for number, samples in enumerate(fetched, start):
+            yield self._batch(samples, epoch, number)
 
     def batch(self, epoch: int, number: int) -> Batch:
         """Load one global batch, without the workers."""

@@ -54,7 +54,7 @@ class ExactReducer:
             )
         self.buffers = BufferAverage(model, virtual_shards, all_reduce)
         self.model, self.env, self.all_reduce, self.check_finite = model, env, all_reduce, check_finite
-        self.micro_batch_size = micro_batch_size
+        self.virtual_shards, self.micro_batch_size = virtual_shards, micro_batch_size
         self.micro_batches_per_rank = len(range(env.rank, virtual_shards, env.world_size))
         self.parameters = [p for _, p in named]
         self.sizes = [p.numel() for p in self.parameters]

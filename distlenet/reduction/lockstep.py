@@ -22,11 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.buffers import BufferAverage
 from distlenet.reduction.exact import ExactReducer, ExactStep
 from distlenet.reduction.reducer import ExampleLoss, MicroBatch, T
-from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
 from distlenet.utils.errors import UserError
 from distlenet.utils.keyed_random import default_generator
@@ -144,19 +142,10 @@ def connect(loss: Tensor) -> Tensor:
 class LockstepReducer(ExactReducer):
     """``ExactReducer`` of a model with ``GlobalBatchNorm``."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        env: DistributedEnvironment,
-        virtual_shards: int,
-        micro_batch_size: int,
-        check_finite: bool,
-        all_reduce: AllReduce,
-        weighted: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Take the arguments of ``ExactReducer``."""
-        super().__init__(model, env, virtual_shards, micro_batch_size, check_finite, all_reduce, weighted)
-        self.virtual_shards, self.device = virtual_shards, self.sum.device
+        super().__init__(model, *args, **kwargs)
+        self.device = self.sum.device
         self.names = {module: name for name, module in model.named_modules()}
         self.numbers = {module: number for number, module in enumerate(self.names, start=1)}
         widest = max((module.num_features for module in self.names if isinstance(module, _BatchNorm)), default=0)
