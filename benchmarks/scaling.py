@@ -72,7 +72,7 @@ def main() -> None:
             )
         timing = time_all_reduces(SIZES, device) if file is None else timing_of(file)
         world_size = timing.ranks
-        steps = {batch: median_s(step(batch, device)) for batch in BATCHES}
+        steps = {batch: median_s(step(batch, device), device) for batch in BATCHES}
         gradient = 4 * sum(p.numel() for p in make_model(ModelConfig()).parameters())
         rank_0, backend, name = context.env.rank == 0, context.backend, context.describe()["device"]
     if not rank_0:

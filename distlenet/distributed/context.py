@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.torch_version import TorchVersion
 
 from distlenet.config.schema import Config
-from distlenet.distributed.device import DTYPES, resolve_backend, resolve_device, resolve_precision
+from distlenet.distributed.device import DTYPES, resolve_backend, resolve_precision
 from distlenet.distributed.environment import DistributedEnvironment, read_environment, threads_from_environ
 from distlenet.distributed.failures import report_failures
 from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.rendezvous import convert_rendezvous_errors, rendezvous
+from distlenet.distributed.visible_gpus import agree_on_device, visible_gpus
 from distlenet.distributed.watchdog import Watchdog, run_watchdog
 from distlenet.utils.errors import Preempted, UserError, warn
 from distlenet.utils.process import tune_malloc
@@ -63,10 +65,16 @@ def init_distributed(
     environment is invalid.
     """
     env = read_environment(os.environ)
-    device = resolve_device(config.device, env, torch.cuda.device_count())
-    if config.device == "auto" and device.type == "cpu" and torch.cuda.device_count() > 0 and env.local_rank == 0:
-        shared = f"{env.local_world_size} ranks on this node share {torch.cuda.device_count()} GPUs"
-        warn(f"device=auto: training on the CPU, since {shared}; start one rank per GPU to use them")
+    set_threads(config.distributed.threads)
+    tune_malloc()
+    init_s, step_s = config.distributed.init_timeout_s, config.distributed.step_timeout_s
+    store = store or rendezvous(env, init_s)
+    choice = agree_on_device(config.device, visible_gpus(config.device), env, store, init_s)
+    if choice.error:
+        raise UserError(choice.error)
+    if choice.warning and env.rank == 0:
+        warn(choice.warning)
+    device = torch.device(choice.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False
@@ -76,14 +84,9 @@ def init_distributed(
             torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream cannot be captured
     backend = resolve_backend(config.distributed.backend, device)
     precision = resolve_precision(config.precision, device)
-    set_threads(config.distributed.threads)
-    tune_malloc()
     trace_dir = run_dir / "flight-recorder" if run_dir is not None and backend == "nccl" else None
     if trace_dir is not None:  # before the group is created
-        for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # since torch 2.9, and before
-            os.environ.setdefault(name, "2000")
-    init_s, step_s = config.distributed.init_timeout_s, config.distributed.step_timeout_s
-    store = store or rendezvous(env, init_s)
+        set_flight_recorder_size(os.environ)
     with (
         _process_group(store, env, backend, device, max(init_s, step_s) + BACKEND_MARGIN_S),
         closing(RankLog(env, device)) as log,
@@ -124,6 +127,16 @@ def _process_group(
         # Gloo's threads end with the last reference to the group, which DistributedDataParallel holds in a cycle. A
         # thread that outlives the interpreter aborts it: exit status 134 after a successful run.
         gc.collect()
+
+
+def set_flight_recorder_size(environ: MutableMapping[str, str], version: str = torch.__version__) -> None:
+    """Set how many collectives NCCL's flight recorder keeps, unless the user has.
+
+    torch 2.8 renamed the variable; later versions warn of the old name, on every rank.
+    """
+    old, new = "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"
+    if old not in environ:
+        environ.setdefault(new if TorchVersion(version) >= "2.8" else old, "2000")
 
 
 def set_threads(threads: int | None) -> None:

@@ -1,31 +1,70 @@
-"""The device, backend and precision of a rank."""
+"""The device, backend and precision of a rank: pure functions."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.utils.errors import RankError, UserError
+from distlenet.distributed.rendezvous import format_ranks
+from distlenet.utils.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(wanted: str, env: DistributedEnvironment, gpus: int) -> torch.device:
-    """Return the GPU of this local rank, or the CPU if ``wanted`` is cpu, or auto with fewer ``gpus`` than local ranks.
+class VisibleGpus(NamedTuple):
+    """The GPUs that a rank may use."""
 
-    Raise RankError if ``wanted`` is cuda and this process sees fewer ``gpus`` than local ranks.
+    host: str
+    uuids: list[str]  # by device index; identical on all ranks that see the same GPU
+
+
+class DeviceChoice(NamedTuple):
+    """The device of a rank."""
+
+    device: str  # cpu, or cuda with an index
+    warning: str = ""  # why visible GPUs are not used
+    error: str = ""  # why there is no such device
+
+
+def resolve_devices(wanted: str, ranks: Sequence[VisibleGpus]) -> list[DeviceChoice]:
+    """Return the device of each rank: a GPU for every rank, or the CPU for all.
+
+    Each rank, in order, takes the first GPU that it sees and that no lower rank has taken. So ranks that see all GPUs
+    of their node take one each, and a rank that sees a single GPU takes that one. If a GPU is missing, it is an error
+    with cuda; with auto it is one only if another host has enough.
     """
-    if env.own_gpu and gpus == 1 and wanted != "cpu":
-        return torch.device("cuda", 0)
-    if wanted == "cpu" or (wanted == "auto" and gpus < env.local_world_size):
-        return torch.device("cpu")
-    if gpus == 0:
-        raise RankError("device=cuda: PyTorch sees no GPU; set device=cpu, or check the driver")
-    if gpus < env.local_world_size:
-        raise RankError(
-            f"device=cuda: {env.local_world_size} ranks on this node but {gpus} visible GPUs; start at most {gpus} "
-            "ranks per node, or set device=cpu"
-        )
-    return torch.device("cuda", env.local_rank)
+    hosts = [rank.host for rank in ranks]
+    if wanted == "cpu" or (wanted == "auto" and not any(rank.uuids for rank in ranks)):
+        return [DeviceChoice("cpu")] * len(ranks)
+    taken: set[tuple[str, str]] = set()
+    indices: list[int | None] = []
+    for rank in ranks:
+        index = next((i for i, uuid in enumerate(rank.uuids) if (rank.host, uuid) not in taken), None)
+        taken |= set() if index is None else {(rank.host, rank.uuids[index])}
+        indices.append(index)
+    if None not in indices:
+        return [DeviceChoice(f"cuda:{index}") for index in indices]
+    missing, fix = _missing_gpus(ranks, indices)
+    if wanted == "cuda":
+        choice = DeviceChoice("cpu", error=f"device=cuda: {missing}; {fix}, or set device=cpu")
+    elif {host for host, index in zip(hosts, indices, strict=True) if index is None} == set(hosts):
+        choice = DeviceChoice("cpu", f"device=auto: training on the CPU, since {missing}; {fix}")
+    else:
+        choice = DeviceChoice("cpu", error=f"device=auto: {missing}, but others have one; {fix}, or set device=cpu")
+    return [choice] * len(ranks)
+
+
+def _missing_gpus(ranks: Sequence[VisibleGpus], indices: Sequence[int | None]) -> tuple[str, str]:
+    """Return what is wrong on the first host with a rank without a GPU, whose index is None, and a fix."""
+    host = ranks[indices.index(None)].host
+    local = [number for number, rank in enumerate(ranks) if rank.host == host]
+    count = len({uuid for number in local for uuid in ranks[number].uuids})
+    if 0 < count < len(local):
+        return f"{len(local)} ranks on {host} share {count} GPU{'s' * (count > 1)}", "start one rank per GPU"
+    without = format_ranks([number for number in local if indices[number] is None])
+    found = f"PyTorch sees no {'unused ' * (count > 0)}GPU on {host} for {without}"
+    return found, "check CUDA_VISIBLE_DEVICES and the driver"
 
 
 def resolve_backend(wanted: str, device: torch.device) -> str:

@@ -20,7 +20,6 @@ class DistributedEnvironment:
     master_addr: str = ""  # host of the store for the rendezvous; empty for a single process
     master_port: int = 0
     agent_store: bool = False  # the store is in torchrun's agent, not in rank 0
-    own_gpu: bool = False  # this process sees only its own GPU (srun --gpus-per-task)
 
     def __str__(self) -> str:
         """Return the name of this rank in messages."""
@@ -69,8 +68,7 @@ def _from_srun(environ: Mapping[str, str]) -> DistributedEnvironment:
     if node_rank >= len(tasks):
         raise RankError(f"environment: SLURM_NODEID={node_rank}: only {len(tasks)} nodes have tasks; srun sets it")
     address = _srun_address(environ) if world_size > 1 else ("", 0)
-    own_gpu = "SLURM_GPUS_PER_TASK" in environ
-    return DistributedEnvironment(rank, local_rank, world_size, tasks[node_rank], node_rank, *address, own_gpu=own_gpu)
+    return DistributedEnvironment(rank, local_rank, world_size, tasks[node_rank], node_rank, *address)
 
 
 def _srun_address(environ: Mapping[str, str]) -> tuple[str, int]:

@@ -95,11 +95,11 @@ def register(store: Store, env: DistributedEnvironment, timeout_s: float, settin
         start = PrefixStore(f"distlenet/{nonce}", store)
         start.set(host_key(0), entry)
         store.set("distlenet/start", nonce)
-        _wait_for_ranks(start, keys, deadline, env, setting)
+        wait_for_ranks(start, keys, deadline, env, setting)
         start.set("nonces", json.dumps([value.decode().split()[0] for value in start.multi_get(keys)]))
         return start
     while True:
-        _wait_for_ranks(store, ["distlenet/start"], deadline, env, setting)
+        wait_for_ranks(store, ["distlenet/start"], deadline, env, setting)
         start = PrefixStore(f"distlenet/{store.get('distlenet/start').decode()}", store)
         start.set(host_key(env.rank), entry)
         with contextlib.suppress(dist.DistStoreError):  # not all have registered, or the prefix is old: read it again
@@ -108,11 +108,11 @@ def register(store: Store, env: DistributedEnvironment, timeout_s: float, settin
                 return start
             time.sleep(0.02)
         if time.monotonic() > deadline:
-            _wait_for_ranks(start, keys, deadline, env, setting)
+            wait_for_ranks(start, keys, deadline, env, setting)
             raise RankError(f"{env}: rank 0 does not respond; check that its process is running")
 
 
-def _wait_for_ranks(store: Store, keys: list[str], deadline: float, env: DistributedEnvironment, setting: str) -> None:
+def wait_for_ranks(store: Store, keys: list[str], deadline: float, env: DistributedEnvironment, setting: str) -> None:
     """Wait for the key of each rank. Raise RankError that names the ranks whose keys are missing after ``deadline``."""
     try:
         store.wait(keys, timedelta(seconds=max(0.01, deadline - time.monotonic())))

@@ -65,7 +65,8 @@ class Watchdog:
         """Print, on one rank, which ranks do not respond."""
         text = f"no step ended for {self.limit_s:g} s ({self.setting}) after step {self.step};"
         if self.trace_dir is not None:
-            text += f" NCCL's flight recorder is in {self.trace_dir}, for torchfrtrace;"
+            text += f" NCCL's flight recorder is in {self.trace_dir}, for torchfrtrace; it does not contain collectives"
+            text += " that a CUDA graph replays (set train.cuda_graph=off to record them);"
         wait_s = min(max(0.1 * self.limit_s, 1.0), 10.0)
         try:  # with a timeout, since a store whose process is stopped never answers
             finding = call_with_timeout(lambda: self.collect_notes(wait_s), 4 * wait_s)

@@ -45,14 +45,23 @@ def wrong_sums(rank: int, world_size: int, device: torch.device) -> int:
 
 def time_all_reduces(sizes: Sequence[int], device: torch.device) -> Timing:
     """Time all-reduces of ``sizes`` bytes, and fit a line. A collective."""
-    own_seconds = {size: median_s(partial(dist.all_reduce, torch.zeros(size // 4, device=device))) for size in sizes}
+    own_seconds = {
+        size: median_s(partial(dist.all_reduce, torch.zeros(size // 4, device=device)), device) for size in sizes
+    }
     seconds = broadcast_object(own_seconds)
     return Timing(dist.get_world_size(), seconds, *fit_line(list(seconds), list(seconds.values())))
 
 
-def median_s(action: Callable[[], object], repetitions: int = 15, barrier: bool = True) -> float:
-    """Return the median time of ``action`` in seconds; with ``barrier``, all ranks start each repetition together."""
-    synchronize: Callable[[], object] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+def median_s(action: Callable[[], object], device: torch.device, repetitions: int = 15, barrier: bool = True) -> float:
+    """Return the median time in seconds of ``action``, which uses ``device``.
+
+    With ``barrier``, all ranks start each repetition together.
+    """
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     seconds = []
     for _ in range(repetitions + 3):
         if barrier:
@@ -74,7 +83,7 @@ def slow_pairs(leaders: Sequence[int], rank: int, device: torch.device) -> list[
         for pair in pairs:
             if rank in pair:
                 exchange = partial(_ping_pong, buffer, peer=sum(pair) - rank, first=rank == pair[0])
-                own_seconds[pair] = median_s(exchange, repetitions=5, barrier=False)
+                own_seconds[pair] = median_s(exchange, device, repetitions=5, barrier=False)
     seconds = {pair: value for by_pair in all_gather_object(own_seconds) for pair, value in by_pair.items()}
     median = statistics.median(seconds.values())
     return [(*pair, value / median) for pair, value in sorted(seconds.items()) if value > SLOW_FACTOR * median]

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import Store
 from distlenet.config.schema import Config
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rendezvous import format_ranks
+from distlenet.distributed.visible_gpus import agree_on_device, visible_gpus
 from distlenet.preflight.finding import Finding
 from distlenet.preflight.node_checks import NodeReport, apply_node_rules, check_node
 from distlenet.preflight.ports import publish_listener
@@ -58,7 +59,8 @@ def run_node_checks(config: Config, exchange: Exchange) -> list[Finding]:
     Return rank 0's findings on every rank. Raise RankError if a rank does not answer.
     """
     env, store = exchange.env, exchange.store
-    info = collect_rank_info(config, env)
+    gpus = visible_gpus(config.device)
+    info = collect_rank_info(config, env, agree_on_device(config.device, gpus, env, store, exchange.wait_s, "--wait"))
     address = ("" if info.is_loopback else info.address) or info.route_address or "127.0.0.1"
     listener = publish_listener(store, env.node_rank, address) if env.local_rank == 0 else None
     # Every node keeps its listener, and rank 0 its token, until all nodes have reported.

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from distlenet import __version__
 from distlenet.config.loading import result_settings
 from distlenet.config.schema import Config
-from distlenet.distributed.device import resolve_backend, resolve_device, resolve_precision
+from distlenet.distributed.device import DeviceChoice, resolve_backend, resolve_precision
 from distlenet.distributed.environment import DistributedEnvironment, threads_from_environ
 from distlenet.utils.errors import UserError
 
@@ -34,9 +33,9 @@ class RankInfo:
     settings: str  # a digest of the settings that change the result
     device: str
     device_error: str  # why device, backend or precision is not available, or ""
+    device_warning: str  # why visible GPUs are not used, or ""
     backend: str
     precision: str
-    gpu: str  # the UUID of the GPU in use, "" on the CPU
     threads: int
     address: str  # at which Gloo on other nodes connects to this node, "" if the host name does not resolve
     route_address: str  # the address and interface on the route to rank 0, "" if unknown
@@ -56,16 +55,17 @@ class RankInfo:
         return self.address.startswith("127.") or self.address == "::1"
 
 
-def collect_rank_info(config: Config, env: DistributedEnvironment, environ: Mapping[str, str] = os.environ) -> RankInfo:
-    """Observe this rank."""
-    error, backend, precision, device, threads = "", "gloo", "fp32", torch.device("cpu"), 1
+def collect_rank_info(
+    config: Config, env: DistributedEnvironment, choice: DeviceChoice, environ: Mapping[str, str] = os.environ
+) -> RankInfo:
+    """Observe this rank, whose device is ``choice``."""
+    error, backend, precision, device, threads = choice.error, "gloo", "fp32", torch.device(choice.device), 1
     try:
-        device = resolve_device(config.device, env, torch.cuda.device_count())
         backend = resolve_backend(config.distributed.backend, device)
         precision = resolve_precision(config.precision, device)
         threads = config.distributed.threads or threads_from_environ(environ) or 1
     except UserError as user_error:
-        error = str(user_error)
+        error = error or str(user_error)
     socket_ifname = environ.get("NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME", "")
     route_address, interface = route_to(env.master_addr)
     settings = json.dumps(result_settings(config.to_dict()), sort_keys=True)
@@ -74,13 +74,13 @@ def collect_rank_info(config: Config, env: DistributedEnvironment, environ: Mapp
         node_rank=env.node_rank,
         local_rank=env.local_rank,
         local_world_size=env.local_world_size,
-        versions=versions(),
+        versions=versions(backend),
         settings=hashlib.sha256(settings.encode()).hexdigest()[:12],
         device=str(device),
         device_error=error,
+        device_warning=choice.warning,
         backend=backend,
         precision=precision,
-        gpu=gpu_uuid(device),
         threads=threads,
         address=own_address("" if backend == "nccl" else socket_ifname),
         route_address=route_address,
@@ -89,17 +89,12 @@ def collect_rank_info(config: Config, env: DistributedEnvironment, environ: Mapp
     )
 
 
-def versions() -> dict[str, str]:
+def versions(backend: str) -> dict[str, str]:
     """Return the versions that must match on all ranks."""
     result = {"distlenet": __version__, "Python": platform.python_version(), "torch": str(torch.__version__)}
-    if torch.cuda.is_available() and dist.is_nccl_available():
+    if backend == "nccl":
         result["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return result
-
-
-def gpu_uuid(device: torch.device) -> str:
-    """Identify a physical GPU, independent of the index that CUDA_VISIBLE_DEVICES gives it."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def own_address(interface: str) -> str:

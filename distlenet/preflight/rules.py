@@ -40,19 +40,16 @@ def check_settings(ranks: Sequence[RankInfo]) -> Finding:
 
 
 def check_devices(ranks: Sequence[RankInfo]) -> Finding:
-    """Check that each rank has its own device, and that all devices are of one type."""
+    """Check that each rank has a device, and that all devices are of one type."""
     if errors := _group((r.device_error, r) for r in ranks if r.device_error):
-        return Finding("devices", "FAIL", _format_groups(errors), "give another device=, or start one rank per GPU")
-    for gpu, users in _group((f"{r.host} {r.gpu}", r) for r in ranks if r.gpu).items():
-        if len(users) > 1:
-            found = f"{format_ranks([r.rank for r in users])} share one GPU, {gpu}"
-            hint = "let each rank see all GPUs of its node, or give SLURM --gpus-per-task=1; check CUDA_VISIBLE_DEVICES"
-            return Finding("devices", "FAIL", found, hint)
+        return Finding("devices", "FAIL", _format_groups(errors))
     types = _group((f"{r.device.partition(':')[0]}, {r.backend}, {r.precision}", r) for r in ranks)
     if len(types) > 1:
         return Finding("devices", "FAIL", _format_groups(types), "give device=, or make all GPUs visible to all ranks")
-    if unused := [r for r in ranks if r.visible_gpus and not r.gpu]:
-        return Finding("devices", "note", f"GPUs are not used on {_format_hosts(unused)}", "start one rank per GPU")
+    if ranks[0].device_warning:
+        return Finding("devices", "note", ranks[0].device_warning)
+    if unused := [r for r in ranks if r.visible_gpus and r.device == "cpu"]:
+        return Finding("devices", "note", f"GPUs are not used on {_format_hosts(unused)}", "set device=auto")
     return Finding("devices", "ok", next(iter(types)))
 
 

@@ -88,7 +88,8 @@ def take_trial_step(config: Config, context: DistributedContext) -> list[Finding
         loss = trainer.meter.window().means["loss"]  # collective, host sync
         state = trainer.state_dict()  # collective, host sync
         checkpoint_bytes = len(to_bytes(state)) if context.env.rank == 0 else 0
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU" if context.device.type == "cuda" else ""
+    device = context.device
+    memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU" if device.type == "cuda" else ""
     step = Finding("training step", "ok", f"{1e3 * seconds:.1f} ms, loss {loss:.3f}{memory}")
     data = [] if reads_images(config) else [describe_datasets(trainer)]
     return [*data, step, check_disk_space(config, checkpoint_bytes, shutil.disk_usage(config.run.dir).free)]

@@ -38,7 +38,8 @@ def make_optimizer(config: OptimConfig, groups: list[Group], loss_scaling: bool 
     if twice := settings.keys() & args.keys():
         raise UserError(f"optim.args.{min(twice)}: give optim.{min(twice)} instead")
     if not is_import_name(config.name):
-        settings["fused"] = not (loss_scaling and config.name == "sgd")
+        fused = not (loss_scaling and config.name == "sgd")
+        settings |= {"fused": True} if fused else {"fused": False, "foreach": True}  # fused=False turns both off
     settings |= args
     return create(Optimizer, f"optim.name={config.name}", function, groups, "optim.args", settings)
 

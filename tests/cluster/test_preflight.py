@@ -111,9 +111,9 @@ def test_a_pair_of_nodes_that_is_slow(slurm: SlurmCluster, shared: Path) -> None
     assert pairs["found"] == f"slower than the median: n1 – n2 {times:.1f}×"
 
 
-def test_two_ranks_on_one_device(slurm: SlurmCluster, shared: Path) -> None:
+def test_two_ranks_that_see_one_gpu(slurm: SlurmCluster, shared: Path) -> None:
     (line,) = failed(run_preflight(slurm, sys.executable, FAULTY, "gpu", *SETTINGS, f"run.dir={shared}", per_node=2))
-    assert line.startswith("FAIL  devices         ranks 0, 1 share one GPU, n1 GPU-8d2f; let each rank see all GPUs")
+    assert line.startswith("FAIL  devices         device=cuda: 2 ranks on n1 share 1 GPU; start one rank per GPU")
 
 
 def test_ports_closed_between_two_nodes(slurm: SlurmCluster, shared: Path) -> None:

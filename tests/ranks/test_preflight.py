@@ -43,7 +43,7 @@ def test_all_checks_pass_and_the_network_is_timed(tmp_path):
     [
         ("torch", "FAIL  versions        torch 2."),
         ("clock", "FAIL  clocks          "),
-        ("gpu", "FAIL  devices         ranks 0, 1 share one GPU, "),
+        ("gpu", "FAIL  devices         device=cuda: 2 ranks on n1 share 1 GPU; start one rank per GPU, or set device="),
         ("settings", "FAIL  settings        differ: "),
     ],
 )
@@ -57,6 +57,12 @@ def test_a_rank_that_differs_is_reported(tmp_path, fault, line):
         "distlenet: preflight: 1 of 10 checks failed; see the table"
     ], str(result)
     assert "distlenet/preflight/" not in result.stderr, str(result)  # no traceback
+
+
+def test_cuda_is_not_initialized_for_the_cpu(tmp_path):
+    """It would wait for GPU 0, and take some of its memory, on every rank."""
+    command = (FAULTY, "cuda", *DIGITS, f"run.dir={tmp_path}", "--json")
+    assert json.loads(run_ranks(2, *command).succeeded().stdout)["good"]
 
 
 def test_a_missing_rank_is_reported(tmp_path):

@@ -1,38 +1,122 @@
 """The device, backend and precision of a rank."""
 
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from distlenet.distributed.context import DistributedContext
-from distlenet.distributed.device import make_scaler, resolve_backend, resolve_device, resolve_precision
+from distlenet.distributed.context import DistributedContext, set_flight_recorder_size
+from distlenet.distributed.device import (
+    DeviceChoice,
+    VisibleGpus,
+    make_scaler,
+    resolve_backend,
+    resolve_devices,
+    resolve_precision,
+)
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.utils.errors import UserError
+from distlenet.distributed.visible_gpus import agree_on_device, visible_gpus
+from distlenet.utils.errors import RankError, UserError
 
 pytestmark = pytest.mark.unit
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-ENV = DistributedEnvironment(rank=5, local_rank=1, world_size=8, local_world_size=4, node_rank=1)
+
+
+def ranks_that_see(*text: str) -> list[VisibleGpus]:
+    """Return what ranks see: ``x:abc`` is a rank on host x with the GPUs a, b and c."""
+    return [VisibleGpus(host, list(gpus)) for host, gpus in (rank.split(":") for rank in text)]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "gpus", "device"),
-    [("auto", 0, "cpu"), ("auto", 3, "cpu"), ("cpu", 8, "cpu"), ("auto", 4, "cuda:1"), ("cuda", 8, "cuda:1")],
+    ("ranks", "devices"),
+    [
+        (["x:a"], "0"),
+        (["x:abcd"] * 4, "0 1 2 3"),  # torchrun
+        (["x:ab", "x:ab", "y:ab", "y:ab"], "0 1 0 1"),  # hosts whose GPUs have the same names
+        (["x:a", "x:b", "y:c", "y:d"], "0 0 0 0"),  # --gpus-per-task=1, --gpu-bind=single:1, or a wrapper
+        (["x:ab", "x:cd"], "0 0"),  # --gpus-per-task=2
+        (["x:ab", "x:ab", "x:cd", "x:cd"], "0 1 0 1"),  # --gpu-bind=closest, on a host with two sockets
+        (["x:ab", "x:ba"], "0 0"),
+        (["x:ab", "x:a", "x:abc"], None),
+    ],
 )
-def test_device(wanted, gpus, device):
-    assert resolve_device(wanted, ENV, gpus) == torch.device(device)
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_each_rank_has_its_own_gpu(wanted, ranks, devices):
+    choices = resolve_devices(wanted, ranks_that_see(*ranks))
+    if devices is None:  # rank 0 has taken the only GPU of rank 1
+        assert "no unused GPU on x for rank 1" in choices[0].warning + choices[0].error
+    else:
+        assert choices == [DeviceChoice(f"cuda:{index}") for index in devices.split()]
 
 
-def test_device_of_a_task_that_sees_only_its_own_gpu():
-    env = DistributedEnvironment(rank=5, local_rank=3, world_size=8, local_world_size=4, node_rank=1, own_gpu=True)
-    assert resolve_device("auto", env, 1) == torch.device("cuda", 0)
-    assert resolve_device("auto", env, 4) == torch.device("cuda", 3)  # GPUs are not bound to tasks: all are visible
+def test_the_cpu():
+    assert resolve_devices("cpu", ranks_that_see("x:ab", "x:ab")) == [DeviceChoice("cpu")] * 2
+    assert resolve_devices("auto", ranks_that_see("x:", "y:")) == [DeviceChoice("cpu")] * 2
 
 
-@pytest.mark.parametrize(("gpus", "message"), [(0, "sees no GPU; set device=cpu"), (3, "4 ranks .* 3 visible GPUs")])
-def test_missing_and_shared_gpus_are_refused(gpus, message):
-    with pytest.raises(UserError, match=message):
-        resolve_device("cuda", ENV, gpus)
+@pytest.mark.parametrize(
+    ("ranks", "reason"),
+    [
+        (["x:ab"] * 4, "4 ranks on x share 2 GPUs; start one rank per GPU"),
+        (["x:a", "x:"], "2 ranks on x share 1 GPU; start one rank per GPU"),
+        (["x:", "y:a", "y:a"], "PyTorch sees no GPU on x for rank 0; check CUDA_VISIBLE_DEVICES and the driver"),
+    ],
+)
+def test_without_a_gpu_for_each_rank_all_use_the_cpu_and_the_reason_is_reported(ranks, reason):
+    warning = f"device=auto: training on the CPU, since {reason}"
+    assert resolve_devices("auto", ranks_that_see(*ranks)) == [DeviceChoice("cpu", warning)] * len(ranks)
+    choices = resolve_devices("cuda", ranks_that_see(*ranks))
+    assert choices == [DeviceChoice("cpu", error=f"device=cuda: {reason}, or set device=cpu")] * len(ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "found"),
+    [
+        (["x:ab", "x:ab", "y:", "y:"], "PyTorch sees no GPU on y for ranks 2, 3, but others have one; check CUDA_"),
+        (["x:a", "x:a", "y:ab", "y:ab"], "2 ranks on x share 1 GPU, but others have one; start one rank per GPU, or"),
+    ],
+)
+def test_a_job_on_gpus_and_cpus_is_refused_on_all_ranks(ranks, found):
+    """Each host would choose another backend, and wait for the others."""
+    choices = resolve_devices("auto", ranks_that_see(*ranks))
+    assert len(set(choices)) == 1
+    assert choices[0].error.startswith(f"device=auto: {found}")
+
+
+def agree(wanted, ranks):
+    """Return the choice of each rank, each in a thread with the same store."""
+    store = dist.HashStore()
+
+    def run(rank):
+        env = DistributedEnvironment(rank, world_size=len(ranks))
+        return agree_on_device(wanted, ranks[rank], env, store, timeout_s=20)
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(run, range(len(ranks))))
+
+
+def test_ranks_agree_through_the_store():
+    assert [choice.device for choice in agree("auto", ranks_that_see("x:a", "x:b"))] == ["cuda:0", "cuda:0"]
+    assert [choice.device for choice in agree("auto", ranks_that_see("x:ab", "x:ab"))] == ["cuda:0", "cuda:1"]
+    mixed = agree("auto", ranks_that_see("x:a", "y:"))
+    assert mixed[0] == mixed[1]
+    assert "no GPU on y" in mixed[0].error
+
+
+def test_a_rank_that_does_not_answer_is_named():
+    gpus, env = VisibleGpus("x", []), DistributedEnvironment(1, world_size=3)
+    with pytest.raises(RankError, match=r"ranks 0, 2 did not join in time \(distributed\.init_timeout_s\)"):
+        agree_on_device("auto", gpus, env, dist.HashStore(), timeout_s=0.1)
+
+
+def test_gpus_are_not_initialized_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
+    assert visible_gpus("auto").uuids == ["GPU-0", "GPU-1"]
+    assert visible_gpus("cpu").uuids == []
 
 
 def test_backend(monkeypatch):
@@ -76,3 +160,19 @@ def test_the_scaler_is_enabled_for_fp16_only():
     scaler = make_scaler("fp16", CPU)  # without CUDA, a scaler for CUDA is disabled
     assert scaler.is_enabled()
     assert scaler.get_scale() == 65536.0
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "names"),
+    [
+        ("2.7.1", {}, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}),
+        ("2.8.0", {}, {"TORCH_FR_BUFFER_SIZE": "2000"}),
+        ("2.15.0+cu132", {}, {"TORCH_FR_BUFFER_SIZE": "2000"}),
+        ("2.15.0", {"TORCH_FR_BUFFER_SIZE": "9"}, {"TORCH_FR_BUFFER_SIZE": "9"}),
+        ("2.15.0", {"TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}),
+    ],
+)
+def test_the_size_of_the_flight_recorder_has_one_name(version, given, names):
+    """With both names, torch warns on every rank that one is deprecated."""
+    set_flight_recorder_size(environ := dict(given), version)
+    assert environ == names

@@ -46,11 +46,6 @@ def test_srun():
     assert read_environment(SRUN) == DistributedEnvironment(2, 0, 3, 1, 1, "n1", slurm_port(SRUN))
 
 
-def test_srun_with_one_gpu_per_task():
-    assert read_environment({**SRUN, "SLURM_GPUS_PER_TASK": "1"}).own_gpu
-    assert not read_environment(SRUN).own_gpu
-
-
 def test_srun_with_an_arbitrary_distribution_needs_an_address():
     arbitrary = {**SRUN, "SLURM_DISTRIBUTION": "arbitrary"}
     with pytest.raises(UserError, match="set MASTER_ADDR"):

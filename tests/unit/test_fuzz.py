@@ -380,7 +380,7 @@ def test_training_with_any_environment(tmp_path_factory, environ):
     with pytest.MonkeyPatch.context() as patch, user_errors_allowed():
         for name, value in environ.items():
             patch.setenv(name, value)
-        assert collect_rank_info(load_config([], []), DistributedEnvironment()).threads >= 1
+        assert collect_rank_info(load_config([], []), DistributedEnvironment(), DeviceChoice("cpu")).threads >= 1
         overrides = [f"{key}={value}" for key, value in FIXED.items()] + [f"run.dir={directory}", "run.name=run"]
         train.train(load_config([], overrides))
 

@@ -131,3 +131,14 @@ def test_resumed_schedule_continues():
         config, resumed, resumed_schedule, {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
     )
     assert step_through(resumed_schedule, resumed, 10) == step_through(schedule, optimizer, 10)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_no_optimizer_runs_one_kernel_per_parameter(name):
+    """Which torch does with fused=False alone, as loss scaling needs it for SGD."""
+    config = load_config([], [f"optim.name={name}"]).optim
+    for loss_scaling in (False, True):
+        optimizer = make_optimizer(config, one_group(torch.nn.Linear(1, 1)), loss_scaling)
+        (group,) = optimizer.param_groups
+        fused = name == "adamw" or not loss_scaling
+        assert (group["fused"], bool(group["foreach"])) == (fused, not fused)

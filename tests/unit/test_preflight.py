@@ -11,6 +11,7 @@ import torch
 from torch.distributed import HashStore
 
 from distlenet.config.loading import load_config
+from distlenet.distributed.device import DeviceChoice
 from distlenet.distributed.entry_point import run_entry
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.preflight import __main__ as preflight
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.unit
 
 HOST = socket.gethostname()
 CONFIG = load_config([], ["data.name=digits", "device=cpu"])
-SINGLE = collect_rank_info(CONFIG, DistributedEnvironment())
+SINGLE = collect_rank_info(CONFIG, DistributedEnvironment(), DeviceChoice("cpu"))
 
 
 def make_ranks(number, per_node=2, **changes):
@@ -45,9 +46,8 @@ def change(infos, rank, **changes):
     return infos
 
 
-def with_gpus(infos, shared=()):
-    gpu = {"visible_gpus": 2, "device": "cuda:0", "backend": "nccl"}
-    return [replace(i, gpu=f"GPU-{0 if i.rank in shared else i.local_rank}", **gpu) for i in infos]
+def with_gpus(infos):
+    return [replace(i, visible_gpus=2, device=f"cuda:{i.local_rank}", backend="nccl") for i in infos]
 
 
 def findings_of(infos, clocks=None, config=CONFIG):
@@ -70,11 +70,10 @@ def test_healthy_ranks_pass_all_rules():
             "the same environment on every node",
         ),
         ("settings", change(make_ranks(2), 1, settings="other"), "other (rank 1 on n0)", "the same arguments"),
-        ("devices", with_gpus(make_ranks(4), shared=(0, 1)), "ranks 0, 1 share one GPU, n0 GPU-0", "--gpus-per-task=1"),
-        ("devices", change(make_ranks(2), 1, device_error="no GPU"), "no GPU (rank 1 on n0)", "one rank per GPU"),
+        ("devices", change(make_ranks(2), 1, device_error="no GPU"), "no GPU (rank 1 on n0)", ""),
         (
             "devices",
-            change(with_gpus(make_ranks(4)), 3, gpu="", device="cpu", backend="gloo"),
+            change(with_gpus(make_ranks(4)), 3, device="cpu", backend="gloo"),
             "cpu, gloo, fp32 (rank 3",
             "make all GPUs visible",
         ),
@@ -118,6 +117,8 @@ def test_findings_that_do_not_stop_a_job():
     assert findings_of(change(make_ranks(2), 0, cores=1))["CPU cores"].status == "note"
     devices = findings_of([replace(i, visible_gpus=8) for i in make_ranks(2)])["devices"]
     assert (devices.status, devices.found) == ("note", "GPUs are not used on n0")
+    shared = findings_of(make_ranks(2, device_warning="2 ranks on n0 share 1 GPU", visible_gpus=1))["devices"]
+    assert (shared.status, shared.found) == ("note", "2 ranks on n0 share 1 GPU")
     loopback = change(with_gpus(make_ranks(4)), 2, address="127.0.1.1")
     assert findings_of(loopback)["names"].status == "ok"  # NCCL chooses interfaces itself
 
@@ -261,7 +262,7 @@ def test_rank_info_contains_the_limits_of_this_process():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
     try:
-        assert collect_rank_info(CONFIG, DistributedEnvironment()).open_files == 200
+        assert collect_rank_info(CONFIG, DistributedEnvironment(), DeviceChoice("cpu")).open_files == 200
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

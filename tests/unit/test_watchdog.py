@@ -47,6 +47,18 @@ def test_all_ranks_at_the_same_step():
     assert "check the network" in collect(watchdogs(2))[0]
 
 
+def test_the_flight_recorder_is_reported_with_its_limit(tmp_path, monkeypatch, capsys):
+    """A replayed CUDA graph launches its collectives without NCCL's process group, which records them."""
+    monkeypatch.setattr("torch._C._distributed_c10d._dump_nccl_trace", lambda: b"trace", raising=False)
+    store = dist.HashStore()
+    store.set(host_key(0), "nonce host0")
+    Watchdog(store, DistributedEnvironment(), 1.0, tmp_path).report()
+    assert (tmp_path / "rank_0").read_bytes() == b"trace"
+    line = capsys.readouterr().err
+    assert f"NCCL's flight recorder is in {tmp_path}, for torchfrtrace; it does not contain collectives that" in line
+    assert "train.cuda_graph=off" in line
+
+
 HANGS = """
 import time
 import torch.distributed as dist
