@@ -24,6 +24,7 @@ from distlenet.config.fields import FIELDS
 from distlenet.config.loading import load_config
 from distlenet.data import idx
 from distlenet.data.decoding import UnreadableImage
+from distlenet.distributed.device import DeviceChoice
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
 from distlenet.preflight.rank_info import collect_rank_info
 from distlenet.report.runs import read_run
