@@ -35,6 +35,7 @@ test: $(VENV)/.installed-dev lint
 	@$(BIN)/python -m distlenet.data
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/unit
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/ranks
+	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/fake_cuda
 
 chaos: $(VENV)/.installed
 	@$(BIN)/python benchmarks/chaos.py $(ARGS)

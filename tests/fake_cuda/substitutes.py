@@ -1,0 +1,85 @@
+"""Operators for which PyTorch calls cuDNN, which cannot work here: the launches that it would make."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fake_cuda import runtime
+
+aten = torch.ops.aten
+
+
+def _convolution(args: Any) -> list[str]:
+    return ["convolution_forward"] if args[2] is None else ["convolution_forward", "add_bias"]
+
+
+def _convolution_backward(args: Any) -> list[str]:
+    parts = zip(("data", "weight", "bias"), args[-1], strict=True)
+    return [f"convolution_backward_{part}" for part, wanted in parts if wanted]
+
+
+def _batch_norm_launches(_: Any) -> list[str]:
+    return ["batch_norm"]
+
+
+LAUNCHES: dict[Any, Callable[[Any], list[str]]] = {
+    aten.convolution.default: _convolution,
+    aten.convolution_backward.default: _convolution_backward,
+    aten.cudnn_batch_norm.default: _batch_norm_launches,
+    aten.cudnn_batch_norm_backward.default: _batch_norm_launches,
+}
+
+
+def run(func: Any, args: Any, kwargs: Any, stream: int) -> Any:
+    """Run an operator on the GPU: a substituted one only allocates its outputs and makes its launches."""
+    names = LAUNCHES.get(func)
+    if names is None:
+        return func(*args, **kwargs)
+    for name in names(args):
+        if runtime.launch(f"cudnn::{name}".encode(), stream):
+            raise RuntimeError(f"CUDA error in cudnn::{name}")
+    shapes = func(*_meta(args), **kwargs)
+    if isinstance(shapes, Tensor):
+        return _allocate(shapes, args[:2])
+    return tuple(None if shape is None else _allocate(shape, args[:3]) for shape in shapes)
+
+
+def _allocate(like: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    """Allocate an output of an operator of images: channels last if an argument is, as cuDNN does."""
+    last = like.dim() == 4 and any(_channels_last(tensor) for tensor in tensors if tensor is not None)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(like.size(), dtype=like.dtype, device=tensors[0].device, memory_format=memory_format)
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    return type(value)(_meta(part) for part in value) if isinstance(value, list | tuple) else value
+
+
+def _batch_norm(x, weight, bias, mean, var, training, momentum, epsilon):
+    result = aten.native_batch_norm(x, weight, bias, mean, var, training, momentum, epsilon)
+    return *result, torch.empty(0, dtype=torch.uint8)
+
+
+def _batch_norm_backward(x, grad, weight, mean, var, saved_mean, saved_inverse, epsilon, reserve):
+    return aten.native_batch_norm_backward(
+        grad, x, weight, mean, var, saved_mean, saved_inverse, True, epsilon, [True, True, True]
+    )
+
+
+ON_HOST = {
+    aten.cudnn_batch_norm.default: _batch_norm,
+    aten.cudnn_batch_norm_backward.default: _batch_norm_backward,
+}
+
+
+def on_host(func: Any) -> Any:
+    """Return what computes the operator on the CPU."""
+    return ON_HOST.get(func, func)
