@@ -5,6 +5,8 @@
 # make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; check that nothing is lost
 # make fuzz [TIMES=30]                                random settings, files and environments, TIMES as many as usual
 # make bench [ARGS="--only reduction"]                measure; write benchmarks/RESULTS.md
+# make gpu-report [ARGS="--only recipe bits"]         on one GPU, 8 minutes: measure and check; write benchmarks/GPU.md
+# make gpu-bundle                                     fetch what gpu-report needs on a machine without a network
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
 # make test-browser                                   as root on Debian: install Chromium, test the report in it
 # make lint, format, coverage                         linters and types; format the code; report untested lines
@@ -16,7 +18,8 @@ ARGS   ?=
 # Processes on this machine: one per GPU, or 2 without a GPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-.PHONY: help train data check test test-cluster test-browser chaos coverage fuzz bench prove-exact lint format clean
+.PHONY: help train data check test test-cluster test-browser chaos coverage fuzz bench gpu-report gpu-bundle prove-exact
+.PHONY: lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -70,6 +73,18 @@ prove-exact: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
+
+gpu-report: $(VENV)/.installed-bench $(VENV)/.installed-dev
+	@$(BIN)/python benchmarks/gpu_report.py $(ARGS)
+
+# The packages that a machine with PyTorch and torchvision may lack, for its version of Python; see docs/benchmarks.md.
+BUNDLE_PYTHON ?= 3.12
+BUNDLE := omegaconf PyYAML rich markdown-it-py mdurl pygments filelock psutil pillow \
+  pytest pytest-timeout pytest-xdist execnet iniconfig pluggy packaging
+gpu-bundle: data
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version $(BUNDLE_PYTHON) --implementation cp \
+	  $(foreach glibc,28 27 17,--platform manylinux_2_$(glibc)_x86_64) --platform manylinux2014_x86_64 --dest .wheels $(BUNDLE)
+	git describe --always --dirty --abbrev=12 > .wheels/COMMIT
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

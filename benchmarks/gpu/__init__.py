@@ -1,0 +1,1 @@
+"""The questions of ``make gpu-report``, and what they share."""
