@@ -19,6 +19,11 @@ from distlenet.data.idx import find_files
 
 os.environ["WANDB_MODE"] = "disabled"  # except in the tests of W&B
 
+ALL_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+GPUS = os.environ.setdefault("DISTLENET_TEST_GPUS", ALL_GPUS)  # pytest-xdist starts its workers from this process
+"""The GPUs of the tests in test_cuda.py, as in CUDA_VISIBLE_DEVICES."""
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests use the CPU, and test the same thing on every machine
+
 LIMIT_S = 90.0  # for one wait on a running command; several times what it takes on two cores
 REPO = Path(__file__).resolve().parent.parent
 

@@ -49,7 +49,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return class probabilities (n, classes) of images, uint8 (n, H, W) or (n, 3, H, W), as in evaluation.
+        """Return class probabilities (n, classes) of images, uint8 (n, H, W) or (n, 3, H, W), in float32.
 
         Raise UserError if the task does not return one value per class.
         """

@@ -12,9 +12,11 @@ TESTS = Path(__file__).parent.parent
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return what a process needs besides its environment so that PyTorch finds the fake runtime."""
+    """Return what a process needs besides its environment so that PyTorch finds the fake runtime and all its GPUs."""
     paths = [str(REPO), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    return {"LD_PRELOAD": str(library()), "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+    gpus = ",".join(map(str, range(int(more.get("FAKE_CUDA_DEVICES", 1)))))  # other tests see none
+    preload = {"LD_PRELOAD": str(library()), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {**preload, "CUDA_VISIBLE_DEVICES": gpus, **more}
 
 
 def run(*words: object, ranks: int = 1, timeout: float = 60, compute: bool = True, **env: str) -> CommandResult:

@@ -202,23 +202,3 @@ def test_no_draw_reads_a_value_on_the_host(draw):
     """Which would be a host sync on a GPU. Fake tensors have no values to read."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert draw(SampleKeys(7, torch.tensor(3), torch.arange(5)), ELEMENTS).shape == (5, *ELEMENTS)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@each_draw
-def test_a_cuda_graph_captures_the_same_bits(draw):
-    epoch, indices = torch.tensor(3, device="cuda"), KEYS.indices.cuda()
-    keys = SampleKeys(7, epoch, indices)
-    draw(keys, ELEMENTS)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        draw(keys, ELEMENTS)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = draw(keys, ELEMENTS)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for number in (3, 4):
-        epoch.fill_(number)
-        graph.replay()
-        assert torch.equal(captured.cpu(), draw(SampleKeys(7, number, KEYS.indices), ELEMENTS))
