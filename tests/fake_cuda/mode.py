@@ -6,6 +6,7 @@ tensors that share the memory. In a capture, the second run is kept for the laun
 """
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -202,6 +203,8 @@ def install() -> None:
             run(thread)
 
     threading.Thread.run = run_in_mode  # type: ignore[method-assign]
+    # With a mode, autograd adds gradients out of place, which loses the strides of a weight with one input channel.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     text_of = torch._tensor_str._str  # leaves all modes
     torch._tensor_str._str = lambda tensor, **options: text_of(host(tensor), **options)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from fake_cuda import runtime
 
@@ -54,7 +55,8 @@ def _allocate(like: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def _channels_last(tensor: Tensor) -> bool:
-    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    """Also for one channel, where only the strides tell."""
+    return suggest_memory_format(tensor) is torch.channels_last
 
 
 def _meta(value: Any) -> Any:
