@@ -83,7 +83,7 @@ def init_distributed(
         if config.train.cuda_graph == "auto":
             torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream cannot be captured
     backend = resolve_backend(config.distributed.backend, device)
-    precision = resolve_precision(config.precision, device)
+    precision = resolve_precision(config.precision, device, choice.bf16)
     trace_dir = run_dir / "flight-recorder" if run_dir is not None and backend == "nccl" else None
     if trace_dir is not None:  # before the group is created
         set_flight_recorder_size(os.environ)

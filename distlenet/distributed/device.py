@@ -17,6 +17,7 @@ class VisibleGpus(NamedTuple):
 
     host: str
     uuids: list[str]  # by device index; identical on all ranks that see the same GPU
+    bf16: list[bool]  # by device index: whether the GPU supports bf16
 
 
 class DeviceChoice(NamedTuple):
@@ -25,6 +26,7 @@ class DeviceChoice(NamedTuple):
     device: str  # cpu, or cuda with an index
     warning: str = ""  # why visible GPUs are not used
     error: str = ""  # why there is no such device
+    bf16: bool = True  # whether the devices of all ranks support bf16
 
 
 def resolve_devices(wanted: str, ranks: Sequence[VisibleGpus]) -> list[DeviceChoice]:
@@ -44,7 +46,8 @@ def resolve_devices(wanted: str, ranks: Sequence[VisibleGpus]) -> list[DeviceCho
         taken |= set() if index is None else {(rank.host, rank.uuids[index])}
         indices.append(index)
     if None not in indices:
-        return [DeviceChoice(f"cuda:{index}") for index in indices]
+        bf16 = all(rank.bf16[index] for rank, index in zip(ranks, indices, strict=True) if index is not None)
+        return [DeviceChoice(f"cuda:{index}", bf16=bf16) for index in indices]
     missing, fix = _missing_gpus(ranks, indices)
     if wanted == "cuda":
         choice = DeviceChoice("cpu", error=f"device=cuda: {missing}; {fix}, or set device=cpu")
@@ -78,15 +81,17 @@ def resolve_backend(wanted: str, device: torch.device) -> str:
     return ("nccl" if nccl else "gloo") if wanted == "auto" else wanted
 
 
-def resolve_precision(wanted: str, device: torch.device) -> str:
-    """Resolve ``auto`` to bf16 or fp16 on a GPU, fp32 on CPU. Raise UserError if ``wanted`` is not supported."""
+def resolve_precision(wanted: str, device: torch.device, bf16: bool) -> str:
+    """Resolve ``auto`` to bf16 on GPUs that all support it, else to fp16; to fp32 on CPU.
+
+    Raise UserError if ``wanted`` is not supported.
+    """
     if device.type == "cpu":
         if wanted == "fp16":
             raise UserError("precision=fp16: needs a GPU; on CPU set precision=fp32 or bf16")
         return "fp32" if wanted == "auto" else wanted
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "bf16" and not bf16:
-        raise UserError("precision=bf16: this GPU does not support bf16; set precision=fp16 or fp32")
+        raise UserError("precision=bf16: a GPU of this job does not support bf16; set precision=fp16 or fp32")
     return ("bf16" if bf16 else "fp16") if wanted == "auto" else wanted
 
 

@@ -15,8 +15,9 @@ from distlenet.distributed.rendezvous import convert_rendezvous_errors, wait_for
 def visible_gpus(wanted: str) -> VisibleGpus:
     """Return the GPUs that this process may use, none if ``wanted`` is cpu: then CUDA is not initialized."""
     count = 0 if wanted == "cpu" else torch.cuda.device_count()
-    uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in range(count)]
-    return VisibleGpus(socket.gethostname(), uuids)
+    gpus = [torch.cuda.get_device_properties(index) for index in range(count)]
+    bf16 = [torch.version.hip is not None or gpu.major >= 8 for gpu in gpus]  # as torch.cuda.is_bf16_supported
+    return VisibleGpus(socket.gethostname(), [str(gpu.uuid) for gpu in gpus], bf16)
 
 
 def agree_on_device(

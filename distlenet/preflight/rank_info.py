@@ -62,7 +62,7 @@ def collect_rank_info(
     error, backend, precision, device, threads = choice.error, "gloo", "fp32", torch.device(choice.device), 1
     try:
         backend = resolve_backend(config.distributed.backend, device)
-        precision = resolve_precision(config.precision, device)
+        precision = resolve_precision(config.precision, device, choice.bf16)
         threads = config.distributed.threads or threads_from_environ(environ) or 1
     except UserError as user_error:
         error = error or str(user_error)

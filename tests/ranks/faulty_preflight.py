@@ -4,6 +4,7 @@
 """
 
 import os
+import socket
 import sys
 import time
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ rank = int(os.environ.get("RANK") or os.environ["SLURM_PROCID"])
 world_size = int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"])
 if fault == "gpu":  # all ranks see the same one
     sys.argv[sys.argv.index("device=cpu")] = "device=cuda"
-    exchange.visible_gpus = lambda _: VisibleGpus("n1", ["GPU-8d2f"])
+    exchange.visible_gpus = lambda _: VisibleGpus(socket.gethostname(), ["GPU-8d2f"], [True])
 elif fault == "cuda":  # there is a GPU, but CUDA must not be initialized
     torch.cuda.device_count, torch.cuda.is_available = lambda: 1, lambda: True
     torch.cuda._lazy_init = lambda: os.abort()

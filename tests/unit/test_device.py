@@ -26,8 +26,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def ranks_that_see(*text: str) -> list[VisibleGpus]:
-    """Return what ranks see: ``x:abc`` is a rank on host x with the GPUs a, b and c."""
-    return [VisibleGpus(host, list(gpus)) for host, gpus in (rank.split(":") for rank in text)]
+    """Return what ranks see: ``x:abC`` is a rank on host x with the GPUs a, b and C, which does not support bf16."""
+    hosts = [rank.split(":") for rank in text]
+    return [VisibleGpus(host, list(gpus), [gpu.islower() for gpu in gpus]) for host, gpus in hosts]
 
 
 @pytest.mark.parametrize(
@@ -107,16 +108,17 @@ def test_ranks_agree_through_the_store():
 
 
 def test_a_rank_that_does_not_answer_is_named():
-    gpus, env = VisibleGpus("x", []), DistributedEnvironment(1, world_size=3)
+    gpus, env = VisibleGpus("x", [], []), DistributedEnvironment(1, world_size=3)
     with pytest.raises(RankError, match=r"ranks 0, 2 did not join in time \(distributed\.init_timeout_s\)"):
         agree_on_device("auto", gpus, env, dist.HashStore(), timeout_s=0.1)
 
 
 def test_gpus_are_not_initialized_for_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
-    assert visible_gpus("auto").uuids == ["GPU-0", "GPU-1"]
-    assert visible_gpus("cpu").uuids == []
+    gpus = [SimpleNamespace(uuid="GPU-a", major=9), SimpleNamespace(uuid="GPU-b", major=7)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    assert visible_gpus("auto")[1:] == (["GPU-a", "GPU-b"], [True, False])
+    assert visible_gpus("cpu")[1:] == ([], [])
 
 
 def test_backend(monkeypatch):
@@ -132,19 +134,24 @@ def test_backend(monkeypatch):
 
 
 def test_precision_on_cpu():
-    assert [resolve_precision(wanted, CPU) for wanted in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
+    assert [resolve_precision(wanted, CPU, True) for wanted in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
     with pytest.raises(UserError, match="precision=fp16"):
-        resolve_precision("fp16", CPU)
+        resolve_precision("fp16", CPU, True)
 
 
 @pytest.mark.parametrize(("supported", "auto"), [(True, "bf16"), (False, "fp16")])
-def test_precision_on_gpu(monkeypatch, supported, auto):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
-    assert resolve_precision("auto", GPU) == auto
-    assert [resolve_precision(wanted, GPU) for wanted in ("fp32", "fp16")] == ["fp32", "fp16"]
+def test_precision_on_gpu(supported, auto):
+    assert resolve_precision("auto", GPU, supported) == auto
+    assert [resolve_precision(wanted, GPU, supported) for wanted in ("fp32", "fp16")] == ["fp32", "fp16"]
     if not supported:
         with pytest.raises(UserError, match="precision=bf16"):
-            resolve_precision("bf16", GPU)
+            resolve_precision("bf16", GPU, supported)
+
+
+def test_ranks_on_different_gpus_have_the_same_precision():
+    """One GPU without bf16 is enough, if a rank uses it."""
+    for seen, bf16 in ((["x:a", "y:B"], False), (["x:ab", "y:aB"], True), (["x:aB", "x:aB"], False)):
+        assert [choice.bf16 for choice in resolve_devices("auto", ranks_that_see(*seen))] == [bf16, bf16]
 
 
 def test_autocast_is_enabled_for_mixed_precision_only():
