@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+import warnings
 
 from fake_cuda.mode import install
 
@@ -11,6 +12,7 @@ def main() -> None:
     install()
     words = sys.argv[1:]
     if words[0] == "-m":
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")  # a warm process has imported it
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:

@@ -44,3 +44,14 @@ def test_a_replayed_step_is_the_step(tmp_path, optimizer, precision):
     assert "cuda_graph" not in ended.stderr
     for name, value in expected.items():
         assert torch.equal(weights[name], value), name
+
+
+def test_exact_gives_one_rank_and_two_the_same_bits(tmp_path):
+    """Through real sums over NCCL, in graphs if there is one shard per rank."""
+    words = ("distributed.reduction=exact", "distributed.virtual_shards=2", "data.augment=shift", "device=cuda")
+    _, one, expected = train(tmp_path, "one", *words, "train.global_batch_size=64")
+    ended, two, weights = train(tmp_path, "two", *words, "train.global_batch_size=64", "train.cuda_graph=auto", ranks=2)
+    assert "cuda_graph" not in ended.stderr
+    assert one["test_loss"] == two["test_loss"]
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value), name
