@@ -1,5 +1,6 @@
 """The device, backend and precision of a rank."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -111,6 +112,15 @@ def test_a_rank_that_does_not_answer_is_named():
     gpus, env = VisibleGpus("x", [], []), DistributedEnvironment(1, world_size=3)
     with pytest.raises(RankError, match=r"ranks 0, 2 did not join in time \(distributed\.init_timeout_s\)"):
         agree_on_device("auto", gpus, env, dist.HashStore(), timeout_s=0.1)
+
+
+def test_rank_0_waits_until_all_have_read_their_device():
+    """Its process may hold the store, and end with an error."""
+    gpus, store = VisibleGpus("x", [], []), dist.HashStore()
+    store.set("gpus/1", json.dumps(gpus))  # by a rank that does not read
+    with pytest.raises(RankError, match="rank 1 did not join in time"):
+        agree_on_device("auto", gpus, DistributedEnvironment(0, world_size=2), store, timeout_s=0.1)
+    assert DeviceChoice(*json.loads(store.get("device/1"))) == DeviceChoice("cpu")
 
 
 def test_gpus_are_not_initialized_for_the_cpu(monkeypatch):
