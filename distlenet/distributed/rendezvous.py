@@ -112,12 +112,22 @@ def register(store: Store, env: DistributedEnvironment, timeout_s: float, settin
             raise RankError(f"{env}: rank 0 does not respond; check that its process is running")
 
 
-def wait_for_ranks(store: Store, keys: list[str], deadline: float, env: DistributedEnvironment, setting: str) -> None:
-    """Wait for the key of each rank. Raise RankError that names the ranks whose keys are missing after ``deadline``."""
+def wait_for_ranks(
+    store: Store,
+    keys: list[str],
+    deadline: float,
+    env: DistributedEnvironment,
+    setting: str,
+    answer: str | None = None,
+) -> None:
+    """Wait for the key of each rank, or for rank 0's ``answer`` to all of them.
+
+    Raise RankError that names the ranks whose keys are missing after ``deadline``, or else rank 0.
+    """
     try:
-        store.wait(keys, timedelta(seconds=max(0.01, deadline - time.monotonic())))
+        store.wait([answer] if answer else keys, timedelta(seconds=max(0.01, deadline - time.monotonic())))
     except dist.DistStoreError as error:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])] or [0]
         raise RankError(
             f"{env}: {format_ranks(missing)} did not join in time ({setting}); check that their nodes are up and can "
             "connect to the node of rank 0"

@@ -37,11 +37,12 @@ def agree_on_device(
     seen, devices, read = ([f"{name}/{rank}" for rank in range(env.world_size)] for name in ("gpus", "device", "read"))
     with convert_rendezvous_errors(env):
         store.set(seen[env.rank], json.dumps(gpus))
-        wait_for_ranks(store, seen, deadline, env, setting)
         if env.rank == 0:
+            wait_for_ranks(store, seen, deadline, env, setting)
             ranks = [VisibleGpus(*json.loads(value)) for value in store.multi_get(seen)]
             for key, choice in zip(devices, resolve_devices(wanted, ranks), strict=True):
                 store.set(key, json.dumps(choice))
+        wait_for_ranks(store, seen, deadline, env, setting, answer=devices[env.rank])
         own = DeviceChoice(*json.loads(store.get(devices[env.rank])))
         store.set(read[env.rank], "")
         if env.rank == 0:  # it may hold the store, and end with an error next

@@ -108,9 +108,10 @@ def test_ranks_agree_through_the_store():
     assert "no GPU on y" in mixed[0].error
 
 
-def test_a_rank_that_does_not_answer_is_named():
-    gpus, env = VisibleGpus("x", [], []), DistributedEnvironment(1, world_size=3)
-    with pytest.raises(RankError, match=r"ranks 0, 2 did not join in time \(distributed\.init_timeout_s\)"):
+@pytest.mark.parametrize(("rank", "missing"), [(0, "ranks 1, 2"), (1, "ranks 0, 2")])
+def test_a_rank_that_does_not_answer_is_named(rank, missing):
+    gpus, env = VisibleGpus("x", [], []), DistributedEnvironment(rank, world_size=3)
+    with pytest.raises(RankError, match=rf"{missing} did not join in time \(distributed\.init_timeout_s\)"):
         agree_on_device("auto", gpus, env, dist.HashStore(), timeout_s=0.1)
 
 
