@@ -20,7 +20,13 @@ def environment() -> dict[str, str]:
 
 
 def run(
-    *words: object, ranks: int = 1, timeout: float = 60, compute: bool = True, torchrun: bool = False, **env: str
+    *words: object,
+    ranks: int = 1,
+    timeout: float = 120,
+    compute: bool = True,
+    torchrun: bool = False,
+    cwd: Path = REPO,
+    **env: str,
 ) -> CommandResult:
     """Run ``-m MODULE WORD...`` or ``FILE WORD...`` on the fake.
 
@@ -33,7 +39,7 @@ def run(
     settings = {"FAKE_CUDA_DEVICES": gpus, "CUDA_VISIBLE_DEVICES": visible, **env}
     if torchrun:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-        return run_command(sys.executable, *launcher, *command, timeout=timeout, env=settings)
+        return run_command(sys.executable, *launcher, *command, timeout=timeout, env=settings, cwd=cwd)
     if ranks > 1:
-        return run_ranks(ranks, *command, timeout=timeout, env=settings)
-    return run_python(*command, timeout=timeout, env=settings)
+        return run_ranks(ranks, *command, timeout=timeout, env=settings, cwd=cwd)
+    return run_python(*command, timeout=timeout, env=settings, cwd=cwd)

@@ -76,7 +76,12 @@ def _batch_norm_backward(x, grad, weight, mean, var, saved_mean, saved_inverse, 
     )
 
 
+def _log_sigmoid_backward(grad, x, buffer):
+    return aten.log_sigmoid_backward(grad, x, aten.log_sigmoid_forward(x)[1])  # the GPU keeps no buffer
+
+
 ON_HOST = {
+    aten.log_sigmoid_backward.default: _log_sigmoid_backward,
     aten.cudnn_batch_norm.default: _batch_norm,
     aten.cudnn_batch_norm_backward.default: _batch_norm_backward,
 }
