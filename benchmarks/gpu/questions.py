@@ -88,7 +88,8 @@ def ask_all(
         if question.expected_s * options.scale > left_s:
             answers[number] = replace(answer, status=f"not run: {max(0.0, left_s):.0f} s of the budget were left")
         else:
-            answers[number] = ask(question, options, min(question.limit_s, left_s))
+            limit_s = min(question.limit_s, left_s) if options.scale == 1 else left_s  # a trial may be on any machine
+            answers[number] = ask(question, options, limit_s)
         report(answers)
     return answers
 

@@ -10,7 +10,6 @@ from distlenet import Datasets
 
 MESSAGE = "raised on purpose"
 SAMPLES, CLASSES = 2048, 10
-SAMPLES_BEFORE = 16_384  # loaded before the exception: 128 steps of the default batch, long after a capture
 
 
 class Random:
@@ -34,7 +33,7 @@ class Random:
         return self.images[index], index % CLASSES
 
 
-def datasets() -> Datasets:
-    """Return a training set that raises, and a test set."""
+def datasets(before: int) -> Datasets:
+    """Return a training set that raises after ``before`` loaded samples, and a test set."""
     names = list(map(str, range(CLASSES)))
-    return Datasets(Random(SAMPLES, SAMPLES_BEFORE), Random(256), source="random", classes=names)
+    return Datasets(Random(SAMPLES, before), Random(256), source="random", classes=names)

@@ -3,6 +3,7 @@
 import importlib.util
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from throughput import unpack
@@ -44,31 +45,33 @@ def our_words(batch: int, precision: str, scratch: Path, name: str, options: Opt
     return ["ours", f"--batch={batch}", f"--precision={precision}", *common, *settings]
 
 
-def ask(result: Result, options: Options, precision: str) -> None:
-    """Measure all contestants at all batches in one precision, and add the promises."""
+def ask(
+    result: Result, options: Options, precision: str, batches: Sequence[int] = BATCHES, promised: int = PROMISED_BATCH
+) -> None:
+    """Measure all contestants in one precision, and add the promises about one batch size."""
     result.show("how", HOW)
     lightning = importlib.util.find_spec("lightning") is not None
     with tempfile.TemporaryDirectory(prefix="speed-") as directory:
         scratch = Path(directory)
         unpack(scratch)
         contestants = {}
-        for batch in BATCHES:
+        for batch in batches:
             peer = [f"--batch={batch}", f"--precision={precision}", f"--directory={scratch}"]
             contestants[f"ours, {batch}"] = our_words(batch, precision, scratch, f"run-{batch}", options)
             contestants[f"bare graph replay, {batch}"] = ["limit", *peer]
             contestants[f"plain, {batch}"] = ["plain", *peer]
             if lightning:
                 contestants[f"lightning, {batch}"] = ["lightning", *peer]
-            if batch == PROMISED_BATCH:
+            if batch == promised:
                 contestants[f"plain on prepared tensors, {batch}"] = ["plain", *peer, "--data=tensors"]
         measured = measure(contestants, scratch, options.size(ROUNDS), TURN_S * options.scale)
-    for batch in BATCHES:
+    for batch in batches:
         rows = {name.rpartition(",")[0]: found for name, found in measured.items() if name.endswith(f", {batch}")}
         text = speed_table(batch, rows) + ("" if lightning else "\n\nlightning: not installed")
         result.show(f"{batch}", f"### {precision}, batch {batch}\n\n{text}")
         if warning := graph_warning(rows["ours"].log):
             result.show(f"{batch} graph", f"No graph: {warning}")
-        if batch == PROMISED_BATCH and precision in PROMISED:
+        if batch == promised and precision in PROMISED:
             promises(result, options, f"{precision}, batch {batch}", rows)
 
 

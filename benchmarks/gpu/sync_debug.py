@@ -19,7 +19,7 @@ watched = 0
 
 def record(message: Any, _category: Any, filename: str, lineno: int, *_: Any) -> None:
     """Count a warning about a sync by its place."""
-    if "synchroniz" in str(message):
+    if "called a synchronizing CUDA operation" in str(message):
         found[f"{'/'.join(filename.split('/')[-2:])}:{lineno}"] += 1
     else:
         sys.stderr.write(f"{filename}:{lineno}: {message}\n")

@@ -3,6 +3,8 @@
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from gpu.options import PROMISED, Options
@@ -14,16 +16,18 @@ STEPS = 900  # two epochs, most of their steps replayed
 HEADER = ("run", "steps watched", "syncs", "places")
 
 
-def ask(result: Result, options: Options) -> None:
-    """Count the warnings in each precision, with and without a graph."""
+ALL = tuple(product(("bf16", "fp32", "fp16"), ("auto", "off")))
+
+
+def ask(result: Result, options: Options, runs: Sequence[tuple[str, str]] = ALL) -> None:
+    """Count the warnings of runs, each with a precision and a value of train.cuda_graph."""
     with tempfile.TemporaryDirectory(prefix="syncs-") as scratch:
-        common = [sys.executable, str(PROGRAM), f"run.dir={scratch}", f"train.max_steps={options.size(STEPS, 120)}"]
+        common = [sys.executable, str(PROGRAM), f"run.dir={scratch}", f"train.max_steps={options.size(STEPS, 80)}"]
         common += ["train.check_replicas_every=1000000"]  # the check reads values of the GPU, every 500 steps
         commands = {}
-        for precision in ("bf16", "fp32", "fp16"):
-            for graph in ("auto", "off"):
-                words = [f"run.name={precision}-{graph}", f"precision={precision}", f"train.cuda_graph={graph}"]
-                commands[precision, graph] = [*common, *words]
+        for precision, graph in runs:
+            words = [f"run.name={precision}-{graph}", f"precision={precision}", f"train.cuda_graph={graph}"]
+            commands[precision, graph] = [*common, *words]
         rows = []
         for (precision, graph), run in execute_all(commands):
             name, lines = f"{precision}, train.cuda_graph={graph}", run.stdout.splitlines()

@@ -143,6 +143,14 @@ def random_numbers_of_a_replay() -> None:
         assert all(map(torch.equal, eager, replayed)), f"reseed {reseed}"
 
 
+def batch_norm_of_an_evaluation() -> None:
+    norm, x = torch.nn.BatchNorm2d(4).eval(), torch.randn(2, 4, 3, 3)
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(0.5)
+    expected = norm(x)
+    torch.testing.assert_close(norm.cuda()(x.cuda()).cpu(), expected)
+
+
 def memory_is_counted() -> None:
     torch.cuda.empty_cache()
     before = runtime.device_bytes()
@@ -163,6 +171,7 @@ CHECKS = (
     another_thread_allocates_pinned_memory,
     a_graph_computes_on_fixed_memory,
     random_numbers_of_a_replay,
+    batch_norm_of_an_evaluation,
     memory_is_counted,
 )
 
