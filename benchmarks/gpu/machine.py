@@ -9,6 +9,7 @@ import time
 import tomllib
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from gpu.questions import REPO, environment
 
@@ -63,13 +64,21 @@ def facts(command: list[str]) -> list[tuple[str, str]]:
     names = ("torch", "torchvision", "lightning")
     return [
         *gpu,
-        ("driver", output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
+        ("driver", driver()),
         ("machine", f"{os.cpu_count()} CPU cores, Python {platform.python_version()}"),
         ("packages", ", ".join(f"{name} {installed(name)}" for name in names)),
         ("commit", commit()),
         ("date", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())),
         ("command", " ".join(command)),
     ]
+
+
+def driver() -> str:
+    """Return the version of the driver, as the kernel or nvidia-smi reports it."""
+    module = Path("/proc/driver/nvidia/version")
+    if module.exists():
+        return module.read_text().splitlines()[0].partition(": ")[2].strip()
+    return output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def commit() -> str:

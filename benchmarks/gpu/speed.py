@@ -38,7 +38,7 @@ def fp16(result: Result, options: Options) -> None:
 
 def our_words(batch: int, precision: str, scratch: Path, name: str, options: Options, *settings: str) -> list[str]:
     """Return the words of a contestant that trains with this package, on random images in GPU memory."""
-    images = max(2 * batch, options.size(IMAGES // max(BATCHES)) * max(BATCHES)) if options.scale == 1 else 8 * batch
+    images = IMAGES if options.scale == 1 else 8 * batch
     common = ["data.name=synthetic", f"data.synthetic_train={images}", "data.synthetic_test=1000"]
     common += ["train.epochs=100000", "optim.lr=0.02", f"run.dir={scratch}", f"run.name={name}"]
     common += ["train.cuda_graph=auto", "distributed.step_timeout_s=900", "distributed.init_timeout_s=900"]
