@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from distlenet.utils.keyed_random import mix32
+Halves = NDArray[np.uint32]
 
 
 class Permutation:
@@ -23,16 +26,24 @@ class Permutation:
         self.widths = bits // 2, bits - bits // 2  # of the left and the right half
 
     def __call__(self, positions: Tensor) -> Tensor:
-        """Return the numbers at ``positions``, int64 (n,) from 0 to ``size`` - 1."""
-        numbers = self._network(positions)
-        while len(outside := (numbers >= self.size).nonzero().squeeze(1)):
+        """Return the numbers at ``positions``, int64 (n,) from 0 to ``size`` - 1, on the host."""
+        numbers = self._network(positions.numpy())
+        while len(outside := np.nonzero(numbers >= self.size)[0]):
             numbers[outside] = self._network(numbers[outside])
-        return numbers
+        return torch.from_numpy(numbers)
 
-    def _network(self, numbers: Tensor) -> Tensor:
-        left_bits, right_bits = self.widths
-        left, right = numbers >> right_bits, numbers & ((1 << right_bits) - 1)
+    def _network(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        left_bits, right_bits = self.widths  # at most 31
+        left = (numbers >> right_bits).astype(np.uint32)
+        right = (numbers & ((1 << right_bits) - 1)).astype(np.uint32)
         for key in self.keys:
-            left, right = right, left ^ (mix32(right ^ key) & ((1 << left_bits) - 1))
+            left, right = right, left ^ (_mix32(right ^ np.uint32(key)) & np.uint32((1 << left_bits) - 1))
             left_bits, right_bits = right_bits, left_bits
-        return (left << right_bits) | right
+        return (left.astype(np.int64) << right_bits) | right
+
+
+def _mix32(state: Halves) -> Halves:
+    """Apply the mixer of ``distlenet.utils.keyed_random``: numpy has 32-bit products, and is six times as fast."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        state = (state ^ (state >> np.uint32(shift))) * np.uint32(factor)
+    return state ^ (state >> np.uint32(16))

@@ -1,10 +1,12 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distlenet.data.permutation import Permutation
+from distlenet.data.permutation import Permutation, _mix32
 from distlenet.data.sampler import GlobalBatchSampler, permutation
+from distlenet.utils.keyed_random import mix32
 
 pytestmark = pytest.mark.unit
 
@@ -59,3 +61,8 @@ def test_neighbouring_numbers_are_uncorrelated():
     numbers = permutation(60_000, 0, 0)(torch.arange(60_000)).double()
     assert abs(float(torch.corrcoef(torch.stack([numbers[:-1], numbers[1:]]))[0, 1])) < 5 * 0.0041
     assert abs(float(torch.corrcoef(torch.stack([numbers, torch.arange(60_000.0)]))[0, 1])) < 5 * 0.0041
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20))
+def test_the_mixer_is_that_of_the_random_numbers(values):
+    assert _mix32(np.array(values, np.uint32)).tolist() == mix32(torch.tensor(values)).tolist()
