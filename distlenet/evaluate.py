@@ -119,7 +119,7 @@ def _evaluate(config: Config, state: State, path: Path, split: str, make_task: M
 
         first = EvaluationLoader(datasets.test, 1, 0, 1, context.device, task.collate, config.seed)
         sample = next(iter(first))
-        outline = outline_of(task, model, task.transform(sample.data, None), context.autocast())
+        outline = outline_of(task, model, sample.inputs(task), context.autocast())
         metrics = evaluate_split(outline, model, batches(), loader.samples, context)
     return metrics, path, state
 

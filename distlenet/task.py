@@ -33,10 +33,17 @@ class Batch:
     epoch: int  # from 0
     number: int  # of the global batch in the epoch, from 0
     global_size: int  # samples of the global batch, over all ranks
+    transformed: bool = False  # ``data`` is what ``Task.transform`` returned
 
     def __len__(self) -> int:
         """Return n, the samples of this rank."""
         return len(self.indices)
+
+    def inputs(self, task: "Task") -> Data:
+        """Return the input of the task's loss; ``()`` without samples, which no user's code receives."""
+        if not len(self):
+            return ()
+        return self.data if self.transformed else task.transform(self.data, self.keys)
 
 
 class MapDataset(Protocol):
@@ -117,6 +124,9 @@ class Task(ABC):
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    random_transform: bool = True
+    """Whether ``transform`` uses its keys. If not, a data set on the GPU is transformed once, not in each step."""
 
     @abstractmethod
     def model(self) -> nn.Module:

@@ -10,8 +10,26 @@ from torch.utils.data import Dataset
 
 from distlenet.data.seeding import EVALUATION_EPOCH, load_samples
 from distlenet.data.sources import ImageDataset
-from distlenet.task import BatchDataset, Data, MapDataset, SampleKeys
-from distlenet.utils.nested import map_tensors
+from distlenet.task import Batch, BatchDataset, Data, MapDataset, SampleKeys
+from distlenet.utils.nested import count_samples, map_tensors, tensors_in
+
+
+class TransformedDataset:
+    """The samples of a dataset on a GPU, as ``Task.transform`` returned them."""
+
+    def __init__(self, data: Data) -> None:
+        """Take nested tensors, whose first dimension is the sample."""
+        self.data, self.samples = data, count_samples(data)
+        self.device = next(tensors_in(data)).device
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self.samples
+
+    def get_batch(self, indices: Tensor) -> Data:
+        """Return the samples at ``indices``, int64 (n,) on the device."""
+        return map_tensors(lambda tensor: tensor.index_select(0, indices), self.data)
+
 
 AnyDataset = MapDataset | BatchDataset
 
@@ -45,17 +63,23 @@ class BatchedDataset(Dataset[Fetched]):
     def __init__(self, dataset: AnyDataset, collate: Collate, seed: int, partners: bool = False) -> None:
         """Load ``partners``, too: as ``Task.partners``."""
         self.dataset, self.collate, self.seed, self.partners = dataset, collate, seed, partners
-        self.device = dataset.images.device if isinstance(dataset, ImageDataset) else torch.device("cpu")
+        placed = isinstance(dataset, ImageDataset | TransformedDataset)
+        self.device = dataset.device if placed else torch.device("cpu")  # type: ignore[union-attr]
+        self.transformed = isinstance(dataset, TransformedDataset)
 
     def __getitem__(self, request: Request) -> Fetched:
         """Fetch the samples of a request. No host sync."""
         epoch, indices = request
         on_device = indices if self.device.type == "cpu" else indices.pin_memory().to(self.device, non_blocking=True)
         keys = SampleKeys(self.seed, epoch, on_device)
+        return Fetched(self.fetch(keys), indices, on_device)
+
+    def fetch(self, keys: SampleKeys) -> Data:
+        """Return the samples at ``keys.indices``, with their partners. A CUDA graph can capture it on the GPU."""
         data = self._fetch(keys)
         if self.partners:
             data = data, self._fetch(replace(keys, indices=keys.integers("partner", len(self.dataset))))
-        return Fetched(data, indices, on_device)
+        return data
 
     def _fetch(self, keys: SampleKeys) -> Data:
         if not len(keys.indices):  # no dataset has to serve a batch without samples
@@ -68,3 +92,23 @@ class BatchedDataset(Dataset[Fetched]):
 def read_samples(dataset: AnyDataset, collate: Collate, seed: int, indices: Tensor) -> Data:
     """Return the samples at ``indices``, int64 (n,), as an evaluation reads them."""
     return BatchedDataset(dataset, collate, seed)[Request(EVALUATION_EPOCH, indices)].data
+
+
+@dataclass(frozen=True)
+class ResidentBatch:
+    """One rank's share of a global batch of a dataset on the GPU, not gathered yet."""
+
+    dataset: BatchedDataset
+    indices: Tensor  # int64 (n,), on the host
+    epoch: int
+    number: int
+    global_size: int
+
+    def __len__(self) -> int:
+        """Return n, the samples of this rank."""
+        return len(self.indices)
+
+    def gather(self, keys: SampleKeys) -> Batch:
+        """Return the batch; ``keys`` has the indices on the GPU. No host sync."""
+        data = self.dataset.fetch(keys)
+        return Batch(data, self.indices, keys, self.epoch, self.number, self.global_size, self.dataset.transformed)

@@ -34,6 +34,11 @@ class ImageDataset:
             indices = self.rows.index_select(0, indices)
         return self.images.index_select(0, indices), self.labels.index_select(0, indices).long()
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the images."""
+        return self.images.device
+
     def select(self, rows: Tensor) -> "ImageDataset":
         """Return the samples ``rows``, int64 (n,), without a copy."""
         return replace(self, rows=rows if self.rows is None else self.rows[rows])

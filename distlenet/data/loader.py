@@ -6,8 +6,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from distlenet.config.schema import Config
-from distlenet.data.batched_dataset import AnyDataset, BatchedDataset, Collate, Fetched, Request
-from distlenet.data.placement import place_datasets, prefetch_to_device
+from distlenet.data.batched_dataset import AnyDataset, BatchedDataset, Collate, Fetched, Request, ResidentBatch
+from distlenet.data.placement import place_datasets, prefetch_to_device, transform_once
 from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.data.seeding import EVALUATION_EPOCH
 from distlenet.distributed.collectives import raise_on_all_ranks
@@ -63,27 +63,40 @@ class Loader:
         self.batched = BatchedDataset(dataset, collate, sampler.seed, partners)
         self.copies = device != self.batched.device
         self.epoch_sampler = _EpochSampler()
-        self.loader = DataLoader(
-            _UserErrorsAsItems(self.batched),
-            batch_size=None,  # no batching by the DataLoader: the requests reach the dataset whole
-            sampler=self.epoch_sampler,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=self.copies,
-            worker_init_fn=worker_init_fn,
-            generator=torch.Generator(),  # the loader draws a seed per epoch: not from the global generator
-        )
+        self.workers: DataLoader[Fetched | UserError] | None = None
+        if num_workers:
+            self.workers = DataLoader(
+                _UserErrorsAsItems(self.batched),
+                batch_size=None,  # no batching by the DataLoader: the requests reach the dataset whole
+                sampler=self.epoch_sampler,
+                num_workers=num_workers,
+                persistent_workers=True,
+                pin_memory=self.copies,
+                worker_init_fn=worker_init_fn,
+                generator=torch.Generator(),  # the loader draws a seed per epoch: not from the global generator
+            )
 
-    def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch | ResidentBatch]:
         """Yield the global batches ``start`` to ``stop`` - 1 of an epoch; the first call starts the workers."""
         batches = self.sampler.batches(epoch, start, stop)
-        self.epoch_sampler.requests = (Request(epoch, indices) for indices in batches)
-        with block_signals():  # a signal to stop must not end a worker while it starts
-            fetched: Iterator[Fetched] = map(_raise_user_error, self.loader)
+        if self.batched.device.type == "cuda":
+            for number, indices in enumerate(batches, start):
+                yield ResidentBatch(self.batched, indices, epoch, number, self.sampler.global_size(number))
+            return
+        fetched = self._fetch(Request(epoch, indices) for indices in batches)
         if self.copies:
             fetched = prefetch_to_device(fetched, self.device)
         for number, samples in enumerate(fetched, start):
             yield self._batch(samples, epoch, number)
+
+    def _fetch(self, requests: Iterator[Request]) -> Iterator[Fetched]:
+        """Fetch the samples in the workers, or in this process; in pinned memory for a GPU."""
+        if self.workers is not None:
+            self.epoch_sampler.requests = requests
+            with block_signals():  # a signal to stop must not end a worker while it starts
+                return map(_raise_user_error, self.workers)
+        fetched = map(self.batched.__getitem__, requests)
+        return (samples.pin_memory() for samples in fetched) if self.copies else fetched
 
     def batch(self, epoch: int, number: int) -> Batch:
         """Load one global batch, without the workers."""
@@ -99,7 +112,8 @@ class Loader:
         if self.copies:  # does nothing for what was prefetched
             data, on_device = map_tensors(lambda tensor: tensor.to(self.device), (data, on_device))
         keys = SampleKeys(self.sampler.seed, epoch, on_device)
-        return Batch(data, indices, keys, epoch, number, self.sampler.global_size(number))
+        global_size = self.sampler.global_size(number)
+        return Batch(data, indices, keys, epoch, number, global_size, self.batched.transformed)
 
 
 class EvaluationLoader:
@@ -130,7 +144,8 @@ class EvaluationLoader:
         if self.device != self.batched.device:
             fetched = prefetch_to_device((samples.pin_memory() for samples in fetched), self.device)
         for number, samples in enumerate(fetched):
-            yield Batch(samples.data, samples.indices, None, 0, number, len(samples.indices))
+            size, transformed = len(samples.indices), self.batched.transformed
+            yield Batch(samples.data, samples.indices, None, 0, number, size, transformed)
 
     @property
     def batches_of_every_rank(self) -> int:
@@ -153,6 +168,7 @@ def make_loaders(
     )
     with raise_on_all_ranks():  # a GPU may have less free memory than the others
         datasets = place_datasets(datasets, config.data.device, num_workers, device)
+    datasets = transform_once(datasets, task)
     loader = Loader(datasets.train, sampler, num_workers, device, task.collate, task.partners)
     return loader, evaluation_loaders(config, context, datasets, task)
 

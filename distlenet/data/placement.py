@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
-from distlenet.data.batched_dataset import Fetched
+from distlenet.data.batched_dataset import Fetched, TransformedDataset
 from distlenet.data.sources import ImageDataset
-from distlenet.task import Datasets
+from distlenet.task import Data, Datasets, Task
 from distlenet.utils.errors import UserError
 from distlenet.utils.nested import map_tensors, tensors_in
 
 GPU_SHARE = 0.25  # of a GPU's free memory, which a dataset may take to be kept there with data.device=auto
+
+TRANSFORMED_TOGETHER = 4096  # samples
 
 
 def prefetch_to_device(batches: Iterator[Fetched], device: torch.device) -> Iterator[Fetched]:
@@ -63,3 +65,34 @@ def place_datasets(datasets: Datasets, wanted: str, num_workers: int, device: to
     if wanted == "cuda":
         raise UserError(f"data.device=cuda: the images take {needed:,} bytes of {free:,} free; give data.device=auto")
     return datasets
+
+
+@torch.no_grad()
+def transform_once(datasets: Datasets, task: Task) -> Datasets:
+    """Return ``datasets`` with those on the GPU transformed, if ``Task.transform`` is not random and if they fit."""
+    placed = {
+        split: dataset
+        for split in ("train", "validation", "test")
+        if isinstance(dataset := getattr(datasets, split), ImageDataset) and dataset.device.type == "cuda"
+    }
+    if task.random_transform or not placed:
+        return datasets
+    device = next(iter(placed.values())).device
+    example = task.transform(
+        next(iter(placed.values())).get_batch(torch.zeros(1, dtype=torch.int64, device=device)), None
+    )
+    sample_bytes = sum(tensor.nbytes for tensor in tensors_in(example))
+    if sum(map(len, placed.values())) * sample_bytes > torch.cuda.mem_get_info(device)[0] * GPU_SHARE:
+        return datasets
+    transformed: dict[str, Any] = {split: _transform(dataset, task, example) for split, dataset in placed.items()}
+    return replace(datasets, **transformed)
+
+
+def _transform(dataset: ImageDataset, task: Task, example: Data) -> TransformedDataset:
+    """Transform all samples, in parts: what is computed in between takes a multiple of their memory."""
+    data = map_tensors(lambda tensor: tensor.new_empty(len(dataset), *tensor.shape[1:]), example)
+    for indices in torch.arange(len(dataset), device=dataset.device).split(TRANSFORMED_TOGETHER):
+        part = task.transform(dataset.get_batch(indices), None)
+        for target, source in zip(tensors_in(data), tensors_in(part), strict=True):
+            target.index_copy_(0, indices, source)
+    return TransformedDataset(data)

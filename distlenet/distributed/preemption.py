@@ -15,9 +15,6 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from distlenet.utils.process import exit_with_parent
 from distlenet.utils.startup import STOP_SIGNALS, stop
 
@@ -84,30 +81,3 @@ def _exit_on_sigterm_from_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-class StopFlag:
-    """Whether any rank requested a stop, read on the host without waiting for the current step of the device."""
-
-    DELAY = 4  # steps until a value is read on a GPU: it is computed by then, and all ranks read the same step's
-
-    def __init__(self, device: torch.device) -> None:
-        self._stop, self._step = False, 0
-        self._events: list[torch.cuda.Event] = []
-        if device.type == "cuda":
-            self._values = torch.zeros(self.DELAY, pin_memory=True)
-            self._events = [torch.cuda.Event() for _ in range(self.DELAY)]
-
-    def poll(self, value: Tensor) -> bool:
-        """Take one step's sum over all ranks, positive if any requested a stop; return whether one did so far."""
-        if not self._events:
-            self._stop |= bool(value > 0)
-            return self._stop
-        slot = self._step % self.DELAY
-        if self._step >= self.DELAY:
-            self._events[slot].synchronize()  # a host sync with the work of DELAY steps ago
-            self._stop |= bool(self._values[slot] > 0)
-        self._values[slot].copy_(value.detach(), non_blocking=True)
-        self._events[slot].record()
-        self._step += 1
-        return self._stop

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distlenet.data.batched_dataset import ResidentBatch
 from distlenet.data.loader import EvaluationLoader
 from distlenet.prove.comparison import GRADIENTS
 from distlenet.prove.digests import digest, sample_digests
@@ -174,7 +175,7 @@ class RecordingTrainer(Trainer):
             self._record_weights("initial weights")
             self.recorder.place = None
 
-    def step(self, batch: Batch) -> StepResult:
+    def step(self, batch: Batch | ResidentBatch) -> StepResult:
         """Record a step."""
         self.checkpoints.store.wait()  # while it writes, the checkpoint after this step would be left out
         if self.state.step == self.kill_before:

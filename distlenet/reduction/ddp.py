@@ -1,6 +1,6 @@
 """Gradient reduction by DistributedDataParallel, with a stop flag in its all-reduce."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,11 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.buffers import BufferAverage, unchanged_buffers
-from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep, T
+from distlenet.reduction.gradients import fill_unused
+from distlenet.reduction.micro_batches import ConsecutiveMicroBatches
+from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep, mark_nonfinite
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.reduction.wrapped_model import (
     NO_SAMPLES,
-    UNUSED,
     CommHook,
     ModelWithStopFlag,
     sum_comm_hook,
@@ -24,8 +25,7 @@ from distlenet.reduction.wrapped_model import (
 )
 from distlenet.task import Data
 from distlenet.utils.clock import Clock
-from distlenet.utils.errors import UserError
-from distlenet.utils.nested import count_samples, select_samples
+from distlenet.utils.nested import count_samples
 
 
 class _ReadyMark:
@@ -38,8 +38,10 @@ class _ReadyMark:
         self.mark = self.clock.mark()
 
 
-class DdpReducer:
+class DdpReducer(ConsecutiveMicroBatches):
     """Floats, summed over ranks in the order that DistributedDataParallel and ``all_reduce`` choose."""
+
+    capture_after = 11  # DistributedDataParallel times some of its first ten steps with events
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class DdpReducer:
         their weights. ``find_unused`` allows losses that do not depend on all parameters. A collective.
         """
         device = next(model.parameters()).device
-        self.rank, self.micro_batch_size, self.micro_batches_per_rank = env.rank, micro_batch_size, accumulation_steps
+        super().__init__(env.rank, accumulation_steps, micro_batch_size)
         self.bare_model, self.clock, self.buffers = model, Clock(device), BufferAverage(model, 1, all_reduce)
         self.comm_hook: CommHook | None = None
         self.loss_multiplier = env.world_size  # DistributedDataParallel divides by it, and so does bf16_compress_hook
@@ -103,23 +105,6 @@ class DdpReducer:
         self.model = self._wrap(model)
         self.warm_up(example_loss)
 
-    def cap_micro_batch_size(self, limit: int) -> None:
-        """Use micro-batches of at most ``limit`` samples."""
-        share = self.micro_batch_size * self.micro_batches_per_rank
-        if limit < self.micro_batch_size:
-            self.micro_batch_size, self.micro_batches_per_rank = limit, -(-share // limit)
-
-    def split(self, data: Data) -> list[MicroBatch]:
-        """Split a rank's share into runs of consecutive samples."""
-        samples, size = count_samples(data), self.micro_batch_size
-        starts = range(0, samples, size)
-        first = self.rank * self.micro_batches_per_rank
-        return [MicroBatch(first + k, select_samples(data, slice(s, s + size))) for k, s in enumerate(starts)]
-
-    def map(self, function: Callable[[MicroBatch], T], micro_batches: list[MicroBatch]) -> list[T]:
-        """Call ``function`` on each micro-batch."""
-        return [function(micro_batch) for micro_batch in micro_batches]
-
     @contextmanager
     def step(self, global_size: int, stop: Tensor) -> Iterator[ReductionStep]:
         """Reduce one step. A collective."""
@@ -163,27 +148,15 @@ class _DdpStep(ReductionStep):
         """Read what all ranks contributed: the last backward pass has reduced it."""
         flag, reduced = self.reducer.flag, self.reducer.clock.mark()
         assert flag.grad is not None, "no backward in this step"
-        self._check_unused()
+        fill_unused(self.reducer.parameters, self.reducer.find_unused)
         if self.reducer.find_unused:
             self._sum_flags()
         stop = flag.grad.clone()
         flag.grad = None
-        nonfinite = stop.isnan()
         if (weight := self._total_weight()) is not None:
-            nonfinite |= ~(weight > 0)
             torch._foreach_div_([p.grad for p in self.reducer.parameters.values() if p.grad is not None], weight)
         change = self.reducer.buffers.reduce(self.global_size)
-        if change is not None:
-            nonfinite |= ~change.isfinite().all()
-        self._result = ReductionResult(stop, nonfinite, self.reducer.ready.mark, reduced, change)
-
-    def _check_unused(self) -> None:
-        """Give unused parameters a gradient of 0, or raise UserError if these are not allowed."""
-        unused = [name for name, parameter in self.reducer.parameters.items() if parameter.grad is None]
-        if unused and not self.reducer.find_unused:
-            raise UserError(f"the loss does not depend on {', '.join(unused)}: {UNUSED}")
-        for name in unused:
-            self.reducer.parameters[name].grad = torch.zeros_like(self.reducer.parameters[name])
+        self._result = ReductionResult(mark_nonfinite(stop, change, weight), self.reducer.ready.mark, reduced, change)
 
     def _sum_flags(self) -> None:
         """Sum what is not in a bucket with unused parameters. A collective."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.buffers import BufferAverage
-from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep, T
+from distlenet.reduction.gradients import in_memory_order
+from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep, T, mark_nonfinite
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
 from distlenet.utils.clock import Clock
@@ -28,6 +29,7 @@ class ExactReducer:
     ``distlenet.utils.exact_sums``): on the rank, then over ranks in one float64 all-reduce.
     """
 
+    capture_after = 3
     GRID_BITS = 40
     SUM_BITS = 12  # the sum over all shards stays below 2**12, half of what float64 holds exactly on this grid
 
@@ -137,7 +139,7 @@ class ExactStep(ReductionStep):
     def add_shard(self) -> None:
         """Move the gradient of one shard into the exact sum."""
         reducer = self.reducer
-        flat = torch.cat([_gradient_in_memory_order(parameter) for parameter in reducer.parameters])
+        flat = torch.cat([in_memory_order(parameter) for parameter in reducer.parameters])
         flat.mul_(reducer.to_bound).mul_(reducer.to_grid).round_()  # integer multiples of the grid, exact in float32
         if self.has_partial_sum:
             reducer.sum.add_(reducer.shard_sum.copy_(flat))
@@ -161,19 +163,6 @@ class ExactStep(ReductionStep):
         for parameter, gradient in zip(reducer.parameters, flat.split(reducer.sizes), strict=True):
             parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())  # as fused optimizers need it
         # Each gradient is below 2**12, so their sum is finite if all of them are. Infinity and NaN times 0 are NaN.
-        total = reducer.flag + flat.sum() if reducer.check_finite else reducer.flag
-        nonfinite = (total * 0).isnan()
-        if reducer.weight is not None:
-            nonfinite |= ~(reducer.weight > 0)
+        flag = torch.add(reducer.flag, flat.sum(), alpha=0) if reducer.check_finite else reducer.flag
         change = reducer.buffers.reduce(self.global_size)
-        if change is not None:
-            nonfinite |= ~change.isfinite().all()
-        self._result = ReductionResult(reducer.flag, nonfinite, ready, reduced, change)
-
-
-def _gradient_in_memory_order(parameter: Tensor) -> Tensor:
-    """View a parameter's gradient as (number of elements,), in the memory order of the parameter."""
-    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    if gradient.stride() != parameter.stride():
-        gradient = torch.empty_like(parameter).copy_(gradient)
-    return gradient.as_strided((gradient.numel(),), (1,))
+        self._result = ReductionResult(mark_nonfinite(flag, change, reducer.weight), ready, reduced, change)

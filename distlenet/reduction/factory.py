@@ -7,6 +7,7 @@ from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.batch_size import micro_batch_size
 from distlenet.reduction.ddp import DdpReducer
 from distlenet.reduction.exact import ExactReducer
+from distlenet.reduction.flat import FlatReducer, fits_flat_buffer
 from distlenet.reduction.lockstep import LockstepReducer
 from distlenet.reduction.reducer import Reducer
 from distlenet.reduction.shared_memory import resolve_all_reduce
@@ -37,6 +38,8 @@ def make_reducer(
     if settings.reduction == "ddp":
         compress = settings.gradient_compression == "bf16"
         steps, find_unused = config.train.accumulation_steps, settings.find_unused_parameters
+        if next(model.parameters()).device.type == "cuda" and not compress and fits_flat_buffer(model):
+            return FlatReducer(model, env, steps, size, weighted, find_unused)
         return DdpReducer(model, env, steps, size, all_reduce, compress, weighted, find_unused)
     kind = LockstepReducer if config.model.sync_batchnorm else ExactReducer
     return kind(model, env, settings.virtual_shards, size, check_finite, all_reduce, weighted)

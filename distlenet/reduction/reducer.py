@@ -15,12 +15,14 @@ any rank was asked to stop, and whether the loss of any rank is not finite. With
 travels there, too, and the gradients are divided by it afterwards: before, no rank knows it.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from distlenet.reduction.buffers import BufferAverage
@@ -44,13 +46,19 @@ class MicroBatch(NamedTuple):
 class ReductionResult:
     """The result of a step, identical on all ranks."""
 
-    stop: Tensor  # scalar, positive if any rank was asked to stop
-    # bool scalar: a loss or the change of a buffer, or with ``exact`` a gradient, is not finite or too large to sum
-    # exactly, or all weights are 0
-    nonfinite: Tensor
+    # Scalar, positive if any rank was asked to stop. NaN if the step must not be taken: a loss or the change of a
+    # buffer, or with ``exact`` a gradient, is not finite or too large to sum exactly, or all weights are 0.
+    flag: Tensor
     gradient_ready: Mark  # this rank's gradient was complete
     reduced: Mark  # the gradients of all ranks were summed
     buffer_change: Tensor | None  # for ``BufferAverage.apply``, if the step is taken; None if no buffer changes
+
+
+def mark_nonfinite(flag: Tensor, change: Tensor | None, weight: Tensor | None) -> Tensor:
+    """Return ``flag``, or NaN if the change of the buffers is not finite, or the sum of the weights not positive."""
+    if weight is not None:
+        flag = torch.where(weight > 0, flag, math.nan)
+    return flag if change is None else flag + (change * 0).sum()
 
 
 class ReductionStep(ABC):
@@ -93,6 +101,7 @@ class Reducer(Protocol):
         """The model for the forward pass of a step."""
 
     buffers: BufferAverage
+    capture_after: int  # steps, before one can be captured in a CUDA graph
     micro_batch_size: int  # samples, at most
     micro_batches_per_rank: int
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from distlenet.reduction.gradients import UNUSED
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.utils.errors import UserError
 
@@ -40,11 +41,6 @@ def sum_comm_hook(all_reduce: AllReduce) -> CommHook:
 
     return hook
 
-
-UNUSED = (
-    "DistributedDataParallel waits for their gradients; give distributed.find_unused_parameters=true, or exclude them "
-    "with requires_grad_(False)"
-)
 
 NO_SAMPLES = object()
 """Input of the wrapped model on a rank without samples."""

@@ -40,6 +40,8 @@ class ImageClassification(Task):
         self.checked = False
         self.mixing: Mixing | None = None
         self.partners = config.data.mixup > 0 or config.data.cutmix > 0
+        own_transform = type(self).transform is not ImageClassification.transform
+        self.random_transform = own_transform or self.partners or config.data.augment != "none"
 
     def model(self) -> nn.Module:
         """Return a new network on the CPU."""

@@ -1,5 +1,8 @@
 """The part of an optimizer step that runs on the device, and that a CUDA graph can capture."""
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,19 +19,19 @@ from distlenet.reduction.lockstep import connect
 from distlenet.reduction.reducer import MicroBatch, ReductionResult
 from distlenet.task import Batch, Data, Task
 from distlenet.training.compilation import compile_model
-from distlenet.training.meter import Meter
-from distlenet.training.nonfinite_guard import NonfiniteGuard
+from distlenet.training.meter import DeferredMeter, Meter
 from distlenet.training.optimizers import check_optimizer, make_optimizer
 from distlenet.training.outline import outline_of
 from distlenet.training.parameter_groups import parameter_groups
-from distlenet.training.step_result import DeviceResult
+from distlenet.training.step_flags import StepFlags
+from distlenet.training.step_inputs import StepInputs
+from distlenet.training.step_result import DeviceResult, StepTimes
 from distlenet.training.weight_average import WeightAverage
-from distlenet.utils.keyed_random import seed_micro_batch
+from distlenet.utils.clock import Clock, Mark
+from distlenet.utils.keyed_random import default_generator, seed_micro_batch
 
-
-def is_capturing(device: torch.device) -> bool:
-    """Return whether work on ``device`` is being captured in a CUDA graph rather than run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+Seed = Callable[[int], None]
+"""Makes the random numbers of the device, such as those of dropout, those of a micro-batch, given by its number."""
 
 
 class RankShare(NamedTuple):
@@ -40,7 +43,7 @@ class RankShare(NamedTuple):
 
 
 class DeviceStep:
-    """Model, average of its weights, loss scaler, optimizer, reducer, guard and meter."""
+    """Model, average of its weights, loss scaler, optimizer, reducer, meter, and the inputs and flags of steps."""
 
     def __init__(self, config: Config, context: DistributedContext, task: Task, example: Data) -> None:
         """Build all parts; ``example`` is the transformed data of one sample. A collective.
@@ -64,61 +67,89 @@ class DeviceStep:
         trained_model = compile_model(self.model, self.device) if config.model.compile else self.model
         self.reducer = make_reducer(config, trained_model, context.env, not scaled, self.outline.weighted)
         skips_on_device = scaled or getattr(self.optimizer, "_step_supports_amp_scaling", False)  # if it is fused
-        deferred = self.device.type == "cuda" and config.train.on_nonfinite == "stop" and skips_on_device
-        self.guard = NonfiniteGuard(self.optimizer, self.device, deferred, loss_scaling=scaled)
-        self.meter = Meter(self.outline.metric_names, self.device, self.outline.weighted)
-        self.stop_input = torch.zeros((), device=self.device)
-        self.step_input = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.on_gpu = self.device.type == "cuda"
+        samples = self.reducer.micro_batch_size * self.reducer.micro_batches_per_rank
+        self.inputs = StepInputs(self.device, len(self.optimizer.param_groups), samples if self.on_gpu else 0)
+        self.flags: StepFlags | None = None  # None: the host waits for the flag of each step
+        metrics, weighted = self.outline.metric_names, self.outline.weighted
+        self.meter = Meter(metrics, self.device, weighted)
+        if self.on_gpu and config.train.on_nonfinite == "stop" and skips_on_device:
+            self.flags = StepFlags(self.optimizer, self.device, loss_scaling=scaled)
+            self.meter = DeferredMeter(metrics, self.device, weighted, samples)
+        self.lrs_on_device = self.flags is not None and not scaled
+        self.clock = Clock(self.device)
 
-    def set_inputs(self, step: int, stop: bool) -> None:
-        """Copy the values that differ from step to step to the device, besides the batch."""
-        self.step_input.fill_(step)
-        self.stop_input.fill_(stop)
+    def compute(self, batch: Batch, seed: Seed, want_grad_norm: bool) -> DeviceResult:
+        """Compute the gradient of a global batch and take the step that ``inputs`` describes. A collective.
 
-    def compute(self, batch: Batch, step: int, want_grad_norm: bool) -> DeviceResult:
-        """Compute the gradient of a global batch and take the step. A collective."""
-        data = self._transform(batch)
+        ``seed`` is called before each micro-batch.
+        """
+        begin = self.clock.mark()
+        data = batch.inputs(self.task)
 
         def compute(micro_batch: MicroBatch) -> Tensor:
-            self.seed(step, micro_batch.number)
+            seed(micro_batch.number)
             with self.autocast:
                 result = self.outline.loss(self.reducer.model, micro_batch.data)
             loss_sum, weight_sum = self.outline.sums(result)
             reduction.backward(self.scaler.scale(loss_sum), weight_sum)  # the last is a collective
             return self.outline.values(result, micro_batch.data)
 
-        with self.reducer.step(batch.global_size, self.stop_input) as reduction:
+        with self.reducer.step(batch.global_size, self.inputs.stop) as reduction:
             values = reduction.map(compute, data)
-        return self._apply(reduction.result, self.outline.join(values, self.device), want_grad_norm)
+        return self._apply(reduction.result, self.outline.join(values, self.device), want_grad_norm, begin)
 
-    def _transform(self, batch: Batch) -> Data:
-        """Return the input of the loss; ``()`` without samples, which no user's code receives."""
-        return self.task.transform(batch.data, batch.keys) if len(batch) else ()
-
-    def _apply(self, reduction: ReductionResult, values: Tensor, want_grad_norm: bool) -> DeviceResult:
+    def _apply(self, reduction: ReductionResult, values: Tensor, want_grad_norm: bool, begin: Mark) -> DeviceResult:
         """Clip the gradients and take the step, unless something is not finite."""
-        nonfinite, grad_norm, scaled = reduction.nonfinite, None, self.scaler.is_enabled()
-        want_grad_norm |= self.max_grad_norm is not None or is_capturing(self.device)
+        flag, grad_norm, scaled = reduction.flag, None, self.scaler.is_enabled()
+        want_grad_norm |= self.max_grad_norm is not None
         if want_grad_norm and not scaled:
             grad_norm = self._clip_gradients()
-            nonfinite = nonfinite | ~grad_norm.isfinite()
-        skipped = self.guard.should_skip(nonfinite, self.step_input)  # host sync, unless deferred
-        taken = not skipped
-        if taken:
+            flag = torch.add(flag, grad_norm, alpha=0)  # NaN if the norm is not finite
+        stop = skipped = taken = False
+        if self.flags is not None:
+            self.flags.record(flag, self.inputs.slot)
+        else:
+            value = float(flag)  # host sync
+            stop, skipped = value > 0, math.isnan(value)
+        if not skipped:
             if want_grad_norm and scaled:  # an overflow is expected, and unscaling must be followed by a step
                 grad_norm = self._clip_gradients()
-            self.meter.update(values)
-            scale = self.scaler.get_scale()  # host sync, with fp16 only
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            taken = self.scaler.get_scale() >= scale  # a smaller scale means an overflow: no step was taken
+            self.meter.update(values, self.inputs.slot)
+            taken = self._take_step()
             if taken and self.weight_average is not None:
                 self.weight_average.update()
             if taken and reduction.buffer_change is not None:
-                skip = self.guard.found_inf if self.guard.deferred else None
+                skip = None if self.flags is None else self.flags.found_inf
                 self.reducer.buffers.apply(reduction.buffer_change, skip)
         self.optimizer.zero_grad(set_to_none=True)
-        return DeviceResult(reduction, grad_norm, skipped, taken)
+        times = StepTimes(begin, reduction.gradient_ready, reduction.reduced, self.clock.mark())
+        return DeviceResult(grad_norm, stop, skipped, taken, times)
+
+    def _take_step(self) -> bool:
+        """Let the optimizer take its step; return False if the loss scaler skipped it. With fp16, host syncs."""
+        if not self.scaler.is_enabled():
+            with self._lrs_on_device():
+                self.optimizer.step()
+            return True
+        scale = self.scaler.get_scale()  # host sync
+        self.scaler.step(self.optimizer)  # host sync, unless the optimizer is fused
+        self.scaler.update()
+        return self.scaler.get_scale() >= scale  # host sync; a smaller scale means an overflow
+
+    @contextmanager
+    def _lrs_on_device(self) -> Iterator[None]:
+        """Let a fused optimizer read the learning rates from ``inputs``, as a CUDA graph must: in float32."""
+        groups, before = self.optimizer.param_groups if self.lrs_on_device else [], []
+        for lr, group in zip(self.inputs.lrs, groups, strict=bool(groups)):
+            on_device = {"lr": lr, "capturable": True}  # SGD neither has nor needs "capturable"
+            before.append({key: group[key] for key in on_device if key in group})
+            group.update({key: on_device[key] for key in before[-1]})
+        try:
+            yield
+        finally:
+            for group, settings in zip(groups, before, strict=True):
+                group.update(settings)
 
     def _clip_gradients(self) -> Tensor:
         """Clip to ``train.max_grad_norm``, if set, and return the norm before, a scalar. No host sync."""
@@ -134,8 +165,7 @@ class DeviceStep:
 
     def seed(self, step: int, micro_batch: int) -> None:
         """Seed the generator of the device, for dropout, by step and micro-batch."""
-        if not is_capturing(self.device):  # a captured step is seeded before each replay
-            seed_micro_batch(self.device, self.seed_value, step, micro_batch)
+        seed_micro_batch(default_generator(self.device), self.seed_value, step, micro_batch)
 
     def warm_up(self) -> None:
         """Prepare the reducer. A collective."""
@@ -155,7 +185,7 @@ class DeviceStep:
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         gradients = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
         losses, weights = torch.zeros(len(batch), device=self.device), torch.ones(len(batch), device=self.device)
-        data = self._transform(batch)
+        data = batch.inputs(self.task)
 
         def compute(micro_batch: MicroBatch) -> None:
             part, positions = micro_batch.data

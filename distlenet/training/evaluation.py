@@ -32,7 +32,7 @@ def evaluate(
     model.eval()
     try:
         for batch in batches:
-            data = task.transform(batch.data, None)
+            data = batch.inputs(task)
             with context.autocast():
                 result = outline.loss(model, data)
             meter.update(outline.values(result, data))

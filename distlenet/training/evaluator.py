@@ -79,7 +79,7 @@ def check_error_analysis(outline: TaskOutline, model: nn.Module, batch: Batch, c
     if (analysis := task.error_analysis(context.device)) is None:
         return
     model.eval()
-    data = task.transform(batch.data, None)
+    data = batch.inputs(task)
     with context.autocast():
         outputs = outline.loss(model, data).outputs
     model.train()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distlenet.distributed.collectives import sum_over_ranks
+from distlenet.training.step_inputs import RECENT_STEPS
 from distlenet.utils.errors import UserError
 from distlenet.utils.exact_sums import LOSS_BITS, round_to_grid
 
@@ -41,34 +42,50 @@ class Meter:
         self.epoch = torch.zeros(len(self.names) + weighted + 1, dtype=torch.float64, device=device)
         self.window_start = self.epoch.clone()
 
-    def update(self, values: Tensor) -> None:
-        """Add the values of n samples, as ``TaskOutline.values`` returns them. No host sync."""
-        self.epoch[:-1] += round_to_grid(values.double(), LOSS_BITS).sum(1)
-        self.epoch[-1] += values.shape[1]
+    def update(self, values: Tensor, slot: Tensor | None = None) -> None:  # noqa: ARG002
+        """Add the values of n samples, as ``TaskOutline.values`` returns them. No host sync.
+
+        ``slot`` is ``StepInputs.slot``, in a training step.
+        """
+        self._add(values, values.shape[1])
+
+    def count(self, step: int, samples: int) -> None:
+        """Count the samples of this rank in optimizer step ``step``, whose values ``update`` received. No host sync."""
 
     def window(self) -> Metrics:
         """Return the means since the last call, over all ranks. A collective, then a host sync."""
+        self._settle()
         metrics = self._metrics(self.epoch - self.window_start)
         self.window_start.copy_(self.epoch)
         return metrics
 
     def total(self) -> Metrics:
         """Return the means since the last reset, over all ranks. A collective, then a host sync."""
+        self._settle()
         return self._metrics(self.epoch)
 
     def reset(self) -> None:
         """Start a new epoch."""
+        self._settle()
         self.epoch.zero_()
         self.window_start.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the sums over all ranks, from which any number of ranks can resume. A collective."""
+        self._settle()
         return {"epoch": sum_over_ranks(self.epoch).cpu(), "window_start": sum_over_ranks(self.window_start).cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor], rank: int) -> None:
         """Load saved sums: rank 0 holds them, the others start at zero."""
         for name in ("epoch", "window_start"):
             getattr(self, name).copy_(state[name] if rank == 0 else torch.zeros_like(state[name]))
+
+    def _add(self, values: Tensor, samples: int) -> None:
+        self.epoch[:-1] += round_to_grid(values.double(), LOSS_BITS).sum(1)
+        self.epoch[-1] += samples
+
+    def _settle(self) -> None:
+        """Add what ``update`` has only stored."""
 
     def _metrics(self, sums: Tensor) -> Metrics:
         *totals, count = sum_over_ranks(sums).tolist()
@@ -79,3 +96,42 @@ class Meter:
                 raise UserError(f"loss: the weights of all {count:.0f} samples are 0, so they have no mean")
             means["loss"] = totals[0] / weight
         return Metrics(means, int(count))
+
+
+class DeferredMeter(Meter):
+    """Stores the values of recent steps, and adds them together now and then: two kernels per step instead of ten.
+
+    The sums are the same, since they are exact.
+    """
+
+    def __init__(self, metric_names: Sequence[str], device: torch.device, weighted: bool, max_samples: int) -> None:
+        """Store the values of up to ``max_samples`` samples per step."""
+        super().__init__(metric_names, device, weighted)
+        self.max_samples = max_samples
+        self.recent: Tensor | None = None  # (RECENT_STEPS, rows, max_samples), from the first step on
+        self.first_slot, self.steps, self.samples = 0, 0, 0  # not yet added
+
+    def update(self, values: Tensor, slot: Tensor | None = None) -> None:
+        """Store the values of n samples, (rows, n), in ``slot``, int64 (1,) on the device. No host sync."""
+        assert slot is not None
+        if self.recent is None:
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            shape = RECENT_STEPS, len(values), self.max_samples
+            self.recent = torch.zeros(shape, dtype=dtype, device=values.device)
+        if (missing := self.max_samples - values.shape[1]) > 0:
+            values = torch.nn.functional.pad(values, (0, missing))  # zeros do not change a sum
+        self.recent.index_copy_(0, slot, values.to(self.recent.dtype).unsqueeze(0))
+
+    def count(self, step: int, samples: int) -> None:
+        """Count the samples of a step; add all stored values if it was the last one for which there is room."""
+        if not self.steps:
+            self.first_slot = step % RECENT_STEPS
+        self.steps, self.samples = self.steps + 1, self.samples + samples
+        if self.first_slot + self.steps == RECENT_STEPS:
+            self._settle()
+
+    def _settle(self) -> None:
+        if self.steps and self.recent is not None:
+            stored = self.recent[self.first_slot : self.first_slot + self.steps]
+            self._add(stored.transpose(0, 1).reshape(stored.shape[1], -1), self.samples)
+        self.steps, self.samples = 0, 0

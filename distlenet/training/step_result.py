@@ -1,30 +1,39 @@
 """The outcome of one optimizer step."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from distlenet.reduction.reducer import ReductionResult
 from distlenet.utils.clock import Mark
+
+
+class StepTimes(NamedTuple):
+    """The moments of a step, without loading; without events in a captured step."""
+
+    begin: Mark
+    gradient_ready: Mark  # this rank's gradient was complete
+    reduced: Mark  # the gradients of all ranks were summed
+    end: Mark
 
 
 @dataclass(frozen=True)
 class DeviceResult:
     """The result of a step on the device; in a CUDA graph, the same tensors in every replay."""
 
-    reduction: ReductionResult
     grad_norm: Tensor | None  # scalar; None if not computed
-    skipped: bool
+    stop: bool  # a rank was asked to stop; always False if the host does not wait for the step
+    skipped: bool  # likewise
     taken: bool  # the optimizer's step; False also if the loss scaler skipped it
+    times: StepTimes
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of a step for the training loop, identical on all ranks except for the marks."""
+    """The result of a step for the training loop, identical on all ranks except for the times."""
 
     lr: float
     stop: bool  # a rank was asked to stop
     skipped: bool  # the step was not taken: a loss or gradient is not finite
     grad_norm: Tensor | None  # scalar on the device, before clipping
-    gradient_ready: Mark
-    reduced: Mark
+    times: StepTimes

@@ -3,18 +3,18 @@
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from distlenet.data.batched_dataset import ResidentBatch
 from distlenet.distributed.collectives import gather
 from distlenet.task import Batch
 from distlenet.tracking.base import Record
-from distlenet.training.step_result import StepResult
-from distlenet.utils.clock import Clock, Mark
+from distlenet.training.step_result import StepResult, StepTimes
 
-Marks = tuple[Mark, Mark, Mark, Mark]
-"""Begin of a step, its gradient complete, gradients of all ranks summed, end."""
+T = TypeVar("T")
 
 
 class Throughput:
@@ -26,11 +26,11 @@ class Throughput:
 
     def __init__(self, device: torch.device, hosts: Sequence[str]) -> None:
         """Start with nothing measured; ``hosts`` has the host name of each rank."""
-        self.device, self.hosts, self.clock = device, hosts, Clock(device)
+        self.device, self.hosts = device, hosts
         self.images, self.seconds = 0, 0.0
         self.started = 0.0
-        self.begin = self.clock.mark()
-        self.last_step: Marks | None = None
+        self.begin_s = 0.0
+        self.last_step: StepTimes | None = None
         self._open_window()
 
     def start(self) -> None:
@@ -38,27 +38,27 @@ class Throughput:
         self.started = time.perf_counter()
         self._open_window()
 
-    def time_loading(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def time_loading(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield ``batches``; each begins a step."""
         iterator = iter(batches)
         while True:
-            self.begin = self.clock.mark()
+            self.begin_s = time.perf_counter()
             batch = next(iterator, None)
             if batch is None:
                 return
-            self.load_s += time.perf_counter() - self.begin.host_s
+            self.load_s += time.perf_counter() - self.begin_s
             yield batch
 
-    def add(self, batch: Batch, result: StepResult) -> None:
+    def add(self, batch: Batch | ResidentBatch, result: StepResult) -> None:
         """Count one step. No host sync."""
-        ready, reduced, end = result.gradient_ready, result.reduced, self.clock.mark()
-        wait_s = reduced.host_s - ready.host_s
-        self.own_s += end.host_s - self.begin.host_s - wait_s
+        times = result.times
+        wait_s = times.reduced.host_s - times.gradient_ready.host_s
+        self.own_s += time.perf_counter() - self.begin_s - wait_s
         self.wait_s += wait_s
         self.images += batch.global_size
         self.window_images += batch.global_size
         self.rank_images += len(batch)
-        self.last_step = self.begin, ready, reduced, end
+        self.last_step = times
 
     def window(self) -> Record:
         """Return images/s and the ranks' times since the last call. A collective, then a host sync.

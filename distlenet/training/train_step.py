@@ -1,5 +1,6 @@
 """One optimizer step, and everything it changes."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,11 +9,10 @@ from distlenet.checkpoint.format import State
 from distlenet.checkpoint.initial_weights import load_initial_weights
 from distlenet.config.names import is_import_name
 from distlenet.config.schema import Config
-from distlenet.distributed.collectives import any_rank
+from distlenet.data.batched_dataset import ResidentBatch
 from distlenet.distributed.context import DistributedContext
-from distlenet.distributed.preemption import StopFlag
 from distlenet.task import Batch, Data, Task
-from distlenet.training.cuda_graph import GraphedStep
+from distlenet.training.cuda_graph import GraphedStep, gathered
 from distlenet.training.device_step import DeviceStep
 from distlenet.training.optimizers import check_optimizer_state, load_optimizer
 from distlenet.training.schedules import make_schedule
@@ -41,23 +41,25 @@ class TrainStep:
         self.on_device = DeviceStep(config, context, task, example)
         self.graph: GraphedStep | None = None
         self.schedule = make_schedule(config.optim, self.on_device.optimizer, total_steps)
-        self.stop_flag = StopFlag(context.device)
+        self.stop = False
 
-    def __call__(self, batch: Batch, step: int, stop: bool, want_grad_norm: bool = False) -> StepResult:
+    def __call__(self, batch: Batch | ResidentBatch, step: int, stop: bool, want_grad_norm: bool = False) -> StepResult:
         """Take optimizer step ``step`` (from 0) on this rank's share of a global batch. A collective.
 
         ``stop`` means that this rank was asked to stop. No host sync on a GPU, except with fp16 or
         ``train.on_nonfinite=skip``.
         """
-        lr = float(self.schedule.get_last_lr()[0])
-        self.on_device.set_inputs(step, stop)
-        run = self.on_device.compute if self.graph is None else self.graph.run
-        result = run(batch, step, want_grad_norm)
+        parts, lrs = self.on_device, [float(lr) for lr in self.schedule.get_last_lr()]
+        parts.inputs.set(step, batch.epoch, stop, lrs, batch.indices if parts.on_gpu else None)
+        if self.graph is not None:
+            result = self.graph.run(batch, step, want_grad_norm)
+        else:
+            result = parts.compute(gathered(batch, parts), partial(parts.seed, step), want_grad_norm)
         if result.taken:
             self.schedule.step()
-        reduction = result.reduction
-        stop = self.stop_flag.poll(reduction.stop)
-        return StepResult(lr, stop, result.skipped, result.grad_norm, reduction.gradient_ready, reduction.reduced)
+        parts.meter.count(step, len(batch))
+        self.stop |= result.stop if parts.flags is None else parts.flags.poll(step)
+        return StepResult(lrs[0], self.stop, result.skipped, result.grad_norm, result.times)
 
     def load_initial_weights(self, path: Path) -> Path:
         """Start from the weights in a file, not from the initial ones of the model; return the file. A collective."""
@@ -70,24 +72,19 @@ class TrainStep:
     def warm_up(self) -> None:
         """Prepare for the first step, after a checkpoint was loaded. A collective."""
         self.on_device.warm_up()
-        if self.config.train.cuda_graph == "auto":
-            reason = self._why_no_graph()
-            if any_rank(reason is not None, self.context.device):  # with unequal shares, ranks may differ; a collective
-                if self.context.env.rank == 0:
-                    warn(f"train.cuda_graph=auto: no graph, because {reason or 'another rank cannot have one'}")
-            else:
-                size, rank = self.config.train.global_batch_size, self.context.env.rank
-                self.graph = GraphedStep(self.on_device, size, micro_batch=rank)
+        if self.config.train.cuda_graph == "auto" and self.context.device.type == "cuda":
+            if (reason := self._why_no_graph()) is None:
+                self.graph = GraphedStep(self.on_device)
+            elif self.context.env.rank == 0:
+                warn(f"train.cuda_graph=auto: no graph, because {reason}")
 
     def _why_no_graph(self) -> str | None:
-        """Return why a step of this rank cannot be a CUDA graph, or None."""
-        if self.context.device.type != "cuda":
-            return "there is no GPU"
+        """Return why a step on a GPU cannot be a CUDA graph, or None; the same on all ranks."""
         if self.context.backend != "nccl":
             return f"the collectives of distributed.backend={self.context.backend} run on the host"
         if self.on_device.scaler.is_enabled():
             return "with precision=fp16 the host must know whether a step was skipped"
-        if not self.on_device.guard.deferred:
+        if self.on_device.flags is None:
             return "with train.on_nonfinite=skip, or an optimizer without fused=true, the host decides about each step"
         if self.config.model.compile:
             return "model.compile=true was not tested with it"
@@ -95,8 +92,6 @@ class TrainStep:
             return "with model.sync_batchnorm=true and distributed.reduction=exact, shards wait for each other"
         if is_import_name(self.config.optim.schedule):
             return f"optim.schedule={self.config.optim.schedule} may change more than the learning rate"
-        if self.on_device.reducer.micro_batches_per_rank > 1:
-            return "a rank has several micro-batches per step, each with its own random numbers"
         return None
 
     def check_finite(self) -> None:

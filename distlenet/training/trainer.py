@@ -11,6 +11,7 @@ from distlenet.checkpoint.format import State
 from distlenet.checkpoint.manager import CheckpointManager
 from distlenet.config.loading import identity
 from distlenet.config.schema import Config
+from distlenet.data.batched_dataset import ResidentBatch
 from distlenet.data.loader import EvaluationLoader, make_loaders
 from distlenet.data.sample_log import SampleLog, open_sample_log
 from distlenet.distributed.collectives import any_rank, hosts_of_ranks, raise_on_all_ranks
@@ -57,8 +58,7 @@ class Trainer:
         self.total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
         check_global_statistics(config, self.env.world_size, self.sampler.global_size(self.sampler.steps - 1))
         sample = self.loader.sample_batch()
-        example = task.transform(sample.data, sample.keys)
-        self.train_step = TrainStep(config, context, task, self.total_steps, example)
+        self.train_step = TrainStep(config, context, task, self.total_steps, sample.inputs(task))
         on_device = self.train_step.on_device
         self.model, self.meter, self.reducer = on_device.model, on_device.meter, on_device.reducer
         self.origin = origin_of(config, task, self.model, datasets)
@@ -120,7 +120,7 @@ class Trainer:
         self.check_finite()  # host sync
         self.throughput.stop()
 
-    def step(self, batch: Batch) -> StepResult:
+    def step(self, batch: Batch | ResidentBatch) -> StepResult:
         """Take one optimizer step on this rank's share of a global batch. A collective."""
         step, stop = self.state.step, self.preemption.stop_requested
         self.sample_log.record(batch.epoch, step, batch.indices)
@@ -128,6 +128,7 @@ class Trainer:
         self.throughput.add(batch, result)
         self.state = self.state.advance(result.lr, result.skipped)
         if result.skipped:
+            batch = self.loader.batch(batch.epoch, batch.number)
             handle_nonfinite(self.train_step, batch, step, self.state.skipped, self.run_dir)  # collective
         self.watchdog.heartbeat(self.state.step)
         return result
@@ -194,13 +195,14 @@ class Trainer:
         """Return whether something is due after this step; without an interval it is due after the last step."""
         return self.state.step % (interval or self.total_steps) == 0
 
-    def logs_after(self, batch: Batch) -> bool:
+    def logs_after(self, batch: Batch | ResidentBatch) -> bool:
         """Return whether a training record follows the step on ``batch``."""
         return (batch.number + 1) % self.config.train.log_every == 0
 
     def check_finite(self) -> None:
         """Raise UserError, on every rank, if something is not finite. A host sync; if so, a collective."""
-        if (bad_step := self.train_step.on_device.guard.first_bad_step()) is not None:
+        flags = self.train_step.on_device.flags
+        if flags is not None and (bad_step := flags.first_bad_step()) is not None:
             number = self.state.batch - (self.state.step - bad_step)
             batch = self.loader.batch(self.state.epoch, number)
             handle_nonfinite(self.train_step, batch, bad_step, self.state.skipped + 1, self.run_dir)

@@ -29,10 +29,10 @@ def default_generator(device: torch.device) -> torch.Generator:
     return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
 
 
-def seed_micro_batch(device: torch.device, seed: int, step: int, shard: int) -> None:
-    """Seed the generator of ``device`` for one micro-batch, such as for its dropout.
+def seed_micro_batch(generator: torch.Generator, seed: int, step: int, shard: int) -> None:
+    """Seed ``generator`` for one micro-batch, such as for its dropout.
 
     The random numbers then depend only on (seed, step, shard): no generator state has to be saved, and any rank can
     process any shard.
     """
-    default_generator(device).manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + shard + 1) % 2**63)
+    generator.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + shard + 1) % 2**63)

@@ -17,7 +17,7 @@ from distlenet.reduction.ddp import DdpReducer
 from distlenet.reduction.exact import ExactReducer
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
-from distlenet.training.nonfinite_guard import NonfiniteGuard
+from distlenet.training.step_flags import StepFlags
 from distlenet.training.trainer import Trainer
 from distlenet.utils.errors import UserError
 
@@ -224,7 +224,7 @@ def test_step_that_is_not_taken_leaves_the_buffers(tmp_path, reduction, deferred
         with closing(trainer):
             step = trainer.train_step.on_device
             if deferred:  # as on a GPU
-                step.guard = NonfiniteGuard(step.optimizer, context.device, deferred=True, loss_scaling=False)
+                step.flags = StepFlags(step.optimizer, context.device, loss_scaling=False)
             number = next(k for k, indices in enumerate(trainer.sampler.batches(epoch=0)) if POISONED in indices)
             trainer.start()
             for batch in trainer.loader.epoch(0, stop=number + 2):

@@ -12,7 +12,7 @@ from distlenet.distributed.context import init_distributed
 from distlenet.distributed.preemption import Preemption
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Tracker
-from distlenet.training.nonfinite_guard import NonfiniteGuard
+from distlenet.training.step_flags import StepFlags
 from distlenet.training.trainer import Trainer
 from distlenet.utils.errors import UserError
 
@@ -79,7 +79,7 @@ def make(run_dir, context, config, task=PoisonedTask, deferred=False):
     trainer = Trainer(config, context, task(config), run_dir, Recorder(), Preemption(1.0))
     if deferred:  # as on a GPU
         step = trainer.train_step.on_device
-        step.guard = NonfiniteGuard(step.optimizer, context.device, deferred=True, loss_scaling=False)
+        step.flags = StepFlags(step.optimizer, context.device, loss_scaling=False)
     return closing(trainer)
 
 

@@ -5,10 +5,9 @@ import sys
 from contextlib import closing
 
 import pytest
-import torch
 from conftest import run_command
 
-from distlenet.distributed.preemption import SIGNALS, Preemption, StopFlag
+from distlenet.distributed.preemption import SIGNALS, Preemption
 
 pytestmark = pytest.mark.unit
 
@@ -31,12 +30,6 @@ def test_the_first_signal_is_recorded_and_the_second_has_no_effect(monkeypatch, 
 
 def test_a_rank_without_a_signal_has_the_whole_grace_period():
     assert Preemption(grace_s=25).seconds_left() == 25
-
-
-def test_a_stop_request_is_kept():
-    flag = StopFlag(torch.device("cpu"))
-    sums = (0.0, 0.25, 0.0)  # over all ranks, of three steps
-    assert [flag.poll(torch.tensor(value)) for value in sums] == [False, True, True]
 
 
 WORKERS = """

@@ -5,6 +5,7 @@ import torch
 
 from distlenet.tracking.base import NONDETERMINISTIC_KEYS
 from distlenet.training.meter import Metrics
+from distlenet.training.step_result import StepTimes
 from distlenet.training.throughput import Throughput, summarise
 from distlenet.utils.clock import Clock
 
@@ -47,7 +48,8 @@ def test_loading_computing_and_waiting_are_separated(monkeypatch):
         time.now += 4.0  # all-reduce
         reduced = clock.mark()
         time.now += 3.0  # optimizer
-        throughput.add(batch, SimpleNamespace(gradient_ready=ready, reduced=reduced))
+        times = StepTimes(ready, ready, reduced, clock.mark())
+        throughput.add(batch, SimpleNamespace(times=times))
     record = throughput.window()
     assert record == {
         "images_per_s": 128 / 20,

@@ -1,0 +1,116 @@
+"""Gradient reduction on a GPU by one all-reduce of one buffer, for small networks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.reduction.buffers import BufferAverage
+from distlenet.reduction.gradients import fill_unused, in_memory_order
+from distlenet.reduction.micro_batches import ConsecutiveMicroBatches
+from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep, mark_nonfinite
+from distlenet.task import Data
+from distlenet.utils.clock import Clock
+from distlenet.utils.nested import count_samples
+
+MAX_BYTES = 2**20
+"""The size of the first bucket of DistributedDataParallel: up to it, a backward pass has nothing to overlap with."""
+
+
+def fits_flat_buffer(model: nn.Module) -> bool:
+    """Return whether all trainable parameters are dense, in float32, and together at most ``MAX_BYTES``."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    dense = all(p.dtype == torch.float32 and torch.empty_like(p).stride() == p.stride() for p in parameters)
+    return dense and sum(parameter.nbytes for parameter in parameters) <= MAX_BYTES
+
+
+class FlatReducer(ConsecutiveMicroBatches):
+    """Gradients, stop flag and sum of weights in one float32 buffer.
+
+    DistributedDataParallel copies each gradient to its bucket by a kernel of its own, which for a small network takes
+    longer than the computation.
+    """
+
+    capture_after = 3  # steps: they create the state of optimizer, cuBLAS and NCCL
+
+    def __init__(
+        self,
+        model: nn.Module,
+        env: DistributedEnvironment,
+        accumulation_steps: int,
+        micro_batch_size: int,
+        weighted: bool = False,
+        find_unused: bool = False,
+    ) -> None:
+        """Reduce the gradients of ``model``; the arguments are those of ``DdpReducer``."""
+        super().__init__(env.rank, accumulation_steps, micro_batch_size)
+        self.model, self.weighted, self.find_unused = model, weighted, find_unused
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.sizes = [parameter.numel() for parameter in self.parameters.values()]
+        self.device = next(iter(self.parameters.values())).device
+        self.clock, self.buffers = Clock(self.device), BufferAverage(model, 1, dist.all_reduce)
+        self.factors: dict[int, Tensor] = {}  # by the size of the global batch
+
+    def warm_up(self, example_loss: ExampleLoss) -> None:
+        """Do nothing: the first step is as any other."""
+
+    def reset(self, example_loss: ExampleLoss) -> None:  # noqa: ARG002
+        """Undo the changes of buffers; a step keeps no other state."""
+        self.buffers.reset()
+
+    def factor(self, global_size: int) -> Tensor:
+        """Return 1 / ``global_size`` on the device: the gradient of the mean loss in the sum of the losses."""
+        if global_size not in self.factors:
+            self.factors[global_size] = torch.full((), 1 / global_size, device=self.device)
+        return self.factors[global_size]
+
+    @contextmanager
+    def step(self, global_size: int, stop: Tensor) -> Iterator[ReductionStep]:
+        """Reduce one step. A collective."""
+        self.buffers.begin()
+        step = _FlatStep(self, global_size, stop)
+        yield step
+        step.end()
+
+
+class _FlatStep(ReductionStep):
+    def __init__(self, reducer: FlatReducer, global_size: int, stop: Tensor) -> None:
+        self.reducer, self.global_size, self.flag = reducer, global_size, stop
+        self.weight: Tensor | None = None  # of this rank
+
+    def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
+        for micro_batch in self.reducer.split(data):
+            yield micro_batch
+            self.reducer.buffers.add(0, count_samples(micro_batch.data))
+
+    def backward(self, loss_sum: Tensor, weight_sum: Tensor | None = None) -> None:
+        self.flag = torch.add(self.flag, loss_sum.detach(), alpha=0)  # NaN if the loss is not finite
+        factor = self.reducer.factor(self.global_size)
+        if weight_sum is not None:
+            weight = weight_sum * factor
+            self.weight = weight if self.weight is None else self.weight + weight
+        loss_sum.backward(gradient=factor)
+
+    def end(self) -> None:
+        """Sum over ranks. A collective."""
+        reducer, ready = self.reducer, self.reducer.clock.mark()
+        parameters = reducer.parameters
+        has_samples = any(parameter.grad is not None for parameter in parameters.values())
+        fill_unused(parameters, allowed=reducer.find_unused or not has_samples)
+        rest = [self.flag.view(1)]
+        if reducer.weighted:
+            rest.append(torch.zeros_like(rest[0]) if self.weight is None else self.weight.float().view(1))
+        flat = torch.cat([*(in_memory_order(p) for p in parameters.values()), *rest])
+        dist.all_reduce(flat)  # collective
+        reduced = reducer.clock.mark()
+        *gradients, flag = flat.split([*reducer.sizes, len(rest)])
+        weight = flag[1] if reducer.weighted else None
+        if weight is not None:
+            torch._foreach_div_(gradients, weight)
+        for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+            parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())
+        change = reducer.buffers.reduce(self.global_size)
+        self._result = ReductionResult(mark_nonfinite(flag[0], change, weight), ready, reduced, change)
