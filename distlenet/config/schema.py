@@ -139,9 +139,7 @@ class TrainConfig:
     stop_patience: int = setting(
         3, "With train.stop_when: epochs in a row without an improvement after which the run ends.", ge=1, result=True
     )
-    cuda_graph: Literal["off", "auto"] = setting(
-        "off", "auto: replay the step as a CUDA graph if possible, with the learning rate in float32.", result=True
-    )
+    cuda_graph: Literal["off", "auto"] = setting("auto", "auto: on a GPU, replay steps as CUDA graphs if possible.")
 
 
 @dataclass(frozen=True)

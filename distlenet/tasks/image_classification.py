@@ -39,6 +39,7 @@ class ImageClassification(Task):
         self.classes: tuple[str, ...] = ()
         self.checked = False
         self.mixing: Mixing | None = None
+        self.negative_shares: Tensor | None = None  # float32 (C, C), of all classes after label smoothing, by label
         self.partners = config.data.mixup > 0 or config.data.cutmix > 0
         own_transform = type(self).transform is not ImageClassification.transform
         self.random_transform = own_transform or self.partners or config.data.augment != "none"
@@ -91,7 +92,17 @@ class ImageClassification(Task):
         inputs, targets = data
         logits = (model(inputs) if self.checked else self._check(model, inputs)).float()
         smoothing = self.config.train.label_smoothing if model.training else 0.0
+        if smoothing and logits.is_cuda and not targets.is_floating_point():
+            return self._smoothed_losses(logits, targets, smoothing), logits
         return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing), logits
+
+    def _smoothed_losses(self, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        """Return the cross-entropy (n,) with label smoothing by a table: 14 kernels less than torch's function."""
+        if self.negative_shares is None:
+            classes = len(self.classes)
+            shares = torch.full((classes, classes), smoothing / classes) + torch.eye(classes) * (1 - smoothing)
+            self.negative_shares = -shares.to(labels.device)
+        return (F.log_softmax(logits, 1) * self.negative_shares.index_select(0, labels)).sum(1)
 
     def metrics(self, outputs: Tensor, data: ImagesAndLabels) -> dict[str, Tensor]:
         """Return whether each sample is classified as its label, or as the label with the largest share if mixed."""
