@@ -30,7 +30,7 @@ def fits_flat_buffer(model: nn.Module) -> bool:
 class FlatReducer(ConsecutiveMicroBatches):
     """Gradients, stop flag and sum of weights in one float32 buffer.
 
-    DistributedDataParallel copies each gradient to its bucket by a kernel of its own, which for a small network takes
+    DistributedDataParallel copies each gradient to its bucket by a separate kernel, which for a small network takes
     longer than the computation.
     """
 

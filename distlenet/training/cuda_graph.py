@@ -51,8 +51,9 @@ class MicroBatchGenerators:
     def selected(self, graph: torch.cuda.CUDAGraph) -> Iterator[Seed]:
         """Register the generators with ``graph``; the function that is yielded selects that of a micro-batch."""
         before = self.default.graphsafe_get_state()
-        for generator in self.states.values():
-            graph.register_generator_state(generator)
+        if torch.__version__ < "2.14":  # later versions register a generator when it is used
+            for generator in self.states.values():
+                graph.register_generator_state(generator)
 
         def select(number: int) -> None:
             if number in self.states:

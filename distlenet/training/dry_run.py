@@ -69,7 +69,6 @@ def _for_this_machine(config: Config) -> tuple[Config, str]:
         "precision=fp16": config.precision == "fp16",
         "distributed.backend=nccl": config.distributed.backend == "nccl",
         "data.device=cuda": config.data.device == "cuda",
-        "train.cuda_graph=auto": config.train.cuda_graph == "auto",
         "model.compile=true": config.model.compile,
     }
     changed = replace(
@@ -78,7 +77,6 @@ def _for_this_machine(config: Config) -> tuple[Config, str]:
         precision="auto" if config.precision == "fp16" else config.precision,
         distributed=replace(config.distributed, backend="auto"),
         data=replace(config.data, device="cpu", num_workers=0),
-        train=replace(config.train, cuda_graph="off"),
         model=replace(config.model, compile=False),
     )
     return changed, ", ".join(setting for setting, given in unchecked.items() if given)

@@ -31,9 +31,7 @@ class TrainState:
     def advance(self, lr: float, skipped: bool) -> "TrainState":
         """Return the state after one more step."""
         changed = {"step": self.step + 1, "batch": self.batch + 1, "lr": lr, "skipped": self.skipped + skipped}
-        return TrainState(
-            **vars(self) | changed
-        )  # dataclasses.replace takes twice the time, and this runs in each step
+        return TrainState(**vars(self) | changed)  # dataclasses.replace takes twice the time
 
     def with_evaluation(self, metrics: Mapping[str, Metrics], best: dict[str, Best]) -> "TrainState":
         """Return the state after an evaluation, with its metrics by split and the best values so far."""

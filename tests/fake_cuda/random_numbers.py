@@ -54,20 +54,22 @@ def seeded(at: Position | None) -> Iterator[None]:
 
 @dataclass
 class Offsets:
-    """How far the operators of a capture move each generator."""
+    """The random operators of a capture: the state of the generator of each, and how far it moves the offset."""
 
-    totals: dict[int, int] = field(default_factory=dict)
+    moves: list[tuple[Any, int]] = field(default_factory=list)
 
     def at_replay(self, work: Callable[[], Any], func: Any, args: Any, generator: Any) -> Callable[[], Any]:
         """Return the work of an operator of a capture, with the random numbers of a replay."""
-        key = id(generator)
-        within = self.totals.get(key, 0)
-        self.totals[key] = within + _increments.get(_key(func, args), USUAL_INCREMENT)
+        index = len(self.moves)
         registered = generator.graphsafe_get_state()  # the state, even if the generator gets another later
+        self.moves.append((registered, _increments.get(_key(func, args), USUAL_INCREMENT)))
 
         def replay() -> Any:
             seed, end = position(registered)  # PyTorch has already moved the offset by that of the whole graph
-            with seeded((seed, end - self.totals[key] + within)):
+            # A captured step may use several states, one per micro-batch. PyTorch does not reveal which objects share
+            # one; their seeds differ.
+            same = [increment if state.initial_seed() == seed else 0 for state, increment in self.moves]
+            with seeded((seed, end - sum(same[index:]))):
                 return work()
 
         return replay
