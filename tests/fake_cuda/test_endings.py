@@ -32,11 +32,7 @@ def test_an_orderly_end_resets_the_graph_before_nccl_ends(tmp_path):
     assert ended.stderr == ""  # the runtime reports a graph that lives longer
 
 
-# The step's graph is closed by a sync of the device before NCCL is aborted; remove the mark with the sync.
-HANGS = pytest.mark.xfail(run=False, reason="GraphedStep.close waits for the peer")
-
-
-@pytest.mark.parametrize("graph", ["off", pytest.param("auto", marks=HANGS)])
+@pytest.mark.parametrize("graph", ["off", "auto"])
 @pytest.mark.parametrize(("event", "line"), [("raise", "RuntimeError: on purpose"), ("interrupt", "interrupted")])
 def test_an_exception_is_printed_although_a_peer_never_answers(tmp_path, graph, event, line):
     ended = train(tmp_path, "20=hang", f"22={event}", graph=graph)
