@@ -90,7 +90,7 @@ class ComputeOnHost(TorchDispatchMode):
         state = runtime.enter(stream)
         try:
             before = random_numbers.position(generator) if generator is not None and state == RUNS else None
-            out = substitutes.run(func, args, kwargs, stream)
+            out = func(*args, **kwargs)
         finally:
             runtime.quiet(0)
         if generator is not None and before is not None:
@@ -111,8 +111,8 @@ class ComputeOnHost(TorchDispatchMode):
         host_args, host_kwargs = host_value(args), {key: host_value(value) for key, value in kwargs.items()}
         if "generator" in host_kwargs:
             host_kwargs["generator"] = None
-        new = plan.new(out)
-        targets = [] if plan.dynamic_shape else [host(tensor) for tensor in new]
+        new = plan.new(out) if plan.dynamic_shape else []  # a recording must keep no tensor of the device alive
+        targets = [] if plan.dynamic_shape else [host(tensor) for tensor in plan.new(out)]
 
         def work() -> Any:
             value = run_in_precision(function, plan, host_args, host_kwargs)
@@ -196,6 +196,7 @@ MODE = ComputeOnHost()
 
 def install() -> None:
     """Enter the mode in this thread, and in threads that it starts later, until the process ends."""
+    substitutes.register()
     MODE.__enter__()
     run = threading.Thread.run
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fake_cuda import runtime
+from fake_cuda.mode import paused
 
 
 def capture(work: Callable[[], object], mode: str = "thread_local") -> torch.cuda.CUDAGraph:
@@ -151,6 +152,27 @@ def batch_norm_of_an_evaluation() -> None:
     torch.testing.assert_close(norm.cuda()(x.cuda()).cpu(), expected)
 
 
+def launches_are_those_without_numbers() -> None:
+    net, x = torch.nn.Conv2d(1, 2, 3).cuda(), torch.randn(4, 1, 8, 8, device="cuda")
+    optimizer = torch.optim.SGD(net.parameters(), fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.dropout(net(x)).square().mean().backward()
+        optimizer.step()
+
+    def nodes() -> list[str]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            step()
+            capture(step)
+        return runtime.nodes()
+
+    with paused():
+        expected = nodes()
+    assert "kernel cudnn::convolution_backward_weight" in expected
+    assert nodes() == expected
+
+
 def memory_is_counted() -> None:
     torch.cuda.empty_cache()
     before = runtime.device_bytes()
@@ -172,6 +194,7 @@ CHECKS = (
     a_graph_computes_on_fixed_memory,
     random_numbers_of_a_replay,
     batch_norm_of_an_evaluation,
+    launches_are_those_without_numbers,
     memory_is_counted,
 )
 

@@ -33,7 +33,7 @@ def run(
     Each rank has a GPU, unless FAKE_CUDA_DEVICES is given. Without ``compute``, numbers are not computed. With
     ``torchrun``, the processes are new ones under torchrun, else forked from a warm one.
     """
-    command = ("-m", "fake_cuda.launch", *words) if compute else words
+    command = ("-m", "fake_cuda.launch", *(() if compute else ("--no-numbers",)), *words)
     gpus = env.get("FAKE_CUDA_DEVICES", str(ranks))
     visible = ",".join(map(str, range(int(gpus))))  # the tests' own processes see none
     settings = {"FAKE_CUDA_DEVICES": gpus, "CUDA_VISIBLE_DEVICES": visible, **env}

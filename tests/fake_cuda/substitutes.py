@@ -1,5 +1,6 @@
 """Operators for which PyTorch calls cuDNN, which cannot work here: the launches that it would make."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch._prims_common import suggest_memory_format
 from fake_cuda import runtime
 
 aten = torch.ops.aten
+LIBRARY = torch.library.Library("aten", "IMPL")
 
 
 def _convolution(args: Any) -> list[str]:
@@ -33,15 +35,20 @@ LAUNCHES: dict[Any, Callable[[Any], list[str]]] = {
 }
 
 
-def run(func: Any, args: Any, kwargs: Any, stream: int) -> Any:
-    """Run an operator on the GPU: a substituted one only allocates its outputs and makes its launches."""
-    names = LAUNCHES.get(func)
-    if names is None:
-        return func(*args, **kwargs)
+def register() -> None:
+    """Let PyTorch call the substitutes for CUDA tensors."""
+    for func, names in LAUNCHES.items():
+        substitute = functools.partial(_run, func, names)
+        LIBRARY.impl(func._schema.name, substitute, "CUDA", allow_override=True)
+
+
+def _run(func: Any, names: Callable[[Any], list[str]], *args: Any) -> Any:
+    """Make the launches of an operator and allocate its outputs."""
+    stream = torch._C._cuda_getCurrentRawStream(args[0].get_device())
     for name in names(args):
         if runtime.launch(f"cudnn::{name}".encode(), stream):
             raise RuntimeError(f"CUDA error in cudnn::{name}")
-    shapes = func(*_meta(args), **kwargs)
+    shapes = func(*_meta(args))
     if isinstance(shapes, Tensor):
         return _allocate(shapes, args[:2])
     return tuple(None if shape is None else _allocate(shape, args[:3]) for shape in shapes)

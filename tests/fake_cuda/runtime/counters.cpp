@@ -50,10 +50,12 @@ long thread_id() {
     return syscall(SYS_gettid);
 }
 
-static std::string demangled(const std::string& name) {
+// Return the name of a thing that was counted; of a kernel, as in its source.
+static std::string readable(const std::string& what) {
+    if (what.rfind("kernel ", 0) != 0) return what;
     int status = 0;
-    char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
-    std::string result = status == 0 ? text : name;
+    char* text = abi::__cxa_demangle(what.c_str() + 7, nullptr, nullptr, &status);
+    std::string result = status == 0 ? std::string("kernel ") + text : what;
     free(text);
     return result;
 }
@@ -120,10 +122,7 @@ EXPORT void fake_reset() {
 EXPORT const char* fake_counts() {
     Lock lock(mutex);
     std::vector<std::string> lines;
-    for (const auto& [what, n] : counts) {
-        bool kernel = what.rfind("kernel ", 0) == 0;
-        lines.push_back((kernel ? "kernel " + demangled(what.substr(7)) : what) + "\t" + std::to_string(n));
-    }
+    for (const auto& [what, n] : counts) lines.push_back(readable(what) + "\t" + std::to_string(n));
     return joined(lines);
 }
 
@@ -135,6 +134,6 @@ EXPORT const char* fake_notes() {
 EXPORT const char* fake_nodes() {
     Lock lock(mutex);
     std::vector<std::string> lines;
-    for (const std::string& node : last_nodes()) lines.push_back(demangled(node));
+    for (const std::string& node : last_nodes()) lines.push_back(readable(node));
     return joined(lines);
 }
