@@ -54,22 +54,21 @@ def seeded(at: Position | None) -> Iterator[None]:
 
 @dataclass
 class Offsets:
-    """The random operators of a capture: the state of the generator of each, and how far it moves the offset."""
+    """The random operators of a capture: the state of the generator that each used, and how far it moves the offset."""
 
-    moves: list[tuple[Any, int]] = field(default_factory=list)
+    operators: list[tuple[Any, int]] = field(default_factory=list)
 
     def at_replay(self, work: Callable[[], Any], func: Any, args: Any, generator: Any) -> Callable[[], Any]:
         """Return the work of an operator of a capture, with the random numbers of a replay."""
-        index = len(self.moves)
-        registered = generator.graphsafe_get_state()  # the state, even if the generator gets another later
-        self.moves.append((registered, _increments.get(_key(func, args), USUAL_INCREMENT)))
+        number = len(self.operators)
+        state = generator.graphsafe_get_state()  # a program may give the generator another one for the next operator
+        self.operators.append((state, _increments.get(_key(func, args), USUAL_INCREMENT)))
 
         def replay() -> Any:
-            seed, end = position(registered)  # PyTorch has already moved the offset by that of the whole graph
-            # A captured step may use several states, one per micro-batch. PyTorch does not reveal which objects share
-            # one; their seeds differ.
-            same = [increment if state.initial_seed() == seed else 0 for state, increment in self.moves]
-            with seeded((seed, end - sum(same[index:]))):
+            seed, end = position(state)  # PyTorch has already moved the offset by that of the whole graph
+            same = [i for i, (other, _) in enumerate(self.operators) if position(other) == (seed, end)]
+            left = sum(self.operators[i][1] for i in same if i >= number)
+            with seeded((seed, end - left)):
                 return work()
 
         return replay

@@ -144,6 +144,38 @@ def random_numbers_of_a_replay() -> None:
         assert all(map(torch.equal, eager, replayed)), f"reseed {reseed}"
 
 
+def random_numbers_of_two_states() -> None:
+    """Each part of a step has a generator, which takes the place of the default one."""
+    default, out = torch.cuda.default_generators[0], torch.zeros(2, 2, 8, device="cuda")
+    states = [torch.Generator("cuda"), torch.Generator("cuda")]
+
+    def step() -> None:
+        before = default.graphsafe_get_state()
+        for part, state in zip(out, states, strict=True):
+            default.graphsafe_set_state(state)
+            for row in part:
+                row.uniform_()
+        default.graphsafe_set_state(before)
+
+    def run(work: Callable[[], object]) -> list[Tensor]:
+        results = []
+        for number in range(3):
+            for i, state in enumerate(states):
+                state.manual_seed(10 * number + i)
+            work()
+            results.append(out.cpu())
+        return results
+
+    eager = run(step)
+    assert len(torch.cat(eager).unique()) == 3 * 2 * 2 * 8
+    graph = torch.cuda.CUDAGraph()
+    for state in states if torch.__version__ < "2.14" else ():
+        graph.register_generator_state(state)
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        step()
+    assert all(map(torch.equal, eager, run(graph.replay)))
+
+
 def batch_norm_of_an_evaluation() -> None:
     norm, x = torch.nn.BatchNorm2d(4).eval(), torch.randn(2, 4, 3, 3)
     assert norm.running_mean is not None
@@ -193,6 +225,7 @@ CHECKS = (
     another_thread_allocates_pinned_memory,
     a_graph_computes_on_fixed_memory,
     random_numbers_of_a_replay,
+    random_numbers_of_two_states,
     batch_norm_of_an_evaluation,
     launches_are_those_without_numbers,
     memory_is_counted,

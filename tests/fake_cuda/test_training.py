@@ -31,28 +31,3 @@ def test_the_fake_gpu_computes_what_the_cpu_computes(tmp_path):
     assert gpu["test_loss"] < 2.2  # has learned
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_replayed_step_is_the_step(tmp_path, optimizer, precision):
-    """To the bit: the learning rate is constant and exact in float32, which a replay reads. In two epochs, of 23 steps,
-    samples and their augmentation differ."""
-    words = (f"optim.name={optimizer}", "optim.lr=0.0078125", "optim.schedule=constant", "data.augment=shift")
-    words += ("train.epochs=2", "train.global_batch_size=64", f"precision={precision}", "device=cuda")
-    _, _, expected = train(tmp_path, "eager", "train.cuda_graph=off", *words)
-    ended, _, weights = train(tmp_path, "replayed", "train.cuda_graph=auto", *words)
-    assert "cuda_graph" not in ended.stderr
-    for name, value in expected.items():
-        assert torch.equal(weights[name], value), name
-
-
-def test_exact_gives_one_rank_and_two_the_same_bits(tmp_path):
-    """Through real sums over NCCL, in graphs if there is one shard per rank."""
-    words = ("distributed.reduction=exact", "distributed.virtual_shards=2", "data.augment=shift", "device=cuda")
-    _, one, expected = train(tmp_path, "one", *words, "train.global_batch_size=64")
-    ended, two, weights = train(tmp_path, "two", *words, "train.global_batch_size=64", "train.cuda_graph=auto", ranks=2)
-    assert "cuda_graph" not in ended.stderr
-    assert one["test_loss"] == two["test_loss"]
-    for name, value in expected.items():
-        assert torch.equal(weights[name], value), name
