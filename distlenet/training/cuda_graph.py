@@ -22,7 +22,7 @@ from distlenet.training.device_step import DeviceStep, Seed
 from distlenet.training.step_result import DeviceResult
 from distlenet.utils.errors import warn
 from distlenet.utils.keyed_random import default_generator, seed_micro_batch
-from distlenet.utils.nested import map_tensors, tensors_in
+from distlenet.utils.nested import has_lists, map_tensors, tensors_in
 
 
 class Kind(NamedTuple):
@@ -168,6 +168,8 @@ def capture(step: DeviceStep, kind: Kind, batch: Batch | ResidentBatch, eager: E
     (``init_distributed`` sets one). Mode thread_local: a loader's thread may pin memory meanwhile. Raise RuntimeError
     if the step does what a capture does not allow.
     """
+    if isinstance(batch, Batch) and has_lists(batch.data):
+        raise RuntimeError("a batch contains lists, whose tensors have other shapes in each batch")
     static, keys = None, step.inputs.keys(step.seed_value, len(batch))
     if isinstance(batch, Batch):
         static = replace(batch, data=map_tensors(torch.zeros_like, batch.data), keys=keys)

@@ -78,6 +78,7 @@ class DeviceStep:
             self.meter = DeferredMeter(metrics, self.device, weighted, samples)
         self.lrs_on_device = self.flags is not None and not scaled
         self.clock = Clock(self.device)
+        self.loss_scale: float | None = None  # after the last step
 
     def compute(self, batch: Batch, seed: Seed, want_grad_norm: bool) -> DeviceResult:
         """Compute the gradient of a global batch and take the step that ``inputs`` describes. A collective.
@@ -132,10 +133,11 @@ class DeviceStep:
             with self._lrs_on_device():
                 self.optimizer.step()
             return True
-        scale = self.scaler.get_scale()  # host sync
+        before = self.scaler.get_scale() if self.loss_scale is None else self.loss_scale  # host sync, once
         self.scaler.step(self.optimizer)  # host sync, unless the optimizer is fused
         self.scaler.update()
-        return self.scaler.get_scale() >= scale  # host sync; a smaller scale means an overflow
+        self.loss_scale = self.scaler.get_scale()  # host sync
+        return self.loss_scale >= before  # a smaller scale means an overflow
 
     @contextmanager
     def _lrs_on_device(self) -> Iterator[None]:
@@ -168,7 +170,8 @@ class DeviceStep:
         seed_micro_batch(default_generator(self.device), self.seed_value, step, micro_batch)
 
     def warm_up(self) -> None:
-        """Prepare the reducer. A collective."""
+        """Prepare the reducer, after a checkpoint was loaded. A collective."""
+        self.loss_scale = None
         self.reducer.warm_up(self._example_loss)
 
     def reset(self) -> None:

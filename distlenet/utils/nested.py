@@ -31,6 +31,13 @@ def tensors_in(data: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def has_lists(data: Any) -> bool:
+    """Return whether ``data`` contains a list, the form of ragged parts."""
+    if isinstance(data, tuple | dict):
+        return any(map(has_lists, data.values() if isinstance(data, dict) else data))
+    return isinstance(data, list)
+
+
 def count_samples(data: Any) -> int:
     """Return the number of samples of ``data``: the length of its first tensor or list; 0 if there is none."""
     if isinstance(data, tuple | dict):

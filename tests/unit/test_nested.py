@@ -3,7 +3,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from distlenet.utils.nested import count_samples, map_tensors, select_samples, tensors_in
+from distlenet.utils.nested import count_samples, has_lists, map_tensors, select_samples, tensors_in
 
 pytestmark = pytest.mark.unit
 
@@ -62,3 +62,17 @@ def test_a_named_tuple_keeps_its_type():
 def test_selection_of_other_values_is_refused():
     with pytest.raises(TypeError, match="but holds a int"):
         select_samples({"image": torch.zeros(2), "size": 3}, slice(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (torch.zeros(2), False),
+        ((torch.zeros(2), {"a": torch.zeros(2)}), False),
+        ({"a": (torch.zeros(2), [torch.zeros(1), torch.zeros(2)])}, True),
+        (["one", "two"], True),
+        ((), False),
+    ],
+)
+def test_lists_are_found(data, expected):
+    assert has_lists(data) == expected

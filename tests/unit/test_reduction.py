@@ -1,4 +1,5 @@
 import inspect
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from distlenet.reduction.batch_size import micro_batch_size
 from distlenet.reduction.ddp import DdpReducer
 from distlenet.reduction.exact import ExactReducer
 from distlenet.reduction.factory import make_reducer
+from distlenet.reduction.flat import FlatReducer, fits_flat_buffer
 from distlenet.reduction.reducer import Reducer, ReductionResult
 from distlenet.utils.errors import UserError
 
@@ -32,7 +34,11 @@ def make_exact(model: nn.Module, virtual_shards: int = 4, size: int = 4, check_f
     return ExactReducer(model, ONE_RANK, virtual_shards, size, check_finite)
 
 
-BOTH = pytest.mark.parametrize("make", [make_exact, make_ddp])
+def make_flat(model: nn.Module, accumulation_steps: int = 4, size: int = 4, **options: bool) -> FlatReducer:
+    return FlatReducer(model, ONE_RANK, accumulation_steps, size, **options)
+
+
+ALL = pytest.mark.parametrize("make", [make_exact, make_ddp, make_flat])
 
 
 def make_batch(n: int) -> tuple[Tensor, Tensor]:
@@ -105,13 +111,58 @@ def test_reducers_agree():
         partial(make_exact, virtual_shards=8, size=2),
         partial(make_ddp, accumulation_steps=1, size=16),
         partial(make_ddp, accumulation_steps=3, size=6),  # micro-batches of 6, 6 and 4
+        partial(make_flat, accumulation_steps=3, size=6),
+        partial(make_flat, accumulation_steps=1, size=16),
     ):
         model = make_net()
         reduce_step(make(model), make_batch(16))
         gradients.append([p.grad.clone() for p in model.parameters()])
-    for exact, whole, accumulated in zip(*gradients, strict=True):
+    for exact, whole, accumulated, flat_accumulated, flat in zip(*gradients, strict=True):
         torch.testing.assert_close(exact, whole, rtol=1e-4, atol=1e-5)  # as above
         torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-5)
+        assert torch.equal(flat, whole)
+        assert torch.equal(flat_accumulated, accumulated)
+
+
+@pytest.mark.usefixtures("group")
+def test_parameter_that_a_flat_gradient_leaves_out():
+    layers = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+    for find_unused in (True, False):
+        reducer = make_flat(layers, find_unused=find_unused)
+        with nullcontext() if find_unused else pytest.raises(UserError, match=r"loss does not depend on 1\.weight, 1\.b"):
+            with reducer.step(1, torch.tensor(0.0)) as step:
+                for _ in step.micro_batches(torch.zeros(1)):
+                    step.backward(layers[0](torch.ones(1)).sum())
+            assert layers[0].weight.grad.item() == 1
+            assert layers[1].weight.grad.item() == 0
+        layers.zero_grad()
+
+
+@pytest.mark.usefixtures("group")
+def test_flat_gradient_of_weighted_losses_is_divided_by_the_weights():
+    layer = nn.Linear(1, 1, bias=False)
+    reducer = make_flat(layer, size=1, weighted=True)
+    with reducer.step(2, torch.tensor(0.0)) as step:
+        for micro_batch in step.micro_batches(torch.tensor([3.0, 5.0])):
+            step.backward((layer.weight * micro_batch.data).sum(), micro_batch.data.double().sum() * 2)
+    assert layer.weight.grad.item() == 0.5
+    with reducer.step(2, torch.tensor(0.0)) as step:
+        for _ in step.micro_batches(torch.zeros(1)):
+            step.backward((layer.weight * 0).sum(), torch.zeros(()).double())
+    assert step.result.flag.isnan()  # no weight
+
+
+@pytest.mark.parametrize(
+    ("model", "fits"),
+    [
+        (nn.Linear(511, 512), True),  # 2**20 bytes
+        (nn.Linear(512, 512), False),
+        (nn.Linear(1, 1).double(), False),
+        (nn.Linear(512, 512).requires_grad_(requires_grad=False), True),
+    ],
+)
+def test_networks_up_to_one_mebibyte_are_reduced_flat(model, fits):
+    assert fits_flat_buffer(model) == fits
 
 
 @given(st.integers(0, 100), st.sampled_from([(1, 8), (2, 8), (4, 8), (8, 8), (3, 6), (2, 12), (1, 1)]))
@@ -128,7 +179,7 @@ def test_shards_do_not_depend_on_the_world_size(n, sizes):
     assert split == {shard: positions[shard::shards].tolist() for shard in range(min(n, shards))}
 
 
-@pytest.mark.parametrize("kind", [DdpReducer, ExactReducer])
+@pytest.mark.parametrize("kind", [DdpReducer, ExactReducer, FlatReducer])
 def test_reducers_implement_the_protocol(kind):
     """The type checker compares the types; here, members and parameters."""
     model = nn.Linear(1, 1)
@@ -144,7 +195,7 @@ def test_reducers_implement_the_protocol(kind):
 
 
 @pytest.mark.usefixtures("group")
-@BOTH
+@ALL
 def test_reducer_goes_through_the_calls_of_a_run(make):
     """Warm up, cap the micro-batches, fail in a step, reset: the gradient is that of a new reducer."""
     model = make_net()
@@ -183,7 +234,7 @@ def test_reducer_goes_through_the_calls_of_a_run(make):
 
 
 @pytest.mark.usefixtures("group")
-@BOTH
+@ALL
 def test_result_is_not_available_within_the_step(make):
     reducer = make(make_net())
     images, labels = make_batch(16)
@@ -196,7 +247,7 @@ def test_result_is_not_available_within_the_step(make):
 
 
 @pytest.mark.usefixtures("group")
-@BOTH
+@ALL
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf")])
 def test_nonfinite_loss_is_detected(make, factor):
     reducer = make(make_net())
@@ -364,7 +415,7 @@ def test_order_of_shards_does_not_matter(order):
 
 
 @pytest.mark.usefixtures("group")
-@BOTH
+@ALL
 def test_stop_request_reaches_the_result_and_does_not_change_the_gradient(make):
     gradients = []
     for stop in (False, True):
@@ -387,7 +438,7 @@ def test_capped_micro_batches_are_smaller_and_more():
 
 
 @pytest.mark.usefixtures("group")
-@BOTH
+@ALL
 def test_rank_without_samples_takes_part(make):
     """In a short last batch, a rank may have no sample: it has no micro-batch, and its gradient is zero."""
     model = make_net()

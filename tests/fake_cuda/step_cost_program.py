@@ -1,0 +1,112 @@
+"""Print, as JSON, what a replayed step costs: ``FILE SETTING...``. Benchmarks and tests read it.
+
+Nodes of the graph, and of that of a bare step (forward, loss, backward and optimizer on fixed tensors); and per step,
+between two log points: launches and copies outside of the graph, host syncs, and microseconds of the host.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from distlenet.config.loading import load_config
+from distlenet.distributed.context import init_distributed
+from distlenet.distributed.preemption import Preemption
+from distlenet.models.lenet import Net
+from distlenet.tasks.registry import make_task
+from distlenet.tracking.base import Trackers
+from distlenet.training.trainer import Trainer
+
+from fake_cuda import runtime
+from fake_cuda.mode import paused
+
+BATCH_SIZE = 480
+SETTINGS = (
+    "device=cuda",
+    "data.name=synthetic",
+    f"data.synthetic_train={BATCH_SIZE * 64}",
+    "data.synthetic_test=100",
+    f"train.global_batch_size={BATCH_SIZE}",
+    "train.epochs=100",
+    "train.log_every=1000000",
+    "checkpoint.resume=never",
+)
+WARM_UP, STEPS, TIMED, TURNS = 6, 256, 64, 20
+
+
+def bare_nodes(precision: str) -> int:
+    """Return the number of nodes of a step without an engine."""
+    model = Net().cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    images = torch.zeros(BATCH_SIZE, 1, 32, 32, device="cuda")
+    labels = torch.zeros(BATCH_SIZE, dtype=torch.int64, device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16) if precision == "bf16" else nullcontext():
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+    return len(runtime.nodes())
+
+
+def take(trainer: Trainer) -> Iterator[None]:
+    """Take steps for ever, as ``Trainer.train_epoch`` does between two log points."""
+    epoch = 0
+    while True:
+        trainer.state = replace(trainer.state, epoch=epoch, batch=0)
+        for batch in trainer.throughput.time_loading(trainer.loader.epoch(epoch)):
+            trainer.step(batch)
+            yield
+        epoch += 1
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        config = load_config([], [*SETTINGS, *sys.argv[1:], f"run.dir={directory}"])
+        (Path(directory) / "run/checkpoints").mkdir(parents=True)
+        with init_distributed(config) as context:
+            task, preemption = make_task(config), Preemption(1.0)
+            trainer = Trainer(config, context, task, Path(directory) / "run", Trackers(), preemption)
+            with closing(trainer):
+                trainer.train_step.warm_up()
+                steps = take(trainer)
+                for _ in range(WARM_UP):
+                    next(steps)
+                result = {"nodes": runtime.nodes(), "bare nodes": bare_nodes(config.precision)}
+                with paused():
+                    runtime.reset()
+                    for _ in range(STEPS):
+                        next(steps)
+                    counts = runtime.counts()
+                    for what in ("launch", "graph launch"):
+                        result[f"{what} per step"] = counts.get(what, 0) / STEPS
+                    result["syncs per step"] = runtime.syncs() / STEPS
+                    seconds = []
+                    for _ in range(TURNS):
+                        begin = time.perf_counter()
+                        for _ in range(TIMED):
+                            next(steps)
+                        seconds.append((time.perf_counter() - begin) / TIMED)
+                result["host us per step"] = sorted(1e6 * s for s in seconds)
+                result["other counts"] = {
+                    name: n / STEPS for name, n in counts.items() if n >= STEPS / 2 and "kernel" not in name
+                }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
