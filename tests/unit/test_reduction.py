@@ -129,7 +129,7 @@ def test_parameter_that_a_flat_gradient_leaves_out():
     layers = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
     for find_unused in (True, False):
         reducer = make_flat(layers, find_unused=find_unused)
-        with nullcontext() if find_unused else pytest.raises(UserError, match=r"loss does not depend on 1\.weight, 1\.b"):
+        with nullcontext() if find_unused else pytest.raises(UserError, match=r"loss does not depend on 1\.weight,"):
             with reducer.step(1, torch.tensor(0.0)) as step:
                 for _ in step.micro_batches(torch.zeros(1)):
                     step.backward(layers[0](torch.ones(1)).sum())
