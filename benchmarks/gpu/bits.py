@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 from gpu.options import Options
@@ -12,12 +13,12 @@ from gpu.runs import Ended, command, difference, execute_all, graph_warning
 LEARNING_RATE = {"sgd": "0.03125", "adamw": "0.0009765625"}
 STEPS = 1100  # two epochs and a part: also shorter batches, evaluations and saves
 KINDS = ("auto", "off", "repeated")
-ALL = tuple(
-    (precision, reduction, optimizer)
-    for optimizer in ("sgd", "adamw")
-    for precision in ("bf16", "fp32")
-    for reduction in ("ddp", "exact")
-)
+REDUCTIONS = {
+    "ddp": ["distributed.reduction=ddp"],
+    "exact": ["distributed.reduction=exact"],  # with 8 micro-batches
+    "ddp with accumulation": ["distributed.reduction=ddp", "train.accumulation_steps=4"],
+}
+ALL = (*product(("bf16", "fp32"), ("ddp", "exact"), ("sgd", "adamw")), ("bf16", "ddp with accumulation", "sgd"))
 HEADER = ("run", "CUDA graph", "graph and eager", "graph, repeated")
 
 
@@ -42,10 +43,9 @@ def ask(result: Result, options: Options, combinations: Sequence[tuple[str, str,
 
 def settings(precision: str, reduction: str, optimizer: str, kind: str) -> list[str]:
     """Return the settings of a run."""
-    words = [f"precision={precision}", f"distributed.reduction={reduction}", f"optim.name={optimizer}"]
+    words = [f"precision={precision}", *REDUCTIONS[reduction], f"optim.name={optimizer}"]
     words += [f"optim.lr={LEARNING_RATE[optimizer]}", "optim.schedule=constant", "data.augment=shift"]
-    words += [f"train.cuda_graph={'off' if kind == 'off' else 'auto'}"]
-    return words if reduction == "ddp" else [*words, "distributed.virtual_shards=1"]
+    return [*words, f"train.cuda_graph={'off' if kind == 'off' else 'auto'}"]
 
 
 def length(options: Options) -> list[str]:
