@@ -42,7 +42,8 @@ class ImageClassification(Task):
         self.negative_shares: Tensor | None = None  # float32 (C, C), of all classes after label smoothing, by label
         self.partners = config.data.mixup > 0 or config.data.cutmix > 0
         own_transform = type(self).transform is not ImageClassification.transform
-        self.random_transform = own_transform or self.partners or config.data.augment != "none"
+        random = own_transform or self.partners or config.data.augment != "none"
+        self.random_transform = type(self).random_transform and random
 
     def model(self) -> nn.Module:
         """Return a new network on the CPU."""
