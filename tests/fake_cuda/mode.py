@@ -5,6 +5,7 @@ DistributedDataParallel, and runs it twice: first as usual, which allocates the 
 tensors that share the memory. In a capture, the second run is kept for the launches of the graph.
 """
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -198,6 +199,7 @@ def install() -> None:
     """Enter the mode in this thread, and in threads that it starts later, until the process ends."""
     substitutes.register()
     MODE.__enter__()
+    os.register_at_fork(after_in_child=leave)  # a loader's process has no CUDA
     run = threading.Thread.run
 
     def run_in_mode(thread: threading.Thread) -> None:
@@ -209,6 +211,12 @@ def install() -> None:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     text_of = torch._tensor_str._str  # leaves all modes
     torch._tensor_str._str = lambda tensor, **options: text_of(host(tensor), **options)
+
+
+def leave() -> None:
+    """Leave all modes of this thread."""
+    while torch._C._len_torch_dispatch_stack():
+        torch._C._pop_torch_dispatch_stack(None)
 
 
 @contextmanager

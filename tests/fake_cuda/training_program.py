@@ -1,7 +1,7 @@
 """The train command, with events before steps, ``FILE 40=hang 42=raise SETTING...``; prints what the runtime counted.
 
 Events: hang (the collectives from now on wait for a peer that never answers), raise (an error), interrupt (Ctrl-C),
-terminate (SIGTERM), memory (print the bytes on the device), reset (the counts, to 0), counts (print them).
+terminate (SIGTERM), memory (print the bytes on the device).
 """
 
 import json
@@ -37,10 +37,6 @@ def happen(event: str) -> None:
         signal.raise_signal(signal.SIGTERM)
     elif event == "memory":
         sys.stdout.write(f"memory {runtime.device_bytes()} {torch.cuda.memory_allocated()}\n")
-    elif event == "reset":
-        runtime.reset()
-    elif event == "counts":
-        sys.stdout.write("counts " + json.dumps(runtime.counts()) + "\n")
     else:
         raise ValueError(event)
 
