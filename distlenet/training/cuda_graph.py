@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from distlenet.data.batched_dataset import ResidentBatch
 from distlenet.distributed.collectives import any_rank
 from distlenet.task import Batch
 from distlenet.training.device_step import DeviceStep, Seed
 from distlenet.training.step_result import DeviceResult
-from distlenet.utils.errors import warn
+from distlenet.utils.errors import RankError, warn
 from distlenet.utils.keyed_random import default_generator, seed_micro_batch
 from distlenet.utils.nested import has_lists, map_tensors, tensors_in
 
@@ -142,6 +143,7 @@ class GraphedStep:
     def _replay(self, captured: CapturedStep, batch: Batch | ResidentBatch, step: int) -> DeviceResult:
         if captured.batch is not None and isinstance(batch, Batch):
             for target, source in zip(tensors_in(captured.batch.data), tensors_in(batch.data), strict=True):
+                check_shape(target, source)
                 target.copy_(source, non_blocking=True)
         captured.generators.seed(self.step.seed_value, step)
         captured.graph.replay()
@@ -152,6 +154,15 @@ class GraphedStep:
         for captured in self.captured.values():
             captured.graph.reset()
         self.captured.clear()
+
+
+def check_shape(captured: Tensor, tensor: Tensor) -> None:
+    """Raise RankError if a batch has a tensor of another shape than the captured batch."""
+    if captured.shape != tensor.shape:
+        raise RankError(
+            f"train.cuda_graph=auto: a batch has a tensor of shape {list(tensor.shape)}, but the captured one of the same "
+            f"size has {list(captured.shape)}; pad to a fixed shape, or give train.cuda_graph=off"
+        )
 
 
 def gathered(batch: Batch | ResidentBatch, step: DeviceStep) -> Batch:

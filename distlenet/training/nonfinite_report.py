@@ -1,6 +1,6 @@
 """The report on a step whose loss or gradient is not finite: each rank computes its share again.
 
-The weights are still those from before the step (see ``distlenet.training.nonfinite_guard``), so the result is what
+The weights are still those from before the step (see ``distlenet.training.step_flags``), so the result is what
 happened.
 """
 
