@@ -160,8 +160,8 @@ def check_shape(captured: Tensor, tensor: Tensor) -> None:
     """Raise RankError if a batch has a tensor of another shape than the captured batch."""
     if captured.shape != tensor.shape:
         raise RankError(
-            f"train.cuda_graph=auto: a batch has a tensor of shape {list(tensor.shape)}, but the captured one of the same "
-            f"size has {list(captured.shape)}; pad to a fixed shape, or give train.cuda_graph=off"
+            f"train.cuda_graph=auto: a batch has a tensor of shape {list(tensor.shape)}, but the captured one of the "
+            f"same size has {list(captured.shape)}; pad to a fixed shape, or give train.cuda_graph=off"
         )
 
 
