@@ -30,6 +30,7 @@ SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
         [["recipes.py", "sprint", "--seeds", "5", "--against", "tutorial"], ["recipes.py", "best", "--seeds", "3"]],
     ),
     "wandb": ("Cost of W&B", [["wandb_cost.py", "--within", "--rounds", "3"]]),
+    "graph": ("A step on a GPU, counted without one", [["graph_cost.py"]]),
     "size": ("Large datasets: memory and start", [["size.py"]]),
     "gpu": (
         "On a GPU",

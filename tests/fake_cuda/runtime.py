@@ -37,9 +37,9 @@ def counts() -> dict[str, int]:
     """Return how often each thing happened since the last reset.
 
     "launch" counts all kernels, copies and collectives that ran outside of graphs, and "kernel NAME", "copy A to B",
-    "memset", "ncclX" each kind; besides "capture", "graph launch", "graph destroyed", "sync stream", "sync event",
-    "sync device", "sync cudaMemcpy", "cudaEventQuery", "wait event", "record event", "cudaMalloc", "bytes cudaMalloc",
-    "cudaFree", "bytes cudaFree", "cudaHostAlloc".
+    "memset", "ncclX" each kind; besides "node" (of captures), "capture", "graph launch", "graph destroyed",
+    "sync stream", "sync event", "sync device", "sync cudaMemcpy", "cudaEventQuery", "wait event", "record event",
+    "cudaMalloc", "bytes cudaMalloc", "cudaFree", "bytes cudaFree", "cudaHostAlloc".
     """
     pairs = (line.rpartition("\t") for line in _lines(_counts()))
     return {what: int(n) for what, _, n in pairs}

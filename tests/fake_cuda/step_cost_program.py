@@ -13,15 +13,19 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from distlenet.config.loading import load_config
+from distlenet.config.schema import Config
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.preemption import Preemption
 from distlenet.models.lenet import Net
-from distlenet.tasks.registry import make_task
+from distlenet.task import Data
+from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
 from distlenet.training.trainer import Trainer
 from fake_cuda import runtime
@@ -30,14 +34,73 @@ from fake_cuda.mode import paused
 SETTINGS = (
     "device=cuda",
     "data.name=synthetic",
-    "data.synthetic_train=30720",
+    "data.synthetic_train=12800",
     "data.synthetic_test=100",
-    "train.global_batch_size=480",
+    "train.global_batch_size=128",
     "train.epochs=100",
     "train.log_every=1000000",
     "checkpoint.resume=never",
 )
 WARM_UP, STEPS, TURNS = 6, 64, 40
+
+
+class Marked(ImageClassification):
+    """Notes how many nodes a capture has at some points of a step."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.marks: dict[str, int] = {}
+
+    def mark(self, name: str) -> None:
+        self.marks[name] = runtime.counts().get("node", 0)
+
+    def loss(self, model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
+        self.mark("gather")
+        result = super().loss(model, data)
+        self.mark("loss")
+        return result
+
+    def metrics(self, outputs: Tensor, data: Data) -> dict[str, Tensor]:
+        self.mark("sum and backward")
+        return super().metrics(outputs, data)
+
+
+PHASES = (
+    "gather",
+    "forward",
+    "loss",
+    "sum and backward",
+    "metrics and all-reduce",
+    "flags",
+    "keep metrics",
+    "optimizer",
+)
+
+
+def mark_calls(trainer: Trainer, task: Marked) -> None:
+    """Let ``task`` note the nodes when the parts of a step end that are no part of the task."""
+    step = trainer.train_step.on_device
+    assert step.flags is not None
+    record, update = step.flags.record, step.meter.update
+
+    def record_and_mark(*args: Any) -> None:
+        task.mark("metrics and all-reduce")
+        record(*args)
+        task.mark("flags")
+
+    def update_and_mark(*args: Any) -> None:
+        update(*args)
+        task.mark("keep metrics")
+
+    step.flags.record, step.meter.update = record_and_mark, update_and_mark
+    step.model.register_forward_hook(lambda *_: task.mark("forward"))
+    step.optimizer.register_step_post_hook(lambda *_: task.mark("optimizer"))
+
+
+def nodes_by_phase(task: Marked) -> dict[str, int]:
+    """Return the nodes of the last capture, by phase."""
+    ends = [task.marks[phase] for phase in PHASES]
+    return {phase: end - begin for phase, begin, end in zip(PHASES, [0, *ends], ends, strict=False)}
 
 
 def bare_nodes(batch_size: int, precision: str) -> int:
@@ -90,15 +153,18 @@ def main() -> None:
         config = load_config([], [*SETTINGS, *sys.argv[1:], f"run.dir={directory}"])
         (Path(directory) / "run/checkpoints").mkdir(parents=True)
         with init_distributed(config) as context:
-            task, preemption = make_task(config), Preemption(1.0)
+            task, preemption = Marked(config), Preemption(1.0)
             trainer = Trainer(config, context, task, Path(directory) / "run", Trackers(), preemption)
             with closing(trainer):
                 trainer.train_step.warm_up()
+                graphed = trainer.train_step.graph is not None
+                if graphed:
+                    mark_calls(trainer, task)
                 steps = take(trainer)
+                runtime.reset()
                 for _ in range(WARM_UP):
                     next(steps)
-                graphed = trainer.train_step.graph is not None
-                result = {"nodes": runtime.nodes() if graphed else []}
+                result = {"nodes": runtime.nodes(), "phases": nodes_by_phase(task)} if graphed else {"nodes": []}
                 result["bare nodes"] = bare_nodes(config.train.global_batch_size, config.precision)
                 with paused() if graphed else nullcontext():  # else the host decides by numbers
                     runtime.reset()

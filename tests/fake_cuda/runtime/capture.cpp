@@ -93,6 +93,7 @@ static cudaError_t capture_node(Stream& stream, const std::string& name, Work wo
     capture.recording->nodes.push_back(name);
     if (work) capture.recording->work.push_back(std::move(work));
     stream.seen[stream.id] = ++capture.issued[stream.id];
+    count("node");
     return cudaSuccess;
 }
 
