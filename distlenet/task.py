@@ -37,7 +37,7 @@ class Batch:
 
     def __len__(self) -> int:
         """Return n, the samples of this rank."""
-        return len(self.indices)
+        return self.indices.numel()
 
     def inputs(self, task: "Task") -> Data:
         """Return the input of the task's loss; ``()`` without samples, which no user's code receives."""

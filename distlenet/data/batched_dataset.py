@@ -106,7 +106,7 @@ class ResidentBatch:
 
     def __len__(self) -> int:
         """Return n, the samples of this rank."""
-        return len(self.indices)
+        return self.indices.numel()
 
     def gather(self, keys: SampleKeys) -> Batch:
         """Return the batch; ``keys`` has the indices on the GPU. No host sync."""

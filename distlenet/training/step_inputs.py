@@ -44,7 +44,8 @@ class StepInputs:
         for group, lr in enumerate(lrs):
             floats[2 * (_FIXED + group)] = lr
         if indices is not None:
-            integers[self.first_index : self.first_index + len(indices)] = indices.numpy()
+            values = indices.numpy()
+            integers[self.first_index : self.first_index + len(values)] = values
         self.row.copy_(self.rows[slot], non_blocking=True)
 
     def keys(self, seed: int, samples: int) -> SampleKeys:
