@@ -34,10 +34,10 @@ PEERS = (
 )
 OURS: dict[str, tuple[str, ...]] = {"distlenet": (), "distlenet, exact": ("distributed.reduction=exact",)}
 ON_GPU: dict[str, tuple[str, ...]] = {
-    "distlenet": ("train.cuda_graph=auto",),
-    "distlenet, no graph": (),
+    "distlenet": (),
+    "distlenet, no graph": ("train.cuda_graph=off",),
     "distlenet, images on the host": ("data.device=cpu",),
-    "distlenet, exact": ("distributed.reduction=exact", "distributed.virtual_shards=1", "train.cuda_graph=auto"),
+    "distlenet, exact": ("distributed.reduction=exact",),
 }
 FASTER_ON_GPU = 10  # factor on the number of steps
 

@@ -122,11 +122,11 @@ class Task(ABC):
     set, drawn by the sample's key: a sample of the same batch would depend on the number of ranks.
     """
 
+    random_transform: bool = True
+    """Whether ``transform`` needs the keys. If not, a data set on the GPU is transformed once, with ``keys=None``."""
+
     def __init__(self, config: Config) -> None:
         self.config = config
-
-    random_transform: bool = True
-    """Whether ``transform`` uses its keys. If not, a data set on the GPU is transformed once, not in each step."""
 
     @abstractmethod
     def model(self) -> nn.Module:

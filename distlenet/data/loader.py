@@ -167,8 +167,7 @@ def make_loaders(
         datasets.train, batch_size, env.rank, env.world_size, config.seed, drop_last, virtual_shards=shards
     )
     with raise_on_all_ranks():  # a GPU may have less free memory than the others
-        datasets = place_datasets(datasets, config.data.device, num_workers, device)
-    datasets = transform_once(datasets, task)
+        datasets = transform_once(place_datasets(datasets, config.data.device, num_workers, device), task)
     loader = Loader(datasets.train, sampler, num_workers, device, task.collate, task.partners)
     return loader, evaluation_loaders(config, context, datasets, task)
 

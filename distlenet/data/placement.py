@@ -75,7 +75,7 @@ def transform_once(datasets: Datasets, task: Task) -> Datasets:
         for split in ("train", "validation", "test")
         if isinstance(dataset := getattr(datasets, split), ImageDataset) and dataset.device.type == "cuda"
     }
-    if task.random_transform or not placed:
+    if task.random_transform or task.partners or not placed:
         return datasets
     device = next(iter(placed.values())).device
     example = task.transform(

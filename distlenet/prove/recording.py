@@ -84,6 +84,7 @@ class RecordedTask(Task):
 
     recorder: Recorder
     most_test_samples: int
+    random_transform = True  # it is called, and recorded, in each step
 
     def datasets(self) -> Datasets:
         """Return the user's datasets; those for evaluation are shortened."""

@@ -29,13 +29,21 @@ from distlenet.utils.nested import count_samples
 
 
 class _ReadyMark:
-    """The last time that a gradient was complete."""
+    """The last time in a step that a gradient was complete."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.mark = clock, clock.mark()
+        self.in_graph = False
+        self.event: torch.cuda.Event | None = None
+
+    def begin(self, in_graph: bool) -> None:
+        """Begin a step; ``in_graph``: see ``Clock.mark``."""
+        self.in_graph, self.event = in_graph, None
 
     def set(self, _: Tensor) -> None:
-        self.mark = self.clock.mark()
+        """Mark the present moment, with one event for all micro-batches: the result of the step keeps it."""
+        self.mark = self.clock.mark(self.in_graph, self.event)
+        self.event = self.mark.event
 
 
 class DdpReducer(ConsecutiveMicroBatches):
@@ -106,17 +114,18 @@ class DdpReducer(ConsecutiveMicroBatches):
         self.warm_up(example_loss)
 
     @contextmanager
-    def step(self, global_size: int, stop: Tensor) -> Iterator[ReductionStep]:
+    def step(self, global_size: int, stop: Tensor, time_in_graph: bool = False) -> Iterator[ReductionStep]:
         """Reduce one step. A collective."""
         self.buffers.begin()
-        step = _DdpStep(self, global_size, stop)
+        self.ready.begin(time_in_graph)
+        step = _DdpStep(self, global_size, stop, time_in_graph)
         yield step
         step.end()
 
 
 class _DdpStep(ReductionStep):
-    def __init__(self, reducer: DdpReducer, global_size: int, stop: Tensor) -> None:
-        self.reducer, self.global_size, self.stop = reducer, global_size, stop
+    def __init__(self, reducer: DdpReducer, global_size: int, stop: Tensor, time_in_graph: bool) -> None:
+        self.reducer, self.global_size, self.stop, self.time_in_graph = reducer, global_size, stop, time_in_graph
         self.loss_factor = reducer.loss_multiplier / global_size
         self.weight = torch.zeros_like(stop, dtype=torch.float64) if reducer.weighted else None  # of this rank
 
@@ -146,7 +155,7 @@ class _DdpStep(ReductionStep):
 
     def end(self) -> None:
         """Read what all ranks contributed: the last backward pass has reduced it."""
-        flag, reduced = self.reducer.flag, self.reducer.clock.mark()
+        flag, reduced = self.reducer.flag, self.reducer.clock.mark(self.time_in_graph)
         assert flag.grad is not None, "no backward in this step"
         fill_unused(self.reducer.parameters, self.reducer.find_unused)
         if self.reducer.find_unused:

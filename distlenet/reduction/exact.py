@@ -29,7 +29,7 @@ class ExactReducer:
     ``distlenet.utils.exact_sums``): on the rank, then over ranks in one float64 all-reduce.
     """
 
-    capture_after = 3
+    capture_after = 3  # steps: they create the state of optimizer, cuBLAS and NCCL
     GRID_BITS = 40
     SUM_BITS = 12  # the sum over all shards stays below 2**12, half of what float64 holds exactly on this grid
 
@@ -95,26 +95,26 @@ class ExactReducer:
         return [function(micro_batch) for micro_batch in micro_batches]
 
     @contextmanager
-    def step(self, global_size: int, stop: Tensor) -> Iterator[ReductionStep]:
+    def step(self, global_size: int, stop: Tensor, time_in_graph: bool = False) -> Iterator[ReductionStep]:
         """Reduce one step. A collective."""
         self.flag.copy_(stop)
         if self.weight is not None:
             self.weight.zero_()
         self.buffers.begin()
-        step = self.make_step(global_size)
+        step = self.make_step(global_size, time_in_graph)
         yield step
         step.end()
 
-    def make_step(self, global_size: int) -> "ExactStep":
+    def make_step(self, global_size: int, time_in_graph: bool) -> "ExactStep":
         """Return the object of one step."""
-        return ExactStep(self, global_size)
+        return ExactStep(self, global_size, time_in_graph)
 
 
 class ExactStep(ReductionStep):
     """One step."""
 
-    def __init__(self, reducer: ExactReducer, global_size: int) -> None:
-        self.reducer, self.global_size = reducer, global_size
+    def __init__(self, reducer: ExactReducer, global_size: int, time_in_graph: bool) -> None:
+        self.reducer, self.global_size, self.time_in_graph = reducer, global_size, time_in_graph
         self.has_partial_sum = False
 
     def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
@@ -151,11 +151,11 @@ class ExactStep(ReductionStep):
 
     def end(self) -> None:
         """Sum over ranks, and set float32 gradients. A collective."""
-        reducer, ready = self.reducer, self.reducer.clock.mark()
+        reducer, ready = self.reducer, self.reducer.clock.mark(self.time_in_graph)
         if not self.has_partial_sum:  # this rank has no samples
             reducer.sum.zero_()
         reducer.all_reduce(reducer.exchanged)
-        reduced = reducer.clock.mark()
+        reduced = reducer.clock.mark(self.time_in_graph)
         reducer.sum.mul_(2.0**-reducer.GRID_BITS)
         if reducer.weight is not None:
             reducer.sum.div_(reducer.weight / self.global_size)

@@ -55,7 +55,7 @@ class FlatReducer(ConsecutiveMicroBatches):
         self.factors: dict[int, Tensor] = {}  # by the size of the global batch
 
     def warm_up(self, example_loss: ExampleLoss) -> None:
-        """Do nothing: the first step is as any other."""
+        """Do nothing: no state depends on the first step."""
 
     def reset(self, example_loss: ExampleLoss) -> None:  # noqa: ARG002
         """Undo the changes of buffers; a step keeps no other state."""
@@ -68,17 +68,17 @@ class FlatReducer(ConsecutiveMicroBatches):
         return self.factors[global_size]
 
     @contextmanager
-    def step(self, global_size: int, stop: Tensor) -> Iterator[ReductionStep]:
+    def step(self, global_size: int, stop: Tensor, time_in_graph: bool = False) -> Iterator[ReductionStep]:
         """Reduce one step. A collective."""
         self.buffers.begin()
-        step = _FlatStep(self, global_size, stop)
+        step = _FlatStep(self, global_size, stop, time_in_graph)
         yield step
         step.end()
 
 
 class _FlatStep(ReductionStep):
-    def __init__(self, reducer: FlatReducer, global_size: int, stop: Tensor) -> None:
-        self.reducer, self.global_size, self.flag = reducer, global_size, stop
+    def __init__(self, reducer: FlatReducer, global_size: int, stop: Tensor, time_in_graph: bool) -> None:
+        self.reducer, self.global_size, self.flag, self.time_in_graph = reducer, global_size, stop, time_in_graph
         self.weight: Tensor | None = None  # of this rank
 
     def micro_batches(self, data: Data) -> Iterator[MicroBatch]:
@@ -96,7 +96,7 @@ class _FlatStep(ReductionStep):
 
     def end(self) -> None:
         """Sum over ranks. A collective."""
-        reducer, ready = self.reducer, self.reducer.clock.mark()
+        reducer, ready = self.reducer, self.reducer.clock.mark(self.time_in_graph)
         parameters = reducer.parameters
         has_samples = any(parameter.grad is not None for parameter in parameters.values())
         fill_unused(parameters, allowed=reducer.find_unused or not has_samples)
@@ -105,12 +105,12 @@ class _FlatStep(ReductionStep):
             rest.append(torch.zeros_like(rest[0]) if self.weight is None else self.weight.float().view(1))
         flat = torch.cat([*(in_memory_order(p) for p in parameters.values()), *rest])
         dist.all_reduce(flat)  # collective
-        reduced = reducer.clock.mark()
+        reduced = reducer.clock.mark(self.time_in_graph)
         *gradients, flag = flat.split([*reducer.sizes, len(rest)])
         weight = flag[1] if reducer.weighted else None
         if weight is not None:
             torch._foreach_div_(gradients, weight)
         for parameter, gradient in zip(parameters.values(), gradients, strict=True):
             parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())
-        change = reducer.buffers.reduce(self.global_size)
+        change = reducer.buffers.reduce(self.global_size)  # collective
         self._result = ReductionResult(mark_nonfinite(flag[0], change, weight), ready, reduced, change)

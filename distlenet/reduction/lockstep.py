@@ -234,9 +234,9 @@ class LockstepReducer(ExactReducer):
         assert self.example_loss is not None, "no warm_up before this step"
         torch.autograd.grad(connect(self.example_loss(self.model)), self.parameters, allow_unused=True)
 
-    def make_step(self, global_size: int) -> ExactStep:
+    def make_step(self, global_size: int, time_in_graph: bool) -> ExactStep:
         """Return the object of one step."""
-        return _LockstepStep(self, global_size)
+        return _LockstepStep(self, global_size, time_in_graph)
 
 
 class _LockstepStep(ExactStep):

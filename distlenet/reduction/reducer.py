@@ -55,7 +55,10 @@ class ReductionResult:
 
 
 def mark_nonfinite(flag: Tensor, change: Tensor | None, weight: Tensor | None) -> Tensor:
-    """Return ``flag``, or NaN if the change of the buffers is not finite, or the sum of the weights not positive."""
+    """Return ``flag``, or NaN if the change of the buffers is not finite, or the sum of the weights not positive.
+
+    ``flag`` and ``weight`` are scalars, ``change`` is float64 (elements,). No host sync.
+    """
     if weight is not None:
         flag = torch.where(weight > 0, flag, math.nan)
     return flag if change is None else flag + (change * 0).sum()
@@ -123,8 +126,11 @@ class Reducer(Protocol):
         A collective if the model has global statistics.
         """
 
-    def step(self, global_size: int, stop: Tensor) -> AbstractContextManager[ReductionStep]:
+    def step(
+        self, global_size: int, stop: Tensor, time_in_graph: bool = False
+    ) -> AbstractContextManager[ReductionStep]:
         """Reduce the gradients of a global batch of ``global_size`` samples. A collective.
 
-        ``stop`` is a scalar on the device, 1 if this rank was asked to stop. No host sync.
+        ``stop`` is a scalar on the device, 1 if this rank was asked to stop. ``time_in_graph``: see ``Clock.mark``. No
+        host sync.
         """

@@ -7,70 +7,42 @@ Sources: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, its s
 DistributedDataParallel", and https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/cudagraph.html
 """
 
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distlenet.data.batched_dataset import ResidentBatch
-from distlenet.distributed.collectives import any_rank
+from distlenet.distributed.collectives import all_gather_object
 from distlenet.task import Batch
-from distlenet.training.device_step import DeviceStep, Seed
+from distlenet.training.device_step import DeviceStep
+from distlenet.training.micro_batch_generators import MicroBatchGenerators
 from distlenet.training.step_result import DeviceResult
-from distlenet.utils.errors import RankError, warn
-from distlenet.utils.keyed_random import default_generator, seed_micro_batch
+from distlenet.utils.errors import warn
+from distlenet.utils.keyed_random import default_generator
 from distlenet.utils.nested import has_lists, map_tensors, tensors_in
 
 
-class Kind(NamedTuple):
-    """Steps of one kind are the same kernels."""
+class StepKind(NamedTuple):
+    """Steps of the same kind launch the same kernels."""
 
     global_size: int
     with_grad_norm: bool
 
 
-class MicroBatchGenerators:
-    """A generator for each micro-batch that draws random numbers, in place of the default one of the device.
+@dataclass(frozen=True)
+class EagerSteps:
+    """What was seen of the eager steps of a global batch size."""
 
-    Within a capture, no generator can be seeded; before a replay, each of these is.
-    """
-
-    def __init__(self, device: torch.device, numbers: Iterable[int]) -> None:
-        self.default = default_generator(device)
-        self.states = {number: torch.Generator(device) for number in numbers}
-
-    def seed(self, seed: int, step: int) -> None:
-        """Seed all for the micro-batches of a step."""
-        for number, generator in self.states.items():
-            seed_micro_batch(generator, seed, step, number)
-
-    @contextmanager
-    def selected(self, graph: torch.cuda.CUDAGraph) -> Iterator[Seed]:
-        """Register the generators with ``graph``; the function that is yielded selects that of a micro-batch."""
-        before = self.default.graphsafe_get_state()
-        if torch.__version__ < "2.14":  # later versions register a generator when it is used
-            for generator in self.states.values():
-                graph.register_generator_state(generator)
-
-        def select(number: int) -> None:
-            if number in self.states:
-                self.default.graphsafe_set_state(self.states[number])
-
-        try:
-            yield select
-        finally:
-            self.default.graphsafe_set_state(before)
-
-
-class EagerStep(NamedTuple):
-    """What an eager step showed about those of the same size."""
-
-    micro_batches: tuple[int, ...]  # their numbers
+    micro_batches: tuple[int, ...]  # their numbers, in the last step
     draws: bool  # random numbers of the device
+    why_not: str | None  # a reason against a capture
 
 
 @dataclass(frozen=True)
@@ -94,14 +66,15 @@ class GraphedStep:
         """Capture ``step``."""
         self.step = step
         self.eager_left = step.reducer.capture_after
-        self.eager: dict[int, EagerStep] = {}  # by global batch size; it creates what a capture may not
+        self.eager: dict[int, EagerSteps] = {}  # by global batch size; they create what a capture may not
+        self.shapes: dict[int, list[torch.Size]] = {}  # of the tensors of the last eager batch, by global batch size
         self.failed = False
-        self.captured: dict[Kind, CapturedStep] = {}
+        self.captured: dict[StepKind, CapturedStep] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, batch: Batch | ResidentBatch, step: int, want_grad_norm: bool) -> DeviceResult:
         """Take one step, with the same effect as ``DeviceStep.compute``. A collective."""
-        kind = Kind(batch.global_size, want_grad_norm)
+        kind = StepKind(batch.global_size, want_grad_norm or self.step.max_grad_norm is not None)
         if kind not in self.captured and self.eager_left == 0 and not self.failed and batch.global_size in self.eager:
             self._capture(kind, batch)  # collective
         if kind in self.captured:
@@ -109,34 +82,48 @@ class GraphedStep:
         return self._run_eagerly(batch, step, want_grad_norm)
 
     def _run_eagerly(self, batch: Batch | ResidentBatch, step: int, want_grad_norm: bool) -> DeviceResult:
+        """Take one step, and note what a capture has to know. A collective."""
         numbers: list[int] = []
 
         def seed(number: int) -> None:
             numbers.append(number)
             self.step.seed(step, number)
 
-        result = self.step.compute(gathered(batch, self.step), seed, want_grad_norm)
+        before = host_random_state()
+        loaded = gathered(batch, self.step)
+        result = self.step.compute(loaded, seed, want_grad_norm)
+        size, shapes = batch.global_size, [tensor.shape for tensor in tensors_in(loaded.data)]
+        why_not = self.eager[size].why_not if size in self.eager else None
+        if has_lists(loaded.data) or self.shapes.setdefault(size, shapes) != shapes:
+            why_not = "batches have tensors of different shapes"
+        elif host_random_state() != before:
+            why_not = "the step draws random numbers on the host"
         draws = default_generator(self.step.device).get_offset() > 0  # since it was seeded
-        self.eager[batch.global_size] = EagerStep(tuple(numbers), draws)
+        self.eager[size] = EagerSteps(tuple(numbers), draws, why_not)
         self.eager_left = max(0, self.eager_left - 1)
         return result
 
-    def _capture(self, kind: Kind, batch: Batch | ResidentBatch) -> None:
+    def _capture(self, kind: StepKind, batch: Batch | ResidentBatch) -> None:
         """Capture a kind of step, or note that steps cannot be captured on every rank. A collective."""
-        captured, reason = None, ""
-        try:
-            captured = capture(self.step, kind, batch, self.eager[batch.global_size], self.pool)
-        except RuntimeError as error:  # such as reading a value of the device
-            cause = error.__context__ or error  # the end of a capture only reports that there was an error before
-            if isinstance(cause, dist.DistBackendError):  # NCCL may not be usable any more: no fallback
-                cause.add_note("train.cuda_graph=auto: NCCL cannot be captured; give train.cuda_graph=off")
-                raise
-            reason = f": {cause}".splitlines()[0]
-        if any_rank(captured is None, self.step.device):  # collective, host sync
-            warn(f"train.cuda_graph=auto: the step cannot be captured on every rank, so it runs eagerly{reason}")
+        captured, reason = None, self.eager[kind.global_size].why_not
+        if reason is None:
+            try:
+                captured = capture(self.step, kind, batch, self.eager[kind.global_size], self.pool)
+            except RuntimeError as error:  # such as reading a value of the device
+                cause = error.__context__ or error  # the end of a capture only reports that there was an error before
+                if isinstance(cause, dist.DistBackendError):
+                    # NCCL's state after a failed capture is not documented: no fallback.
+                    cause.add_note("train.cuda_graph=auto: NCCL cannot be captured; give train.cuda_graph=off")
+                if isinstance(cause, dist.DistBackendError) or not isinstance(cause, Exception):  # Ctrl-C
+                    raise cause from None
+                reason = str(cause).partition("\n")[0]
+        reasons = [each for each in all_gather_object(reason) if each is not None]  # collective, host sync
+        if reasons:
+            if dist.get_rank() == 0:
+                warn(f"train.cuda_graph=auto: the step cannot be captured, so it runs eagerly: {reasons[0]}")
             self.close()
             self.failed = True
-            self.step.reset()
+            self.step.reset()  # collective
         elif captured is not None:
             self.captured[kind] = captured
 
@@ -146,7 +133,7 @@ class GraphedStep:
                 check_shape(target, source)
                 target.copy_(source, non_blocking=True)
         captured.generators.seed(self.step.seed_value, step)
-        captured.graph.replay()
+        captured.graph.replay()  # collective
         return captured.result
 
     def close(self) -> None:
@@ -157,41 +144,50 @@ class GraphedStep:
 
 
 def check_shape(captured: Tensor, tensor: Tensor) -> None:
-    """Raise RankError if a batch has a tensor of another shape than the captured batch."""
-    if captured.shape != tensor.shape:
-        raise RankError(
-            f"train.cuda_graph=auto: a batch has a tensor of shape {list(tensor.shape)}, but the captured one of the "
-            f"same size has {list(captured.shape)}; pad to a fixed shape, or give train.cuda_graph=off"
+    """Raise RuntimeError if a batch has a tensor of another shape or type than the captured batch."""
+    if captured.shape != tensor.shape or captured.dtype != tensor.dtype:  # it would be broadcast or converted
+        raise RuntimeError(
+            f"train.cuda_graph=auto: a batch has a tensor {list(tensor.shape)} of {tensor.dtype}, but the captured one "
+            f"of the same size has {list(captured.shape)} of {captured.dtype}; pad to a fixed shape, or give "
+            "train.cuda_graph=off"
         )
+
+
+def host_random_state() -> tuple[Any, ...]:
+    """Return the states of the global generators of the host: a replay would repeat the numbers of its capture."""
+    numpy_state: Any = np.random.get_state()  # a name, the state, the position in it
+    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], torch.get_rng_state().numpy().tobytes()
 
 
 def gathered(batch: Batch | ResidentBatch, step: DeviceStep) -> Batch:
     """Return ``batch`` with its samples: resident ones are gathered by the indices in ``step.inputs``."""
     if isinstance(batch, Batch):
         return batch
-    return batch.gather(step.inputs.keys(step.seed_value, len(batch)))
+    return batch.gather(step.inputs.keys(step.seed_value, len(batch), batch.epoch))
 
 
-def capture(step: DeviceStep, kind: Kind, batch: Batch | ResidentBatch, eager: EagerStep, pool: Any) -> CapturedStep:
+def capture(
+    step: DeviceStep, kind: StepKind, batch: Batch | ResidentBatch, eager: EagerSteps, pool: Any
+) -> CapturedStep:
     """Capture a step on batches like ``batch``, without running it, on the current stream.
 
     The stream must not be the default stream, and must be the one on which the model and its wrapper were made
     (``init_distributed`` sets one). Mode thread_local: a loader's thread may pin memory meanwhile. Raise RuntimeError
-    if the step does what a capture does not allow.
+    if the step does what a capture does not allow. A host sync.
     """
-    if isinstance(batch, Batch) and has_lists(batch.data):
-        raise RuntimeError("a batch contains lists, whose tensors have other shapes in each batch")
-    static, keys = None, step.inputs.keys(step.seed_value, len(batch))
+    keys, static = step.inputs.keys(step.seed_value, len(batch)), None
     if isinstance(batch, Batch):
         static = replace(batch, data=map_tensors(torch.zeros_like, batch.data), keys=keys)
     generators = MicroBatchGenerators(step.device, eager.micro_batches if eager.draws else ())
     graph = torch.cuda.CUDAGraph()
     with (
-        generators.selected(graph) as seed,
+        generators.capturing(graph) as seed,
         _release_pool_on_error(step.device, pool),
         torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"),
     ):
-        result = step.compute(static or gathered(batch, step), seed, kind.with_grad_norm)
+        loaded = batch.gather(keys) if isinstance(batch, ResidentBatch) else static
+        assert loaded is not None
+        result = step.compute(loaded, seed, kind.with_grad_norm)
     return CapturedStep(graph, static, generators, result)
 
 

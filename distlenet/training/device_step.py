@@ -31,7 +31,7 @@ from distlenet.utils.clock import Clock, Mark
 from distlenet.utils.keyed_random import default_generator, seed_micro_batch
 
 Seed = Callable[[int], None]
-"""Makes the random numbers of the device, such as those of dropout, those of a micro-batch, given by its number."""
+"""Seeds the device's generator, for example for dropout, for the micro-batch with this number."""
 
 
 class RankShare(NamedTuple):
@@ -83,9 +83,10 @@ class DeviceStep:
     def compute(self, batch: Batch, seed: Seed, want_grad_norm: bool) -> DeviceResult:
         """Compute the gradient of a global batch and take the step that ``inputs`` describes. A collective.
 
-        ``seed`` is called before each micro-batch.
+        ``seed`` is called before each micro-batch. A CUDA graph is timed if it computes the norm of the gradient.
         """
-        begin = self.clock.mark()
+        want_grad_norm |= self.max_grad_norm is not None
+        begin = self.clock.mark(want_grad_norm)
         data = batch.inputs(self.task)
 
         def compute(micro_batch: MicroBatch) -> Tensor:
@@ -96,14 +97,13 @@ class DeviceStep:
             reduction.backward(self.scaler.scale(loss_sum), weight_sum)  # the last is a collective
             return self.outline.values(result, micro_batch.data)
 
-        with self.reducer.step(batch.global_size, self.inputs.stop) as reduction:
+        with self.reducer.step(batch.global_size, self.inputs.stop, want_grad_norm) as reduction:
             values = reduction.map(compute, data)
         return self._apply(reduction.result, self.outline.join(values, self.device), want_grad_norm, begin)
 
     def _apply(self, reduction: ReductionResult, values: Tensor, want_grad_norm: bool, begin: Mark) -> DeviceResult:
         """Clip the gradients and take the step, unless something is not finite."""
         flag, grad_norm, scaled = reduction.flag, None, self.scaler.is_enabled()
-        want_grad_norm |= self.max_grad_norm is not None
         if want_grad_norm and not scaled:
             grad_norm = self._clip_gradients()
             flag = torch.add(flag, grad_norm, alpha=0)  # NaN if the norm is not finite
@@ -124,7 +124,7 @@ class DeviceStep:
                 skip = None if self.flags is None else self.flags.found_inf
                 self.reducer.buffers.apply(reduction.buffer_change, skip)
         self.optimizer.zero_grad(set_to_none=True)
-        times = StepTimes(begin, reduction.gradient_ready, reduction.reduced, self.clock.mark())
+        times = StepTimes(begin, reduction.gradient_ready, reduction.reduced, self.clock.mark(want_grad_norm))
         return DeviceResult(grad_norm, stop, skipped, taken, times)
 
     def _take_step(self) -> bool:

@@ -99,7 +99,7 @@ class Meter:
 
 
 class DeferredMeter(Meter):
-    """Stores the values of recent steps, and adds them together now and then: two kernels per step instead of ten.
+    """Stores the values of steps, and adds them every 64 steps and when they are read: two kernels per step, not ten.
 
     The sums are the same, since they are exact.
     """

@@ -87,7 +87,8 @@ class TaskOutline:
     def join(self, values: list[Tensor], device: torch.device) -> Tensor:
         """Join the values of micro-batches; a rank without samples has none, and n is 0."""
         if not values:
-            return torch.zeros(1 + len(self.metric_names) + self.weighted, 0, device=device)
+            dtype = torch.float64 if self.weighted else torch.float32
+            return torch.zeros(1 + len(self.metric_names) + self.weighted, 0, dtype=dtype, device=device)
         return values[0] if len(values) == 1 else torch.cat(values, 1)
 
 

@@ -21,7 +21,7 @@ The host is never further ahead of the GPU than that.
 
 
 class StepFlags:
-    """Keeps all steps from the first bad one on away from the weights, and returns stop requests after a delay.
+    """Prevents the first nonfinite step and all later ones from changing the weights, and returns stop requests.
 
     The optimizer itself skips these steps, on the device: its fused kernel takes no step if ``found_inf`` is 1, which
     it reads for loss scaling (https://docs.pytorch.org/docs/stable/notes/amp_examples.html). With loss scaling, which
@@ -42,13 +42,16 @@ class StepFlags:
         self.bad_step: int | None = None
 
     def record(self, flag: Tensor, slot: Tensor) -> None:
-        """Keep the flag of a step, and skip the step if it is NaN; ``slot`` is ``StepInputs.slot``. No host sync."""
+        """Keep the flag of a step, a scalar, and skip the step if it is NaN. No host sync.
+
+        ``slot`` is ``StepInputs.slot``, int64 (1,).
+        """
         torch.where(flag == flag, self.found_inf, self.one, out=self.found_inf)
         self.values.index_copy_(0, slot, flag.detach().float().view(1))
         self.host.copy_(self.values, non_blocking=True)  # all: a CUDA graph copies between fixed addresses
 
     def poll(self, step: int) -> bool:
-        """Return whether a rank was asked to stop, as known after ``step``, the newest step.
+        """Return whether a rank was asked to stop, as far as the flags up to ``step`` - ``DELAY`` show.
 
         No host sync, unless the GPU is ``DELAY`` steps behind.
         """
@@ -67,7 +70,7 @@ class StepFlags:
 
     def _read(self, step: int) -> None:
         if self.events and not self.events[step % DELAY].query():
-            self.events[step % DELAY].synchronize()
+            self.events[step % DELAY].synchronize()  # host sync
         flag = float(self.host[step % RECENT_STEPS])
         self.stop |= flag > 0
         if math.isnan(flag) and self.bad_step is None:

@@ -48,6 +48,9 @@ class StepInputs:
             integers[self.first_index : self.first_index + len(values)] = values
         self.row.copy_(self.rows[slot], non_blocking=True)
 
-    def keys(self, seed: int, samples: int) -> SampleKeys:
-        """Return the keys of the present step's ``samples`` samples, on the device."""
-        return SampleKeys(seed, self.epoch, self.indices[:samples])
+    def keys(self, seed: int, samples: int, epoch: int | None = None) -> SampleKeys:
+        """Return the keys of the present step's ``samples`` samples, on the device.
+
+        Without ``epoch``, the epoch is read on the device, too, as in a CUDA graph.
+        """
+        return SampleKeys(seed, self.epoch if epoch is None else epoch, self.indices[:samples])

@@ -128,8 +128,8 @@ class Trainer:
         self.throughput.add(batch, result)
         self.state = self.state.advance(result.lr, result.skipped)
         if result.skipped:
-            batch = self.loader.batch(batch.epoch, batch.number)
-            handle_nonfinite(self.train_step, batch, step, self.state.skipped, self.run_dir)  # collective
+            loaded = batch if isinstance(batch, Batch) else self.loader.batch(batch.epoch, batch.number)
+            handle_nonfinite(self.train_step, loaded, step, self.state.skipped, self.run_dir)  # collective
         self.watchdog.heartbeat(self.state.step)
         return result
 

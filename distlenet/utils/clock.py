@@ -10,7 +10,7 @@ class Mark(NamedTuple):
     """One moment."""
 
     host_s: float  # time.perf_counter()
-    event: torch.cuda.Event | None  # None on the CPU, and in a captured CUDA graph
+    event: torch.cuda.Event | None  # None on the CPU; in a replayed CUDA graph, of the last replay, or None
 
 
 class Clock:
@@ -19,10 +19,15 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
 
-    def mark(self) -> Mark:
-        """Mark the present moment; on a GPU, of the work enqueued so far. No host sync."""
-        if not self.on_gpu or torch.cuda.is_current_stream_capturing():
+    def mark(self, in_graph: bool = False, again: torch.cuda.Event | None = None) -> Mark:
+        """Mark the present moment; on a GPU, of the work enqueued so far. No host sync.
+
+        In a captured CUDA graph only if ``in_graph``: it is one more node. Such an event needs torch 2.9, and must live
+        as long as the graph. ``again`` is an event to record once more.
+        """
+        capturing = self.on_gpu and torch.cuda.is_current_stream_capturing()
+        if not self.on_gpu or (capturing and not (in_graph and torch.__version__ >= "2.9")):
             return Mark(time.perf_counter(), None)
-        event = torch.cuda.Event(enable_timing=True)
+        event = again or torch.cuda.Event(enable_timing=True, **({"external": True} if capturing else {}))
         event.record()
         return Mark(time.perf_counter(), event)

@@ -31,7 +31,7 @@ class SampleKeys:
     """
 
     seed: int
-    epoch: int | Tensor  # an int64 scalar tensor if the step is captured in a CUDA graph
+    epoch: int | Tensor  # an int64 scalar tensor in a captured CUDA graph
     indices: Tensor  # int64 (n,), on the rank's device
     stream: int | None = None  # 32 bits; what ``split`` adds to the key
 

@@ -88,9 +88,12 @@ class Records(Tracker):
 
     def __init__(self):
         self.losses = []
+        self.timed = []  # whether records have the times of ranks
 
     def log(self, record):
         self.losses.append([record["split"], record["step"], record["loss"], record.get("grad_norm")])
+        if record["split"] == "train":
+            self.timed.append({"compute", "wait", "slowest_rank"} <= record.keys())
 
 
 def train(store, run_dir, task_class, *words):
@@ -109,7 +112,7 @@ def train(store, run_dir, task_class, *words):
         groups = step.optimizer.param_groups
     counts = runtime.counts()
     settings = [(type(group["lr"]).__name__, group.get("capturable")) for group in groups]
-    return state, records.losses, settings, counts.get("capture", 0), counts.get("graph launch", 0)
+    return state, records.losses, settings, counts.get("capture", 0), counts.get("graph launch", 0), records.timed
 
 
 def main():
@@ -134,6 +137,7 @@ def main():
             "captures": [eager[3], replayed[3]],
             "replays": [eager[4], replayed[4]],
             "records": replayed[1],
+            "timed": replayed[5],
         }
         print(json.dumps(row) + "\n", end="", flush=True)
 

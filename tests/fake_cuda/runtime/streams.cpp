@@ -228,8 +228,16 @@ EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
     return cudaSuccess;
 }
 
-EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
-    return record_event(*(Event*)event, stream_of(stream));
+// Rule: an external event becomes a node of a captured graph, and has the time of the last launch.
+EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream_handle, unsigned flags) {
+    Event& event = *(Event*)handle;
+    Stream& stream = stream_of(stream_handle);
+    if (!(flags & cudaEventRecordExternal) || !stream.capture) return record_event(event, stream);
+    return submit(stream, "event record", [&event] {
+        event.recorded = true;
+        event.time_us = now_us();
+        return true;
+    });
 }
 
 EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {

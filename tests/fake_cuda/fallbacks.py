@@ -1,0 +1,35 @@
+"""Steps that are not captured: a task that draws on the host; and, as a program, an NCCL that cannot be captured."""
+
+import random
+
+import torch
+import torch.distributed as dist
+
+from distlenet.distributed.entry_point import run_entry
+from distlenet.tasks.image_classification import ImageClassification
+from distlenet.train import main
+
+
+class DrawsOnHost(ImageClassification):
+    """Leaves half of the losses out."""
+
+    def loss(self, model, data):
+        losses, logits = super().loss(model, data)
+        return (losses * (random.random() < 0.5) if model.training else losses), logits
+
+
+def train_without_capture_of_nccl() -> None:
+    """Let NCCL fail in a capture, as ``dist.all_reduce`` reports it."""
+    all_reduce = dist.all_reduce
+
+    def all_reduce_unless_capturing(*args, **kwargs):
+        if torch.cuda.is_current_stream_capturing():
+            raise dist.DistBackendError("NCCL error: unhandled cuda error")
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = all_reduce_unless_capturing
+    main()
+
+
+if __name__ == "__main__":
+    run_entry(train_without_capture_of_nccl)
