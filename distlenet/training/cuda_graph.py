@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from distlenet.data.batched_dataset import ResidentBatch
 from distlenet.distributed.collectives import all_gather_object
@@ -181,6 +181,7 @@ def capture(
     generators = MicroBatchGenerators(step.device, eager.micro_batches if eager.draws else ())
     graph = torch.cuda.CUDAGraph()
     with (
+        no_buffer_replaced(step.model),
         generators.capturing(graph) as seed,
         _release_pool_on_error(step.device, pool),
         torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"),
@@ -189,6 +190,25 @@ def capture(
         assert loaded is not None
         result = step.compute(loaded, seed, kind.with_grad_norm)
     return CapturedStep(graph, static, generators, result)
+
+
+@contextmanager
+def no_buffer_replaced(model: nn.Module) -> Iterator[None]:
+    """Put replaced buffers back, which a capture has not computed, and raise RuntimeError if it ends with any.
+
+    A replay would always begin with the tensors from before the capture. Persistent buffers are put back in each step
+    (``BufferAverage``).
+    """
+    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    replaced = False
+    try:
+        yield
+    finally:
+        for buffers, tensors in before:
+            replaced |= any(buffers.get(key) is not tensor for key, tensor in tensors.items())
+            buffers.update(tensors)
+    if replaced:
+        raise RuntimeError("the step replaces a buffer, instead of writing to it")
 
 
 @contextmanager

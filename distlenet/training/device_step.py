@@ -45,8 +45,10 @@ class RankShare(NamedTuple):
 class DeviceStep:
     """Model, average of its weights, loss scaler, optimizer, reducer, meter, and the inputs and flags of steps."""
 
-    def __init__(self, config: Config, context: DistributedContext, task: Task, example: Data) -> None:
+    def __init__(self, config: Config, context: DistributedContext, task: Task, example: Data, samples: int) -> None:
         """Build all parts; ``example`` is the transformed data of one sample. A collective.
+
+        A step has at most ``samples`` samples of this rank.
 
         Raise UserError for settings that the model or the ranks do not allow, and for a task that breaks its contract.
         """
@@ -68,7 +70,6 @@ class DeviceStep:
         self.reducer = make_reducer(config, trained_model, context.env, not scaled, self.outline.weighted)
         skips_on_device = scaled or getattr(self.optimizer, "_step_supports_amp_scaling", False)  # if it is fused
         self.on_gpu = self.device.type == "cuda"
-        samples = self.reducer.micro_batch_size * self.reducer.micro_batches_per_rank
         self.inputs = StepInputs(self.device, len(self.optimizer.param_groups), samples if self.on_gpu else 0)
         self.flags: StepFlags | None = None  # None: the host waits for the flag of each step
         metrics, weighted = self.outline.metric_names, self.outline.weighted

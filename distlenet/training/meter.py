@@ -133,5 +133,5 @@ class DeferredMeter(Meter):
     def _settle(self) -> None:
         if self.steps and self.recent is not None:
             stored = self.recent[self.first_slot : self.first_slot + self.steps]
-            self._add(stored.transpose(0, 1).reshape(stored.shape[1], -1), self.samples)
+            self._add(stored.transpose(0, 1).flatten(1), self.samples)
         self.steps, self.samples = 0, 0

@@ -11,6 +11,7 @@ from distlenet.config.names import is_import_name
 from distlenet.config.schema import Config
 from distlenet.data.batched_dataset import ResidentBatch
 from distlenet.distributed.context import DistributedContext
+from distlenet.reduction.ddp import DdpReducer
 from distlenet.task import Batch, Data, Task
 from distlenet.training.cuda_graph import GraphedStep, gathered
 from distlenet.training.device_step import DeviceStep
@@ -27,9 +28,11 @@ class TrainStep:
     """The device's part of a step, the learning-rate schedule and the stop flag; a call is one optimizer step."""
 
     def __init__(
-        self, config: Config, context: DistributedContext, task: Task, total_steps: int, example: Data
+        self, config: Config, context: DistributedContext, task: Task, total_steps: int, example: Data, samples: int
     ) -> None:
         """Build all parts; ``example`` is the transformed data of one sample. A collective.
+
+        A step has at most ``samples`` samples of this rank.
 
         Raise UserError for settings that do not fit each other or the ranks, and for a task that breaks its contract.
         """
@@ -38,7 +41,7 @@ class TrainStep:
                 f"optim.warmup_steps={config.optim.warmup_steps}: the run has {total_steps} steps; give fewer than that"
             )
         self.config, self.context = config, context
-        self.on_device = DeviceStep(config, context, task, example)
+        self.on_device = DeviceStep(config, context, task, example, samples)
         self.graph: GraphedStep | None = None
         self.schedule = make_schedule(config.optim, self.on_device.optimizer, total_steps)
         self.stop = False
@@ -90,6 +93,8 @@ class TrainStep:
             return "model.compile=true was not tested with it"
         if self.config.model.sync_batchnorm and self.config.distributed.reduction == "exact":
             return "with model.sync_batchnorm=true and distributed.reduction=exact, shards wait for each other"
+        if self.config.distributed.find_unused_parameters and isinstance(self.on_device.reducer, DdpReducer):
+            return "with distributed.find_unused_parameters=true, DistributedDataParallel waits for the GPU"
         if is_import_name(self.config.optim.schedule):
             return f"optim.schedule={self.config.optim.schedule} may change more than the learning rate"
         return None

@@ -57,8 +57,8 @@ class Trainer:
         epochs_steps = config.train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
         check_global_statistics(config, self.env.world_size, self.sampler.global_size(self.sampler.steps - 1))
-        sample = self.loader.sample_batch()
-        self.train_step = TrainStep(config, context, task, self.total_steps, sample.inputs(task))
+        example, share = self.loader.sample_batch().inputs(task), len(self.sampler.rank_offsets)
+        self.train_step = TrainStep(config, context, task, self.total_steps, example, share)
         on_device = self.train_step.on_device
         self.model, self.meter, self.reducer = on_device.model, on_device.meter, on_device.reducer
         self.origin = origin_of(config, task, self.model, datasets)
@@ -152,6 +152,7 @@ class Trainer:
         """
         state, evaluated, best = self.state, {}, self.state.best
         model = self.train_step.on_device.evaluated_model()
+        self.train_step.on_device.seed(state.step, 0)  # of dropout in an evaluation: replayed steps leave it as it was
         try:
             for split in self.evaluator.loaders:
                 ends = state.step >= self.total_steps or self.selection.stops(best)

@@ -56,8 +56,11 @@ class Groups(ImageClassification):
 
 
 class Weighted(ImageClassification):
+    """Draws random numbers in the evaluation."""
+
     def loss(self, model, data):
         losses, logits = super().loss(model, data)
+        losses = nn.functional.dropout(losses, training=not model.training)
         return (losses, 1.0 + data[1] % 3), logits
 
 

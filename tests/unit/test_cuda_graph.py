@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distlenet.training.cuda_graph import check_shape, host_random_state
+from distlenet.training.cuda_graph import check_shape, host_random_state, no_buffer_replaced
 
 pytestmark = pytest.mark.unit
 
@@ -25,3 +25,14 @@ def test_random_numbers_of_the_host_are_noticed(draw):
     assert host_random_state() == before
     draw()
     assert host_random_state() != before
+
+
+def test_a_replaced_buffer_is_put_back_and_noticed():
+    """A replay would begin with the same tensor each time; one written to in place is correct."""
+    model = torch.nn.BatchNorm1d(2)
+    with no_buffer_replaced(model):
+        model.running_mean.add_(1)
+    before = model.running_mean
+    with pytest.raises(RuntimeError, match="replaces a buffer"), no_buffer_replaced(model):
+        model.running_mean = model.running_mean + 1
+    assert model.running_mean is before

@@ -111,7 +111,7 @@ def make_step(*reduction: str, task: Task = TASK) -> Iterator[tuple[TrainStep, L
         loader = Loader(dataset, sampler, 0, context.device)
         sample = loader.sample_batch()
         example = TASK.transform(sample.data, sample.keys)
-        train_step = TrainStep(config, context, task, 100, example)
+        train_step = TrainStep(config, context, task, 100, example, BATCH_SIZE)
         train_step.warm_up()
         yield train_step, loader, context, config
 
