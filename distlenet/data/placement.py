@@ -57,6 +57,8 @@ def place_datasets(datasets: Datasets, wanted: str, num_workers: int, device: to
     splits = {split: getattr(datasets, split) for split in ("train", "validation", "test")}
     images = {split: dataset for split, dataset in splits.items() if isinstance(dataset, ImageDataset)}
     if len(images) < len([dataset for dataset in splits.values() if dataset is not None]):
+        if wanted == "cuda":
+            raise UserError("data.device=cuda: these data sets are not images in memory; give data.device=auto")
         return datasets
     needed, free = sum(dataset.nbytes for dataset in images.values()), torch.cuda.mem_get_info(device)[0]
     if needed <= free * (1 if wanted == "cuda" else GPU_SHARE):

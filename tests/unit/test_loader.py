@@ -180,6 +180,8 @@ def test_images_stay_on_the_host_without_a_gpu():
         place_datasets(datasets, "cuda", 0, CPU)
     with pytest.raises(UserError, match=r"data\.device=cuda: data\.num_workers=2: they have no GPU"):
         place_datasets(datasets, "cuda", 2, torch.device("cuda", 0))
+    with pytest.raises(UserError, match=r"data\.device=cuda: these data sets are not images in memory"):
+        place_datasets(Datasets([1, 2], [3]), "cuda", 0, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(
