@@ -1,6 +1,7 @@
 """Operators for which PyTorch calls cuDNN, which cannot work here: the launches that it would make."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,9 +38,11 @@ LAUNCHES: dict[Any, Callable[[Any], list[str]]] = {
 
 def register() -> None:
     """Let PyTorch call the substitutes for CUDA tensors."""
-    for func, names in LAUNCHES.items():
-        substitute = functools.partial(_run, func, names)
-        LIBRARY.impl(func._schema.name, substitute, "CUDA", allow_override=True)
+    with warnings.catch_warnings():  # torch 2.11 warns of what is allowed here
+        warnings.simplefilter("ignore")
+        for func, names in LAUNCHES.items():
+            substitute = functools.partial(_run, func, names)
+            LIBRARY.impl(func._schema.name, substitute, "CUDA", allow_override=True)
 
 
 def _run(func: Any, names: Callable[[Any], list[str]], *args: Any) -> Any:
