@@ -24,7 +24,7 @@ from distlenet.task import Batch
 from distlenet.training.device_step import DeviceStep
 from distlenet.training.micro_batch_generators import MicroBatchGenerators
 from distlenet.training.step_result import DeviceResult
-from distlenet.utils.errors import UserError, warn
+from distlenet.utils.errors import warn
 from distlenet.utils.keyed_random import default_generator
 from distlenet.utils.nested import has_lists, map_tensors, tensors_in
 
@@ -144,9 +144,12 @@ class GraphedStep:
 
 
 def check_shape(captured: Tensor, tensor: Tensor) -> None:
-    """Raise UserError if a batch has a tensor of another shape or type than the captured batch."""
+    """Raise RuntimeError if a batch has a tensor of another shape or type than the captured batch.
+
+    Not a UserError, for which ranks end without an abort of NCCL: the others may be in a replay.
+    """
     if captured.shape != tensor.shape or captured.dtype != tensor.dtype:  # it would be broadcast or converted
-        raise UserError(
+        raise RuntimeError(
             f"train.cuda_graph=auto: a batch has a tensor {list(tensor.shape)} of {tensor.dtype}, but the captured one "
             f"of the same size has {list(captured.shape)} of {captured.dtype}; pad to a fixed shape, or give "
             "train.cuda_graph=off"

@@ -32,6 +32,7 @@ def happen(event: str) -> None:
     elif event == "raise":
         raise RuntimeError("on purpose")
     elif event == "interrupt":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         signal.raise_signal(signal.SIGINT)
     elif event == "terminate":
         signal.raise_signal(signal.SIGTERM)
