@@ -42,7 +42,7 @@ class EagerSteps:
 
     micro_batches: tuple[int, ...]  # their numbers, in the last step
     draws: bool  # random numbers of the device
-    why_not: str | None  # a reason against a capture
+    why_not: str  # a reason against a capture, or ""
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class CapturedStep:
 class GraphedStep:
     """A step that is captured after ``Reducer.capture_after`` others, once for each kind of step.
 
-    NCCL requires that all ranks capture a collective or none does. Which steps are replayed therefore depends only on
-    what all ranks know, and if a capture fails on one rank, all continue without.
+    NCCL requires that all ranks capture a collective or none does. Which steps are captured and replayed therefore
+    depends only on what all ranks know, and if a capture fails on one rank, all continue without.
     """
 
     def __init__(self, step: DeviceStep) -> None:
         """Capture ``step``."""
         self.step = step
         self.eager_left = step.reducer.capture_after
-        self.eager: dict[int, EagerSteps] = {}  # by global batch size; they create what a capture may not
-        self.shapes: dict[int, list[torch.Size]] = {}  # of the tensors of the last eager batch, by global batch size
+        self.eager: dict[int, EagerSteps] = {}  # by global batch size; they allocate state that a capture cannot
+        self.shapes: dict[int, list[torch.Size]] = {}  # of the tensors of the first eager batch, by global batch size
         self.failed = False
         self.captured: dict[StepKind, CapturedStep] = {}
         self.pool = torch.cuda.graph_pool_handle()
@@ -93,8 +93,10 @@ class GraphedStep:
         loaded = gathered(batch, self.step)
         result = self.step.compute(loaded, seed, want_grad_norm)
         size, shapes = batch.global_size, [tensor.shape for tensor in tensors_in(loaded.data)]
-        why_not = self.eager[size].why_not if size in self.eager else None
-        if has_lists(loaded.data) or self.shapes.setdefault(size, shapes) != shapes:
+        why_not = self.eager[size].why_not if size in self.eager else ""
+        if has_lists(loaded.data):
+            why_not = "batches contain lists"
+        elif self.shapes.setdefault(size, shapes) != shapes:
             why_not = "batches have tensors of different shapes"
         elif host_random_state() != before:
             why_not = "the step draws random numbers on the host"
@@ -105,8 +107,9 @@ class GraphedStep:
 
     def _capture(self, kind: StepKind, batch: Batch | ResidentBatch) -> None:
         """Capture a kind of step, or note that steps cannot be captured on every rank. A collective."""
-        captured, reason = None, self.eager[kind.global_size].why_not
-        if reason is None:
+        captured, reason = None, ""
+        reasons = all_gather_object(self.eager[kind.global_size].why_not)  # collective, host sync
+        if not any(reasons):
             try:
                 captured = capture(self.step, kind, batch, self.eager[kind.global_size], self.pool)
             except RuntimeError as error:  # such as reading a value of the device
@@ -116,11 +119,12 @@ class GraphedStep:
                     cause.add_note("train.cuda_graph=auto: NCCL cannot be captured; give train.cuda_graph=off")
                 if isinstance(cause, dist.DistBackendError) or not isinstance(cause, Exception):  # Ctrl-C
                     raise cause from None
-                reason = str(cause).partition("\n")[0]
-        reasons = [each for each in all_gather_object(reason) if each is not None]  # collective, host sync
-        if reasons:
+                reason = str(cause).partition("\n")[0] or type(cause).__name__
+            reasons = all_gather_object(reason)  # collective, host sync
+        if any(reasons):
             if dist.get_rank() == 0:
-                warn(f"train.cuda_graph=auto: the step cannot be captured, so it runs eagerly: {reasons[0]}")
+                first = next(filter(None, reasons))
+                warn(f"train.cuda_graph=auto: the step cannot be captured, so it runs eagerly: {first}")
             self.close()
             self.failed = True
             self.step.reset()  # collective
@@ -197,7 +201,7 @@ def capture(
 
 @contextmanager
 def no_buffer_replaced(model: nn.Module) -> Iterator[None]:
-    """Put replaced buffers back, which a capture has not computed, and raise RuntimeError if it ends with any.
+    """Restore replaced buffers, which are only placeholders of a capture. Raise RuntimeError if there are any.
 
     A replay would always begin with the tensors from before the capture. Persistent buffers are put back in each step
     (``BufferAverage``).

@@ -23,8 +23,8 @@ class DeviceResult:
 
     grad_norm: Tensor | None  # scalar; None if not computed
     stop: bool  # a rank was asked to stop; always False if the host does not wait for the step
-    skipped: bool  # likewise
-    taken: bool  # the optimizer's step; False also if the loss scaler skipped it
+    skipped: bool  # likewise: then the optimizer decides on the device
+    taken: bool  # the optimizer was called; False also if the loss scaler skipped the step
     times: StepTimes
 
 
@@ -34,6 +34,6 @@ class StepResult:
 
     lr: float
     stop: bool  # a rank was asked to stop
-    skipped: bool  # the step was not taken: a loss or gradient is not finite
+    skipped: bool  # a loss or gradient is not finite; always False if the host does not wait for the step
     grad_norm: Tensor | None  # scalar on the device, before clipping
     times: StepTimes
