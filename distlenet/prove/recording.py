@@ -84,7 +84,6 @@ class RecordedTask(Task):
 
     recorder: Recorder
     most_test_samples: int
-    random_transform = True  # it is called, and recorded, in each step
 
     def datasets(self) -> Datasets:
         """Return the user's datasets; those for evaluation are shortened."""
@@ -131,6 +130,7 @@ def recorded(task: Task, recorder: Recorder, most_test_samples: int) -> Task:
     """Make ``task`` record what its hooks do: its class becomes a subclass with the same name."""
     values = {"recorder": recorder, "most_test_samples": most_test_samples, "__module__": type(task).__module__}
     task.__class__ = type(type(task).__name__, (RecordedTask, type(task)), values)
+    task.random_transform = True  # also on a GPU, the transform is called, and recorded, in each step
     return task
 
 

@@ -22,6 +22,7 @@ from distlenet.prove.digests import digest, is_per_sample, sample_digests, take
 from distlenet.prove.listing import sort_listings
 from distlenet.prove.recording import Recorder, recorded
 from distlenet.prove.trials import plan
+from distlenet.tasks.image_classification import ImageClassification
 
 pytestmark = pytest.mark.unit
 
@@ -264,3 +265,10 @@ def test_the_documentation_lists_the_causes():
     page = (REPO / "docs/prove.md").read_text()
     rows = [f"| {cause.hook} | {cause.why} | {cause.fix} |" for cause in CAUSES.values() if cause.hook]
     assert [row for row in rows if row not in page] == []
+
+
+def test_the_transform_of_a_recorded_task_is_called_in_each_step(tmp_path):
+    """Otherwise, data on a GPU is transformed once, before a step can be recorded."""
+    task = ImageClassification(load_config())
+    assert not task.random_transform
+    assert recorded(task, Recorder(tmp_path), 8).random_transform
