@@ -91,7 +91,7 @@ class BufferAverage:
         self.versions: list[tuple[Tensor, int]] = []  # of the candidates, before the step
         self.first_changes: dict[int, dict[int, Tensor]] = {}  # of the first step, by row and candidate
         self.sums = torch.zeros(0)  # (rows, elements)
-        self.in_step, self.captured = False, False
+        self.in_step = False
 
     def begin(self) -> None:
         """Start a step. No host sync."""
@@ -100,8 +100,8 @@ class BufferAverage:
         self._snapshot()
         self.versions = [(tensor, tensor._version) for tensor in (buffer.tensor for buffer in self.candidates)]
         self.sums.zero_()
-        self.in_step = True
-        self.captured = self.sums.is_cuda and torch.cuda.is_current_stream_capturing()
+        # A captured step has written nothing yet; ``training/cuda_graph.py`` puts replaced tensors back.
+        self.in_step = not (self.sums.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def add(self, row: int, samples: int) -> None:
         """Remember and undo the changes of a micro-batch. No host sync.
@@ -169,11 +169,7 @@ class BufferAverage:
 
     def reset(self) -> None:
         """Undo the changes of a step that an exception ended."""
-        if self.in_step and self.captured:  # it has written nothing yet, but may have replaced tensors
-            for group, tensors in zip(self.groups, self.tensors, strict=True):
-                for buffer, tensor in zip(group, tensors, strict=True):
-                    buffer.module._buffers[buffer.key] = tensor
-        elif self.in_step:
+        if self.in_step:
             self._undo()
         self.in_step = False
 
