@@ -20,7 +20,7 @@ from gpu.turns import TurnClock
 
 
 def ours(settings: list[str], clock: TurnClock) -> None:
-    """Train with this package; the ends of epochs, with evaluation and checkpoint, are not measured."""
+    """Train with this package; the ends of epochs, with evaluation and written checkpoint, are not measured."""
     from distlenet.distributed.entry_point import run_entry
     from distlenet.training.trainer import Trainer
 
@@ -33,6 +33,7 @@ def ours(settings: list[str], clock: TurnClock) -> None:
         def finish_epoch(self) -> None:
             with clock.paused():
                 super().finish_epoch()
+                self.checkpoints.close()  # waits for the write
 
     sys.argv[1:] = settings
     run_entry(functools.partial(import_module("distlenet.train").main, trainer_class=InTurns))

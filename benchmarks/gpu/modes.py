@@ -19,6 +19,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "ours, exact, 8 shards": ("distributed.reduction=exact", "distributed.virtual_shards=8"),
     "ours, images on the host": ("data.device=cpu",),
     "ours, no records": ("train.log_every=1000000",),
+    "ours, not channels-last": ("model.channels_last=false",),
 }
 PRECISION = "bf16"
 

@@ -15,7 +15,7 @@ from gpu.options import Options
 from gpu.result import Promise, Result, load
 
 REPO = Path(__file__).resolve().parents[2]
-TAIL_LINES = 12  # of the output of a question that failed
+TAIL_LINES = 40  # of the output of a question that failed
 
 
 @dataclass(frozen=True)

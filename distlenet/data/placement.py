@@ -15,7 +15,8 @@ from distlenet.utils.nested import map_tensors, tensors_in
 
 GPU_SHARE = 0.25  # of a GPU's free memory, which a dataset may take to be kept there with data.device=auto
 
-TRANSFORMED_TOGETHER = 4096  # samples
+MAX_TRANSFORMED = 2**30  # bytes of datasets transformed once: with large samples, a step gains less than 1 %
+TRANSFORMED_TOGETHER = 2**26  # bytes
 
 
 def prefetch_to_device(batches: Iterator[Fetched], device: torch.device) -> Iterator[Fetched]:
@@ -71,7 +72,10 @@ def place_datasets(datasets: Datasets, wanted: str, num_workers: int, device: to
 
 @torch.no_grad()
 def transform_once(datasets: Datasets, task: Task) -> Datasets:
-    """Return ``datasets`` with those on the GPU transformed, if ``Task.transform`` is not random and if they fit."""
+    """Return ``datasets`` with those on the GPU transformed, if ``Task.transform`` is not random and if they are small.
+
+    Then a step does not have to launch the kernels of the transform, which takes longer than they do.
+    """
     placed = {
         split: dataset
         for split in ("train", "validation", "test")
@@ -84,7 +88,8 @@ def transform_once(datasets: Datasets, task: Task) -> Datasets:
         next(iter(placed.values())).get_batch(torch.zeros(1, dtype=torch.int64, device=device)), None
     )
     sample_bytes = sum(tensor.nbytes for tensor in tensors_in(example))
-    if sum(map(len, placed.values())) * sample_bytes > torch.cuda.mem_get_info(device)[0] * GPU_SHARE:
+    limit = min(MAX_TRANSFORMED, torch.cuda.mem_get_info(device)[0] * GPU_SHARE)
+    if sum(map(len, placed.values())) * sample_bytes > limit:
         return datasets
     transformed: dict[str, Any] = {split: _transform(dataset, task, example) for split, dataset in placed.items()}
     return replace(datasets, **transformed)
@@ -93,7 +98,8 @@ def transform_once(datasets: Datasets, task: Task) -> Datasets:
 def _transform(dataset: ImageDataset, task: Task, example: Data) -> TransformedDataset:
     """Transform all samples, in parts: what is computed in between takes a multiple of their memory."""
     data = map_tensors(lambda tensor: tensor.new_empty(len(dataset), *tensor.shape[1:]), example)
-    for indices in torch.arange(len(dataset), device=dataset.device).split(TRANSFORMED_TOGETHER):
+    together = max(1, TRANSFORMED_TOGETHER // sum(tensor.nbytes for tensor in tensors_in(example)))
+    for indices in torch.arange(len(dataset), device=dataset.device).split(together):
         part = task.transform(dataset.get_batch(indices), None)
         for target, source in zip(tensors_in(data), tensors_in(part), strict=True):
             target.index_copy_(0, indices, source)

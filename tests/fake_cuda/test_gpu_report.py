@@ -31,7 +31,12 @@ def test_the_report_on_the_fake(tmp_path):
     assert ended.status == 1, f"{ended}\n{page}"
     assert "| GPU | Fake GPU |" in page
     assert "| **FAIL** | the question is answered: crash | failed: exit status -6 |" in page
-    assert "| **FAIL** | fp32, batch 16: at least 1e+09 times the speed of the plain recipe |" in page
-    assert "| ok | fp32, batch 16: at least 0 of the speed of the bare graph replay |" in page
+    assert (
+        "| **FAIL** | fp32, batch 16, model.channels_last=false: at least 1e+09 times the speed of the plain recipe |"
+        in page
+    )
+    assert (
+        "| ok | fp32, batch 16, model.channels_last=false: at least 0 of the speed of the bare graph replay |" in page
+    )
     assert "| ok | fp32, train.cuda_graph=auto: no host sync between log points | 0 in " in page
     assert page.count("**FAIL**") == 2, page
