@@ -5,7 +5,7 @@
 # make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; check that nothing is lost
 # make fuzz [TIMES=30]                                random settings, files and environments, TIMES as many as usual
 # make bench [ARGS="--only reduction"]                measure; write benchmarks/RESULTS.md
-# make gpu-report [ARGS="--only recipe bits"]         on one GPU, 8 minutes: measure and check; write benchmarks/GPU.md
+# make gpu-report [ARGS="--only recipe bits"]         on one GPU, 11 minutes: measure and check; write benchmarks/GPU.md
 # make gpu-bundle                                     fetch what gpu-report needs on a machine without a network
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
 # make test-browser                                   as root on Debian: install Chromium, test the report in it
