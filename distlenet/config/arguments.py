@@ -47,7 +47,7 @@ def settings_parser(prog: str, description: str) -> SettingsParser:
         metavar="FILE",
         action="append",
         default=[],
-        help="YAML file; may be repeated, later files override earlier ones",
+        help="YAML file, or the name of a recipe such as tutorial; may be repeated, later ones override earlier ones",
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="a setting; it wins over all files")
     return parser

@@ -1,8 +1,10 @@
 """Read settings as they are written: in YAML files, and in ``key=value`` pairs."""
 
+import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
@@ -10,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distlenet.config.fields import FIELDS, flatten, to_yaml_value, unknown_key
+from distlenet.utils.bundled import bundled
 from distlenet.utils.errors import UserError
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException)
@@ -21,7 +24,7 @@ Read = Iterator[tuple[str, Any, str]]
 def read_settings(files: Iterable[str], overrides: Iterable[str]) -> Read:
     """Yield each key and value, and how an error message refers to the two."""
     for path in files:
-        for key, value in flatten(read_yaml(path, f"--config {path}")):
+        for key, value in flatten(read_yaml(find_config(path), f"--config {path}")):
             yield key, value, f"--config {path}: {key}={to_yaml_value(value)}"
     for text in overrides:
         for key, value in flatten(_read_override(text)):
@@ -41,6 +44,21 @@ def _read_override(text: str) -> dict[str, Any]:
         raise UserError(f"{text[:200]}: the value is not valid YAML: {one_line(error)}") from error
     is_string = key in FIELDS and FIELDS[key].kind is str and not FIELDS[key].choices
     return {key: typed if is_string and isinstance(value, int | float) else value}  # run.name=007 is not 7
+
+
+def find_config(name: str) -> str:
+    """Return the path of a file of settings: ``name`` itself, or the recipe of this name if there is no such file.
+
+    Raise UserError if there is neither, and ``name`` does not look like a path.
+    """
+    if os.path.exists(name) or Path(name).suffix or len(Path(name).parts) != 1:
+        return name
+    recipes = {path.stem: path for path in sorted(bundled("configs").glob("*.yaml"))}
+    if name not in recipes:
+        close = difflib.get_close_matches(name, recipes, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the recipes are {', '.join(recipes)}"
+        raise UserError(f"--config {name}: no such file and no such recipe; {hint}")
+    return str(recipes[name])
 
 
 def read_yaml(path: str, name: str) -> dict[str, Any]:

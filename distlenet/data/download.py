@@ -121,7 +121,7 @@ def _download(name: str, root: Path, debian: bool) -> dict[str, Path]:
     raise UserError(
         f"{not_found(name, root)}, and cannot be downloaded ({', '.join(failures)}); "
         f"put them into {root}, or {package}python -m distlenet.data data.name={name} "
-        f"data.root={root} on a machine with a network, or train on the bundled digits with --config configs/ci.yaml"
+        f"data.root={root} on a machine with a network, or train on the bundled digits with --config ci"
     )
 
 

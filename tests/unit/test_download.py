@@ -116,7 +116,7 @@ def test_without_a_network_the_error_lists_the_ways_to_get_the_data(monkeypatch,
         "data/FashionMNIST/raw",
         "apt install dataset-fashion-mnist",
         "python -m distlenet.data",
-        "--config configs/ci.yaml",
+        "--config ci",
     ):
         assert part in message
     assert "\n" not in message

@@ -1,0 +1,44 @@
+"""``python -m distlenet.scripts DIRECTORY``: write the launch scripts and the batch scripts."""
+
+import shutil
+from pathlib import Path
+
+from distlenet import __version__
+from distlenet.config.arguments import Parser
+from distlenet.distributed.entry_point import run_entry
+from distlenet.utils.bundled import bundled
+from distlenet.utils.errors import UserError
+
+PARTS = ("launch", "slurm")
+
+
+def main() -> None:
+    """Copy the scripts, and print what was written."""
+    parser = Parser("python -m distlenet.scripts", description="Write the launch scripts and the batch scripts.")
+    parser.add_argument("directory", type=Path, help="where to create launch/ and slurm/; submit jobs from there")
+    for path in write_scripts(parser.parse_args().directory):
+        print(path)
+
+
+def write_scripts(directory: Path) -> list[Path]:
+    """Write ``launch/`` and ``slurm/`` to ``directory``; return the files. Raise UserError rather than overwrite one.
+
+    The second line of a file has the version.
+    """
+    sources = sorted(path for part in PARTS for path in bundled(part).iterdir() if path.is_file())
+    targets = {source: directory / source.parent.name / source.name for source in sources}
+    if exists := next((target for target in targets.values() if target.exists()), None):
+        raise UserError(f"{exists}: exists already; give another directory, or move it away to get a new one")
+    try:
+        for source, target in targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            first, rest = source.read_text().split("\n", 1)
+            target.write_text(f"{first}\n# Written by distlenet {__version__}.\n{rest}")
+            shutil.copymode(source, target)
+    except OSError as error:
+        raise UserError(f"{error.filename or directory}: cannot be written: {error.strerror or error}") from error
+    return list(targets.values())
+
+
+if __name__ == "__main__":
+    run_entry(main)
