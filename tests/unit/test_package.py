@@ -69,7 +69,8 @@ def test_an_installed_command_trains_in_an_empty_directory_without_a_home(instal
     assert "distlenet: " not in ended.stderr, str(ended)  # no warning
     summary = json.loads((tmp_path / "runs/first/summary.json").read_text())
     assert summary["test_count"] == 360
-    where = run_command(installed / "python", "-c", "import distlenet; print(distlenet.__file__)", cwd=tmp_path)
+    code = "import distlenet; print(distlenet.__file__)"
+    where = run_command(installed / "python", "-c", code, cwd=tmp_path, env=environment)
     assert where.stdout.startswith(str(installed.parent)), str(where)
 
 
