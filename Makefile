@@ -67,7 +67,7 @@ test-browser: $(VENV)/.installed-dev
 	DISTLENET_BROWSER=required $(BIN)/pytest tests/browser
 
 PROOF := device=cpu distributed.reduction=exact data.name=digits data.augment=shift data.ledger=true optim.lr=0.1 \
-  train.global_batch_size=64
+  train.global_batch_size=64 distributed.virtual_shards=8
 prove-exact: $(VENV)/.installed
 	@$(BIN)/python -m distlenet.prove $(PROOF) --ranks 1 2 4 8 --steps 47 $(ARGS)
 

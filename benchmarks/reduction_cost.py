@@ -1,8 +1,8 @@
 """The cost of other ways to sum gradients, compared with the default: interleaved steps in the same processes.
 
-``python benchmarks/reduction_cost.py [--ranks 2] [--batches 64 256 1024]``: for each global batch, each of ROUNDS
-rounds takes some steps in each way: DistributedDataParallel with other options, and the exact reduction with several
-numbers of virtual shards. Ratios are computed within a round.
+``python benchmarks/reduction_cost.py [--ranks 2] [--batches 64 256 1024] [--only auto] [--rounds 20]``: for each global
+batch, each round takes some steps in each way: DistributedDataParallel with other options, and the exact reduction with
+several numbers of virtual shards. Ratios are computed within a round; the table has their median and quartiles.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
 from distlenet.training.trainer import Trainer
 
-ROUNDS, STEPS = 20, 15
+STEPS = 15  # of a way in a round
 OPTIONS: dict[str, dict[str, Any]] = {
     "ddp": wrapped_model.OPTIONS,
     "ddp, buckets of 64 KiB": {**wrapped_model.OPTIONS, "bucket_cap_mb": 1 / 16},
@@ -52,12 +52,14 @@ def batches(trainer: Trainer) -> Iterator[Batch]:
         yield from trainer.loader.epoch(epoch)
 
 
-def measure(batch: int) -> None:
-    """Measure as one rank; rank 0 prints the rows for global batches of ``batch`` images."""
+def measure(batch: int, rounds: int, only: list[str]) -> None:
+    """Measure ddp, and the ways with a part of ``only`` in their names, as one rank; rank 0 prints the rows."""
     exact = "distributed.reduction=exact"
     ways: dict[str, list[str]] = {name: [] for name in OPTIONS} | {BF16: ["distributed.gradient_compression=bf16"]}
+    ways |= {"exact, auto shards": [exact]}
     ways |= {f"exact, {shards} shards": [exact, f"distributed.virtual_shards={shards}"] for shards in SHARDS}
     ways |= {f"{name}, by Gloo": [*ways[name], GLOO] for name in ("ddp", f"exact, {SHARDS[0]} shards")}
+    ways = {name: more for name, more in ways.items() if name == "ddp" or any(part in name for part in only)}
     common = ["train.epochs=1000", "optim.lr=0.02", f"train.global_batch_size={batch}"]
     configs = [load_config([], [*common, *settings]) for settings in ways.values()]
     trainers = []
@@ -67,7 +69,7 @@ def measure(batch: int) -> None:
             trainers.append(make_trainer(config, context, Path(scratch), Preemption(25)))
         feeds = [batches(trainer) for trainer in trainers]
         seconds: list[list[float]] = [[] for _ in trainers]
-        for _ in range(ROUNDS):
+        for _ in range(rounds + 2):
             for trainer, feed, times in zip(trainers, feeds, seconds, strict=True):
                 trainer.step(next(feed))  # warms the caches, which hold the data of another trainer
                 started = time.perf_counter()
@@ -80,7 +82,8 @@ def measure(batch: int) -> None:
             for name, times in zip(ways, seconds, strict=True):
                 ratios = [a / b for a, b in zip(times, seconds[0], strict=True)][2:]  # without two warm-up rounds
                 speed = batch / statistics.median(times[2:])
-                print(f"| {batch} | {name} | {speed:,.0f} | {statistics.median(ratios):.2f} |", flush=True)
+                low, median, high = statistics.quantiles(ratios)
+                print(f"| {batch} | {name} | {speed:,.0f} | {median:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
 
 
 def main() -> None:
@@ -88,16 +91,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks (2)")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024], help="global batches")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds (20)")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help="only ways with one of these names")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
-        measure(arguments.batches[0])
+        measure(arguments.batches[0], arguments.rounds, arguments.only)
         return
     print(f"{arguments.ranks} ranks\n\n| global batch | reduction | images/s | time relative to ddp |")
     print("| ---: | --- | ---: | ---: |", flush=True)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}")
+    same = ("--rounds", str(arguments.rounds), "--only", *arguments.only)
     for batch in arguments.batches:
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-        subprocess.run([*launcher, __file__, "--batches", str(batch)], env=environ, check=True)
+        subprocess.run([*launcher, __file__, "--batches", str(batch), *same], env=environ, check=True)
 
 
 if __name__ == "__main__":

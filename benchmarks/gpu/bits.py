@@ -15,7 +15,7 @@ STEPS = 1100  # two epochs and a part: also shorter batches, evaluations and sav
 KINDS = ("auto", "off", "repeated")
 REDUCTIONS = {
     "ddp": ["distributed.reduction=ddp"],
-    "exact": ["distributed.reduction=exact"],  # with 8 micro-batches
+    "exact": ["distributed.reduction=exact", "distributed.virtual_shards=8"],
     "ddp with accumulation": ["distributed.reduction=ddp", "train.accumulation_steps=4"],
 }
 ALL = (*product(("bf16", "fp32"), ("ddp", "exact"), ("sgd", "adamw")), ("bf16", "ddp with accumulation", "sgd"))

@@ -6,7 +6,7 @@ import torch
 
 from distlenet.checkpoint.format import State, load_checkpoint, load_model
 from distlenet.checkpoint.store import CheckpointStore, find_checkpoint
-from distlenet.config.fields import FIELDS, to_yaml_value
+from distlenet.config.fields import FIELDS, flatten, to_yaml_value
 from distlenet.config.loading import result_settings
 from distlenet.config.schema import Config
 from distlenet.utils.errors import UserError
@@ -52,10 +52,12 @@ def choose_resumable(config: Config, store: CheckpointStore, model: torch.nn.Mod
 def check_same_settings(state: State, config: Config, path: Path) -> None:
     """Raise UserError that names the settings that affect the result and differ from those of the checkpoint."""
     new = result_settings(config.to_dict())
-    old = {key: FIELDS[key].default for key in new} | result_settings(state["config"])  # it may lack newer settings
+    defaults = {key: field.default for key, field in FIELDS.items()}
+    old = result_settings({**defaults, **dict(flatten(state["config"]))})  # it may lack newer settings
     changes = {
         key: f"{key} (was {to_yaml_value(old.get(key))}, now {to_yaml_value(new[key])})"
         for key in new
+        if key in old  # virtual shards: only if both use them
         if type(old.get(key)) is not type(new[key]) or old.get(key) != new[key]
     }
     if refused := [key for key in changes if key not in config.checkpoint.allow_changed]:

@@ -22,6 +22,7 @@ KINDS = {
     dict: "a mapping of arguments",
 }
 INPUTS = {bool: (bool, int, str), int: (int, str), float: (float, int, str), str: (str,), list: (list,), dict: (dict,)}
+AUTO = Literal["auto"]
 MAX_DEPTH = 8  # of nested lists and mappings
 BOUNDS = {"ge": ("at least", operator.ge), "gt": ("more than", operator.gt), "lt": ("less than", operator.lt)}
 
@@ -31,13 +32,14 @@ class Field:
     """One setting. ``kind`` is bool, int, float, str, list or dict; ``choices`` are the strings of a Literal.
 
     ``names`` are the built-in names of a setting that also accepts ``module:attribute``. ``pair``: a list of two values
-    is accepted too.
+    is accepted too. ``auto``: so is this word, in place of a number.
     """
 
     kind: type
     choices: tuple[str, ...]
     nullable: bool
     pair: bool
+    auto: bool
     default: Any
     help: str
     result: bool
@@ -50,7 +52,8 @@ class Field:
         choices = ", ".join((*words[:-2], " or ".join(words[-2:])))
         bounds = [f"{BOUNDS[name][0]} {bound:,}" for name, bound in self.bounds.items()]
         return ", ".join(
-            [choices or KINDS[self.kind], *bounds, *["or [HEIGHT,WIDTH]"] * self.pair, *["or null"] * self.nullable]
+            [choices or KINDS[self.kind], *bounds, *["or [HEIGHT,WIDTH]"] * self.pair, *["or auto"] * self.auto]
+            + ["or null"] * self.nullable
         )
 
     def convert(self, value: Any) -> Any:
@@ -64,6 +67,8 @@ class Field:
     def _convert(self, value: Any) -> Any:
         if value is None and self.nullable:
             return None
+        if self.auto and value == "auto":
+            return value
         if self.pair and isinstance(value, list):
             if len(value) != 2:
                 raise ValueError
@@ -123,7 +128,7 @@ def _read_schema(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Fie
         default = getattr(schema(), field.name)
         yield (
             prefix + field.name,
-            Field(kind, choices, type(None) in types, list[int] in types, default, **field.metadata),
+            Field(kind, choices, type(None) in types, list[int] in types, AUTO in types, default, **field.metadata),
         )
 
 

@@ -15,7 +15,10 @@ from distlenet.config.fields import FIELDS, GROUPS, flatten, split_mapping_key, 
 from distlenet.config.names import check_module, is_import_name, short_name
 from distlenet.config.reading import one_line, read_settings
 from distlenet.config.schema import Config
+from distlenet.config.virtual_shards import resolve_virtual_shards, virtual_shards
 from distlenet.utils.errors import UserError, printable, warn
+
+VIRTUAL_SHARDS = "distributed.virtual_shards"
 
 
 def load_config(
@@ -160,8 +163,9 @@ def identity(config: Config) -> str:
 
     A new setting therefore does not rename the runs that do not use it.
     """
+    defaults = {key: field.default for key, field in FIELDS.items()} | {VIRTUAL_SHARDS: 8}  # as in former versions
     values = result_settings(config.to_dict())
-    settings = json.dumps({key: v for key, v in values.items() if v != FIELDS[key].default}, sort_keys=True)
+    settings = json.dumps({key: v for key, v in values.items() if v != defaults[key]}, sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()[:8]
 
 
@@ -169,8 +173,20 @@ def result_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that change the result, as {dotted key: value}.
 
     ``data.args.root`` is not included: it is a location, as ``data.root`` is, and a fingerprint identifies the data.
+    The number of virtual shards is resolved, and included only if ``distributed.reduction`` uses it.
     """
     settings = {key: value for key, value in flatten(values) if key in FIELDS and FIELDS[key].result}
     if isinstance(arguments := settings.get("data.args"), Mapping):
         settings["data.args"] = {name: value for name, value in arguments.items() if name != "root"}
+    if settings.get("distributed.reduction") != "exact":
+        settings.pop(VIRTUAL_SHARDS, None)
+    elif settings.get(VIRTUAL_SHARDS) == "auto":
+        settings[VIRTUAL_SHARDS] = resolve_virtual_shards("auto", settings["train.global_batch_size"])
     return settings
+
+
+def settings_to_save(config: Config) -> dict[str, Any]:
+    """Return the settings as a checkpoint holds them: nested, with the resolved number of virtual shards."""
+    values = config.to_dict()
+    values["distributed"]["virtual_shards"] = virtual_shards(config)
+    return values

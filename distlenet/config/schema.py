@@ -181,8 +181,13 @@ class DistributedConfig:
         "auto: ranks that all run on the CPUs of one machine add gradients in shared memory; off: Gloo adds them, "
         "with other last bits from 3 ranks on.",
     )
-    virtual_shards: int = setting(
-        8, "With exact: micro-batches of a global batch; the number of ranks divides it.", ge=1, lt=2**20, result=True
+    virtual_shards: int | Literal["auto"] = setting(
+        "auto",
+        "With exact: micro-batches of a global batch; the number of ranks divides it. auto: the largest power of two "
+        "up to 8 that divides the global batch and leaves at least 32 samples for each.",
+        ge=1,
+        lt=2**20,
+        result=True,
     )
     allow_uneven_batches: bool = setting(False, "Allow a global batch that the number of ranks does not divide.")
     find_unused_parameters: bool = setting(

@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from distlenet.config.schema import Config
+from distlenet.config.virtual_shards import virtual_shards
 from distlenet.data.batched_dataset import AnyDataset, BatchedDataset, Collate, Fetched, Request, ResidentBatch
 from distlenet.data.placement import place_datasets, prefetch_to_device, transform_once
 from distlenet.data.sampler import GlobalBatchSampler
@@ -161,7 +162,7 @@ def make_loaders(
     Raise UserError if the datasets do not fit into the memory that ``data.device`` names.
     """
     env, device, num_workers = context.env, context.device, config.data.num_workers
-    shards = config.distributed.virtual_shards if config.distributed.reduction == "exact" else None
+    shards = virtual_shards(config) if config.distributed.reduction == "exact" else None
     batch_size, drop_last = config.train.global_batch_size, config.data.drop_last
     sampler = GlobalBatchSampler(
         datasets.train, batch_size, env.rank, env.world_size, config.seed, drop_last, virtual_shards=shards

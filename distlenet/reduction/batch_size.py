@@ -1,6 +1,7 @@
 """The division of a global batch into ranks and micro-batches."""
 
 from distlenet.config.schema import Config
+from distlenet.config.virtual_shards import virtual_shards
 from distlenet.utils.errors import UserError
 
 
@@ -9,7 +10,7 @@ def micro_batch_size(config: Config, world_size: int) -> int:
 
     Raise UserError, with the nearest values that work, if the global batch does not divide evenly.
     """
-    batch, shards = config.train.global_batch_size, config.distributed.virtual_shards
+    batch, shards = config.train.global_batch_size, virtual_shards(config)
     accumulation, uneven = config.train.accumulation_steps, config.distributed.allow_uneven_batches
     if config.distributed.reduction == "ddp":
         parts = world_size * accumulation
@@ -17,11 +18,7 @@ def micro_batch_size(config: Config, world_size: int) -> int:
             raise _does_not_divide(batch, parts, f"{world_size} ranks × {accumulation} accumulation steps")
         return -(-batch // parts)
     if world_size > shards or (shards % world_size and not uneven):
-        sizes = " or ".join(str(size) for size in range(1, shards + 1) if shards % size == 0)
-        raise UserError(
-            f"distributed.virtual_shards={shards}: does not divide by {world_size} ranks; start {sizes} ranks, or give "
-            "another distributed.virtual_shards, or distributed.reduction=ddp"
-        )
+        raise _ranks_do_not_divide(config, shards, world_size)
     if accumulation != 1:
         raise UserError(
             f"train.accumulation_steps={accumulation}: with distributed.reduction=exact a rank "
@@ -30,6 +27,17 @@ def micro_batch_size(config: Config, world_size: int) -> int:
     if batch % shards:
         raise _does_not_divide(batch, shards, f"distributed.virtual_shards={shards}")
     return batch // shards
+
+
+def _ranks_do_not_divide(config: Config, shards: int, world_size: int) -> UserError:
+    batch, sizes = config.train.global_batch_size, [size for size in range(1, shards + 1) if shards % size == 0]
+    ranks = f"{' or '.join(map(str, sizes))} rank{'s' * (shards > 1)}"
+    auto = f" (auto, for train.global_batch_size={batch})" * (config.distributed.virtual_shards == "auto")
+    other = f"distributed.virtual_shards={world_size}, which changes the result,"
+    return UserError(
+        f"distributed.virtual_shards={shards}{auto}: does not divide by {world_size} ranks; start {ranks}, or give "
+        f"{other if batch % world_size == 0 else 'another value'} or distributed.reduction=ddp"
+    )
 
 
 def _does_not_divide(batch: int, divisor: int, description: str) -> UserError:

@@ -3,6 +3,7 @@
 from torch import nn
 
 from distlenet.config.schema import Config
+from distlenet.config.virtual_shards import virtual_shards
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.batch_size import micro_batch_size
 from distlenet.reduction.ddp import DdpReducer
@@ -42,4 +43,4 @@ def make_reducer(
             return FlatReducer(model, env, steps, size, weighted, find_unused)
         return DdpReducer(model, env, steps, size, all_reduce, compress, weighted, find_unused)
     kind = LockstepReducer if config.model.sync_batchnorm else ExactReducer
-    return kind(model, env, settings.virtual_shards, size, check_finite, all_reduce, weighted)
+    return kind(model, env, virtual_shards(config), size, check_finite, all_reduce, weighted)

@@ -18,6 +18,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from distlenet.checkpoint.format import to_bytes
 from distlenet.config.loading import run_directory
 from distlenet.config.schema import Config
+from distlenet.config.virtual_shards import virtual_shards
 from distlenet.data.sources import ImageDataset, require_local_data
 from distlenet.distributed.context import DistributedContext, set_threads
 from distlenet.distributed.device import resolve_precision
@@ -109,7 +110,6 @@ def _describe(trainer: Trainer, checkpoint: int) -> list[Row]:
     dropped = sampler.samples - sampler.steps * batch
     last = sampler.global_size(sampler.steps - 1)
     end = f"drops {dropped:,} samples" if dropped > 0 else f"ends with a batch of {last:,}; drops none"
-    shards = f", {config.distributed.virtual_shards} virtual shards" * (config.distributed.reduction == "exact")
     epochs = f"{trainer.total_steps / sampler.steps:g} epochs of {sampler.steps:,}"
     sets = {split: loader.samples for split, loader in trainer.evaluator.loaders.items()}
     kept, evaluated = config.checkpoint.keep_last + ("val" in sets), sum(sets.values())
@@ -118,7 +118,7 @@ def _describe(trainer: Trainer, checkpoint: int) -> list[Row]:
     data = config.data.name if reads_images(config) else config.task.name
     return [
         ("run", str(trainer.run_dir)),
-        ("ranks", f"{ranks:,}: {config.distributed.reduction} reduction{shards}"),
+        ("ranks", f"{ranks:,}: {config.distributed.reduction} reduction{_shards(config)}"),
         ("data", f"{data}: {sampler.samples:,} samples to train on, {others}"),
         ("global batch", f"{batch:,} samples = {shares}"),
         ("micro-batches", f"{reducer.micro_batches_per_rank} a step, of up to {reducer.micro_batch_size:,} samples"),
@@ -132,6 +132,13 @@ def _describe(trainer: Trainer, checkpoint: int) -> list[Row]:
         *((f"  {name}", _size(size)) for name, size in memory.items()),
         *([] if "activations" in memory else [("  activations", "unknown: the loss needs the values of its inputs")]),
     ]
+
+
+def _shards(config: Config) -> str:
+    if config.distributed.reduction != "exact":
+        return ""
+    shards, chosen = virtual_shards(config), " (auto)" * (config.distributed.virtual_shards == "auto")
+    return f", {shards} virtual shard{'s' * (shards > 1)}{chosen}"
 
 
 def _memory(trainer: Trainer) -> dict[str, int]:

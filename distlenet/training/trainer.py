@@ -9,7 +9,7 @@ import torch
 from distlenet import __version__
 from distlenet.checkpoint.format import State
 from distlenet.checkpoint.manager import CheckpointManager
-from distlenet.config.loading import identity
+from distlenet.config.loading import identity, settings_to_save
 from distlenet.config.schema import Config
 from distlenet.data.batched_dataset import ResidentBatch
 from distlenet.data.loader import EvaluationLoader, make_loaders
@@ -244,7 +244,7 @@ class Trainer:
         return {
             **self.state.state_dict(),
             **self.train_step.state_dict(),
-            "config": self.config.to_dict(),
+            "config": settings_to_save(self.config),
             "origin": self.origin.to_dict(),
             "task": self.task.state_dict(),
             "versions": {"distlenet": __version__, "torch": str(torch.__version__)},

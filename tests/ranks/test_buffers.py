@@ -28,6 +28,7 @@ SETTINGS = (
     "checkpoint.every_steps=1",
     MODEL,
 )
+EXACT = ("distributed.reduction=exact", "distributed.virtual_shards=8")
 
 
 def train(out: Path, ranks: int, *more: str, die_at: int | None = None) -> Path:
@@ -69,12 +70,12 @@ def test_logged_test_metrics_are_those_of_the_last_checkpoint(tmp_path, ranks, a
 
 @pytest.fixture(scope="module")
 def exact_on_one_rank(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("exact") / "one", 1, "distributed.reduction=exact")
+    return train(tmp_path_factory.mktemp("exact") / "one", 1, *EXACT)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_exact_on_any_number_of_ranks(tmp_path, exact_on_one_rank, ranks):
-    out = train(tmp_path / "out", ranks, "distributed.reduction=exact")
+    out = train(tmp_path / "out", ranks, *EXACT)
     assert differences(list(result(exact_on_one_rank)), list(result(out))) == []
     for state in states(out, ranks):
         assert differences(state, states(exact_on_one_rank, 1)[0]) == []
@@ -83,7 +84,7 @@ def test_exact_on_any_number_of_ranks(tmp_path, exact_on_one_rank, ranks):
 def test_exact_after_restarts_on_other_numbers_of_ranks(tmp_path, exact_on_one_rank):
     out = tmp_path / "out"
     for ranks, die_at in ((1, 3), (2, 8), (4, 11), (2, None)):
-        train(out, ranks, "distributed.reduction=exact", die_at=die_at)
+        train(out, ranks, *EXACT, die_at=die_at)
     assert differences(list(result(exact_on_one_rank)), list(result(out))) == []
 
 
@@ -121,7 +122,7 @@ def test_global_statistics_do_not_depend_on_the_number_of_ranks(tmp_path):
 
 
 LOCKSTEP = (
-    "distributed.reduction=exact",
+    *EXACT,
     "model.sync_batchnorm=true",
     "model.name=batchnorm_net:ResidualNet",
     "precision=bf16",

@@ -17,6 +17,7 @@ DIRECTORY = Path(__file__).parent
 SETTINGS = (
     "device=cpu",
     "distributed.reduction=exact",
+    "distributed.virtual_shards=8",
     "data.name=synthetic",
     "data.synthetic_train=315",
     "data.synthetic_test=999",

@@ -22,6 +22,7 @@ SETTINGS = (
     "task.args.hidden=32",
     "optim.lr=0.01",
     "distributed.reduction=exact",
+    "distributed.virtual_shards=8",
 )
 
 

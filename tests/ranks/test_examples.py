@@ -25,6 +25,7 @@ SETTINGS = (
     "run.report=never",
     "train.log_every=1",
     "distributed.reduction=exact",
+    "distributed.virtual_shards=8",
     "checkpoint.keep_last=100",
 )
 LIMIT_S = 300  # for one command; a training takes 20 s on two idle cores

@@ -227,8 +227,9 @@ def test_predictions_are_those_of_the_evaluation(project, tmp_path):
 
 
 def test_exact_accepts_the_network_and_the_images_of_a_function(project):
-    data = ("data.name=my_data:colors", "data.args.root=images", "distributed.reduction=exact")
-    train(project, *COMMON, *NETWORK, *data, "train.max_steps=3", "run.name=exact", ranks=2).succeeded()
+    data = ("data.name=my_data:colors", "data.args.root=images")
+    exact = ("distributed.reduction=exact", "distributed.virtual_shards=2")
+    train(project, *COMMON, *NETWORK, *data, *exact, "train.max_steps=3", "run.name=exact", ranks=2).succeeded()
     assert (results(project, "exact")["steps"], results(project, "exact")["test_count"]) == (3, 36)
     state = torch.load(project / "runs/exact/checkpoints/last.pt", weights_only=True)
     assert (state["task"]["channels"], state["task"]["size"]) == (3, [20, 24])

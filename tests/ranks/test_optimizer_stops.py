@@ -32,6 +32,7 @@ BY_NAME = (
     "optim.schedule_args.step_size=3",
     "optim.schedule_args.gamma=0.5",
     "distributed.reduction=exact",
+    "distributed.virtual_shards=8",
 )
 
 

@@ -53,7 +53,8 @@ def test_data_that_depends_on_the_rank_is_refused():
 
 @pytest.mark.parametrize("reduction", ["ddp", "exact"])
 def test_a_correct_task_passes(reduction):
-    ended = prove("Correct", "--ranks", "1", "2", f"distributed.reduction={reduction}").succeeded()
+    settings = (f"distributed.reduction={reduction}", "distributed.virtual_shards=8")
+    ended = prove("Correct", "--ranks", "1", "2", *settings).succeeded()
     assert ended.stdout.endswith("Everything that is promised holds.\n")
     rows = dict(re.findall(r"^  (\w+(?: \w+)*)  +((?:same|close|-).*)$", ended.stdout, re.MULTILINE))
     between_ranks = ["close", "-"] if reduction == "ddp" else ["same", "same"]

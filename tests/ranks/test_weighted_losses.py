@@ -77,14 +77,14 @@ def test_ranks_and_micro_batches_do_not_change_the_weighted_mean(tmp_path, one_r
 
 
 def test_exact_on_any_number_of_ranks(tmp_path):
-    exact = ["distributed.reduction=exact", "distributed.allow_uneven_batches=true"]
+    exact = ["distributed.reduction=exact", "distributed.virtual_shards=8", "distributed.allow_uneven_batches=true"]
     one, *others = [train(tmp_path, ranks, *exact) for ranks in (1, 2, 3, 4)]
     for other in others:
         assert differences(list(result(one)), list(result(other))) == []
 
 
 def test_exact_equals_ddp(tmp_path, one_rank):
-    exact = train(tmp_path, 2, "distributed.reduction=exact")
+    exact = train(tmp_path, 2, "distributed.reduction=exact", "distributed.virtual_shards=8")
     assert distance(weights(exact), weights(one_rank)) < TOLERANCE
 
 

@@ -3,7 +3,7 @@ from checkpoint_states import lenet_state
 
 from distlenet.checkpoint.compatibility import check_same_settings, choose_resumable
 from distlenet.checkpoint.store import CheckpointStore
-from distlenet.config.loading import load_config
+from distlenet.config.loading import load_config, settings_to_save
 from distlenet.models.lenet import Net
 from distlenet.utils.errors import UserError
 
@@ -50,6 +50,27 @@ def test_settings_that_affect_the_result_are_refused_and_others_accepted(tmp_pat
     assert "seed (was 0, now 1), optim.lr (was 0.2, now 0.5)" in str(error.value)
     assert "checkpoint.allow_changed=[seed,optim.lr]" in str(error.value)
     check_same_settings(saved, load_config([], [*changed, "checkpoint.allow_changed=[seed,optim.lr]"]), tmp_path)
+
+
+def test_virtual_shards_are_compared_by_number_if_they_are_used(tmp_path):
+    def check(saved, now):
+        state = {**lenet_state(1), "config": saved}
+        check_same_settings(state, load_config([], now), tmp_path)
+
+    exact, ddp = "distributed.reduction=exact", "distributed.reduction=ddp"
+    saved = settings_to_save(load_config([], [exact]))
+    assert saved["distributed"]["virtual_shards"] == 4
+    check(saved, [exact])
+    check(saved, [exact, "distributed.virtual_shards=4"])
+    with pytest.raises(UserError, match=r"distributed\.virtual_shards \(was 4, now 8\)"):
+        check(saved, [exact, "distributed.virtual_shards=8"])
+    former = load_config([], ["distributed.virtual_shards=8"]).to_dict()  # the default of former versions
+    check(former, [ddp])
+    check(former, [exact, "checkpoint.allow_changed=[distributed.reduction]"])
+    former["distributed"]["reduction"] = "exact"
+    check(former, [exact, "distributed.virtual_shards=8"])
+    with pytest.raises(UserError, match=r"distributed\.virtual_shards \(was 8, now 4\)"):
+        check(former, [exact])
 
 
 def test_settings_of_the_sample_order_cannot_change_inside_an_epoch(tmp_path):

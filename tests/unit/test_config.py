@@ -8,6 +8,7 @@ from conftest import REPO, run_command
 from distlenet.config.fields import FIELDS, RENAMED
 from distlenet.config.loading import identity, load_config, run_directory, to_yaml
 from distlenet.config.schema import Config
+from distlenet.config.virtual_shards import virtual_shards
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -54,6 +55,7 @@ def test_shipped_configs_contain_only_differences_from_the_defaults(name):
         ("seed=-1", ["seed=-1", "at least 0"]),
         ("seed=", ["seed=", "an integer"]),
         ("train.epochs=0", ["train.epochs=0", "at least 1"]),
+        ("distributed.virtual_shards=many", ["an integer, at least 1, less than 1,048,576, or auto"]),
         ("train.global_batch_size=-4", ["train.global_batch_size=-4", "at least 1"]),
         ("optim.lr=0", ["optim.lr=0", "more than 0"]),
         ("optim.lr=nan", ["optim.lr=nan", "a number"]),
@@ -155,6 +157,27 @@ def test_the_identity_of_a_run_is_stable():
     assert identity(load_config()) == "44136fa3"
     words = ["optim.weight_decay=0", "train.max_grad_norm=2", "data.name=digits"]
     assert identity(load_config([], words)) == "580f3ce1"
+
+
+@pytest.mark.parametrize(
+    ("batch", "shards"), [(1, 1), (63, 1), (64, 2), (66, 2), (128, 4), (200, 4), (254, 2), (256, 8), (2**20, 8)]
+)
+def test_virtual_shards_of_auto_divide_the_batch_and_have_32_samples(batch, shards):
+    config = load_config([], [f"train.global_batch_size={batch}"])
+    assert config.distributed.virtual_shards == "auto"
+    assert virtual_shards(config) == shards
+    assert virtual_shards(load_config([], [f"train.global_batch_size={batch}", "distributed.virtual_shards=3"])) == 3
+
+
+def test_auto_and_the_same_number_of_virtual_shards_are_the_same_run():
+    """A run of a former version, whose default was 8, keeps its name; ``ddp`` has no shards."""
+    exact = "distributed.reduction=exact"
+    names = [identity(load_config([], [exact, *more])) for more in ([], ["distributed.virtual_shards=4"])]
+    assert names[0] == names[1]
+    former = identity(load_config([], [exact, "distributed.virtual_shards=8"]))
+    assert former == "bedbef60"
+    assert former != names[0]
+    assert identity(load_config([], ["distributed.virtual_shards=3"])) == identity(load_config())
 
 
 def test_values_have_the_types_of_the_schema():

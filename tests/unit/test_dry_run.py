@@ -46,8 +46,8 @@ def test_plan_of_an_exact_run_that_drops_the_last_batch():
         "train.max_steps=16",
     )
     rows = plan_rows(4, *settings)
-    assert rows["ranks"] == "4: exact reduction, 8 virtual shards"
-    assert rows["micro-batches"] == "2 a step, of up to 16 samples"
+    assert rows["ranks"] == "4: exact reduction, 4 virtual shards (auto)"
+    assert rows["micro-batches"] == "1 a step, of up to 32 samples"
     assert rows["steps"] == "16 (1.45455 epochs of 11); each epoch drops 29 samples"
     assert "  exact sums" in rows
 
@@ -61,7 +61,7 @@ def test_all_shards_of_a_rank_are_in_memory_at_once_with_global_statistics():
     local, whole = plan_rows(2, *words), plan_rows(2, *words, "model.sync_batchnorm=true")
     for row in ("  gradients", "  activations"):
         size = float(local[row].removesuffix(" KB"))
-        assert float(whole[row].removesuffix(" KB")) == pytest.approx(4 * size, abs=4 * 0.1)  # 8 shards on 2 ranks
+        assert float(whole[row].removesuffix(" KB")) == pytest.approx(2 * size, abs=2 * 0.1)  # 4 shards on 2 ranks
 
 
 def cumulative_net():

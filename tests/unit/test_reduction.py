@@ -365,6 +365,7 @@ def test_other_dtypes_are_refused():
 
 
 EXACT, DDP = "distributed.reduction=exact", "distributed.reduction=ddp"
+SHARDS = "distributed.virtual_shards=8"
 
 
 @pytest.mark.parametrize(
@@ -377,9 +378,11 @@ EXACT, DDP = "distributed.reduction=exact", "distributed.reduction=ddp"
         ),
         ([DDP, "train.global_batch_size=10", "train.accumulation_steps=4"], 2, "give 8 or 16"),
         ([DDP, "train.global_batch_size=5"], 8, "; give 8$"),
-        ([EXACT, "train.global_batch_size=100"], 1, "virtual_shards=8; give 96 or 104"),
-        ([EXACT], 3, "virtual_shards=8: does not divide by 3 ranks; start 1 or 2 or 4 or 8 ranks, or"),
-        ([EXACT, "distributed.virtual_shards=4"], 8, "start 1 or 2 or 4 ranks, or"),
+        ([EXACT, SHARDS, "train.global_batch_size=100"], 1, "virtual_shards=8; give 96 or 104"),
+        ([EXACT, SHARDS], 3, "virtual_shards=8: does not divide by 3 ranks; start 1 or 2 or 4 or 8 ranks, or"),
+        ([EXACT, SHARDS], 3, "another value"),
+        ([EXACT], 8, r"start 1 or 2 or 4 ranks, or give distributed.virtual_shards=8, which changes the result"),
+        ([EXACT, "train.global_batch_size=32"], 2, r"=1 \(auto, for train.global_batch_size=32\): .*start 1 rank, or"),
         ([EXACT, "train.accumulation_steps=2"], 1, "raise distributed.virtual_shards"),
     ],
 )
@@ -389,7 +392,8 @@ def test_sizes_that_do_not_divide_are_refused_and_others_suggested(overrides, ra
 
 
 def test_sizes_that_divide():
-    assert micro_batch_size(load_config([], [EXACT]), 4) == 16
+    assert micro_batch_size(load_config([], [EXACT]), 4) == 32
+    assert micro_batch_size(load_config([], [EXACT, SHARDS]), 4) == 16
     ddp = load_config([], [DDP, "train.global_batch_size=96", "train.accumulation_steps=3"])
     assert micro_batch_size(ddp, 4) == 8
 
@@ -453,7 +457,7 @@ def test_rank_without_samples_takes_part(make):
         assert all(bool((p.grad == 0).all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize(("overrides", "size"), [([], 43), ([EXACT], 16)])
+@pytest.mark.parametrize(("overrides", "size"), [([], 43), ([EXACT], 32)])
 def test_uneven_batches_need_a_setting(overrides, size):
     with pytest.raises(UserError, match="does not divide by 3 ranks"):
         micro_batch_size(load_config([], overrides), 3)

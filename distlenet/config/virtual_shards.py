@@ -1,0 +1,26 @@
+"""``distributed.virtual_shards=auto``: as many shards as cost next to nothing."""
+
+from distlenet.config.schema import Config
+
+MAX_SHARDS = 8
+MIN_SAMPLES = 32
+"""Samples of a shard: with fewer, its forward and backward pass take longer per sample (benchmarks/RESULTS.md)."""
+
+
+def virtual_shards(config: Config) -> int:
+    """Return ``distributed.virtual_shards``, with auto resolved."""
+    return resolve_virtual_shards(config.distributed.virtual_shards, config.train.global_batch_size)
+
+
+def resolve_virtual_shards(setting: int | str, global_batch_size: int) -> int:
+    """Return the number of shards of a setting. It does not depend on the number of ranks, as the result must not.
+
+    auto is the largest power of two up to ``MAX_SHARDS`` that divides the global batch and leaves ``MIN_SAMPLES`` per
+    shard, or 1.
+    """
+    if isinstance(setting, int):
+        return setting
+    shards = MAX_SHARDS
+    while shards > 1 and (global_batch_size % shards or global_batch_size // shards < MIN_SAMPLES):
+        shards //= 2
+    return shards
