@@ -1,59 +1,31 @@
-"""The format of a checkpoint file: the output of ``torch.save``, with a checksum inside.
-
-``torch.save`` writes a ZIP archive, and an archive may end with a comment: it holds the SHA-256 of all bytes before it.
-One rename therefore replaces both the data and the checksum, and ``torch.load`` reads the file as usual.
-"""
+"""A checkpoint file: written atomically, checked when it is loaded; ``archive`` defines its bytes."""
 
 import contextlib
-import hashlib
-import io
 import os
 import secrets
+import shutil
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 
+from distlenet.checkpoint.archive import Writable, read_state, write_state
 from distlenet.utils.errors import UserError
 
 State = dict[str, Any]
 
 TEMP_PREFIX = ".writing-"  # of the names of temporary files
-COMMENT_PREFIX = b"sha256:"
-COMMENT_BYTES = len(COMMENT_PREFIX) + 2 * hashlib.sha256().digest_size
 
 
 class CheckpointError(UserError):
     """A checkpoint cannot be read or is damaged."""
 
 
-def to_bytes(state: State) -> bytes:
-    """Return the contents of a checkpoint file."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)  # not into the file: on a full disk it would not raise an OSError
-    # The last two bytes of an archive are the length of its comment, 0 in the output of torch.save.
-    archive = buffer.getvalue()[:-2] + COMMENT_BYTES.to_bytes(2, "little")
-    return archive + _comment(archive)
-
-
-def from_bytes(content: bytes) -> Any:
-    """Load a checkpoint to CPU without executing any code in it. Raise ValueError if it is damaged."""
-    if content[-COMMENT_BYTES:] != _comment(content[:-COMMENT_BYTES]):
-        raise ValueError("its bytes do not match its checksum")
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types for a file that is not a checkpoint
-        raise ValueError("torch.load refuses it") from error
-
-
-def _comment(archive: bytes) -> bytes:
-    return COMMENT_PREFIX + hashlib.sha256(archive).hexdigest().encode()
-
-
 def write_atomically(state: State, path: Path) -> None:
     """Write ``state``; at any moment, even after a power cut, ``path`` is the old file or the new one."""
-    _replace(path, to_bytes(state))
+    _replace(path, lambda file: write_state(state, file))
 
 
 def link_atomically(source: Path, path: Path) -> None:
@@ -62,7 +34,8 @@ def link_atomically(source: Path, path: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        _replace(path, source.read_bytes())
+        with open(source, "rb") as original:
+            _replace(path, lambda file: shutil.copyfileobj(original, file))
         return
     try:
         os.replace(temporary, path)
@@ -72,11 +45,11 @@ def link_atomically(source: Path, path: Path) -> None:
     _sync(path.parent)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace(path: Path, write: Callable[[Writable], None]) -> None:
     temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -103,7 +76,8 @@ def _sync(directory: Path) -> None:
 def load_checkpoint(path: Path) -> State:
     """Load a checkpoint to CPU. Raise CheckpointError if it is unreadable, damaged, or not one of this package."""
     try:
-        state = from_bytes(path.read_bytes())
+        with open(path, "rb") as file:
+            state = read_state(file)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"checkpoint {path}: cannot be read: {reason}; give another, or remove it") from error

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distlenet.checkpoint.format import COMMENT_PREFIX, evaluation_weights, is_weights, load_checkpoint
+from distlenet.checkpoint.archive import COMMENT_PREFIX
+from distlenet.checkpoint.format import evaluation_weights, is_weights, load_checkpoint
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.distributed.collectives import from_rank_0
 from distlenet.utils.errors import UserError, warn

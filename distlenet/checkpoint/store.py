@@ -1,6 +1,7 @@
 """The checkpoint directory of a run: the newest files, the last and the best, written in the background."""
 
 import contextlib
+import filecmp
 import itertools
 import os
 import re
@@ -16,8 +17,8 @@ from distlenet.checkpoint.format import (
     load_checkpoint,
     write_atomically,
 )
+from distlenet.checkpoint.host_copy import copy_to_host
 from distlenet.utils.errors import UserError, warn
-from distlenet.utils.nested import map_tensors
 
 FILE_NAME = re.compile(r"step-\d+\.pt")
 
@@ -32,6 +33,7 @@ class CheckpointStore:
         self.directory, self.keep_last = directory, keep_last
         self.failure: str | None = None  # the error of the last write
         self._thread: threading.Thread | None = None
+        self._copy: State | None = None  # the last one in host memory, which the next one overwrites
         self._unwritten_best: State | None = None  # a best checkpoint that the next write must include
 
     def save(self, state: State, best: bool = False, before: Callable[[], None] = lambda: None) -> None:
@@ -51,7 +53,8 @@ class CheckpointStore:
                 self.failure = str(error)
 
         self.wait()
-        copy = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), state)
+        previous = None if self._copy is self._unwritten_best else self._copy
+        copy = self._copy = copy_to_host(state, previous)
         if best:  # also if ``before`` fails
             self._unwritten_best = copy
         self._thread = threading.Thread(target=write_or_warn, name="checkpoint", daemon=True)
@@ -124,7 +127,7 @@ class CheckpointStore:
         newest, last = self.newest(), self.directory / "last.pt"
         if newest is not None:
             with contextlib.suppress(OSError):  # if the directory is not writable, the next write reports it
-                if not (last.exists() and (last.samefile(newest) or last.read_bytes() == newest.read_bytes())):
+                if not (last.exists() and (last.samefile(newest) or filecmp.cmp(last, newest, shallow=False))):
                     link_atomically(newest, last)
 
     def by_step(self) -> list[Path]:

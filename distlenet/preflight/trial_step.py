@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from distlenet.checkpoint.format import to_bytes
+from distlenet.checkpoint.archive import count_bytes
 from distlenet.config.schema import Config
 from distlenet.distributed.collectives import all_gather_object, broadcast_object, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext, init_distributed
@@ -87,7 +87,7 @@ def take_trial_step(config: Config, context: DistributedContext) -> list[Finding
         seconds = time.perf_counter() - started
         loss = trainer.meter.window().means["loss"]  # collective, host sync
         state = trainer.state_dict()  # collective, host sync
-        checkpoint_bytes = len(to_bytes(state)) if context.env.rank == 0 else 0
+        checkpoint_bytes = count_bytes(state) if context.env.rank == 0 else 0
     device = context.device
     memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU" if device.type == "cuda" else ""
     step = Finding("training step", "ok", f"{1e3 * seconds:.1f} ms, loss {loss:.3f}{memory}")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from distlenet.checkpoint.format import to_bytes
+from distlenet.checkpoint.archive import count_bytes
 from distlenet.config.loading import run_directory
 from distlenet.config.schema import Config
 from distlenet.config.virtual_shards import virtual_shards
@@ -54,7 +54,7 @@ def plan(config: Config, world_size: int, make_task: MakeTask = make_configured_
         for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         trainer.train_step.on_device.optimizer.step()  # creates its state; the changed model is discarded
-        rows = _describe(trainer, len(to_bytes(trainer.state_dict())))
+        rows = _describe(trainer, count_bytes(trainer.state_dict()))
     evaluated = (loader.batched.dataset for loader in trainer.evaluator.loaders.values())
     datasets = (trainer.loader.batched.dataset, *evaluated)
     if images := sum(data.nbytes for data in datasets if isinstance(data, ImageDataset)):

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from distlenet.checkpoint.format import from_bytes, to_bytes
+from distlenet.checkpoint.archive import from_bytes, to_bytes
 from distlenet.utils.errors import UserError
 
 

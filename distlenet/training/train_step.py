@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distlenet.checkpoint.format import State
 from distlenet.checkpoint.initial_weights import load_initial_weights
@@ -102,7 +103,8 @@ class TrainStep:
     def check_finite(self) -> None:
         """Raise UserError, on every rank, if a parameter is not finite: no later step repairs it. A host sync."""
         named = dict(self.on_device.model.named_parameters())
-        finite = torch.stack([parameter.isfinite().all() for parameter in named.values()]).tolist()
+        extremes = torch.stack([_extremes(parameter.detach()) for parameter in named.values()])
+        finite = extremes.isfinite().all(dim=1).tolist()
         if names := [name for name, is_finite in zip(named, finite, strict=True) if not is_finite]:
             raise UserError(f"{', '.join(names)}: no longer finite; {DIVERGENCE_HINT}")
 
@@ -144,3 +146,12 @@ class TrainStep:
         if state["scaler"]:  # empty if the run was not fp16 so far: then the loss scale starts anew
             parts.scaler.load_state_dict(state["scaler"])
         parts.meter.load_state_dict(state["meter"], self.context.env.rank)
+
+
+def _extremes(tensor: Tensor) -> Tensor:
+    """Return the smallest and the largest element, (2,), or NaN if one is NaN. No host sync.
+
+    This reads the tensor once: ``isfinite`` makes several temporary tensors, and takes ten times as long on a CPU.
+    """
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor.new_zeros(2)

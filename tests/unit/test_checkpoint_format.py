@@ -1,3 +1,5 @@
+import hashlib
+import io
 import os
 import re
 import sys
@@ -9,7 +11,9 @@ import torch
 from checkpoint_states import lenet_state, tiny_state
 from conftest import run_command
 
+from distlenet.checkpoint.archive import count_bytes, write_state
 from distlenet.checkpoint.format import load_checkpoint, load_model, write_atomically
+from distlenet.checkpoint.store import CheckpointStore
 from distlenet.models.lenet import Net
 from distlenet.utils.errors import UserError
 
@@ -29,6 +33,59 @@ def test_a_checkpoint_is_a_valid_zip_archive(tmp_path):
         assert archive.testzip() is None
         assert archive.comment.startswith(b"sha256:")
     assert torch.load(tmp_path / "c.pt", weights_only=True, mmap=True)["step"] == 1
+
+
+def test_the_file_is_the_output_of_torch_save_with_a_comment(tmp_path):
+    """Older versions load the files of this one, and the other way round."""
+    state, buffer = lenet_state(1), io.BytesIO()
+    torch.save(state, buffer)
+    archive = buffer.getvalue()[:-2] + (71).to_bytes(2, "little")
+    write_atomically(state, tmp_path / "c.pt")
+    content = (tmp_path / "c.pt").read_bytes()
+    assert content == archive + b"sha256:" + hashlib.sha256(archive).hexdigest().encode()
+    assert count_bytes(state) == len(content)
+
+
+@pytest.mark.parametrize("room", [0, 100, 150_000, -700, -72, -71, -1])
+def test_an_error_of_any_write_is_raised(room):
+    """``torch.save`` itself hides it; a negative ``room`` counts from the end of the file."""
+    state = lenet_state(1)
+
+    class FullDisk:
+        left = room if room >= 0 else count_bytes(state) + room
+
+        def write(self, part):
+            self.left -= len(part)
+            if self.left < 0:
+                raise OSError(28, "No space left on device")
+
+    disk = FullDisk()
+    with pytest.raises(OSError, match="No space left on device"):
+        write_state(state, disk)
+    assert disk.left < 0
+
+
+def peak_bytes(function, *arguments) -> int:
+    """Return by how much the memory of this process rose while ``function`` ran."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from the present size
+    before = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+    function(*arguments)
+    after = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+    return 1024 * (int(after) - int(before))
+
+
+def test_saving_and_loading_need_memory_for_one_copy_of_the_state(tmp_path):
+    """The allowance of 5 MB is for small objects and the counters of the kernel; the state has 40 MB."""
+    state = {**tiny_state(1), "more": [torch.ones(2_500_000) for _ in range(4)]}
+    store = CheckpointStore(tmp_path, keep_last=1)
+
+    def save() -> None:
+        store.save(state)
+        assert store.wait() is None
+
+    assert peak_bytes(save) < 45e6
+    assert peak_bytes(save) < 5e6  # in the memory of the first copy
+    assert peak_bytes(load_checkpoint, tmp_path / "last.pt") < 45e6
 
 
 def test_checkpoints_have_the_permissions_of_the_umask(tmp_path):

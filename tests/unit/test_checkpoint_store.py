@@ -10,6 +10,7 @@ from conftest import run_command
 
 from distlenet.checkpoint import store as store_module
 from distlenet.checkpoint.format import link_atomically, load_checkpoint
+from distlenet.checkpoint.host_copy import copy_to_host
 from distlenet.checkpoint.store import CheckpointStore, find_checkpoint
 from distlenet.utils.errors import UserError
 
@@ -162,9 +163,11 @@ KILLED_WHILE_WRITING = """
 import builtins, os, signal, sys
 from pathlib import Path
 import torch
+from distlenet.checkpoint.archive import count_bytes
 from distlenet.checkpoint.store import CheckpointStore
-store, cuts = CheckpointStore(Path(sys.argv[1]), keep_last=1), [int(cut) for cut in sys.argv[2:]]
+store = CheckpointStore(Path(sys.argv[1]), keep_last=1)
 state = {"model": torch.nn.Linear(8, 8).state_dict(), "step": 2, "epoch": 0, "config": {}}
+cuts = [count_bytes(state) * part // 40 for part in range(41)]
 original = builtins.open
 for cut in cuts:
     child = os.fork()
@@ -172,11 +175,14 @@ for cut in cuts:
         def open_until_cut(path, mode):
             opened = original(path, mode)
             class File:
+                left = cut
                 def __enter__(self): return self
                 def __exit__(self, *_): opened.close()
-                def write(self, content):
-                    opened.write(content[:cut]); opened.flush()
-                    os.kill(os.getpid(), signal.SIGKILL)
+                def write(self, part):
+                    opened.write(part[:self.left]); opened.flush()
+                    self.left -= len(part)
+                    if self.left <= 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
             return File()
         builtins.open = open_until_cut
         store.write(state, best=True)
@@ -193,10 +199,8 @@ print(sorted(path.name for path in store.directory.iterdir()))
 
 @pytest.mark.slow
 def test_a_kill_at_any_byte_of_a_write_leaves_the_old_file(tmp_path):
-    path = CheckpointStore(tmp_path, keep_last=1).write(tiny_state(1), best=False)
-    size = path.stat().st_size
-    cuts = [size * part // 40 for part in range(41)]
-    ended = run_command(sys.executable, "-c", KILLED_WHILE_WRITING, tmp_path, *cuts)
+    CheckpointStore(tmp_path, keep_last=1).write(tiny_state(1), best=False)
+    ended = run_command(sys.executable, "-c", KILLED_WHILE_WRITING, tmp_path)
     assert ended.succeeded().stdout == "['last.pt', 'step-00000001.pt']\n"
 
 
@@ -248,6 +252,21 @@ def test_the_next_write_includes_a_best_that_could_not_be_written(tmp_path, caps
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_a_copy_reuses_the_memory_of_the_previous_one():
+    """Also if the states differ in part: what does not fit is allocated."""
+    weights = torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    sparse = torch.eye(3).to_sparse()
+    first = copy_to_host({"step": 1, "a": weights, "b": torch.zeros(3), "s": sparse})
+    second = copy_to_host({"step": 2, "a": weights + 1, "b": torch.ones(4), "s": sparse, "n": [torch.ones(3)]}, first)
+    assert second["step"] == 2
+    assert second["a"] is first["a"]
+    assert second["n"][0] is first["b"]
+    assert torch.equal(second["a"], weights + 1)
+    assert torch.equal(second["n"][0], torch.ones(3))
+    assert torch.equal(second["b"], torch.ones(4))
+    assert torch.equal(second["s"].to_dense(), torch.eye(3))
+
+
 def test_no_checkpoint_is_written_if_the_call_before_it_fails(tmp_path):
     def sync_history():
         raise UserError("metrics.jsonl: disk full")
@@ -287,9 +306,13 @@ def test_best_checkpoint_is_written_later_if_the_disk_is_full_when_it_is_due(tmp
         raise OSError(28, "No space left on device")
 
     store = CheckpointStore(tmp_path, keep_last=1)
-    store.save(tiny_state(1), best=True, before=full_disk)
+    best, later = tiny_state(1), tiny_state(2)
+    store.save(best, best=True, before=full_disk)
     assert "No space left on device" in str(store.wait())
-    store.save(tiny_state(2))
+    store.save(later)  # not in the memory that still holds the best
     assert store.wait() is None
-    assert load_checkpoint(tmp_path / "best.pt")["step"] == 1
+    for name, state in (("best.pt", best), ("last.pt", later)):
+        loaded = load_checkpoint(tmp_path / name)
+        assert loaded["step"] == state["step"]
+        assert torch.equal(loaded["model"]["weight"], state["model"]["weight"])
     assert "training continues" in capsys.readouterr().err

@@ -5,6 +5,7 @@
 
 import contextlib
 import copy
+import hashlib
 import io
 import math
 import os
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from distlenet import train
-from distlenet.checkpoint.format import from_bytes, load_checkpoint, to_bytes
+from distlenet.checkpoint.archive import from_bytes, to_bytes
+from distlenet.checkpoint.format import load_checkpoint
 from distlenet.config.fields import FIELDS
 from distlenet.config.loading import load_config
 from distlenet.data import idx
@@ -195,10 +197,10 @@ def test_checkpoint_bytes(tmp_path, checkpoint, seed, signed):
     content = damaged(checkpoint.read_bytes()[: -71 if signed else None], random_)
     path = tmp_path / "damaged.pt"
     if signed:  # a valid checksum lets the parser see the damage
-        from distlenet.checkpoint.format import _comment
+        from distlenet.checkpoint.archive import _comment
 
         content = content[:-2] + (71).to_bytes(2, "little")
-        content += _comment(content)
+        content += _comment(hashlib.sha256(content))
     path.write_bytes(content)
     with user_errors_allowed():
         load_checkpoint(path)

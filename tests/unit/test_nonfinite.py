@@ -197,7 +197,11 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
         with torch.no_grad():
             trainer.model.conv2.weight[3, 1, 0, 0] = float("inf")
             trainer.model.fc3.bias[2] = float("nan")
-        with pytest.raises(UserError, match=r"conv2\.weight, fc3\.bias: no longer finite; give a smaller optim\.lr"):
+            trainer.model.register_parameter("empty", torch.nn.Parameter(torch.zeros(0)))
+            trainer.model.register_parameter("rotation", torch.nn.Parameter(torch.full((2,), 1 - 1j * float("inf"))))
+        with pytest.raises(
+            UserError, match=r"rotation, conv2\.weight, fc3\.bias: no longer finite; give a smaller optim\.lr"
+        ):
             trainer.state_dict()
 
 

@@ -8,7 +8,8 @@ import torch
 from forked import run_python
 from PIL import Image
 
-from distlenet.checkpoint.format import load_checkpoint, to_bytes
+from distlenet.checkpoint.archive import to_bytes
+from distlenet.checkpoint.format import load_checkpoint
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.data.decoding import MAX_PIXELS, UnreadableImage
 from distlenet.serving.image_files import find_image_files, read_image

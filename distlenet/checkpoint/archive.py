@@ -1,0 +1,123 @@
+"""The bytes of a checkpoint file: the output of ``torch.save``, with a checksum inside.
+
+``torch.save`` writes a ZIP archive, and an archive may end with a comment: it holds the SHA-256 of all bytes before it.
+One rename therefore replaces both the data and the checksum, and ``torch.load`` reads the file as usual.
+"""
+
+import hashlib
+import io
+import os
+from typing import Any, BinaryIO, Protocol
+
+import torch
+
+COMMENT_PREFIX = b"sha256:"
+COMMENT_BYTES = len(COMMENT_PREFIX) + 2 * hashlib.sha256().digest_size
+READ_BYTES = 1 << 20  # at once, for the checksum
+
+
+class Writable(Protocol):
+    """A file open for writing."""
+
+    def write(self, part: bytes | memoryview, /) -> Any:
+        """Write all of ``part``."""
+
+
+class _Stream:
+    """Where ``torch.save`` writes an archive: the file gets each part at once, so that no copy of the state is needed.
+
+    The part that the archive ends with is short, and its last two bytes are the length of the comment: a short part is
+    held back until the next one.
+    """
+
+    SHORT = 64  # bytes
+
+    def __init__(self, file: Writable) -> None:
+        self.file, self.checksum, self.held_back = file, hashlib.sha256(), b""
+        self.failure: OSError | None = None
+
+    def write(self, part: memoryview) -> int:
+        """Write a part, and keep an error for ``finish``: ``torch.save`` would hide it."""
+        try:
+            self._write(self.held_back)
+            self.held_back = bytes(part) if len(part) < self.SHORT else b""
+            if not self.held_back:
+                self._write(part)
+        except OSError as error:
+            self.failure = self.failure or error
+        return len(part)
+
+    def _write(self, part: bytes | memoryview) -> None:
+        self.checksum.update(part)
+        self.file.write(part)
+
+    def flush(self) -> None:
+        """Do nothing: the archive may not be complete."""
+
+    def finish(self) -> None:
+        """Write the end of the archive and the comment. Raise the OSError of this or an earlier write."""
+        if self.failure is not None:
+            raise self.failure
+        self._write(self.held_back[:-2] + COMMENT_BYTES.to_bytes(2, "little"))
+        self.file.write(_comment(self.checksum))
+
+
+def write_state(state: Any, file: Writable) -> None:
+    """Write the contents of a checkpoint file, a tensor at a time. Raise OSError if a write fails."""
+    stream = _Stream(file)
+    torch.save(state, stream)  # type: ignore[arg-type]  # it needs only write and flush
+    stream.finish()
+
+
+def to_bytes(state: Any) -> bytes:
+    """Return the contents of a checkpoint file."""
+    buffer = io.BytesIO()
+    write_state(state, buffer)
+    return buffer.getvalue()
+
+
+class _Counter:
+    """A file that counts the bytes written to it."""
+
+    count = 0
+
+    def write(self, part: bytes | memoryview) -> None:
+        """Count a part."""
+        self.count += len(part)
+
+
+def count_bytes(state: Any) -> int:
+    """Return the size of a checkpoint file of ``state`` without making one."""
+    counter = _Counter()
+    write_state(state, counter)
+    return counter.count
+
+
+def from_bytes(content: bytes) -> Any:
+    """Load a checkpoint to CPU; see ``read_state``."""
+    return read_state(io.BytesIO(content))
+
+
+def read_state(file: BinaryIO) -> Any:
+    """Load a checkpoint to CPU without executing any code in it. Raise ValueError if it is damaged, and OSError.
+
+    The file is read twice, so that the state is in memory once: for the checksum, and by ``torch.load``. It is not
+    mapped to memory: an error of the disk, or a file that another node replaces, would kill the process at any later
+    access to a tensor.
+    """
+    remaining, checksum = file.seek(0, os.SEEK_END) - COMMENT_BYTES, hashlib.sha256()
+    file.seek(0)
+    while remaining > 0 and (part := file.read(min(remaining, READ_BYTES))):
+        checksum.update(part)
+        remaining -= len(part)
+    if remaining != 0 or file.read() != _comment(checksum):
+        raise ValueError("its bytes do not match its checksum")
+    file.seek(0)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for a file that is not a checkpoint
+        raise ValueError("torch.load refuses it") from error
+
+
+def _comment(checksum: "hashlib._Hash") -> bytes:
+    return COMMENT_PREFIX + checksum.hexdigest().encode()
