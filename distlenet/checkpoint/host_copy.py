@@ -27,6 +27,6 @@ def copy_to_host(state: Any, previous: Any = None) -> Any:
 
 
 def _form(tensor: Tensor) -> Any:
-    """Return what two tensors of the same form share; a sparse tensor has none of its own."""
+    """Return what two tensors of the same form share; a sparse tensor fits no other."""
     strided = tensor.layout == torch.strided
     return (tensor.shape, tensor.dtype, tensor.stride()) if strided else id(tensor)

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from distlenet.distributed.collectives import gather
 from distlenet.reduction.buffers import persistent_buffers
 
+CHUNK = {"cpu": 1 << 16}
+"""Elements that are hashed at once, with 32 bytes of temporary memory each: on a CPU, these should fit in a cache."""
+
 INTEGER_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
@@ -25,14 +28,23 @@ def fingerprints(model: nn.Module) -> Tensor:
 
     The hash is a sum modulo 2**64 with odd weights: a change of any one element changes it.
     """
-    sums = []
-    for tensor in named_state(model).values():
-        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        integer_type = INTEGER_TYPES[tensor.element_size()]
-        bits = tensor.detach().contiguous().view(-1).view(integer_type).long()
-        weights = torch.arange(1, 2 * len(bits), 2, device=bits.device)
-        sums.append((bits * (weights * 0x5851F42D4C957F2D)).sum())
-    return torch.stack(sums)
+    return torch.stack([_fingerprint(tensor.detach()) for tensor in named_state(model).values()])
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = tensor.contiguous().view(-1).view(INTEGER_TYPES[tensor.element_size()])
+    chunks = bits.split(CHUNK.get(bits.device.type, 1 << 22))
+    total, start = _weighted_sum(chunks[0], 0), len(chunks[0])
+    for chunk in chunks[1:]:
+        total += _weighted_sum(chunk, start)  # in place: results in a list would fragment the memory of the chunks
+        start += len(chunk)
+    return total
+
+
+def _weighted_sum(bits: Tensor, start: int) -> Tensor:
+    weights = torch.arange(2 * start + 1, 2 * (start + len(bits)) + 1, 2, device=bits.device)
+    return (bits.long() * (weights * 0x5851F42D4C957F2D)).sum()
 
 
 def check_replicas(model: nn.Module) -> None:

@@ -52,6 +52,17 @@ def test_swapped_elements_change_the_fingerprint():
     assert not torch.equal(fingerprints(layer), before)
 
 
+def test_large_parameters_are_hashed_in_chunks(monkeypatch):
+    """The fingerprints do not depend on the size of a chunk."""
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(7, 3)).requires_grad_(False)
+    model.register_buffer("empty", torch.zeros(0))
+    before = fingerprints(model)
+    monkeypatch.setitem(replica_check.CHUNK, "cpu", 7)
+    assert torch.equal(fingerprints(model), before)
+    model[0].weight.copy_(model[0].weight.view(-1).roll(7).view(10, 10))
+    assert [i for i, same in enumerate(fingerprints(model) == before) if not same] == [0]
+
+
 @pytest.mark.usefixtures("group")
 def test_single_rank_agrees_with_itself():
     model = Net()
