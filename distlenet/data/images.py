@@ -12,12 +12,14 @@ GREY, COLOR = 1, 3  # channels of what an image file decodes to
 class ImageDataset:
     """Images in memory, uint8 or floating point, (N, H, W) or (N, C, H, W), and their labels (N,) of an integer type.
 
-    ``rows``, int64 (n,), selects some of them; without it n is N.
+    ``rows``, int64 (n,), selects some of them; without it n is N. ``sampled`` marks a large set of image files, whose
+    mean and standard deviation are those of samples, whether it is cached or not.
     """
 
     images: Tensor
     labels: Tensor
     rows: Tensor | None = None
+    sampled: bool = False
 
     def __len__(self) -> int:
         """Return n."""
@@ -51,8 +53,9 @@ class ImageDataset:
     def to(self, device: torch.device) -> "ImageDataset":
         """Return the selected samples on ``device``."""
         if self.rows is None:
-            return ImageDataset(self.images.to(device), self.labels.to(device))
-        return ImageDataset(self.images[self.rows].to(device), self.labels[self.rows].to(device))
+            return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        images, labels = self.images[self.rows].to(device), self.labels[self.rows].to(device)
+        return ImageDataset(images, labels, sampled=self.sampled)
 
 
 def height_and_width(image: Tensor) -> tuple[int, int]:

@@ -26,6 +26,15 @@ HUNG = 1  # exit status
 SUSPENDED_S = 30.0  # a process that checks this late was suspended (scontrol suspend)
 
 
+_running: list["Watchdog"] = []
+
+
+def restart_time_limit() -> None:
+    """Restart the time limit of this process's watchdog, if it has one: work outside of the steps has progressed."""
+    for watchdog in _running:
+        watchdog.heartbeat(watchdog.step)
+
+
 class Watchdog:
     """End this process if ``heartbeat`` is not called for ``limit_s`` seconds; NCCL's trace goes to ``trace_dir``."""
 
@@ -112,9 +121,11 @@ def run_watchdog(
     watchdog = Watchdog(store, env, limit_s, trace_dir)
     thread = threading.Thread(target=watchdog.watch, name="watchdog", daemon=True)
     thread.start()
+    _running.append(watchdog)
     try:
         yield watchdog
     finally:
+        _running.remove(watchdog)
         watchdog.ended.set()
         thread.join(timeout=1.0)
 

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -54,7 +54,7 @@ def check_images(config: DataConfig) -> str:
     if is_import_name(config.name):
         return load_data(config).source
     require_local_data(config)
-    with open_data(config) as data:
+    with open_data(replace(config, cache="off")) as data:  # writes nothing
         return data.source
 
 

@@ -118,7 +118,7 @@ def _mean_and_std_of_moments(sums: Tensor, pixels: int) -> tuple[float, float]:
 def _parts(dataset: MapDataset | BatchDataset) -> Iterator[Tensor]:
     """Yield all images in parts, (n, H, W) or (n, C, H, W), or evenly spaced ones of a large set."""
     count = len(dataset)
-    if not isinstance(dataset, ImageDataset):
+    if not isinstance(dataset, ImageDataset) or dataset.sampled:
         wanted = min(count, SAMPLED_FILES)
         rows = [k * (count - 1) // max(wanted - 1, 1) for k in range(wanted)]
         for row in rows:  # seeded: a random transform gives the same statistics in every start of a run

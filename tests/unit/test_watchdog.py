@@ -1,6 +1,7 @@
 """The watchdog reports a hang, and ends the process."""
 
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import run_command
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rendezvous import host_key
-from distlenet.distributed.watchdog import Watchdog
+from distlenet.distributed.watchdog import Watchdog, restart_time_limit, run_watchdog
 
 pytestmark = pytest.mark.unit
 
@@ -83,3 +84,14 @@ def test_the_process_ends_if_no_step_ends_and_not_before():
     assert (ended.status, ended.stdout) == (1, "trained\n"), str(ended)
     limit = "no step ended for 0.5 s (distributed.step_timeout_s) after step 29"
     assert ended.stderr == f"distlenet: {limit}; no answer from rank 0 on host0\n"
+
+
+def test_progress_outside_of_steps_restarts_the_time_limit():
+    restart_time_limit()  # without a watchdog
+    env, store = DistributedEnvironment(), dist.HashStore()
+    store.set(host_key(0), "nonce host0")
+    with run_watchdog(store, env, 60.0, None) as watchdog:
+        watchdog.heartbeat(3)
+        watchdog.last_heartbeat -= 50
+        restart_time_limit()
+        assert (watchdog.step, time.monotonic() - watchdog.last_heartbeat < 40) == (3, True)

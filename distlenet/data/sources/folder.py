@@ -27,6 +27,7 @@ class FolderImages:
     files: tuple[str, ...]  # relative to the directory
     labels: Tensor
     channels: int
+    stats: Tensor  # int64 (N, 2): size in bytes, modification time in ns
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -39,6 +40,16 @@ class FolderImages:
             return to_tensor(open_image(path, path, self.channels)), int(self.labels[index])
         except UnreadableImage as error:
             raise UserError(f"data {error}; replace or remove the file") from error
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of all files."""
+        return int(self.stats[:, 0].sum())
+
+    def stamps(self, start: int, stop: int) -> list[str]:
+        """Return name, size and modification time of files."""
+        stats = self.stats[start:stop].tolist()
+        return [f"{file} {stat}" for file, stat in zip(self.files[start:stop], stats, strict=True)]
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
@@ -59,8 +70,10 @@ def open_folder(config: DataConfig, stack: ExitStack, fetch: bool) -> OpenedImag
     for split, files in listed.items():
         labels = torch.tensor([label for _, label in files], dtype=torch.int64)
         names = tuple(file for file, _ in files)
-        images[split] = FolderImages(root / split, names, labels, COLOR if color else GREY)
-        sizes = "\n".join(f"{file} {(root / split / file).stat().st_size}" for file in names)
+        statuses = [(root / split / file).stat() for file in names]
+        stats = torch.tensor([(status.st_size, status.st_mtime_ns) for status in statuses], dtype=torch.int64)
+        images[split] = FolderImages(root / split, names, labels, COLOR if color else GREY, stats)
+        sizes = "\n".join(f"{file} {status.st_size}" for file, status in zip(names, statuses, strict=True))
         fingerprint[split] = f"{len(names)} files {hashlib.sha256(sizes.encode()).hexdigest()[:16]}"
     return OpenedImages(str(root), classes, images["train"], images["test"], images.get("val"), fingerprint)
 

@@ -20,10 +20,11 @@ class StoredImages:
 
     images: TensorRef
     labels: TensorRef
+    sampled: bool = False
 
     def map(self) -> ImageDataset:
         """Return the dataset, without a copy. Raise OSError if the files are not visible to this process."""
-        return ImageDataset(self.images.map(), self.labels.map())
+        return ImageDataset(self.images.map(), self.labels.map(), sampled=self.sampled)
 
 
 class EncodedImages(MapDataset, Protocol):
@@ -38,6 +39,19 @@ class EncodedImages(MapDataset, Protocol):
 
     def name(self, index: int) -> str:
         """Return how messages call an image."""
+
+
+class ImageFiles(EncodedImages, Protocol):
+    """Image files as a source returns them."""
+
+    channels: int
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of all image files."""
+
+    def stamps(self, start: int, stop: int) -> list[str]:
+        """Return name, size and modification time of files: if one may have changed, its stamp is another."""
 
 
 Split = StoredImages | EncodedImages

@@ -10,16 +10,19 @@ import torch.distributed as dist
 from distlenet.config.names import check_arguments, is_import_name, resolve
 from distlenet.config.schema import DataConfig
 from distlenet.data import download, idx
+from distlenet.data.cache_build import Workers, build_cache
+from distlenet.data.cache_file import CacheFile
 from distlenet.data.sizing import fit_sizes
 from distlenet.data.sources.array import open_array
 from distlenet.data.sources.cifar10 import DIRECTORY, open_cifar10
 from distlenet.data.sources.custom import load_custom
 from distlenet.data.sources.folder import open_folder
 from distlenet.data.sources.idx_sets import open_digits, open_generated, open_published
+from distlenet.data.sources.image_cache import join_images, plan_cache, use_cache
 from distlenet.data.sources.opened import OpenedImages, Source, StoredImages
 from distlenet.data.sources.tar import open_tar
 from distlenet.data.validation import split_validation
-from distlenet.distributed.collectives import broadcast_from_local_rank_0, raise_on_all_ranks
+from distlenet.distributed.collectives import all_gather_object, broadcast_from_local_rank_0, raise_on_all_ranks
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
 from distlenet.task import Datasets
 from distlenet.utils.errors import UserError, warn
@@ -44,10 +47,18 @@ def open_data(config: DataConfig, fetch: bool = False) -> Iterator[OpenedImages]
     Mappings stay valid after the context ends. ``fetch`` allows a download by every way and into any ``data.root``.
     Raise UserError if the data is unavailable or damaged.
     """
+    with ExitStack() as stack:
+        opened = _open_source(config, stack, fetch)
+        file, problem = plan_cache(opened, config), ""
+        if file is not None and not file.is_intact():
+            problem = build_cache(file, join_images(opened, config), Workers(), keep=config.cache != "auto")
+        yield fit_sizes(use_cache(opened, file, problem, config, stack), config, stack)
+
+
+def _open_source(config: DataConfig, stack: ExitStack, fetch: bool = False) -> OpenedImages:
     if config.args:
         raise UserError(f"data.args: data.name={config.name} accepts none; remove {', '.join(config.args)}")
-    with ExitStack() as stack:
-        yield fit_sizes(SOURCES[config.name](config, stack, fetch), config, stack)
+    return SOURCES[config.name](config, stack, fetch)
 
 
 def map_data(opened: OpenedImages) -> Datasets:
@@ -97,12 +108,21 @@ def _load_function(config: DataConfig, local_rank: int = 0) -> Datasets:
 
 
 def load_on_node(config: DataConfig, env: DistributedEnvironment) -> Datasets:
-    """Load once per node: its first rank opens and verifies, all its ranks map the same memory. A collective."""
+    """Load once per node: its first rank opens and verifies, all its ranks map the same memory. A collective.
+
+    All its ranks decode the images that are not in the cache yet.
+    """
     with ExitStack() as stack:
-        opened = None
+        opened, file, wanted = None, None, False
         with raise_on_all_ranks():
             if env.local_rank == 0:
-                opened = stack.enter_context(open_data(config))
+                opened = _open_source(config, stack)
+                file = plan_cache(opened, config)
+                wanted = file is not None and not file.is_intact()
+        problem = _decode_on_node(opened, file if wanted else None, config, env)
+        with raise_on_all_ranks():
+            if opened is not None:
+                opened = fit_sizes(use_cache(opened, file, problem, config, stack), config, stack)
         opened = broadcast_from_local_rank_0(opened, env)
         with raise_on_all_ranks():  # a collective: no rank closes the files before all have mapped them
             try:
@@ -113,6 +133,19 @@ def load_on_node(config: DataConfig, env: DistributedEnvironment) -> Datasets:
                     "of them; let the ranks of a node share their process namespace"
                 )
                 return load_data(config)
+
+
+def _decode_on_node(
+    opened: OpenedImages | None, file: CacheFile | None, config: DataConfig, env: DistributedEnvironment
+) -> str:
+    """Decode into ``file``, which local rank 0 gives, as ``build_cache``. A collective."""
+    if not any(all_gather_object(file is not None)):
+        return ""
+    # The list of the image files is sent only here: it can be large.
+    images, file = broadcast_from_local_rank_0((opened if file is not None else None, file), env)
+    dataset = join_images(images, config) if images is not None else None
+    workers = Workers(env.local_rank, env.local_world_size, env.node_rank, env.rank == 0, all_gather_object)
+    return build_cache(file, dataset, workers, keep=config.cache != "auto")
 
 
 def require_local_data(config: DataConfig) -> None:

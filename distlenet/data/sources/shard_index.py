@@ -44,6 +44,7 @@ class Shard:
 
     entries: tuple[Entry, ...]
     color: bool
+    stamp: tuple[int, int]  # size and modification time of the file, before its headers were read
 
 
 def read_shards(root: Path, paths: Sequence[Path]) -> dict[Path, Shard]:
@@ -57,7 +58,7 @@ def read_shards(root: Path, paths: Sequence[Path]) -> dict[Path, Shard]:
     saved, shards, records = _read_index(root), {}, {}
     for path in paths:
         name, stamp = str(path.relative_to(root)), _stamp(path)  # before the headers are read
-        shard = _from_record(path, saved.get(name), stamp) or _read_shard(path)
+        shard = _from_record(path, saved.get(name), stamp) or _read_shard(path, stamp)
         places = [[entry.key, entry.offset, entry.size, entry.label] for entry in shard.entries]
         shards[path] = shard
         record = {"stamp": stamp, "color": shard.color, "images": places}
@@ -89,7 +90,7 @@ def _from_record(path: Path, record: Any, stamp: list[int]) -> Shard | None:
         if record["stamp"] != stamp or record["digest"] != _digest({k: record[k] for k in record if k != "digest"}):
             return None
         entries = (Entry(path, str(k), int(offset), int(size), int(n)) for k, offset, size, n in record["images"])
-        return Shard(tuple(entries), bool(record["color"]))
+        return Shard(tuple(entries), bool(record["color"]), (stamp[0], stamp[1]))
     except (LookupError, TypeError, ValueError):
         return None
 
@@ -110,7 +111,7 @@ def _write_index(root: Path, records: dict[str, Any]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _read_shard(shard: Path) -> Shard:
+def _read_shard(shard: Path, stamp: list[int]) -> Shard:
     """Read all headers of a shard."""
     places: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
@@ -130,7 +131,7 @@ def _read_shard(shard: Path) -> Shard:
         if labels.get(key, -1) < 0:
             raise UserError(f"data {shard}: {key} has no {key}.cls with an integer of at least 0; add it")
     entries = tuple(Entry(shard, key, offset, size, labels[key]) for key, (offset, size) in places.items())
-    return Shard(entries, any(map(_is_color, entries)))
+    return Shard(entries, any(map(_is_color, entries)), (stamp[0], stamp[1]))
 
 
 def _is_color(entry: Entry) -> bool:

@@ -31,6 +31,7 @@ class TarImages:
     entries: tuple[Entry, ...]
     labels: Tensor
     channels: int
+    shard_stamps: dict[Path, tuple[int, int]]
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -44,6 +45,18 @@ class TarImages:
         except (UnreadableImage, OSError) as error:
             raise UserError(f"data {error}; replace or remove the image") from error
         return to_tensor(image), entry.label
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of all image files."""
+        return sum(entry.size for entry in self.entries)
+
+    def stamps(self, start: int, stop: int) -> list[str]:
+        """Return the places of images in their shards, with sizes and modification times of the shards."""
+        return [
+            f"{each.shard.name} {self.shard_stamps[each.shard]} {each.key} {each.offset} {each.size}"
+            for each in self.entries[start:stop]
+        ]
 
     def name(self, index: int) -> str:
         """Return the shard and the key of an image."""
@@ -68,7 +81,8 @@ def open_tar(config: DataConfig, stack: ExitStack, fetch: bool) -> OpenedImages:
             problem = "contains no images" if not found else f"has labels that the {classes} training classes lack"
             raise UserError(f"data {root}: {split} {problem}; expected KEY.png and KEY.cls in {LAYOUT}")
         labels = torch.tensor([entry.label for entry in found], dtype=torch.int64)
-        images[split] = TarImages(found, labels, COLOR if color else GREY)
+        stamps = {shard: contents[shard].stamp for shard in shards[split]}
+        images[split] = TarImages(found, labels, COLOR if color else GREY, stamps)
         lines = "\n".join(f"{e.shard.name} {e.key} {e.offset} {e.size} {e.label}" for e in found)
         fingerprint[split] = (
             f"{len(found)} images {hashlib.sha256(lines.encode(errors='surrogateescape')).hexdigest()[:16]}"

@@ -1,0 +1,155 @@
+"""A file of decoded images: chunks with checksums, which are written in any order, and a table of them at the end.
+
+The file gets its name when it is complete. Until then it is a .partial file, and a .chunks file has a line for each
+written chunk: its number, its CRC-32, and a stamp of the image files. A killed job and a damaged image leave both, and
+the next job decodes only the other chunks.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+CHUNK_IMAGES = 64
+CHECKED_BYTES = 2**29  # of a larger file, so many bytes are verified when it is opened: evenly spaced chunks
+DIGEST_BYTES, LENGTH_BYTES = 32, 8  # at the end of the file, behind the table
+
+
+@dataclass(frozen=True)
+class CacheFile:
+    """Images of one shape, uint8 (N, *shape), in a file."""
+
+    path: Path
+    part: Path  # of the incomplete file, with another suffix: the same when an image file has been replaced
+    images: int
+    shape: tuple[int, ...]
+
+    @property
+    def partial(self) -> Path:
+        """The path of the file until it is complete."""
+        return self.part.with_suffix(".partial")
+
+    @property
+    def records(self) -> Path:
+        """The path of the checksums of the written chunks, until the file is complete."""
+        return self.part.with_suffix(".chunks")
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes of all images."""
+        return self.images * math.prod(self.shape)
+
+    @property
+    def chunks(self) -> int:
+        """The number of chunks."""
+        return -(-self.images // CHUNK_IMAGES)
+
+    def rows(self, chunk: int) -> range:
+        """Return the numbers of the images of a chunk."""
+        return range(chunk * CHUNK_IMAGES, min((chunk + 1) * CHUNK_IMAGES, self.images))
+
+    def create(self) -> None:
+        """Create the incomplete file, or keep the one of an earlier job. Raise OSError."""
+        with open(self.partial, "ab") as file:
+            file.truncate(self.nbytes)
+
+    def write_chunk(self, chunk: int, stamp: str, images: Iterator[Tensor]) -> None:
+        """Write the images of a chunk, then its record with the ``stamp`` of the image files. Raise OSError.
+
+        Two jobs may write the same chunk, if the file system has no locks: they write the same bytes.
+        """
+        checksum = 0
+        with open(self.partial, "r+b") as file:
+            file.seek(self._start(chunk))
+            for image in images:
+                pixels = image.contiguous().numpy().tobytes()
+                checksum = zlib.crc32(pixels, checksum)
+                file.write(pixels)
+        with open(self.records, "ab", buffering=0) as records:
+            records.write(f"{chunk} {checksum} {stamp}\n".encode())
+
+    def read_records(self) -> dict[int, tuple[int, str]]:
+        """Return the checksums and stamps of the written chunks, by their numbers. A damaged line is ignored."""
+        found = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.records.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    chunk, checksum, stamp = line.split(" ")
+                    found[int(chunk)] = int(checksum), stamp
+        return found
+
+    def has_chunk(self, path: Path, chunk: int, checksum: int) -> bool:
+        """Return whether the file at ``path`` has the chunk with this checksum. After a power cut it may not."""
+        rows = self.rows(chunk)
+        with open(path, "rb") as file:
+            file.seek(self._start(chunk))
+            return zlib.crc32(file.read(len(rows) * math.prod(self.shape))) == checksum
+
+    def finish(self) -> None:
+        """Write the table of all checksums, and give the file its name. Raise OSError."""
+        records = self.read_records()
+        written = int(time.time())  # the file's time: a later change of the file changes it
+        table = {"checksums": [records[chunk][0] for chunk in range(self.chunks)], "written": written}
+        content = json.dumps(table).encode()
+        with open(self.partial, "r+b") as file:
+            file.truncate(self.nbytes)
+            file.seek(self.nbytes)
+            file.write(content + hashlib.sha256(content).digest() + len(content).to_bytes(LENGTH_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        os.utime(self.partial, (written, written))
+        os.replace(self.partial, self.path)
+        self.records.unlink(missing_ok=True)
+
+    def is_intact(self) -> bool:
+        """Verify the complete file: size, table and chunks. If its time has changed or it is small, verify all chunks.
+
+        Return False if there is none.
+        """
+        try:
+            checksums, written = self._read_table()
+            spacing = 1 if self.path.stat().st_mtime != written else -(-self.nbytes // CHECKED_BYTES)
+            chunks = {*range(0, self.chunks, spacing), self.chunks - 1}
+            return all(self.has_chunk(self.path, chunk, checksums[chunk]) for chunk in chunks)
+        except (OSError, ValueError):
+            return False
+
+    def reopen(self, stamps: Iterable[str]) -> None:
+        """Make a damaged file an incomplete one, whose intact chunks are kept. Raise OSError.
+
+        ``stamps`` are those of the chunks.
+        """
+        self.records.unlink(missing_ok=True)
+        with contextlib.suppress(ValueError):
+            checksums, _ = self._read_table()
+            lines = (f"{chunk} {each[0]} {each[1]}\n" for chunk, each in enumerate(zip(checksums, stamps, strict=True)))
+            self.records.write_text("".join(lines))
+        os.replace(self.path, self.partial)
+
+    def remove_partial(self) -> None:
+        """Remove what an incomplete file takes."""
+        with contextlib.suppress(OSError):
+            self.partial.unlink(missing_ok=True)
+            self.records.unlink(missing_ok=True)
+
+    def _start(self, chunk: int) -> int:
+        return chunk * CHUNK_IMAGES * math.prod(self.shape)
+
+    def _read_table(self) -> tuple[Sequence[int], int]:
+        """Return the checksums and the time of the complete file. Raise ValueError if they are damaged, OSError."""
+        with open(self.path, "rb") as file:
+            file.seek(self.nbytes)
+            tail = file.read()
+        content, rest = tail[: -DIGEST_BYTES - LENGTH_BYTES], tail[-DIGEST_BYTES - LENGTH_BYTES :]
+        if rest != hashlib.sha256(content).digest() + len(content).to_bytes(LENGTH_BYTES):
+            raise ValueError(f"{self.path} is damaged")
+        table = json.loads(content)
+        return table["checksums"], table["written"]

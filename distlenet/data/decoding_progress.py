@@ -1,0 +1,46 @@
+"""The display of a long decoding: a bar on a terminal, else a line from time to time, on standard error."""
+
+import sys
+import threading
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from distlenet.utils.errors import warn
+
+QUIET_S = 10.0  # a shorter decoding prints nothing without a terminal
+LINE_S = 60.0
+
+
+class DecodingProgress:
+    """Show which share of ``images`` images is decoded. Several threads may call ``update``."""
+
+    def __init__(self, images: int) -> None:
+        self.images, self.started = images, time.monotonic()
+        self.next_line = self.started + QUIET_S
+        self.lock = threading.Lock()
+        self.bar: Progress | None = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            columns = TextColumn(f"decoding {images:,} images"), BarColumn(), TimeRemainingColumn()
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task("", total=1.0)
+
+    def update(self, share: float) -> None:
+        """Show the ``share``, from 0 to 1."""
+        if self.bar is not None:
+            self.bar.start()
+            self.bar.update(self.task, completed=share)
+            return
+        with self.lock:
+            now = time.monotonic()
+            if now < self.next_line:
+                return
+            self.next_line = now + LINE_S
+        left_s = (now - self.started) * (1 - share) / share
+        warn(f"decoding {self.images:,} images once, for this and later jobs: {share:.0%}, about {left_s:.0f} s left")
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,327 @@
+"""The cache of decoded images: the bits, and what happens after kills, damage, without room, and between jobs."""
+
+import io
+import os
+import shutil
+import tarfile
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from types import SimpleNamespace
+
+import pytest
+import torch
+from forked import run_python
+from PIL import Image
+
+from distlenet.config.loading import load_config
+from distlenet.data import cache_build, cache_file
+from distlenet.data.cache_build import CacheBuild, Workers, build_cache
+from distlenet.data.cache_file import CHUNK_IMAGES, CacheFile
+from distlenet.data.images import ImageDataset
+from distlenet.data.sources import folder, image_cache, load_data
+from distlenet.tasks.image_format import measure_images
+from distlenet.utils.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+TRAIN, TEST = 150, 20
+
+
+def write_images(root):
+    """Write JPEG images of several sizes, as a folder and as shards; the order of both is the same."""
+    (root / "tar").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        with tarfile.open(root / f"tar/{split}-0.tar", "w") as archive:
+            for number in range(count):
+                pixels = torch.randint(0, 256, (20 + number % 7, 30, 3), dtype=torch.uint8, generator=generator)
+                file = io.BytesIO()
+                Image.fromarray(pixels.numpy()).save(file, "JPEG")
+                path = root / f"folder/{split}/{number % 2}/{number:04d}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(file.getvalue())
+                for suffix, content in (("jpg", file.getvalue()), ("cls", str(number % 2).encode())):
+                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def images(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "images")  # keeps the modification times
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How often each image of a folder is decoded, except the first one, which tells the shape."""
+    counts, open_image = Counter(), folder.open_image
+
+    def count(path, *more):
+        counts.update([path.name] if path.parts[-3:] != ("train", "0", "0000.jpg") else [])
+        return open_image(path, *more)
+
+    monkeypatch.setattr(folder, "open_image", count)
+    return counts
+
+
+def load(images, *more, name="folder", cache="off"):
+    words = [f"data.name={name}", f"data.root={images / name}", "data.size=16", f"data.cache={cache}"]
+    return load_data(load_config([], [*words, *more]).data)
+
+
+def pixels_of(dataset):
+    if isinstance(dataset, ImageDataset):
+        return dataset.get_batch(torch.arange(len(dataset)))[0]
+    return torch.stack([dataset[index][0] for index in range(len(dataset))])
+
+
+def same_bits(one, other):
+    pairs = [(pixels_of(getattr(one, split)), pixels_of(getattr(other, split))) for split in ("train", "test")]
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def cache_files(directory):
+    return sorted(path.suffix for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("name", ["folder", "tar"])
+def test_cached_images_have_the_same_bits_as_those_decoded_at_start_and_at_read(images, tmp_path, monkeypatch, name):
+    expected = load(images)
+    cached = load(images, name=name, cache=tmp_path / "cache")
+    assert cache_files(tmp_path / "cache") == [".images", ".lock"]
+    assert same_bits(cached, expected)
+    assert cached.train.labels.tolist() == load(images, name=name).train.labels.tolist()
+    monkeypatch.setattr("distlenet.data.sizing.MAX_DECODED_BYTES", 0)
+    monkeypatch.setattr(image_cache, "MAX_DECODED_BYTES", 0)
+    read, cached = load(images, name=name), load(images, name=name, cache=tmp_path / "cache")
+    assert not isinstance(read.train, ImageDataset)
+    assert same_bits(read, cached)
+    monkeypatch.setattr("distlenet.tasks.image_format.SAMPLED_FILES", 40)
+    assert measure_images(cached.train) == measure_images(read.train)  # of the same samples
+
+
+def test_a_second_job_decodes_nothing(images, tmp_path, decoded):
+    first = load(images, cache=tmp_path / "cache")
+    assert decoded.total() == TRAIN + TEST - 1
+    decoded.clear()
+    assert same_bits(load(images, cache=tmp_path / "cache"), first)
+    assert not decoded
+    assert cache_files(tmp_path / "cache") == [".images", ".lock"]
+
+
+def test_a_changed_file_or_setting_is_decoded(images, tmp_path, decoded):
+    load(images, cache=tmp_path / "cache")
+    path = images / "folder/train/1/0005.jpg"
+    Image.new("RGB", (30, 20)).save(path)
+    assert same_bits(load(images, cache=tmp_path / "cache"), load(images))
+    assert load(images, "data.size=8", cache=tmp_path / "cache").train.images.shape == (TRAIN, 3, 8, 8)
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.suffix == ".images"]) == 3
+
+
+def test_a_damaged_image_is_named_and_what_was_decoded_stays(images, tmp_path, decoded):
+    path = images / "folder/train/1/0141.jpg"  # of the third chunk
+    content, status = path.read_bytes(), path.stat()
+    path.write_bytes(content[:100])
+    with pytest.raises(UserError, match=rf"^data {path}: is not a readable image: .*; replace or remove the file"):
+        load(images, cache=tmp_path / "cache")
+    assert cache_files(tmp_path / "cache") == [".chunks", ".lock", ".partial"]
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    decoded.clear()
+    resumed = load(images, cache=tmp_path / "cache")
+    assert decoded.total() == TRAIN + TEST - 2 * CHUNK_IMAGES
+    assert same_bits(resumed, load(images))
+
+
+def test_a_job_continues_after_a_kill_and_decodes_lost_chunks(images, tmp_path, decoded):
+    script = tmp_path / "killed.py"
+    script.write_text(f"""
+import os, sys
+from distlenet.config.loading import load_config
+from distlenet.data import cache_build
+from distlenet.data.sources import load_data
+cache_build.threads_per_rank = lambda workers: 1
+write, chunks = cache_build.CacheFile.write_chunk, []
+def write_two(*words):
+    if len(chunks) == 2:
+        os._exit(9)
+    chunks.append(write(*words))
+cache_build.CacheFile.write_chunk = write_two
+words = ["data.name=folder", "data.root={images}/folder", "data.size=16", "data.cache={tmp_path}/cache"]
+load_data(load_config([], words).data)
+""")
+    assert run_python(script).status == 9
+    (partial,) = (tmp_path / "cache").glob("*.partial")
+    with open(partial, "r+b") as file:  # as after a power cut
+        file.seek(CHUNK_IMAGES * 3 * 16 * 16)
+        file.write(b"x")
+    resumed = load(images, cache=tmp_path / "cache")
+    assert decoded.total() == TRAIN + TEST - CHUNK_IMAGES
+    assert same_bits(resumed, load(images))
+
+
+@pytest.mark.parametrize("place", ["first chunk", "second chunk", "table", "end"])
+def test_a_damaged_cache_file_is_repaired(images, tmp_path, monkeypatch, capfd, decoded, place):
+    monkeypatch.setattr(cache_file, "CHECKED_BYTES", 1)  # the first and the last chunk, unless the time has changed
+    load(images, cache=tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*.images")
+    status, size = path.stat(), (TRAIN + TEST) * 3 * 16 * 16
+    with open(path, "r+b") as file:
+        file.seek({"first chunk": 5, "second chunk": CHUNK_IMAGES * 3 * 16 * 16, "table": size + 2, "end": 0}[place])
+        if place == "end":
+            file.truncate(size - 1)
+        else:
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+    if place != "second chunk":
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    decoded.clear()
+    repaired = load(images, cache=tmp_path / "cache")
+    assert "is damaged; its damaged images are decoded again" in capfd.readouterr().err
+    first = place != "second chunk"
+    assert decoded.total() == (CHUNK_IMAGES if "chunk" in place else TRAIN + TEST) - first
+    assert same_bits(repaired, load(images))
+
+
+def test_without_room_auto_warns_and_a_directory_is_refused(images, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(image_cache, "MIN_FILE_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert same_bits(load(images, cache="auto"), load(images))
+    needs = f"the decoded images take {(TRAIN + TEST) * 3 * 16 * 16:,} bytes, and 1,000 are free"
+    assert f"data.cache=auto: {tmp_path}/distlenet: {needs}; the images are decoded again" in capfd.readouterr().err
+    with pytest.raises(UserError, match=rf"data.cache={tmp_path}/own: {needs}; give another directory"):
+        load(images, cache=tmp_path / "own")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file: .*; give another directory, or data.cache=off"):
+        load(images, cache=tmp_path / "file")
+
+
+def test_auto_caches_large_sets_only(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load(images, cache="auto")
+    assert not (tmp_path / "distlenet").exists()
+    monkeypatch.setattr(image_cache, "MIN_FILE_BYTES", 10_000)
+    load(images, cache="auto")
+    assert cache_files(tmp_path / "distlenet") == [".images", ".lock"]
+
+
+class Counted:
+    """Images whose pixels are their index; it counts how often each is decoded."""
+
+    def __init__(self, count: int) -> None:
+        self.counts = [0] * count
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.counts[index] += 1
+        return torch.full((2, 2), index % 251, dtype=torch.uint8), 0
+
+    def stamps(self, start: int, stop: int) -> list[str]:
+        return [f"{index}" for index in range(start, stop)]
+
+
+def exchange_of(ranks: int):
+    """Return a function that gives each of several threads the values of all."""
+    values, barrier = [None] * ranks, threading.Barrier(ranks, timeout=30)
+
+    def make(rank: int):
+        def exchange(value):
+            values[rank] = value
+            barrier.wait()
+            result = list(values)
+            barrier.wait()
+            return result
+
+        return exchange
+
+    return make
+
+
+def make_file(tmp_path, count: int, node: int = 0) -> CacheFile:
+    return CacheFile(tmp_path / f"a{node}.images", tmp_path / f"part{node}.images", count, (2, 2))
+
+
+def test_all_ranks_of_two_nodes_decode_a_share_each(tmp_path):
+    make, images = exchange_of(4), [Counted(1000), Counted(1000)]
+
+    def rank(number: int) -> str:
+        node = number // 2
+        workers = Workers(number % 2, 2, node, number == 0, make(number))
+        return build_cache(make_file(tmp_path, 1000, node), images[node], workers, keep=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(rank, range(4))) == [""] * 4
+    assert [set(each.counts) for each in images] == [{1}, {1}]
+    assert all(make_file(tmp_path, 1000, node).is_intact() for node in (0, 1))
+    content = make_file(tmp_path, 1000).path.read_bytes()[:4000]
+    assert content == bytes(index % 251 for index in range(1000) for _ in range(4))
+
+
+def test_an_error_on_one_rank_is_raised_on_all_ranks_with_the_same_text(tmp_path):
+    class Damaged(Counted):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            if index == CHUNK_IMAGES:  # of the second rank
+                raise UserError("data a.jpg: is damaged")
+            return super().__getitem__(index)
+
+    make, images = exchange_of(2), Damaged(300)
+
+    def rank(number: int) -> str:
+        with pytest.raises(UserError, match=r"^data a\.jpg: is damaged$"):
+            build_cache(make_file(tmp_path, 300), images, Workers(number, 2, 0, False, make(number)), keep=False)
+        return "raised"
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(rank, range(2))) == ["raised"] * 2
+    assert 0 in make_file(tmp_path, 300).read_records()
+
+
+def test_a_full_disk_ends_the_building_on_all_ranks(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CacheFile, "write_chunk", full)
+    make, images = exchange_of(2), Counted(300)
+
+    def rank(number: int) -> str:
+        return build_cache(make_file(tmp_path, 300), images, Workers(number, 2, 0, False, make(number)), keep=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(rank, range(2))) == ["No space left on device"] * 2
+    assert not make_file(tmp_path, 300).partial.exists()
+
+
+def test_jobs_that_start_together_decode_each_image_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_build, "WAIT_S", 0.05)
+    images, start = Counted(1000), threading.Barrier(3, timeout=30)
+
+    def job(_: int) -> str:
+        start.wait()
+        return build_cache(make_file(tmp_path, 1000), images, Workers(shows_progress=False), keep=True)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(job, range(3))) == [""] * 3
+    assert set(images.counts) == {1}
+
+
+def test_a_job_takes_over_when_the_one_that_decodes_ends(tmp_path, capfd):
+    images, file = Counted(300), make_file(tmp_path, 300)
+    with closing(CacheBuild(file, images, Workers(shows_progress=False), 1)) as other:
+        assert other.round([]).state == "decoding"
+        waiting = CacheBuild(file, images, Workers(shows_progress=False), 1)
+        assert waiting.round([]).state == "waiting"
+        assert "another job decodes the images into" in capfd.readouterr().err
+    with closing(waiting):
+        assert waiting.round([]).state == "decoding"
