@@ -8,7 +8,8 @@ launch/local.sh [-n NPROC] [-r RESTARTS] [--config FILE]... [key=value]...
     -n NPROC      number of ranks (one per GPU, or 2 without GPUs)
     -r RESTARTS   how often to restart failed ranks from the newest checkpoint (0)
     -h, --help    this text
-    Environment: PYTHON, the interpreter (.venv/bin/python, else python3)
+    Environment: PYTHON, the interpreter (.venv/bin/python, else python3); DISTLENET_WARM_START=0 starts each rank in
+    a new interpreter, not as a fork of one that has imported everything
 TEXT
 }
 # shellcheck source=launch/lib.sh
@@ -26,5 +27,5 @@ while [ $# -gt 0 ]; do
     esac
 done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would set the same, with a warning
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="${nproc:-$(default_ranks)}" \
+exec "$PYTHON" -m distlenet.launch --standalone --nproc-per-node="${nproc:-$(default_ranks)}" \
     --max-restarts="$restarts" -m distlenet.train "$@"

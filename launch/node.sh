@@ -13,7 +13,8 @@ launch/node.sh --nodes N|MIN:MAX --head HOST [options] [--config FILE]... [key=v
     -n NPROC          ranks on this machine (one per GPU, or 2 without GPUs)
     -r RESTARTS       how often to restart after a rank fails or machines leave or join (0; 100 with MIN:MAX)
     -h, --help        this text
-    Environment: PYTHON, the interpreter (.venv/bin/python, else python3)
+    Environment: PYTHON, the interpreter (.venv/bin/python, else python3); DISTLENET_WARM_START=0 starts each rank in
+    a new interpreter, not as a fork of one that has imported everything
 TEXT
 }
 # shellcheck source=launch/lib.sh
@@ -60,6 +61,6 @@ done
 # An elastic job waits seconds, not half a minute, for machines that join and for machines that do not respond.
 if [ "${#elastic[@]}" -gt 0 ]; then conf+=,last_call_timeout=5,keep_alive_interval=2; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun would set the same, with a warning
-exec "$PYTHON" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="${nproc:-$(default_ranks)}" \
+exec "$PYTHON" -m distlenet.launch --nnodes="$nodes" --nproc-per-node="${nproc:-$(default_ranks)}" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$id" --rdzv-conf="$conf" \
     --max-restarts="${restarts:-0}" -m distlenet.train ${elastic[@]+"${elastic[@]}"} "$@"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, Job, process_tree, run_command
+from conftest import REPO, Job, process_tree, run_command, signal_all
 from forked import run_python, run_ranks
 
 from distlenet.checkpoint.format import load_checkpoint
@@ -34,7 +34,9 @@ SETTINGS = (
     "run.name=run",
 )
 TRAIN = ("-m", "distlenet.train", *SETTINGS)
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+AGENT = ("--standalone", "--nproc-per-node=2")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", *AGENT)
+WARM = (sys.executable, "-m", "distlenet.launch", *AGENT)  # what the launch scripts start
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -183,10 +185,10 @@ def test_missing_rank_is_named(tmp_path):
 
 
 def test_killed_agent_leaves_no_process(tmp_path):
-    with Job(tmp_path, *TORCHRUN, *TRAIN, "data.num_workers=1", f"run.dir={tmp_path}") as job:
+    with Job(tmp_path, *WARM, *TRAIN, "data.num_workers=1", f"run.dir={tmp_path}") as job:
         job.wait_for_records()
         pids = process_tree(job.process.pid)
-        assert len(pids) == 5, pids  # the agent, two ranks, and one loader worker each
+        assert len(pids) == 6, pids  # the agent, the fork server, two ranks, and one loader worker each
         job.process.kill()
         job.process.wait()
         deadline = time.monotonic() + 10
@@ -195,15 +197,17 @@ def test_killed_agent_leaves_no_process(tmp_path):
             time.sleep(0.02)
 
 
-def test_killed_rank_is_restarted_within_the_job(tmp_path, reference):
-    words = (*TORCHRUN, "--max-restarts=3", *TRAIN, "checkpoint.every_steps=3", f"run.dir={tmp_path}")
+def test_killed_ranks_are_restarted_within_the_job(tmp_path, reference):
+    """Twice: forked from the fork server, and, after that was killed, in a new interpreter or from the next server."""
+    words = (*WARM, "--max-restarts=3", *TRAIN, "checkpoint.every_steps=3", f"run.dir={tmp_path}")
     with Job(tmp_path, *words) as job:
-        job.wait_for_records(4)
-        os.kill(job.rank_pids()[1], signal.SIGKILL)
+        for victims in (slice(2, 3), slice(0, 2)):  # rank 1; the fork server and rank 0
+            job.wait_for_records(4)
+            signal_all(job.rank_pids()[victims], signal.SIGKILL)  # the fork server is the first
         ended = job.wait()
     assert ended.status == 0, str(ended)
     assert_same(tmp_path / "run", reference)
-    assert json.loads((tmp_path / "run/summary.json").read_text())["restarts"] == 1
+    assert json.loads((tmp_path / "run/summary.json").read_text())["restarts"] == 2
     assert "RuntimeError" in (tmp_path / "run/logs/rank-00000.log").read_text()  # the failure that the other rank saw
 
 

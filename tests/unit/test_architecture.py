@@ -28,6 +28,7 @@ ALLOWED = {
     "preflight": {"checkpoint", "config", "data", "distributed", "tasks", "tracking", "training", "utils"},
     "prove": {"commands", "config", "data", "distributed", "reduction", "task", "tasks", "training", "utils"},
     "report": {"config", "distributed", "tracking", "utils"},
+    "launch": {"utils"},
     "serving": {"checkpoint", "config", "data", "distributed", "task", "tasks", "utils"},
     "commands": {
         "checkpoint",

@@ -1,0 +1,20 @@
+"""``python -m distlenet.launch``: torchrun, with its arguments, whose ranks start warm.
+
+DISTLENET_WARM_START=0 starts each rank in a new interpreter, as torchrun itself does.
+"""
+
+import os
+
+from distlenet.launch.warm_start import ForkServer
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would set the same; before torch is imported
+    server = ForkServer() if os.environ.get("DISTLENET_WARM_START", "1") != "0" else None
+
+    from torch.distributed import run
+
+    if server is not None:
+        from distlenet.launch.forked_rank import use_fork_server
+
+        use_fork_server(server)
+    run.main()

@@ -1,0 +1,169 @@
+"""Ranks that are forked from the fork server; test_survival.py has whole jobs of them."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import LIMIT_S, clean_environment
+
+from distlenet.launch.fork_server import unsafe_to_fork
+from distlenet.launch.forked_rank import split_numactl
+from distlenet.launch.warm_start import ForkedRank, ForkServer
+
+pytestmark = pytest.mark.ranks
+
+Start = Callable[..., ForkedRank]
+
+STATE = """
+import json, os, signal, sys
+status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
+names = ("Threads", "SigBlk", "SigIgn", "SigCgt", "SigPnd", "ShdPnd")
+print(json.dumps({
+    "parent": os.getppid(),
+    "is session leader": os.getsid(0) == os.getpid(),
+    "signals": {name: status[name].strip() for name in names},
+    "handlers": {number: str(signal.getsignal(number)) for number in sorted(signal.valid_signals())},
+    "open files": len(os.listdir("/proc/self/fd")),
+    "CPUs": sorted(os.sched_getaffinity(0)),
+    "directory": os.getcwd(),
+    "environment": dict(os.environ),
+    "argv": sys.argv,
+    "path": sys.path,
+    "main": [sys.modules["__main__"].__file__, __name__],
+    "unbuffered": sys.stdout.write_through,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in clean_environment().items():  # some variables concern the start of an interpreter
+            patch.setenv(name, value)
+        server = ForkServer()
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    path = tmp_path / "output"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def start(server, output) -> Start:
+    def start(*words: object, env: dict[str, str] | None = None, cpus: tuple[int, ...] = ()) -> ForkedRank:
+        arguments = tuple(str(word) for word in words)
+        rank = server.fork((arguments, env or dict(os.environ), (str(output), str(output)), set(cpus)))
+        assert rank is not None
+        return rank
+
+    return start
+
+
+def test_a_rank_is_as_in_a_new_interpreter(start, output, tmp_path):
+    script = tmp_path / "state.py"
+    script.write_text(STATE)
+    env = clean_environment({"RANK": "1", "NEW": "x"})
+    cpu = min(os.sched_getaffinity(0))
+    with (tmp_path / "cold").open("w") as file:
+        subprocess.run(
+            [sys.executable, "-u", script, "a b"],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+            check=True,
+        )
+    assert start(script, "a b", env=env, cpus=(cpu,)).wait(LIMIT_S) == 0, output.read_text()
+    warm, cold = (json.loads(path.read_text()) for path in (output, tmp_path / "cold"))
+    assert warm == cold
+
+
+def test_there_is_no_gpu_context(start, output, tmp_path):
+    script = tmp_path / "cuda.py"
+    script.write_text(
+        "import sys; assert 'torch._dynamo' in sys.modules and 'distlenet.train' in sys.modules\n"
+        "import torch, os; print(torch.cuda.is_initialized(), torch.cuda._is_in_bad_fork())"
+    )
+    assert start(script).wait(LIMIT_S) == 0, output.read_text()
+    assert output.read_text() == "False False\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "text"),
+    [
+        ("sys.exit()", 0, "out handler "),
+        ("sys.exit(75)", 75, "out handler "),
+        ("sys.exit('a reason')", 1, "out a reason\nhandler "),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero\nhandler "),
+        ("os.kill(os.getpid(), 9)", -9, "out "),
+    ],
+)
+def test_exit_status_and_handlers(start, output, tmp_path, end, status, text):
+    script = tmp_path / "exit.py"
+    script.write_text(
+        "import atexit, os, sys\natexit.register(print, 'handler', end=' ')\n"
+        f"print('out', end=' ')\nsys.stdout.flush()\n{end}\n"
+    )
+    assert start(script).wait(LIMIT_S) == status
+    assert output.read_text().endswith(text)
+
+
+def test_a_module_runs_as_main(start, output):
+    """Without the warning of runpy that the module has been imported."""
+    assert start("-m", "distlenet.train", "optim.lrr=1").wait(LIMIT_S) == 2
+    assert output.read_text() == "distlenet: optim.lrr=1: unknown key 'optim.lrr'; did you mean optim.lr?\n"
+
+
+def test_ranks_differ_in_random_numbers(start, output, tmp_path):
+    script = tmp_path / "draw.py"
+    script.write_text("import numpy, random, uuid; print(numpy.random.rand(), random.random(), uuid.uuid4())")
+    for _ in range(2):
+        assert start(script).wait(LIMIT_S) == 0
+    first, second = (line.split() for line in output.read_text().splitlines())
+    assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_a_dead_server_is_replaced(monkeypatch):
+    monkeypatch.setattr("distlenet.launch.warm_start.MODULE", "this")  # exits at once
+    server = ForkServer()
+    pid = server.process.pid
+    assert server.fork(((), {}, (None, None), set())) is None
+    assert server.process.pid != pid
+    server.process.wait()
+
+
+def test_a_process_with_threads_or_files_forks_no_ranks():
+    files = {int(path.name) for path in Path("/proc/self/fd").iterdir() if path.exists()}
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    assert "threads" in unsafe_to_fork(files)
+    ended.set()
+    thread.join()
+    assert unsafe_to_fork(files) == ""
+    with Path("/dev/null").open():
+        assert unsafe_to_fork(files) == "files are open: /dev/null"
+
+
+@pytest.mark.parametrize(
+    ("words", "cpus", "command"),
+    [
+        (("numactl", "--physcpubind=0-2,8", "python", "-u"), {0, 1, 2, 8}, ("python", "-u")),
+        (("python", "-u", "x"), set(), ("python", "-u", "x")),
+        (("./program",), set(), ("./program",)),
+    ],
+)
+def test_cpus_of_numactl(words, cpus, command):
+    assert split_numactl(words) == (cpus, command)
