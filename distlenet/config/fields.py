@@ -24,7 +24,12 @@ KINDS = {
 INPUTS = {bool: (bool, int, str), int: (int, str), float: (float, int, str), str: (str,), list: (list,), dict: (dict,)}
 AUTO = Literal["auto"]
 MAX_DEPTH = 8  # of nested lists and mappings
-BOUNDS = {"ge": ("at least", operator.ge), "gt": ("more than", operator.gt), "lt": ("less than", operator.lt)}
+BOUNDS = {
+    "ge": ("at least", operator.ge),
+    "gt": ("more than", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("less than", operator.lt),
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Field:
     """One setting. ``kind`` is bool, int, float, str, list or dict; ``choices`` are the strings of a Literal.
 
     ``names`` are the built-in names of a setting that also accepts ``module:attribute``. ``pair``: a list of two values
-    is accepted too. ``auto``: so is this word, in place of a number.
+    is accepted too. ``auto``: so is this word, in place of a number. ``range``: two values, [LOWEST,HIGHEST], are
+    expected.
     """
 
     kind: type
@@ -40,6 +46,7 @@ class Field:
     nullable: bool
     pair: bool
     auto: bool
+    range: bool
     default: Any
     help: str
     result: bool
@@ -51,16 +58,17 @@ class Field:
         words = (*self.names, "MODULE:ATTRIBUTE") if self.names else self.choices
         choices = ", ".join((*words[:-2], " or ".join(words[-2:])))
         bounds = [f"{BOUNDS[name][0]} {bound:,}" for name, bound in self.bounds.items()]
-        return ", ".join(
-            [choices or KINDS[self.kind], *bounds, *["or [HEIGHT,WIDTH]"] * self.pair, *["or auto"] * self.auto]
-            + ["or null"] * self.nullable
-        )
+        kind = choices or KINDS[self.kind]
+        if self.range:
+            return ", ".join(["[LOWEST,HIGHEST]", f"each {kind}", *bounds])
+        others = ["or [HEIGHT,WIDTH]"] * self.pair + ["or auto"] * self.auto + ["or null"] * self.nullable
+        return ", ".join([kind, *bounds, *others])
 
     def convert(self, value: Any) -> Any:
         """Return ``value`` in the type of this setting. Raise ValueError, with what is expected, if it is wrong."""
         try:
             return self._convert(value)
-        except (ValueError, LookupError, OverflowError):
+        except (ValueError, TypeError, LookupError, OverflowError):
             hint = STRING_HINT if self.kind in (str, list) and not (self.choices or self.names) else ""
             raise ValueError(f"expected {self.describe()}{hint}") from None
 
@@ -73,6 +81,11 @@ class Field:
             if len(value) != 2:
                 raise ValueError
             return [replace(self, pair=False, nullable=False).convert(side) for side in value]
+        if self.range:
+            low, high = (replace(self, range=False).convert(end) for end in value)
+            if low > high:
+                raise ValueError
+            return [low, high]
         if self.choices:
             return self.choices[self.choices.index("off" if value is False else value)]  # YAML reads off as false
         if type(value) not in INPUTS[self.kind]:
@@ -123,13 +136,11 @@ def _read_schema(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Fie
             yield from _read_schema(GROUPS[field.name], f"{field.name}.")
             continue
         types, origin = get_args(field.type), get_origin(field.type)
-        choices = types if origin is Literal else ()
-        kind = str if choices else origin if origin in (list, dict) else (*types, field.type)[0]
+        choices, is_range = types if origin is Literal else (), field.type == list[float]
+        kind = str if choices else origin if origin in (list, dict) and not is_range else (*types, field.type)[0]
         default = getattr(schema(), field.name)
-        yield (
-            prefix + field.name,
-            Field(kind, choices, type(None) in types, list[int] in types, AUTO in types, default, **field.metadata),
-        )
+        flags = type(None) in types, list[int] in types, AUTO in types, is_range
+        yield prefix + field.name, Field(kind, choices, *flags, default, **field.metadata)
 
 
 GROUPS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}

@@ -115,6 +115,11 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"run.name={name}: expected the name of one directory; its parent is run.dir")
     if not 0 < len(config.wandb.project) <= 128 or set("/\\#?%:") & set(config.wandb.project):
         raise UserError(f"wandb.project={config.wandb.project[:200]}: expected 1 to 128 characters, without /\\#?%:")
+    if config.data.flip and config.data.augment == "flip_shift":
+        raise UserError(
+            f"data.flip={config.data.flip:g}: data.augment=flip_shift mirrors half of the images already; give "
+            "data.augment=shift"
+        )
     for key, name in {
         "train.stop_when": config.train.stop_when,
         "checkpoint.best_by": config.checkpoint.best_by,

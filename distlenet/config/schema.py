@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 
 def setting(default: Any, help: str, *, result: bool = False, names: tuple[str, ...] = (), **bounds: float) -> Any:
-    """Declare one setting: its default, its help and the bounds ``ge``, ``gt`` and ``lt`` of its number.
+    """Declare one setting: its default, its help and the bounds ``ge``, ``gt``, ``le`` and ``lt`` of its number.
 
     ``result=True`` marks a setting that changes the result. These settings name the run, and a checkpoint made
     with other values of them is not resumed. ``names`` are the built-in parts that the setting can name; it also
@@ -69,6 +69,46 @@ class DataConfig:
         "none", "shift: random shifts; flip_shift: also mirrors half of the images.", result=True
     )
     shift: int = setting(2, "Largest random shift in pixels, in each direction.", ge=1, lt=32, result=True)
+    crop: int | list[int] | None = setting(
+        None,
+        "Cut a random part out of each image and resize it to this height and width; in evaluation, the center.",
+        ge=1,
+        lt=2**14,
+        result=True,
+    )
+    crop_scale: list[float] = setting(
+        [0.08, 1.0], "Area of the part of data.crop as a share of the image; uniform.", gt=0, le=1, result=True
+    )
+    crop_ratio: list[float] = setting(
+        [3 / 4, 4 / 3], "Width / height of the part of data.crop; log-uniform.", ge=0.01, le=100, result=True
+    )
+    crop_center: float = setting(
+        1.0, "In evaluation, the share of height and width that data.crop keeps.", gt=0, le=1, result=True
+    )
+    flip: float = setting(0.0, "Probability to mirror an image, left to right.", ge=0, le=1, result=True)
+    brightness: float = setting(
+        0.0, "Largest random change of the brightness: a factor from [max(0, 1 - b), 1 + b].", ge=0, lt=100, result=True
+    )
+    contrast: float = setting(0.0, "Largest random change of the contrast, likewise.", ge=0, lt=100, result=True)
+    saturation: float = setting(
+        0.0, "Largest random change of the saturation of color images, likewise.", ge=0, lt=100, result=True
+    )
+    hue: float = setting(
+        0.0,
+        "Largest random rotation of the hue of color images, in turns, in both directions.",
+        ge=0,
+        le=0.5,
+        result=True,
+    )
+    erase: float = setting(
+        0.0, "Probability to erase a random rectangle: to the mean color of the training set.", ge=0, le=1, result=True
+    )
+    erase_scale: list[float] = setting(
+        [0.02, 0.33], "Area of the rectangle of data.erase as a share of the image; uniform.", gt=0, le=1, result=True
+    )
+    erase_ratio: list[float] = setting(
+        [0.3, 3.3], "Height / width of the rectangle of data.erase; log-uniform.", ge=0.01, le=100, result=True
+    )
     mixup: float = setting(
         0.0, "Alpha of Mixup's shares, which have a Beta(alpha, alpha) distribution; 0: off.", ge=0, lt=100, result=True
     )

@@ -14,6 +14,7 @@ from distlenet.distributed.collectives import from_rank_0
 from distlenet.models.lenet import INPUT_SHAPE
 from distlenet.models.networks import make_model
 from distlenet.task import Datasets, SampleKeys, Task
+from distlenet.tasks.augmentation import make_augmentation
 from distlenet.tasks.error_analysis import ClassificationErrors
 from distlenet.tasks.image_format import ImageFormat, measure_images
 from distlenet.tasks.image_transform import ImageTransform
@@ -42,7 +43,9 @@ class ImageClassification(Task):
         self.negative_shares: Tensor | None = None  # float32 (C, C), of all classes after label smoothing, by label
         self.partners = config.data.mixup > 0 or config.data.cutmix > 0
         own_transform = type(self).transform is not ImageClassification.transform
-        random = own_transform or self.partners or config.data.augment != "none"
+        self.augmentation = make_augmentation(config.data)
+        augmented = config.data.augment != "none" or self.augmentation is not None
+        random = own_transform or self.partners or augmented
         self.random_transform = type(self).random_transform and random
 
     def model(self) -> nn.Module:
@@ -65,9 +68,13 @@ class ImageClassification(Task):
     def _set_format(self, images: ImageFormat, classes: tuple[str, ...]) -> None:
         config = self.config
         own_network = type(self).model is not ImageClassification.model
-        size = None if own_network else input_size(config.model.name, images)
+        augmentation, crop = self.augmentation, None
+        if augmentation is not None:
+            augmentation.check(images)
+            crop = None if augmentation.crop is None else augmentation.crop.size
+        size = None if own_network else input_size(config.model.name, images, crop)
         self.images, self.classes = images, classes
-        self.image_transform = ImageTransform(images, size, config.data.augment, config.data.shift)
+        self.image_transform = ImageTransform(images, size, config.data.augment, config.data.shift, augmentation)
 
     def _make_mixing(self) -> Mixing:
         mixup, cutmix = self.config.data.mixup, self.config.data.cutmix
@@ -77,7 +84,7 @@ class ImageClassification(Task):
         return Mixing(mixup, cutmix, len(self.classes))
 
     def transform(self, data: Any, keys: SampleKeys | None) -> ImagesAndLabels:
-        """Pad, augment and normalise the images, and mix them with those of their partners."""
+        """Crop, pad, augment and normalise the images, and mix them with those of their partners."""
         if self.mixing is None or keys is None:
             images, labels = data
             return self.image_transform(images, keys), labels
@@ -171,19 +178,20 @@ class ImageClassification(Task):
         return logits
 
 
-def input_size(model_name: str, images: ImageFormat) -> tuple[int, int] | None:
-    """Return the height and width to which images are padded, or None if the network takes them as they are.
+def input_size(model_name: str, images: ImageFormat, crop: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """Return the height and width to which images, or what ``crop`` leaves of them, are padded; None: not at all.
 
     LeNet takes 32×32 pixels; smaller images are padded. Raise UserError if they are larger or in color.
     """
     if model_name != "lenet":
         return None
     channels, height, width = INPUT_SHAPE
-    problems = []
+    found, problems = crop or images.size, []
     if images.channels != channels:
         problems.append(f"these have {images.channels} channels; give another model.name")
-    elif images.size[0] > height or images.size[1] > width:
-        problems.append(f"these have {size_text(images.size)}; give data.size={height} or another model.name")
+    elif max(found[0] - height, found[1] - width) > 0:
+        key = "size" if crop is None else "crop"
+        problems.append(f"these have {size_text(found)}; give data.{key}={height} or another model.name")
     if problems:
         raise UserError(f"model.name=lenet: takes grey images of at most {height}×{width} pixels, but {problems[0]}")
     return height, width

@@ -5,11 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distlenet.task import SampleKeys
+from distlenet.tasks.augmentation import Augmentation, Plan
 from distlenet.tasks.image_format import ImageFormat
+
+CACHED_BYTES = 2**20  # of float32 results that the CPU computes together, so that they stay in its cache
 
 
 class ImageTransform:
-    """Pad to the input size of the network, augment if asked, and normalise with the training set's statistics."""
+    """Crop, change, pad to the input size of the network, shift, normalise by the training set's statistics, erase.
+
+    Everything but padding and normalisation only if asked; all random changes only in training.
+    """
 
     def __init__(
         self,
@@ -17,13 +23,15 @@ class ImageTransform:
         input_size: tuple[int, int] | None = None,
         augment: str = "none",
         max_shift: int = 2,
+        augmentation: Augmentation | None = None,
     ) -> None:
-        """Take the format of the images. ``input_size`` is at least their size; None: no padding.
+        """Take the format of the images. ``input_size`` is at least their size, cropped; None: no padding.
 
         ``augment`` is none, shift or flip_shift; ``max_shift`` is in pixels.
         """
-        self.images, self.input_size = images, input_size or images.size
-        self.augment, self.max_shift = augment, max_shift
+        size = augmentation.crop.size if augmentation and augmentation.crop else images.size
+        self.images, self.input_size = images, input_size or size
+        self.augment, self.max_shift, self.augmentation = augment, max_shift, augmentation
         self.statistics = torch.tensor([images.mean, images.std], dtype=torch.float32)[:, :, None, None]  # (2, C, 1, 1)
 
     def __call__(self, images: Tensor, keys: SampleKeys | None = None) -> Tensor:
@@ -31,15 +39,35 @@ class ImageTransform:
 
         Augment only with ``keys``. No host sync after the first call on a device.
         """
+        bits = None if keys is None or self.augment == "none" else keys.bits()
+        if self.augmentation is None:
+            return self._transform(images, bits, None)
+        images = images.unsqueeze(1) if images.dim() == 3 else images
+        plan = self.augmentation.plan(images, self.input_size, keys)
+        together = max(1, CACHED_BYTES // (4 * images.shape[1] * self.input_size[0] * self.input_size[1]))
+        if images.device.type != "cpu" or len(images) <= together:
+            return self._transform(images, bits, plan)
+        result = torch.empty(len(images), images.shape[1], *self.input_size)
+        for start in range(0, len(images), together):
+            part = slice(start, start + together)
+            result[part] = self._transform(images[part], None if bits is None else bits[part], plan.select(part))
+        return result
+
+    def _transform(self, images: Tensor, bits: Tensor | None, plan: Plan | None) -> Tensor:
+        original = images
+        if self.augmentation is not None and plan is not None:
+            images = self.augmentation.change(images, plan)
         images = _pad(images, self.input_size)
-        if keys is not None and self.augment != "none":
-            images = self._augment(images, keys.bits())
-        values = images.to(torch.float32, copy=True)  # exact for uint8; the stored images stay as they are
+        if bits is not None:
+            images = self._augment(images, bits)
+        values = images.to(torch.float32, copy=images is original)  # exact for uint8; stored images stay as they are
         if self.images.channels == 1:  # plain numbers: a division by a tensor has other last bits on a GPU
             values.sub_(self.images.mean[0]).div_(self.images.std[0])
         else:
             self.statistics = self.statistics.to(values.device)
             values.sub_(self.statistics[0]).div_(self.statistics[1])
+        if plan is not None and plan.erase is not None:
+            values = plan.erase.erase(values)
         return values.unsqueeze(1) if values.dim() == 3 else values
 
     def _augment(self, images: Tensor, bits: Tensor) -> Tensor:
@@ -53,8 +81,10 @@ class ImageTransform:
 
 
 def _pad(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Add zeros around images to the given height and width."""
+    """Add zeros around images to the given height and width; return ``images`` if they have it."""
     height, width = images.shape[-2:]
+    if (height, width) == size:
+        return images
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return F.pad(images, (left, size[1] - width - left, top, size[0] - height - top))
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.fake_cuda
 PROGRAM = Path(__file__).parent / "replay_program.py"
 HALVES = (
     ["fp32", "bf16", "exact", "streamed", "mixed", "weighted"],
-    ["dropout", "dropout, exact", "large", "compressed", "groups"],
+    ["augmented", "dropout", "dropout, exact", "large", "compressed", "groups"],
 )
 KINDS = 3  # of steps: of the full batch, with and without the norm of the gradient, and of the short one of an epoch
 CLIPPED = 2  # all steps have the norm

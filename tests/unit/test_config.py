@@ -23,7 +23,14 @@ def test_later_files_win_over_earlier_ones_and_overrides_over_files(tmp_path):
 
 
 def test_the_saved_config_reads_back(tmp_path):
-    words = ["optim.lr=1e-3", "train.max_grad_norm=2", "checkpoint.allow_changed=[seed]", "run.name=x"]
+    words = [
+        "optim.lr=1e-3",
+        "data.crop_scale=[0.5,1]",
+        "data.crop=[20,24]",
+        "train.max_grad_norm=2",
+        "checkpoint.allow_changed=[seed]",
+        "run.name=x",
+    ]
     config = load_config([], words)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config([str(tmp_path / "config.yaml")]) == config
@@ -59,6 +66,11 @@ def test_shipped_configs_contain_only_differences_from_the_defaults(name):
         ("train.global_batch_size=-4", ["train.global_batch_size=-4", "at least 1"]),
         ("optim.lr=0", ["optim.lr=0", "more than 0"]),
         ("optim.lr=nan", ["optim.lr=nan", "a number"]),
+        ("data.flip=1.5", ["data.flip=1.5", "at least 0, at most 1"]),
+        ("data.crop_scale=0.5", ["data.crop_scale=0.5", "[LOWEST,HIGHEST], each a number, more than 0, at most 1"]),
+        ("data.crop_scale=[0.5,0.2]", ["[LOWEST,HIGHEST]"]),
+        ("data.crop_scale=[0.5,1.1]", ["[LOWEST,HIGHEST]"]),
+        ("data.crop_scale=[0.5]", ["[LOWEST,HIGHEST]"]),
         ("optim.lr=1e999", ["optim.lr=1e999", "a number"]),
         ("optim.momentum=1", ["optim.momentum=1", "less than 1"]),
         ("optim.name=adam", ["optim.name=adam", "sgd, adamw or MODULE:ATTRIBUTE"]),

@@ -109,7 +109,10 @@ def values_of(key: str) -> st.SearchStrategy:
         return st.sampled_from(field.choices or ("x",))
     if field.kind is bool:
         return st.sampled_from(["true", "false"])
+    if field.range:
+        return st.sampled_from([str(field.default)])
     low, high = field.bounds.get("ge", 0), field.bounds.get("lt", 2**62 if field.kind is int else math.inf)
+    high = field.bounds.get("le", high)
     if field.kind is int:
         values = [low, low + 1, 2, 7, 64, high - 1]
     else:
