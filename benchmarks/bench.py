@@ -25,6 +25,7 @@ SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
     ),
     "parts": ("Time per part of a step", [["parts.py"]]),
     "reduction": ("Ways to sum gradients", [["reduction_cost.py"]]),
+    "augmentation": ("Random transforms of a batch", [["augmentation.py"]]),
     "recipes": (
         "Recipes",
         [["recipes.py", "sprint", "--seeds", "5", "--against", "tutorial"], ["recipes.py", "best", "--seeds", "3"]],
