@@ -10,6 +10,7 @@
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
 # make test-browser                                   as root on Debian: install Chromium, test the report in it
 # make lint, format, coverage                         linters and types; format the code; report untested lines
+# make docs                                           build the documentation site in build/docs; warnings are errors
 # make data, clean                                    download Fashion-MNIST; remove the environment
 PYTHON ?= python3
 VENV   := .venv
@@ -19,7 +20,7 @@ ARGS   ?=
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
 .PHONY: help train data check test test-cluster test-browser chaos coverage fuzz bench gpu-report gpu-bundle prove-exact
-.PHONY: lint format clean
+.PHONY: lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -95,6 +96,10 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
+	@echo "build/docs/index.html; with the search: python3 -m http.server --directory build/docs"
+
 # When pyproject.toml is newer than a stamp, pip installs what has changed.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -107,6 +112,10 @@ $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 
 $(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	@touch $@
 
 clean:

@@ -159,6 +159,20 @@ def test_the_messages_in_the_readme_are_those_of_the_programs():
     assert {fragment for fragment in fragments if fragment not in texts} == set()
 
 
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_programs():
+    """A message is a paragraph of bold code; … stands for what differs from run to run."""
+    page = (REPO / "docs/troubleshooting.md").read_text()
+    messages = re.findall(r"^\*\*`(.+)`\*\*$", page, re.MULTILINE)
+    assert len(messages) == page.count("\n**") > 30
+    texts = texts_of_programs()
+    unknown = []
+    for message in messages:
+        parts = [re.escape(part) for part in message.split("…") if part.strip()]
+        if not re.search("[^\n]*?".join(parts), texts):
+            unknown.append(message)
+    assert unknown == []
+
+
 def language_files() -> list[Path]:
     files = [
         path for place in ("distlenet", "docs", "examples", "slurm", "launch") for path in (REPO / place).rglob("*")
