@@ -32,7 +32,9 @@ def open_image(file: Path | IO[bytes], name: object, channels: int | None = None
     try:
         with Image.open(file, formats=FORMATS) as image:
             _check_size(image, name)
-            return convert(ImageOps.exif_transpose(image) or image, channels or channels_of(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            return convert(image, channels or channels_of(image))
     except FileNotFoundError as error:
         raise UnreadableImage(f"{name}: no such file") from error
     except Image.DecompressionBombError as error:
@@ -64,10 +66,10 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
         is_light = opacity.sum() > 0 and np.average(values, weights=opacity) > 127
         background = Image.new("RGBA", rgba.size, "black" if is_light else "white")
         return Image.alpha_composite(background, rgba).convert(mode)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Return an image of mode L or RGB as uint8 (H, W) or (3, H, W)."""
+    """Return an image of mode L or RGB as uint8 (H, W) or (3, H, W), the latter not contiguous."""
     pixels = torch.from_numpy(np.array(image))
-    return pixels if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
+    return pixels if pixels.dim() == 2 else pixels.permute(2, 0, 1)

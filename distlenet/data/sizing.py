@@ -96,7 +96,7 @@ class ResizedImages:
                 f"data {self.name(index)}: has {size_text(height_and_width(image))} pixels, but {self.name(0)} has "
                 f"{first}; give data.size=N or data.size=[HEIGHT,WIDTH] to resize all images"
             )
-        return image, label
+        return image.contiguous(), label
 
     def name(self, index: int) -> str:
         """Return how messages call an image."""

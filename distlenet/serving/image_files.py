@@ -74,7 +74,7 @@ def read_image(path: Path, invert: str, expected: ImageFormat) -> Tensor:
         padded = Image.new(image.mode, padded_size, border[0] if len(border) == 1 else tuple(border))
         padded.paste(image, ((padded.width - image.width) // 2, (padded.height - image.height) // 2))
         image = padded.resize((width, height), Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC)
-    return to_tensor(image)
+    return to_tensor(image).contiguous()
 
 
 def _border_median(pixels: np.ndarray) -> list[int]:

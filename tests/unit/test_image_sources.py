@@ -241,6 +241,8 @@ def test_an_image_is_resized_the_same_way_alone_and_in_a_batch():
     assert batch.dtype == torch.uint8
     assert torch.equal(batch, torch.stack([resize_images(image, (17, 20)) for image in images]))
     assert resize_images(images, (40, 31)) is images
+    permuted = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as decoded: colors next to each other
+    assert torch.equal(batch, torch.stack([resize_images(image, (17, 20)) for image in permuted]))
 
 
 def test_torchvision_is_not_imported_unless_images_are_resized(tmp_path):

@@ -44,8 +44,7 @@ class SampleImages:
         if not isinstance(sample, tuple | list) or len(sample) != 2:
             raise UserError(f"{place}: is a {type(sample).__name__}; expected a tuple (image, label)")
         image, label = _to_image(sample[0], place), _to_label(sample[1], place, self.classes)
-        if self.size is not None:
-            image = resize_images(image, self.size)
+        image = resize_images(image, self.size) if self.size is not None else image.contiguous()
         if self.shape is not None and (tuple(image.shape), image.dtype) != (self.shape, self.dtype):
             if image.shape[-2:] != self.shape[-2:]:
                 found, first = size_text(height_and_width(image)), size_text((self.shape[-2], self.shape[-1]))
