@@ -7,6 +7,7 @@ the last process that maps it, even after a kill.
 
 import hashlib
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Buffer
 
+MAP_NORESERVE = 0x4000  # of Linux; Python 3.11 has no name for it
 CHUNK = 2**20  # bytes read or written at a time
 
 
@@ -35,10 +37,16 @@ class FileRef:
         status = os.stat(self.path)
         if (status.st_dev, status.st_ino) != (self.device, self.inode):
             raise FileNotFoundError(f"{self.path} is another file in this process")
-        try:
-            return torch.from_file(self.path, shared=shared, size=status.st_size, dtype=torch.uint8)
-        except RuntimeError as error:
-            raise OSError(" ".join(str(error).split())) from error
+        if shared:
+            try:
+                return torch.from_file(self.path, shared=True, size=status.st_size, dtype=torch.uint8)
+            except RuntimeError as error:
+                raise OSError(" ".join(str(error).split())) from error
+        # Not torch.from_file: the kernel refuses a private mapping that is larger than its memory, unless it need not
+        # be reserved.
+        with open(self.path, "rb") as file:
+            content = mmap.mmap(file.fileno(), status.st_size, mmap.MAP_PRIVATE | MAP_NORESERVE)
+        return torch.frombuffer(content, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -241,11 +241,15 @@ def test_an_image_is_resized_the_same_way_alone_and_in_a_batch():
     assert batch.dtype == torch.uint8
     assert torch.equal(batch, torch.stack([resize_images(image, (17, 20)) for image in images]))
     assert resize_images(images, (40, 31)) is images
+    from torchvision.transforms.v2 import functional
+
+    expected = functional.resize_image(images.float(), [17, 20], antialias=True).round().clamp(0, 255).to(torch.uint8)
+    assert torch.equal(batch, expected)
     permuted = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as decoded: colors next to each other
     assert torch.equal(batch, torch.stack([resize_images(image, (17, 20)) for image in permuted]))
 
 
-def test_torchvision_is_not_imported_unless_images_are_resized(tmp_path):
+def test_torchvision_is_not_imported_by_training(tmp_path):
     """Its import takes a second. The process is forked from one that has imported the commands."""
     script = tmp_path / "program.py"
     script.write_text("import sys\nprint('distlenet.train' in sys.modules, 'torchvision' in sys.modules)\n")

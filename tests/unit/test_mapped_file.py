@@ -3,6 +3,7 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -52,7 +53,18 @@ def test_a_failed_mapping_raises_an_oserror(monkeypatch):
     with closing(create_shared([b"abc"])) as file:
         monkeypatch.setattr(torch, "from_file", no_memory)
         with pytest.raises(OSError, match="Cannot allocate memory"):
-            file.ref.map()
+            file.ref.map(shared=True)
+
+
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    """The kernel's heuristic refuses a private mapping of more than memory and swap, unless it need not be reserved."""
+    path, size = tmp_path / "sparse", 2 * psutil.virtual_memory().total + psutil.swap_memory().total
+    with open(path, "wb") as file:
+        file.truncate(size)
+    with closing(open_shared(path)) as shared:
+        mapped = shared.ref.map()
+        assert len(mapped) == size
+        assert mapped[-1] == 0
 
 
 def test_a_rank_that_cannot_map_the_images_loads_a_copy_and_warns(monkeypatch, capfd, group):

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,7 @@ def plan_cache(opened: OpenedImages, config: DataConfig) -> CacheFile | None:
     if config.cache == "auto" and small and max(map(len, joined.parts)) * image_bytes <= MAX_DECODED_BYTES:
         return None
     root = os.path.abspath(config.root)
-    decoder = [PIL.__version__, features.version("jpg"), features.version("zlib"), version("torch")]
-    if wanted_size(config):
-        decoder.append(version("torchvision"))
+    decoder = [PIL.__version__, features.version("jpg"), features.version("zlib"), str(torch.__version__)]
     settings = [VERSION, decoder, joined.files[0].channels, shape, wanted_size(config), config.name, root]
     stamps = [(name, split.stamps(0, len(split))) for name, split in splits.items()]
     name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(root).name)[:40] or "root"
