@@ -34,6 +34,7 @@ SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
     "graph": ("A step on a GPU, counted without one", [["graph_cost.py"]]),
     "images": ("A directory of JPEG images", [["images.py"]]),
     "size": ("Large datasets: memory and start", [["size.py"]]),
+    "growth": ("Large networks: checkpoints, replica check, exact sums", [["growth.py"]]),
     "gpu": (
         "On a GPU",
         [
