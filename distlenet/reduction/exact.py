@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.buffers import BufferAverage
-from distlenet.reduction.gradients import in_memory_order
+from distlenet.reduction.gradients import group_by_size, in_memory_order
 from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep, T, mark_nonfinite
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
 from distlenet.utils.clock import Clock
 from distlenet.utils.errors import UserError
 from distlenet.utils.nested import count_samples, select_samples
+
+CHUNK = {"cpu": 1 << 18}
+"""Elements of gradients that are converted at once: on a CPU, these should fit in a cache."""
 
 
 class ExactReducer:
@@ -72,7 +75,12 @@ class ExactReducer:
         self.exchanged = torch.zeros(count + weighted + 1, dtype=torch.float64, device=device)
         self.sum, self.flag = self.exchanged[:count], self.exchanged[-1]
         self.weight = self.exchanged[count] if weighted else None
-        self.shard_sum = torch.empty_like(self.sum)
+        chunk = CHUNK.get(device.type, 1 << 24)
+        double = torch.empty(min(chunk, count), dtype=torch.float64, device=device)
+        # Parameters whose gradients are added at once; for each group, parts of its sum, each with temporary memory.
+        self.groups = list(group_by_size(self.parameters, chunk))
+        totals = self.sum.split([sum(parameter.numel() for parameter in group) for group in self.groups])
+        self.chunks = [[(part, double[: len(part)]) for part in total.split(chunk)] for total in totals]
 
     def warm_up(self, example_loss: ExampleLoss) -> None:
         """Do nothing: the order of additions does not matter."""
@@ -139,15 +147,21 @@ class ExactStep(ReductionStep):
     def add_shard(self) -> None:
         """Move the gradient of one shard into the exact sum."""
         reducer = self.reducer
-        flat = torch.cat([in_memory_order(parameter) for parameter in reducer.parameters])
-        flat.mul_(reducer.to_bound).mul_(reducer.to_grid).round_()  # integer multiples of the grid, exact in float32
-        if self.has_partial_sum:
-            reducer.sum.add_(reducer.shard_sum.copy_(flat))
-        else:
-            reducer.sum.copy_(flat)
+        for group, chunks in zip(reducer.groups, reducer.chunks, strict=True):
+            gradients = [in_memory_order(parameter) for parameter in group]
+            if len(gradients) > 1:
+                bounded = iter([torch.cat(gradients).mul_(reducer.to_bound)])
+            else:
+                bounded = (part.mul(reducer.to_bound) for part in gradients[0].split(len(chunks[0][0])))
+            for part, (total, double) in zip(bounded, chunks, strict=True):
+                units = part.mul_(reducer.to_grid).round_()  # integer multiples of the grid, exact in float32
+                if self.has_partial_sum:
+                    total.add_(double.copy_(units))
+                else:
+                    total.copy_(units)
+            for parameter in group:
+                parameter.grad = None
         self.has_partial_sum = True
-        for parameter in reducer.parameters:
-            parameter.grad = None
 
     def end(self) -> None:
         """Sum over ranks, and set float32 gradients. A collective."""

@@ -1,6 +1,6 @@
 """The gradients of parameters, as reducers read them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,3 +28,16 @@ def in_memory_order(parameter: Tensor) -> Tensor:
     if gradient.stride() != parameter.stride():
         gradient = torch.empty_like(parameter).copy_(gradient)
     return gradient.as_strided((gradient.numel(),), (1,))
+
+
+def group_by_size(parameters: Iterable[nn.Parameter], limit: int) -> Iterator[list[nn.Parameter]]:
+    """Yield consecutive parameters, as many as have ``limit`` elements together; a larger one is alone."""
+    group: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if group and size + parameter.numel() > limit:
+            yield group
+            group, size = [], 0
+        group.append(parameter)
+        size += parameter.numel()
+    yield group

@@ -13,11 +13,13 @@ from typing_extensions import get_protocol_members
 from distlenet.config.loading import load_config
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.models.lenet import Net
+from distlenet.reduction import exact
 from distlenet.reduction.batch_size import micro_batch_size
 from distlenet.reduction.ddp import DdpReducer
 from distlenet.reduction.exact import ExactReducer
 from distlenet.reduction.factory import make_reducer
 from distlenet.reduction.flat import FlatReducer, fits_flat_buffer
+from distlenet.reduction.gradients import group_by_size
 from distlenet.reduction.reducer import Reducer, ReductionResult
 from distlenet.utils.errors import UserError
 
@@ -92,9 +94,10 @@ def test_exact_gradient_equals_the_gradient_in_float64(n, memory_format):
 
 
 @pytest.mark.usefixtures("group")
-def test_gradient_in_another_memory_order_than_its_parameter():
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradient_in_any_memory_order_is_reduced_and_not_changed(memory_format):
     weight = nn.Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
-    gradient = torch.arange(120.0).view(2, 3, 4, 5)  # contiguous
+    gradient = torch.arange(120.0).view(2, 3, 4, 5).contiguous(memory_format=memory_format)
     reducer = make_exact(nn.ParameterList([weight]), virtual_shards=1)
     with reducer.step(1, torch.tensor(0.0)) as step:
         for _ in step.micro_batches(torch.zeros(1)):
@@ -102,6 +105,24 @@ def test_gradient_in_another_memory_order_than_its_parameter():
             weight.grad = gradient
     assert torch.equal(weight.grad, gradient)
     assert weight.grad.stride() == weight.stride()
+
+
+@pytest.mark.usefixtures("group")
+def test_chunks_of_an_exact_sum_do_not_change_the_bits(monkeypatch):
+    """Chunks of 500 elements: some parameters of LeNet share one, and the largest has 97."""
+    gradients = []
+    for chunk in (1 << 18, 500):
+        monkeypatch.setitem(exact.CHUNK, "cpu", chunk)
+        model = make_net().to(memory_format=torch.channels_last)
+        reduce_step(make_exact(model), make_batch(13))
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_parameters_are_grouped_up_to_a_size():
+    sizes = (3, 4, 1, 9, 0, 8)
+    groups = group_by_size([nn.Parameter(torch.zeros(size)) for size in sizes], limit=8)
+    assert [[parameter.numel() for parameter in group] for group in groups] == [[3, 4, 1], [9], [0, 8]]
 
 
 @pytest.mark.usefixtures("group")
@@ -117,8 +138,8 @@ def test_reducers_agree():
         model = make_net()
         reduce_step(make(model), make_batch(16))
         gradients.append([p.grad.clone() for p in model.parameters()])
-    for exact, whole, accumulated, flat_accumulated, flat in zip(*gradients, strict=True):
-        torch.testing.assert_close(exact, whole, rtol=1e-4, atol=1e-5)  # as above
+    for summed_exactly, whole, accumulated, flat_accumulated, flat in zip(*gradients, strict=True):
+        torch.testing.assert_close(summed_exactly, whole, rtol=1e-4, atol=1e-5)  # as above
         torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-5)
         assert torch.equal(flat, whole)
         assert torch.equal(flat_accumulated, accumulated)
