@@ -1,7 +1,8 @@
 """Kill ranks and agents of a run at random times, and check that the result is that of an undisturbed run.
 
-``make chaos [ARGS="--kills 200"]`` trains a run undisturbed, then again under torchrun while ranks are killed, or the
-agent, which is then started again as a scheduler would do. At the end the weights must be bit-identical, and the ledger
+``make chaos [ARGS="--kills 200"]`` trains a run undisturbed, then again under torchrun with a warm start, as the launch
+scripts do, while ranks are killed, or the fork server and a rank, or the agent, which is then started again as a
+scheduler would do. At the end the weights must be bit-identical, and the ledger
 must contain each image of each epoch once. Also prints the time of a recovery, compared with the time to start Python,
 import torch and join a process group.
 """
@@ -54,7 +55,7 @@ STARTS = (
 
 def launch(ranks: int, *words: object, log: Path) -> subprocess.Popen[bytes]:
     """Start torchrun's agent, which restarts the ranks without limit."""
-    agent = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=1000000")
+    agent = ("-m", "distlenet.launch", "--standalone", f"--nproc-per-node={ranks}", "--max-restarts=1000000")
     command = [sys.executable, *agent, *(str(word) for word in words)]
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -135,19 +136,22 @@ def train_with_kills(arguments: argparse.Namespace, directory: Path, words: list
     random_ = random.Random(arguments.seed)
     log, ledger = directory / "log.txt", Ledger(directory / "run")
     command = ("-m", "distlenet.train", *words, f"run.dir={directory}")
-    agent, recoveries, killed = launch(arguments.ranks, *command, log=log), [], {"rank": 0, "agent": 0}
+    agent, recoveries = launch(arguments.ranks, *command, log=log), []
+    killed = {"rank": 0, "fork server": 0, "agent": 0}
     wait_for_start(0, ledger, agent, log)
     while sum(killed.values()) < arguments.kills and agent.poll() is None:
         # One kill in three is sent while the ranks are starting, up to a second after the previous one.
         time.sleep(random_.uniform(0.0, 1.0))
-        what = "agent" if random_.random() < 0.2 else "rank"
-        ranks = children(agent.pid)
-        victim = agent.pid if what == "agent" else random_.choice(ranks) if ranks else None
-        if victim is None:
+        what = random_.choices(("rank", "fork server", "agent"), (7, 1, 2))[0]
+        server, *ranks = children(agent.pid) or [0]  # in the order of their starts
+        if not ranks and what != "agent":
             continue
+        victims = {"rank": [random_.choice(ranks or [0])], "agent": [agent.pid]}
+        victims["fork server"] = [server, *victims["rank"]]  # without it, ranks start in new interpreters
         starts, killed_at = len(ledger.starts()), time.monotonic()
         with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
+            for victim in victims[what]:
+                os.kill(victim, signal.SIGKILL)
             killed[what] += 1
         if what == "agent":
             agent.wait()
@@ -160,7 +164,8 @@ def train_with_kills(arguments: argparse.Namespace, directory: Path, words: list
         sys.exit(f"{log.read_text()[-6000:]}\nstatus {agent.returncode} after {killed} kills")
     starts = [json.loads(line) for line in (directory / "run/starts.jsonl").read_text().splitlines()]
     steps = json.loads((directory / "run/summary.json").read_text())["steps"]
-    print(f"kills: {killed['rank']} of ranks, {killed['agent']} of agents; starts of the run: {len(starts)}")
+    kills = ", ".join(f"{count} of {what}s" for what, count in killed.items())
+    print(f"kills: {kills}; starts of the run: {len(starts)}")
     print(f"steps: {steps}, and {ledger.steps_taken() - steps} repeated")
     median, longest = statistics.median(recoveries), max(recoveries)
     print(f"from a killed rank to the next step: median {median:.2f} s, at most {longest:.2f} s, of {len(recoveries)}")

@@ -125,11 +125,12 @@ def fork_child_of(agent: int, connection: "Connection") -> bool:
             os.setsid()  # as torchrun does: it signals the session
             os.write(pid_writing, str(os.getpid()).encode())
             os.close(go_writing)
-            if os.read(go_reading, 1) != b"g" or os.getppid() != agent:
+            go = os.read(go_reading, 1)
+            exit_with_parent()
+            if go != b"g" or os.getppid() != agent:
                 os._exit(1)
             for descriptor in (pid_reading, pid_writing, go_reading):
                 os.close(descriptor)
-            exit_with_parent()
         except OSError:
             os._exit(1)
         return True

@@ -20,34 +20,42 @@ TIMEOUT_S = 120.0  # for the imports of the server and one fork
 
 
 class ForkServer:
-    """The fork server of this process; it is started again if it has died."""
+    """The fork server of this process."""
 
     def __init__(self) -> None:
         """Start it; it imports for seconds, in the background."""
         self.launch()
 
     def launch(self) -> None:
-        """Start the process."""
+        """Start the process. ``ps`` shows the command line of its ranks as that of this process."""
         self.connection, other_end = multiprocessing.Pipe()
         descriptor = other_end.fileno()
+        self.has_forked = False
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", MODULE, str(descriptor)],
+            [sys.executable, "-u", "-m", MODULE, str(descriptor), *sys.argv[1:]],
             pass_fds=[descriptor],
             start_new_session=True,  # a Ctrl-C is for the agent
         )
         other_end.close()
 
     def fork(self, request: object) -> "ForkedRank | None":
-        """Return a new rank, or None if the server has died or does not respond; it is then started again."""
+        """Return a new rank, or None if the server has died or does not respond.
+
+        Then start another one for the next ranks, unless it has never forked: the next one would not either.
+        """
         with contextlib.suppress(OSError, EOFError), subreaper():
             self.connection.send(request)
             if not self.connection.poll(TIMEOUT_S):
                 self.process.kill()
-            return ForkedRank(self.connection.recv())
+            rank = ForkedRank(self.connection.recv())
+            rank.poll()  # raises OSError if it is not a child process
+            self.has_forked = True
+            return rank
         self.connection.close()
         self.process.kill()
         self.process.wait()
-        self.launch()
+        if self.has_forked:
+            self.launch()
         return None
 
 

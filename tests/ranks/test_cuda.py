@@ -28,6 +28,14 @@ def test_a_run_on_one_gpu(tmp_path, precision):
     assert summary["test_count"] == 360
 
 
+def test_a_rank_that_is_forked_uses_the_gpu(tmp_path):
+    words = ("data.name=digits", "train.epochs=1", f"run.dir={tmp_path}", "run.name=run")
+    launcher = ("-m", "distlenet.launch", "--standalone", "--nproc-per-node=1")
+    ended = run(*launcher, "-m", "distlenet.train", *words).succeeded()
+    assert "no warm start" not in ended.stderr
+    assert json.loads((tmp_path / "run/summary.json").read_text())["device"].startswith("cuda (")
+
+
 def test_fp16_resumes_with_its_loss_scale(tmp_path):
     words = ("data.name=digits", "precision=fp16", "train.epochs=2", "run.name=run", f"run.dir={tmp_path}")
     run("-m", "distlenet.train", *words).succeeded()
