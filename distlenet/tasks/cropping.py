@@ -79,15 +79,14 @@ def _taps(start: Tensor, length: Tensor, total: int, size: int, mirrored: Tensor
     support = scale.clamp_min(1)
     center = scale * pixel
     first = (center - support + 0.5).clamp_min_(0).floor_()
-    positions, weights = [], []
-    total_weight = torch.zeros_like(center)
-    for tap in range(max(2, math.ceil(2 * total / size))):
-        position = first + tap
-        weight = (1 - (position + 0.5 - center).abs_() / support).clamp_min_(0) * (position < length)
-        positions.append(torch.minimum(position, length - 1).long() + start.unsqueeze(1))
-        weights.append(weight)
-        total_weight = total_weight + weight  # in this order on any device
-    return torch.stack(positions, 1), (torch.stack(weights, 1) / total_weight.unsqueeze(1)).float()
+    taps = torch.arange(max(2, math.ceil(2 * total / size)), dtype=torch.float64, device=start.device).unsqueeze(1)
+    start, length, center, support, first = (
+        x.unsqueeze(1) for x in (start.unsqueeze(1), length, center, support, first)
+    )
+    position = first + taps
+    weight = ((position + 0.5 - center).abs_() / support).neg_().add_(1).clamp_min_(0) * (position < length)
+    total_weight = reduce(torch.add, weight.unbind(1)).unsqueeze(1)  # in this order on any device
+    return torch.minimum(position, length - 1).long() + start, (weight / total_weight).float()
 
 
 def resample(images: Tensor, taps: Taps) -> Tensor:
