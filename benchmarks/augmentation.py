@@ -20,7 +20,9 @@ from distlenet.task import SampleKeys
 from distlenet.tasks.augmentation import make_augmentation
 from distlenet.tasks.image_format import ImageFormat
 from distlenet.tasks.image_transform import ImageTransform
+from distlenet.tasks.mixing import Mixing
 
+CLASSES = 10
 SIZES = ((72, 64), (256, 224))  # of the stored images, and of the crops
 MEAN, STD = 120.0, 60.0
 COLORS = ("data.brightness=0.4", "data.contrast=0.4", "data.saturation=0.4")
@@ -28,34 +30,52 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "crop, flip": (),
     "crop, flip, colors, erase": (*COLORS, "data.erase=0.25"),
     "crop, flip, colors with hue, erase": (*COLORS, "data.hue=0.1", "data.erase=0.25"),
+    "crop, flip, Mixup or CutMix": ("data.mixup=0.2", "data.cutmix=1"),
 }
 
 
-def ours(stored: int, crop: int, settings: tuple[str, ...]) -> ImageTransform:
-    """Return the transform of a batch, with keys."""
+def ours(images: Tensor, crop: int, settings: tuple[str, ...]) -> Callable[[], Tensor]:
+    """Return what makes a batch: the transform of the images, and of their partners if they are mixed."""
     data = load_config([], [f"data.crop={crop}", "data.flip=0.5", *settings]).data
-    images = ImageFormat(3, (stored, stored), False, (MEAN,) * 3, (STD,) * 3, 0.0, 255.0, False)
-    return ImageTransform(images, augmentation=make_augmentation(data))
+    statistics = (MEAN,) * 3, (STD,) * 3
+    stored = ImageFormat(3, (images.shape[-2], images.shape[-1]), False, *statistics, 0.0, 255.0, False)
+    transform = ImageTransform(stored, augmentation=make_augmentation(data))
+    mixing = Mixing(data.mixup, data.cutmix, CLASSES) if data.mixup else None
+    keys, labels = SampleKeys(0, 0, torch.arange(len(images))), torch.arange(len(images)) % CLASSES
+
+    def batch() -> Tensor:
+        inputs = transform(images, keys)
+        if mixing is None:
+            return inputs
+        return mixing(inputs, labels, transform(images, keys.split("partner")), labels, keys)[0]
+
+    return batch
 
 
-def theirs(crop: int, settings: tuple[str, ...]) -> v2.Compose:
-    """Return the same changes as transforms of torchvision, in the same order."""
+def theirs(images: Tensor, crop: int, settings: tuple[str, ...], whole: bool) -> Callable[[], Tensor]:
+    """Return what makes a batch, by the same changes as transforms of torchvision, in the same order."""
     data = load_config([], settings).data
     changes = [v2.RandomResizedCrop(crop), v2.RandomHorizontalFlip()]
-    if settings:
+    if data.brightness:
         changes.append(v2.ColorJitter(data.brightness, data.contrast, data.saturation, data.hue))
     changes += [v2.ToDtype(torch.float32), v2.Normalize([MEAN] * 3, [STD] * 3)]
-    return v2.Compose([*changes, v2.RandomErasing(data.erase)] if data.erase else changes)
+    transform = v2.Compose([*changes, v2.RandomErasing(data.erase)] if data.erase else changes)
+    mixers = v2.MixUp(alpha=data.mixup or 1, num_classes=CLASSES), v2.CutMix(num_classes=CLASSES)
+    mix, labels = v2.RandomChoice(mixers), torch.arange(len(images)) % CLASSES
+
+    def batch() -> Tensor:
+        inputs = transform(images) if whole else torch.stack([transform(image) for image in images])
+        return mix(inputs, labels)[0] if data.mixup else inputs
+
+    return batch
 
 
 def contestants(images: Tensor, crop: int, settings: tuple[str, ...]) -> dict[str, Callable[[], Tensor]]:
     """Return what to time, by name: each call makes one batch."""
-    keys = SampleKeys(0, 0, torch.arange(len(images)))
-    batched, single = ours(images.shape[-1], crop, settings), theirs(crop, settings)
     return {
-        "distlenet": lambda: batched(images, keys),
-        "v2, per sample": lambda: torch.stack([single(image) for image in images]),
-        "v2, whole batch": lambda: single(images),
+        "distlenet": ours(images, crop, settings),
+        "v2, per sample": theirs(images, crop, settings, whole=False),
+        "v2, whole batch": theirs(images, crop, settings, whole=True),
     }
 
 

@@ -7,8 +7,7 @@ from torch import Tensor
 from distlenet.task import SampleKeys
 from distlenet.tasks.augmentation import Augmentation, Plan
 from distlenet.tasks.image_format import ImageFormat
-
-CACHED_BYTES = 2**20  # of float32 results that the CPU computes together, so that they stay in its cache
+from distlenet.tasks.parts import cached_parts
 
 
 class ImageTransform:
@@ -44,12 +43,11 @@ class ImageTransform:
             return self._transform(images, bits, None)
         images = images.unsqueeze(1) if images.dim() == 3 else images
         plan = self.augmentation.plan(images, self.input_size, keys)
-        together = max(1, CACHED_BYTES // (4 * images.shape[1] * self.input_size[0] * self.input_size[1]))
-        if images.device.type != "cpu" or len(images) <= together:
+        parts = cached_parts(images, self.input_size)
+        if len(parts) <= 1:
             return self._transform(images, bits, plan)
         result = torch.empty(len(images), images.shape[1], *self.input_size)
-        for start in range(0, len(images), together):
-            part = slice(start, start + together)
+        for part in parts:
             result[part] = self._transform(images[part], None if bits is None else bits[part], plan.select(part))
         return result
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distlenet.task import SampleKeys
+from distlenet.tasks.parts import cached_parts
 
 TABLE_STEPS = 4096  # the distribution function of the shares is exact to 1 / TABLE_STEPS
 GRID = 2**15  # points of the numerical integration
@@ -32,26 +33,32 @@ class Mixing:
     ) -> tuple[Tensor, Tensor]:
         """Return mixed images and targets, float32 (n, classes), from images (n, C, H, W) and int64 labels (n,).
 
-        No host sync after the first call on a device.
+        The images are mixed in place, and the partners are overwritten. No host sync after the first call on a device.
         """
-        weights = [self._weights(name, images, keys) for name in self.tables]
-        weight, share = weights[0]
-        if len(weights) == 2:
-            cut = keys.bernoulli("cutmix instead of mixup", 0.5)
-            weight = torch.where(cut.view(-1, 1, 1), weights[1][0], weight)
-            share = torch.where(cut, weights[1][1], share)
-        weight, share = weight.unsqueeze(1), share.unsqueeze(1)
+        height, width = images.shape[-2:]
+        mixup = self._share("mixup", keys) if "mixup" in self.tables else None
+        cutmix = self._share("cutmix", keys) if "cutmix" in self.tables else None
+        share, cut = mixup, None
+        if cutmix is not None:
+            rows, columns = box_sides(height, width, (1 - cutmix).sqrt(), keys)
+            kept = height * width - rows.sum(1) * columns.sum(1)
+            share = (kept.double() / (height * width)).float()
+            if mixup is not None:
+                cut = keys.bernoulli("cutmix instead of mixup", 0.5)
+                share = torch.where(cut, share, mixup)
+        assert share is not None
+        for part in cached_parts(images, (height, width)):
+            if cutmix is None:
+                weight = share[part].view(-1, 1, 1, 1)
+            else:
+                weight = (~(rows[part, None, :, None] & columns[part, None, None, :])).float()
+                if cut is not None and mixup is not None:
+                    weight = torch.where(cut[part].view(-1, 1, 1, 1), weight, mixup[part].view(-1, 1, 1, 1))
+            images[part].mul_(weight).add_(partners[part].mul_(1 - weight))
+        share = share.unsqueeze(1)
         classes = torch.arange(self.classes, device=labels.device)
         own, other = labels.unsqueeze(1) == classes, partner_labels.unsqueeze(1) == classes
-        return images * weight + partners * (1 - weight), own * share + other * (1 - share)
-
-    def _weights(self, name: str, images: Tensor, keys: SampleKeys) -> tuple[Tensor, Tensor]:
-        """Return the weight of each pixel of the sample, (n, H, W) or (n, 1, 1), and its mean (n,), both float32."""
-        share = self._share(name, keys)
-        if name == "mixup":
-            return share.view(-1, 1, 1), share
-        mask = ~boxes(images.shape[-2], images.shape[-1], (1 - share).sqrt(), keys)
-        return mask.float(), mask.double().mean((1, 2)).float()
+        return images, own * share + other * (1 - share)
 
     def _share(self, name: str, keys: SampleKeys) -> Tensor:
         """Return numbers with a Beta(alpha, alpha) distribution, float32 (n,)."""
@@ -63,10 +70,10 @@ class Mixing:
         return torch.where(keys.bernoulli(f"{name} side", 0.5), smaller, 1 - smaller)
 
 
-def boxes(height: int, width: int, side: Tensor, keys: SampleKeys) -> Tensor:
-    """Return boxes as bool (n, H, W): ``side`` (n,) is the share of height and width, random pixels are the centers.
+def box_sides(height: int, width: int, side: Tensor, keys: SampleKeys) -> tuple[Tensor, Tensor]:
+    """Return the rows, bool (n, H), and the columns, bool (n, W), of boxes with random pixels as centers.
 
-    A box is clipped at the border of the image.
+    ``side`` (n,) is their share of height and width. A box is clipped at the border of the image.
     """
     inside = []
     for name, length in (("row", height), ("column", width)):
@@ -74,7 +81,7 @@ def boxes(height: int, width: int, side: Tensor, keys: SampleKeys) -> Tensor:
         start = (center - extent // 2).unsqueeze(1)
         pixels = torch.arange(length, device=side.device)
         inside.append((pixels >= start) & (pixels < start + extent.unsqueeze(1)))
-    return inside[0].unsqueeze(2) & inside[1].unsqueeze(1)
+    return inside[0], inside[1]
 
 
 def smaller_share_table(alpha: float) -> np.ndarray:

@@ -159,7 +159,7 @@ def test_a_sample_does_not_depend_on_its_batch(images, settings, monkeypatch):
     assert len({sample.numpy().tobytes() for sample in transform(images[:1].expand_as(images), keys_of(21))}) > 15
     order = torch.randperm(21, generator=torch.Generator().manual_seed(3))
     for together in (10**9, 1):  # bytes: the whole batch, and one image after the other
-        monkeypatch.setattr("distlenet.tasks.image_transform.CACHED_BYTES", together)
+        monkeypatch.setattr("distlenet.tasks.parts.CACHED_BYTES", together)
         parts = [transform(images[part], SampleKeys(1, 2, indices[part])) for part in order.tensor_split([1, 8])]
         assert torch.equal(torch.cat(parts), whole[order])
 

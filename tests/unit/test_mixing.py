@@ -13,7 +13,7 @@ from distlenet.data.loader import Loader
 from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.task import SampleKeys
 from distlenet.tasks.image_classification import ImageClassification
-from distlenet.tasks.mixing import TABLE_STEPS, Mixing, boxes, smaller_share_table
+from distlenet.tasks.mixing import TABLE_STEPS, Mixing, box_sides, smaller_share_table
 
 pytestmark = pytest.mark.unit
 
@@ -27,6 +27,12 @@ def random_batch(n: int = N):
     images = [torch.rand(n, 3, 8, 10, generator=generator) + side for side in (1, -2)]  # the samples are positive
     labels = [torch.randint(0, CLASSES, (n,), generator=generator) for _ in range(2)]
     return images[0], labels[0], images[1], labels[1]
+
+
+def mix(mixing: Mixing, batch, keys: SampleKeys):
+    """Mix copies of the images, which are changed in place."""
+    own, labels, partners, partner_labels = batch
+    return mixing(own.clone(), labels, partners.clone(), partner_labels, keys)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +68,7 @@ def test_shares_have_a_beta_distribution(name):
 
 def test_mixup_mixes_images_and_labels_by_the_same_share():
     batch = random_batch()
-    mixed, targets = Mixing(0.5, 0, CLASSES)(*batch, KEYS)
+    mixed, targets = mix(Mixing(0.5, 0, CLASSES), batch, KEYS)
     own, label, other, other_label = batch
     for k in range(50):
         share = float((mixed[k, 0, 0, 0] - other[k, 0, 0, 0]) / (own[k, 0, 0, 0] - other[k, 0, 0, 0]))
@@ -75,7 +81,7 @@ def test_mixup_mixes_images_and_labels_by_the_same_share():
 
 def test_cutmix_pastes_a_box_and_counts_its_pixels():
     batch = random_batch()
-    mixed, targets = Mixing(0, 1.0, CLASSES)(*batch, KEYS)
+    mixed, targets = mix(Mixing(0, 1.0, CLASSES), batch, KEYS)
     own, label, other, other_label = batch
     pasted = mixed[:, :1] < 0
     assert torch.equal(mixed, torch.where(pasted, other, own))
@@ -90,22 +96,21 @@ def test_cutmix_pastes_a_box_and_counts_its_pixels():
 
 
 def test_boxes_have_the_wanted_side_and_are_clipped():
-    mask = boxes(8, 10, torch.full((N,), 0.5), KEYS)
-    heights, widths = mask.any(2).sum(1), mask.any(1).sum(1)
+    heights, widths = (side.sum(1) for side in box_sides(8, 10, torch.full((N,), 0.5), KEYS))
     assert (int(heights.max()), int(widths.max())) == (4, 5)
     assert (int(heights.min()), int(widths.min())) == (2, 3)  # centers at the border
-    assert int(boxes(8, 10, torch.zeros(N), KEYS).sum()) == 0
+    assert not any(side.any() for side in box_sides(8, 10, torch.zeros(N), KEYS))
 
 
 @pytest.mark.parametrize("alphas", [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
 def test_targets_sum_to_one_and_depend_only_on_the_key(alphas):
     batch, mixing = random_batch(), Mixing(*alphas, CLASSES)
-    images, targets = mixing(*batch, KEYS)
+    images, targets = mix(mixing, batch, KEYS)
     assert (images.dtype, targets.dtype, targets.shape) == (torch.float32, torch.float32, (N, CLASSES))
     assert float(targets.min()) >= 0
     torch.testing.assert_close(targets.sum(1), torch.ones(N), rtol=0, atol=2**-23)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    parts = [mixing(*(x[part] for x in batch), SampleKeys(3, 1, part)) for part in order.split(300)]
+    parts = [mix(mixing, [x[part] for x in batch], SampleKeys(3, 1, part)) for part in order.split(300)]
     assert torch.equal(torch.cat([part[0] for part in parts]), images[order])
     assert torch.equal(torch.cat([part[1] for part in parts]), targets[order])
 
