@@ -8,7 +8,7 @@
 # make gpu-report [ARGS="--only recipe bits"]         on one GPU, 11 minutes: measure and check; write benchmarks/GPU.md
 # make gpu-bundle                                     fetch what gpu-report needs on a machine without a network
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
-# make test-browser                                   as root on Debian: install Chromium, test the report in it
+# make test-browser                                   as root on Debian: install Chromium, test the report and the site in it
 # make lint, format, coverage                         linters and types; format the code; report untested lines
 # make docs                                           build the documentation site in build/docs; warnings are errors
 # make data, clean                                    download Fashion-MNIST; remove the environment

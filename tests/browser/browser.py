@@ -5,11 +5,29 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LIMIT_S = 60.0
+
+
+@contextmanager
+def open_browser(profile: Path) -> Iterator["Browser"]:
+    """Yield a browser. Skip the test without Chromium, or fail with DISTLENET_BROWSER=required (make test-browser)."""
+    if PROGRAM is None:
+        if os.environ.get("DISTLENET_BROWSER") == "required":
+            pytest.fail("no Chromium")
+        pytest.skip("no Chromium: apt-get install chromium")
+    browser = Browser(profile)
+    try:
+        yield browser
+    finally:
+        browser.close()
 
 
 class Browser:

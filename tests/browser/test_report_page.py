@@ -1,9 +1,7 @@
 """The report in a browser: no errors, no requests, and everything visible on a phone and a desktop screen."""
 
-import os
-
 import pytest
-from browser import PROGRAM, Browser
+from browser import open_browser
 from forked import run_python, run_ranks
 
 pytestmark = pytest.mark.browser
@@ -11,13 +9,8 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if PROGRAM is None:
-        if os.environ.get("DISTLENET_BROWSER") == "required":  # make test-browser
-            pytest.fail("no Chromium")
-        pytest.skip("no Chromium: apt-get install chromium")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
+    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")

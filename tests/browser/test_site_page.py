@@ -1,0 +1,76 @@
+"""The documentation site in a browser: no other host, nothing wider than a phone, and a search that finds."""
+
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+from browser import open_browser
+from conftest import REPO, run_command
+
+pytestmark = pytest.mark.browser
+
+PAGES = ("index", "start", "settings", "architecture", "migration", "troubleshooting", "reference")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The address of the built site: its search needs a server."""
+    directory = tmp_path_factory.mktemp("site")
+    build = ("build", "--strict", "--config-file", REPO / "docs/site/mkdocs.yml", "--site-dir", directory)
+    run_command(sys.executable, "-m", "mkdocs", *build, env={"NO_MKDOCS_2_WARNING": "1"}).succeeded()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=directory)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_pages_fit_the_screen_and_need_no_other_host(browser, site, width):
+    for page in PAGES:
+        browser.open(f"{site}/{page}.html", width, 844)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width, page
+        broken = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
+        assert browser.evaluate(broken) == [], page
+        assert [event for event in browser.events if event["method"] == "Runtime.exceptionThrown"] == [], page
+        sent = [event["params"] for event in browser.events if event["method"] == "Network.requestWillBeSent"]
+        hosts = {urlsplit(request["request"]["url"]).netloc for request in sent} - {""}  # "": data: URLs
+        assert hosts == {urlsplit(site).netloc}, page
+
+
+SEARCH = """
+new Promise(resolve => {
+  if (innerWidth < 900) document.querySelector("label[for=__search]").click();
+  const query = document.querySelector("[data-md-component=search-query]");
+  query.value = "preemption";
+  query.focus();
+  query.dispatchEvent(new Event("keyup"));
+  const results = document.querySelector(".md-search-result__list");
+  const check = () => {
+    const titles = [...results.querySelectorAll("article h1")].map(title => title.textContent.trim());
+    if (titles.length) resolve(titles);
+  };
+  new MutationObserver(check).observe(results, {childList: true, subtree: true});
+  check();
+  setTimeout(() => resolve(["nothing was found in 20 s"]), 20000);
+})
+"""
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_search_finds_the_page_about_stop_requests(browser, site, width):
+    browser.open(f"{site}/index.html", width, 844)
+    assert browser.evaluate(SEARCH)[0] == "Failures"
