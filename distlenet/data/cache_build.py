@@ -142,7 +142,7 @@ class CacheBuild:
                 stamp = self._stamp(chunk)
                 checksum, written = self.records.get(chunk, (0, ""))
                 if written != stamp or not self.file.has_chunk(self.file.partial, chunk, checksum):
-                    self.file.write_chunk(chunk, stamp, (self.dataset[row][0] for row in self.file.rows(chunk)))
+                    self.file.write_chunk(chunk, stamp, (self.dataset[row] for row in self.file.rows(chunk)))
             except BaseException:
                 self.stopped = True
                 self.chunks.appendleft(chunk)

@@ -16,21 +16,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 CHUNK_IMAGES = 64
 CHECKED_BYTES = 2**29  # of a larger file, so many bytes are verified when it is opened: evenly spaced chunks
+LABEL_BYTES = 8
 DIGEST_BYTES, LENGTH_BYTES = 32, 8  # at the end of the file, behind the table
 
 
 @dataclass(frozen=True)
 class CacheFile:
-    """Images of one shape, uint8 (N, *shape), in a file."""
+    """Images of one shape, uint8 (N, *shape), in a file, and behind them their ``labels``, int64 (N,), if wanted."""
 
     path: Path
     part: Path  # of the incomplete file, with another suffix: the same when an image file has been replaced
     images: int
     shape: tuple[int, ...]
+    labels: bool = False
 
     @property
     def partial(self) -> Path:
@@ -43,9 +46,19 @@ class CacheFile:
         return self.part.with_suffix(".chunks")
 
     @property
+    def image_bytes(self) -> int:
+        """The number of bytes of an image."""
+        return math.prod(self.shape)
+
+    @property
+    def labels_start(self) -> int:
+        """The place of the labels, after the images."""
+        return -(-self.images * self.image_bytes // LABEL_BYTES) * LABEL_BYTES
+
+    @property
     def nbytes(self) -> int:
-        """The number of bytes of all images."""
-        return self.images * math.prod(self.shape)
+        """The number of bytes of all images and labels."""
+        return self.labels_start + LABEL_BYTES * self.images * self.labels
 
     @property
     def chunks(self) -> int:
@@ -61,18 +74,24 @@ class CacheFile:
         with open(self.partial, "ab") as file:
             file.truncate(self.nbytes)
 
-    def write_chunk(self, chunk: int, stamp: str, images: Iterator[Tensor]) -> None:
-        """Write the images of a chunk, then its record with the ``stamp`` of the image files. Raise OSError.
+    def write_chunk(self, chunk: int, stamp: str, samples: Iterator[tuple[Tensor, int]]) -> None:
+        """Write the samples of a chunk, then its record with the ``stamp`` of the image files. Raise OSError.
 
         Two jobs may write the same chunk, if the file system has no locks: they write the same bytes.
         """
-        checksum = 0
+        checksum, labels = 0, []
         with open(self.partial, "r+b") as file:
-            file.seek(self._start(chunk))
-            for image in images:
+            file.seek(self._places(chunk)[0][0])
+            for image, label in samples:
                 pixels = image.contiguous().numpy().tobytes()
                 checksum = zlib.crc32(pixels, checksum)
                 file.write(pixels)
+                labels.append(label)
+            for start, _ in self._places(chunk)[1:]:
+                content = torch.tensor(labels, dtype=torch.int64).numpy().tobytes()
+                checksum = zlib.crc32(content, checksum)
+                file.seek(start)
+                file.write(content)
         with open(self.records, "ab", buffering=0) as records:
             records.write(f"{chunk} {checksum} {stamp}\n".encode())
 
@@ -88,10 +107,12 @@ class CacheFile:
 
     def has_chunk(self, path: Path, chunk: int, checksum: int) -> bool:
         """Return whether the file at ``path`` has the chunk with this checksum. After a power cut it may not."""
-        rows = self.rows(chunk)
+        found = 0
         with open(path, "rb") as file:
-            file.seek(self._start(chunk))
-            return zlib.crc32(file.read(len(rows) * math.prod(self.shape))) == checksum
+            for start, size in self._places(chunk):
+                file.seek(start)
+                found = zlib.crc32(file.read(size), found)
+        return found == checksum
 
     def finish(self) -> None:
         """Write the table of all checksums, and give the file its name. Raise OSError."""
@@ -140,8 +161,12 @@ class CacheFile:
             self.partial.unlink(missing_ok=True)
             self.records.unlink(missing_ok=True)
 
-    def _start(self, chunk: int) -> int:
-        return chunk * CHUNK_IMAGES * math.prod(self.shape)
+    def _places(self, chunk: int) -> list[tuple[int, int]]:
+        """Return start and size of the images of a chunk, and of its labels."""
+        rows = self.rows(chunk)
+        images = rows.start * self.image_bytes, len(rows) * self.image_bytes
+        labels = self.labels_start + rows.start * LABEL_BYTES, len(rows) * LABEL_BYTES
+        return [images, labels] if self.labels else [images]
 
     def _read_table(self) -> tuple[Sequence[int], int]:
         """Return the checksums and the time of the complete file. Raise ValueError if they are damaged, OSError."""

@@ -51,10 +51,11 @@ def check_node(config: Config, info: RankInfo, num_nodes: int, store: Store, tok
 
 def check_images(config: DataConfig) -> str:
     """Return the origin of the images. Raise UserError if they are not here: preflight downloads nothing."""
+    config = replace(config, cache="off")  # writes nothing
     if is_import_name(config.name):
         return load_data(config).source
     require_local_data(config)
-    with open_data(replace(config, cache="off")) as data:  # writes nothing
+    with open_data(config) as data:
         return data.source
 
 

@@ -21,6 +21,8 @@ from distlenet.data.cache_build import CacheBuild, Workers, build_cache
 from distlenet.data.cache_file import CHUNK_IMAGES, CacheFile
 from distlenet.data.images import ImageDataset
 from distlenet.data.sources import folder, image_cache, load_data
+from distlenet.data.sources.custom import load_custom
+from distlenet.task import Datasets
 from distlenet.tasks.image_format import measure_images
 from distlenet.utils.errors import UserError
 
@@ -325,3 +327,62 @@ def test_a_job_takes_over_when_the_one_that_decodes_ends(tmp_path, capfd):
         assert "another job decodes the images into" in capfd.readouterr().err
     with closing(waiting):
         assert waiting.round([]).state == "decoding"
+
+
+class Declared:
+    """A user's dataset, which counts how often a sample is read."""
+
+    deterministic = True
+
+    def __init__(self, count: int) -> None:
+        self.reads = [0] * count
+
+    def __len__(self) -> int:
+        return len(self.reads)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.reads[index] += 1
+        return torch.full((3, 5, 7), index, dtype=torch.uint8), index % 3
+
+
+def load_declared(tmp_path, train, test, **more):
+    config = load_config([], ["data.name=builtins:dict", f"data.cache={tmp_path}"]).data
+    return load_custom(lambda: Datasets(train, test, classes=("a", "b", "c"), **more), {}, config)
+
+
+def test_a_dataset_that_declares_to_be_deterministic_is_read_once(tmp_path):
+    train, test = Declared(200), Declared(9)
+    first = load_declared(tmp_path, train, test, fingerprint={"version": "1"})
+    assert (len(first.train), len(first.test)) == (200, 9)
+    images, labels = first.train.get_batch(torch.tensor([199, 0, 77]))
+    assert (images[:, 2, 4, 6].tolist(), labels.tolist()) == ([199, 0, 77], [1, 0, 2])
+    assert first.test.get_batch(torch.tensor([8]))[1].tolist() == [2]
+    assert max(train.reads[1:] + test.reads) == 1
+    again = load_declared(tmp_path, train, test, fingerprint={"version": "1"})
+    assert max(train.reads[1:] + test.reads) == 1
+    assert torch.equal(again.train.images, first.train.images)
+    load_declared(tmp_path, train, test, fingerprint={"version": "2"})
+    assert min(train.reads + test.reads) == 2
+
+
+def test_a_changed_sample_without_a_fingerprint_is_found(tmp_path):
+    class Shifted(Declared):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            image, label = super().__getitem__(index)
+            return image + 1, label
+
+    assert load_declared(tmp_path, Declared(200), Declared(9)).train[5][0].unique().tolist() == [5]
+    assert load_declared(tmp_path, Shifted(200), Declared(9)).train[5][0].unique().tolist() == [6]
+
+
+def test_other_datasets_and_floating_point_are_not_cached(tmp_path):
+    class Undeclared(Declared):
+        deterministic = False
+
+    class Floats(Declared):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return super().__getitem__(index)[0].float(), 0
+
+    load_declared(tmp_path, Undeclared(5), Declared(5))
+    load_declared(tmp_path, Floats(5), Floats(5))
+    assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,10 @@ from distlenet.data.decoding import channels_of, convert, to_tensor
 from distlenet.data.images import height_and_width, size_text
 from distlenet.data.resizing import resize_images
 from distlenet.data.sizing import wanted_size
+from distlenet.data.sources.custom_cache import cache_samples
 from distlenet.data.validation import split_validation
 from distlenet.distributed.collectives import raise_on_all_ranks
+from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.task import Datasets
 from distlenet.utils.errors import UserError
 
@@ -57,16 +59,21 @@ class SampleImages:
 
 
 def load_custom(
-    function: Callable[..., Datasets], args: Mapping[str, Any], config: DataConfig, local_rank: int = 0
+    function: Callable[..., Datasets],
+    args: Mapping[str, Any],
+    config: DataConfig,
+    env: DistributedEnvironment | None = None,
 ) -> Datasets:
     """Return the datasets of ``function(**args)``, with images of one shape. A collective, if there is a group.
 
-    Local rank 0 calls the function first, so that the others find what it downloads.
+    Local rank 0 calls the function first, so that the others find what it downloads. Samples of datasets that declare
+    ``deterministic = True`` are cached, if their images are uint8.
     """
     datasets: Any = None
+    env = env or DistributedEnvironment()
     if dist.is_initialized() and dist.get_backend() != "fake":
         with raise_on_all_ranks():
-            if local_rank == 0:
+            if env.local_rank == 0:
                 datasets = function(**args)
     datasets = function(**args) if datasets is None else datasets
     name = f"data.name={config.name}"
@@ -78,10 +85,14 @@ def load_custom(
     def wrap(dataset: Any, split: str) -> SampleImages:
         return SampleImages(dataset, f"{name}, {split} set", size, tuple(first.shape), first.dtype, classes)
 
-    validation = None if datasets.validation is None else wrap(datasets.validation, "validation")
-    train, test = wrap(datasets.train, "training"), wrap(datasets.test, "test")
-    wrapped = replace(datasets, train=train, test=test, validation=validation, source=datasets.source or config.name)
-    return split_validation(wrapped, config.validation)
+    named = {"train": "training", "test": "test", "validation": "validation"}
+    given = {split: getattr(datasets, split) for split in named if getattr(datasets, split) is not None}
+    wrapped: Mapping[str, Any] = {split: wrap(dataset, named[split]) for split, dataset in given.items()}
+    declared = all(getattr(dataset, "deterministic", False) is True for dataset in given.values())
+    if config.cache != "off" and declared and first.dtype == torch.uint8:
+        wrapped = cache_samples(wrapped, datasets.fingerprint, config, env)
+    result = replace(datasets, source=datasets.source or config.name, **wrapped)
+    return split_validation(result, config.validation)
 
 
 def _to_image(image: Any, place: str) -> Tensor:

@@ -78,16 +78,23 @@ def plan_cache(opened: OpenedImages, config: DataConfig) -> CacheFile | None:
     if config.cache == "auto" and small and max(map(len, joined.parts)) * image_bytes <= MAX_DECODED_BYTES:
         return None
     root = os.path.abspath(config.root)
-    decoder = [PIL.__version__, features.version("jpg"), features.version("zlib"), str(torch.__version__)]
-    settings = [VERSION, decoder, joined.files[0].channels, shape, wanted_size(config), config.name, root]
+    settings = [joined.files[0].channels, shape, root]
     stamps = [(name, split.stamps(0, len(split))) for name, split in splits.items()]
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(root).name)[:40] or "root"
+    path, part = cache_paths(config, Path(root).name, settings, stamps)
+    return CacheFile(path, part, len(joined), shape)
+
+
+def cache_paths(config: DataConfig, name: str, settings: Any, contents: Any) -> tuple[Path, Path]:
+    """Return the paths of a complete and of an incomplete cache file: only the first depends on ``contents``."""
+    decoder = [PIL.__version__, features.version("jpg"), features.version("zlib"), str(torch.__version__)]
+    settings = [VERSION, decoder, wanted_size(config), config.name, settings]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:40] or "root"
     directory = cache_directory(config)
-    path = directory / f"{name}-{_digest(settings, stamps)}.images"
-    return CacheFile(path, directory / f"{name}-{_digest(settings)}.images", len(joined), shape)
+    path, part = (directory / f"{name}-{_digest(values)}.images" for values in ([settings, contents], settings))
+    return path, part
 
 
-def _digest(*values: Any) -> str:
+def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
@@ -98,32 +105,34 @@ def cache_directory(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "distlenet"
 
 
+def is_usable(file: CacheFile, problem: str, config: DataConfig) -> bool:
+    """Return whether the file was written. If a ``problem`` has prevented it, warn.
+
+    Raise UserError then if ``data.cache`` is a directory.
+    """
+    if problem and config.cache != "auto":
+        raise UserError(f"data.cache={config.cache}: {problem}; give another directory, or data.cache=off")
+    if problem:
+        warn(
+            f"data.cache=auto: {file.path.parent}: {problem}; the images are decoded again by each job: give "
+            "data.cache=DIRECTORY on another disk"
+        )
+    return not problem
+
+
 def use_cache(
     opened: OpenedImages, file: CacheFile | None, problem: str, config: DataConfig, stack: ExitStack
 ) -> OpenedImages:
-    """Return ``opened`` with the images of the complete ``file``, if there is one.
-
-    If a ``problem`` has prevented it, return ``opened`` unchanged and warn. Raise UserError then if ``data.cache`` is a
-    directory.
-    """
-    if file is None:
+    """Return ``opened`` with the images of the complete ``file``, if ``is_usable``. Raise UserError as that."""
+    if file is None or not is_usable(file, problem, config):
         return opened
-    directory = file.path.parent
-    if problem and config.cache == "auto":
-        warn(
-            f"data.cache=auto: {directory}: {problem}; the images are decoded again by each job: give "
-            "data.cache=DIRECTORY on another disk"
-        )
-        return opened
-    if problem:
-        raise UserError(f"data.cache={config.cache}: {problem}; give another directory, or data.cache=off")
     shared = stack.enter_context(closing(open_shared(file.path)))
     first, splits = 0, dict[str, Any]()
     for name, split in _image_files(opened).items():
-        images = TensorRef(shared.ref, first * (file.nbytes // file.images), (len(split), *file.shape), torch.uint8)
+        images = TensorRef(shared.ref, first * file.image_bytes, (len(split), *file.shape), torch.uint8)
         label_file, labels = share_tensors([split.labels], len(split))
         stack.enter_context(closing(label_file))
-        sampled = len(split) * (file.nbytes // file.images) > MAX_DECODED_BYTES
+        sampled = len(split) * file.image_bytes > MAX_DECODED_BYTES
         splits[name] = StoredImages(images, labels, sampled)
         first += len(split)
     return replace(opened, **splits)

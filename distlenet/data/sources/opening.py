@@ -93,10 +93,10 @@ def load_images(config: DataConfig) -> Datasets:
     if not dist.is_initialized() or dist.get_backend() == "fake":
         return load_data(config)
     env = read_environment(os.environ)
-    return _load_function(config, env.local_rank) if is_import_name(config.name) else load_on_node(config, env)
+    return _load_function(config, env) if is_import_name(config.name) else load_on_node(config, env)
 
 
-def _load_function(config: DataConfig, local_rank: int = 0) -> Datasets:
+def _load_function(config: DataConfig, env: DistributedEnvironment | None = None) -> Datasets:
     function = resolve("data.name", config.name, {})
     if config.root != DataConfig().root:
         raise UserError(
@@ -104,7 +104,7 @@ def _load_function(config: DataConfig, local_rank: int = 0) -> Datasets:
             f"{config.root}, if it has this argument"
         )
     check_arguments("data.args", function, config.args)
-    return load_custom(function, config.args, config, local_rank)
+    return load_custom(function, config.args, config, env)
 
 
 def load_on_node(config: DataConfig, env: DistributedEnvironment) -> Datasets:

@@ -1,0 +1,136 @@
+"""The cache of a user's datasets that declare ``deterministic = True``: a sample is the same at each read."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distlenet.config.schema import DataConfig
+from distlenet.data.cache_build import Workers, build_cache
+from distlenet.data.cache_file import CacheFile
+from distlenet.data.sources.image_cache import cache_paths, is_usable
+from distlenet.data.sources.labels import digest_of
+from distlenet.data.sources.opened import StoredImages
+from distlenet.distributed.collectives import all_gather_object, raise_on_all_ranks
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.task import MapDataset
+from distlenet.utils.errors import warn
+from distlenet.utils.mapped_file import TensorRef, open_shared
+
+DIGEST_SAMPLES = 64  # of each split, evenly spaced
+
+
+class Samples(MapDataset, Protocol):
+    """Samples (image, label) of one shape."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return an image and its label."""
+
+
+@dataclass(frozen=True)
+class JoinedSamples:
+    """The samples of all splits, one after the other; ``identity`` is another text if they have changed."""
+
+    splits: Mapping[str, Samples]
+    identity: str
+
+    def __len__(self) -> int:
+        """Return the number of all samples."""
+        return sum(map(len, self.splits.values()))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return a sample."""
+        for split in self.splits.values():
+            if index < len(split):
+                return split[index]
+            index -= len(split)
+        raise IndexError(index)
+
+    def stamps(self, start: int, stop: int) -> list[str]:
+        """Return what identifies the samples."""
+        return [f"{index} {self.identity}" for index in range(start, stop)]
+
+
+def cache_samples(
+    splits: Mapping[str, Samples],
+    fingerprint: Mapping[str, str] | None,
+    config: DataConfig,
+    env: DistributedEnvironment,
+) -> Mapping[str, Any]:
+    """Return ``splits`` with their samples in a mapped file. A collective, if there is a group.
+
+    They are identified by ``fingerprint``, or else by some samples. Raise UserError if ``data.cache`` is a directory
+    that cannot hold them.
+    """
+    distributed = dist.is_initialized() and dist.get_backend() != "fake"
+    exchange: Callable[[Any], list[Any]] = all_gather_object if distributed else lambda value: [value]
+    together = raise_on_all_ranks if distributed else nullcontext
+    first = env.local_rank == 0 or not distributed
+    workers = Workers(env.local_rank, env.local_world_size, env.node_rank, env.rank == 0, exchange)
+
+    def of_node(value: Any) -> Any:
+        """Return the value of the first rank of this node. A collective."""
+        return next(
+            found
+            for node, is_first, found in exchange((env.node_rank, first, value))
+            if is_first and node == env.node_rank
+        )
+
+    with ExitStack() as stack:
+        plan: tuple[str, CacheFile, bool] | None = None
+        with together():
+            if first:
+                plan = _plan(splits, fingerprint, config)
+        identity, file, wanted = of_node(plan)
+        problem = ""
+        if any(exchange(wanted)):
+            dataset = JoinedSamples(splits, identity) if wanted else None
+            problem = build_cache(file if wanted else None, dataset, workers, keep=config.cache != "auto")
+        stored: dict[str, StoredImages] = {}
+        with together():
+            if first and is_usable(file, problem, config):
+                stored = _open(file, splits, stack)
+        stored = of_node(stored)
+        with together():  # no rank closes the file before all have mapped it
+            try:
+                return {**splits, **{name: images.map() for name, images in stored.items()}}
+            except OSError as error:
+                warn(f"rank {env.rank}: cannot map the cached images ({error}) and decodes them")
+                return splits
+
+
+def _plan(
+    splits: Mapping[str, Samples], fingerprint: Mapping[str, str] | None, config: DataConfig
+) -> tuple[str, CacheFile, bool]:
+    """Return what identifies the samples, the file for them, and whether they have to be decoded."""
+    shape = tuple(splits["train"][0][0].shape)
+    lengths = {name: len(split) for name, split in splits.items()}
+    contents = (
+        dict(fingerprint) if fingerprint is not None else {name: _digest(split) for name, split in splits.items()}
+    )
+    path, part = cache_paths(config, config.name.replace(":", "-"), [config.args, shape], [lengths, contents])
+    file = CacheFile(path, part, sum(lengths.values()), shape, labels=True)
+    return path.name, file, not file.is_intact()
+
+
+def _digest(split: Samples) -> str:
+    """Return a digest of evenly spaced samples."""
+    rows = {number * (len(split) - 1) // (DIGEST_SAMPLES - 1) for number in range(DIGEST_SAMPLES)} if len(split) else ()
+    samples = [split[row] for row in sorted(rows)]
+    return digest_of(*(image for image, _ in samples), torch.tensor([label for _, label in samples]))
+
+
+def _open(file: CacheFile, splits: Mapping[str, Samples], stack: ExitStack) -> dict[str, StoredImages]:
+    """Return the images and labels of the complete file."""
+    shared = stack.enter_context(closing(open_shared(file.path)))
+    first, stored = 0, {}
+    for name, split in splits.items():
+        images = TensorRef(shared.ref, first * file.image_bytes, (len(split), *file.shape), torch.uint8)
+        labels = TensorRef(shared.ref, file.labels_start + 8 * first, (len(split),), torch.int64)
+        stored[name] = StoredImages(images, labels, sampled=True)  # the statistics are those without the cache
+        first += len(split)
+    return stored
