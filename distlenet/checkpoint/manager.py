@@ -4,13 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+import torch
 from torch import nn
 
 from distlenet.checkpoint.compatibility import choose_resumable
 from distlenet.checkpoint.format import State, load_model
 from distlenet.checkpoint.store import CheckpointStore
 from distlenet.config.schema import Config
-from distlenet.distributed.collectives import broadcast_object, raise_on_all_ranks
+from distlenet.distributed.collectives import broadcast_object, broadcast_state, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import Preemption
 from distlenet.utils.errors import Preempted, UserError
@@ -59,10 +60,11 @@ class CheckpointManager:
                 self.store.remove_temporary_files()
                 selected = choose_resumable(self.config, self.store, self.model)
                 self.store.repair_last()
-        selected = broadcast_object(selected)
-        if selected is None:
+        path = broadcast_object(selected and selected[0])
+        if path is None:
             return None
-        path, state = selected
+        device = self.context.device if self.context.backend == "nccl" else torch.device("cpu")
+        state = broadcast_state(selected[1] if selected else {}, device)
         load_model(self.model, state, path)
         try:
             target.load_state_dict(state)

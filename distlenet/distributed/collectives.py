@@ -11,8 +11,14 @@ from torch import Tensor
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.utils.errors import UserError
+from distlenet.utils.nested import map_tensors, tensors_in
 
 T = TypeVar("T")
+
+LARGE_BYTES = 2**20
+"""A larger tensor of a state is sent by itself, without pickling it."""
+PART_BYTES = 2**26
+"""At most so many bytes are sent at once: with NCCL, they take memory on the GPU."""
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -55,6 +61,35 @@ def broadcast_object(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def broadcast_state(state: T, device: torch.device) -> T:
+    """Return rank 0's ``state``, nested tensors on the CPU and other values, on every rank. A collective.
+
+    Large tensors are sent in parts, so that rank 0 needs no memory for a copy, and the others for one. ``device`` is
+    where the process group communicates.
+    """
+    if dist.get_world_size() == 1:
+        return state
+    outline = broadcast_object(map_tensors(lambda tensor: tensor.to("meta") if _is_large(tensor) else tensor, state))
+    received = state if dist.get_rank() == 0 else map_tensors(_allocate, outline)
+    for large, tensor in zip(tensors_in(outline), tensors_in(received), strict=True):
+        if not large.is_meta:
+            continue
+        for part in tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).split(PART_BYTES):
+            sent = part.to(device)  # the same memory on a CPU
+            dist.broadcast(sent, src=0)
+            part.copy_(sent)
+    return received
+
+
+def _is_large(tensor: Tensor) -> bool:
+    dense = tensor.layout == torch.strided and torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    return dense and tensor.nbytes > LARGE_BYTES
+
+
+def _allocate(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
 
 
 def from_rank_0(compute: Callable[[], T]) -> T:

@@ -151,7 +151,7 @@ def _memory(trainer: Trainer) -> dict[str, int]:
     if trainer.config.train.ema_decay is not None:
         memory["averages"] = weights
     if trainer.config.distributed.reduction == "exact":
-        memory["exact sums"] = 2 * 8 * sum(p.numel() for p in trainer.model.parameters())
+        memory["exact sums"] = 8 * sum(p.numel() for p in trainer.model.parameters())
     stored = trainer.loader.sample_batch().data
     inputs = trainer.train_step.on_device.example
     per_sample = sum(tensor.nbytes for tensor in tensors_in((stored, inputs)))

@@ -1,19 +1,24 @@
 """Collectives in a group of one rank, and errors that other ranks report."""
 
+import pickle
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from distlenet.distributed import collectives
 from distlenet.distributed.collectives import (
     any_rank,
     broadcast_from_local_rank_0,
     broadcast_object,
+    broadcast_state,
     gather,
     raise_on_all_ranks,
     sum_over_ranks,
 )
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.utils.errors import UserError
+from distlenet.utils.nested import tensors_in
 
 pytestmark = pytest.mark.unit
 
@@ -38,6 +43,48 @@ def test_tensors(group):
 def test_objects(group):
     assert broadcast_object({"a": 1}) == {"a": 1}
     assert broadcast_from_local_rank_0("x", DistributedEnvironment()) == "x"
+
+
+def test_a_state_is_sent_in_parts(monkeypatch):
+    """Rank 0 records what it sends, then another rank receives it."""
+    state = {
+        "large": torch.arange(24.0, dtype=torch.float64).view(1, 2, 3, 4).to(memory_format=torch.channels_last),
+        "list": [torch.ones(50, dtype=torch.cfloat) * 2j, torch.arange(99) % 2 == 0, torch.ones(40).bfloat16()],
+        "expanded": torch.ones(1).expand(100),
+        "sparse": torch.eye(30).to_sparse(),
+        "small": torch.ones(2),
+        "step": 3,
+    }
+    sent, sizes = [], []
+
+    def send(tensor, src):
+        assert src == 0
+        sizes.append(tensor.nbytes)
+        sent.append(tensor.clone())
+
+    def run(rank, value, broadcast_object, broadcast):
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(collectives, "broadcast_object", broadcast_object)
+        monkeypatch.setattr(dist, "broadcast", broadcast)
+        return broadcast_state(value, torch.device("cpu"))
+
+    monkeypatch.setattr(collectives, "LARGE_BYTES", 64)
+    monkeypatch.setattr(collectives, "PART_BYTES", 100)
+    assert run(0, state, lambda value: sent.append(pickle.dumps(value)) or value, send) is state
+    assert sizes == [100, 92, 100, 100, 100, 100, 99, 80]
+    received = run(
+        1,
+        {},
+        lambda _: pickle.loads(sent.pop(0)),
+        lambda tensor, src: tensor.copy_(sent.pop(0)),  # noqa: ARG005
+    )
+    assert not sent
+    assert received["step"] == 3
+    for own, other in zip(tensors_in(state), tensors_in(received), strict=True):
+        assert own.dtype == other.dtype
+        assert torch.equal(own.to_dense(), other.to_dense())
+    assert received["large"].stride() == state["large"].stride()
 
 
 def test_the_value_of_the_own_node_is_returned(monkeypatch):
