@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional
 
 from distlenet.config.loading import load_config
 from distlenet.task import SampleKeys
-from distlenet.tasks.augmentation import make_augmentation
+from distlenet.tasks.augmentation import Plan, make_augmentation
 from distlenet.tasks.boxes import ATTEMPTS, BOX_DRAWS, random_boxes
 from distlenet.tasks.color_jitter import ColorJitter
 from distlenet.tasks.cropping import Cropping, resample
@@ -175,8 +175,10 @@ def test_stored_images_do_not_change():
     for images in (make_images(6, 3, 24, 24), make_images(6, 3, 24, 24) / 1.0):
         before = images.clone()
         make_transform(images, "data.erase=1")(images, keys_of(6))
-        make_transform(images, "data.flip=0")(images, None)
+        make_transform(images, "data.flip=0.5")(images, None)
         assert torch.equal(images, before)
+    make_augmentation(load_config([], ["data.brightness=1"]).data).change(images, Plan(colors=torch.zeros(6, 4)))
+    assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,8 @@ def test_task_crops_for_training_evaluation_and_prediction():
     settings = ["device=cpu", "data.name=digits", "data.crop=24", "data.mixup=0.2"]
     task = ImageClassification(load_config([], settings))
     own = task.datasets().train.get_batch(torch.arange(6))
-    assert task.random_transform
+    for word, random in (("data.flip=0.5", True), ("data.erase_scale=[0.1,0.2]", False)):
+        assert ImageClassification(load_config([], [word])).random_transform == random
     inputs, _ = task.transform((own, own), keys_of(6))
     assert inputs.shape == (6, 1, 32, 32)  # padded for LeNet
     restored = ImageClassification(load_config([], settings))
