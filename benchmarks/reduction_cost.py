@@ -21,7 +21,7 @@ from distlenet.config.loading import load_config
 from distlenet.config.schema import Config
 from distlenet.distributed.context import DistributedContext, init_distributed
 from distlenet.distributed.preemption import Preemption
-from distlenet.reduction import wrapped_model
+from distlenet.reduction import factory, wrapped_model
 from distlenet.task import Batch
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
@@ -29,11 +29,12 @@ from distlenet.training.trainer import Trainer
 
 STEPS = 15  # of a way in a round
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ddp": wrapped_model.OPTIONS,
+    "ddp, wrapped": wrapped_model.OPTIONS,  # by DistributedDataParallel, as on GPUs and between machines
     "ddp, buckets of 64 KiB": {**wrapped_model.OPTIONS, "bucket_cap_mb": 1 / 16},
     "ddp, static graph": {**wrapped_model.OPTIONS, "static_graph": True},
     "ddp, gradients copied": {"gradient_as_bucket_view": False},
 }
+fits_flat = factory.fits_flat_buffer
 BF16 = "ddp, bf16 between ranks"
 SHARDS = (2, 4, 8)
 GLOO = "distributed.shared_memory=off"
@@ -55,7 +56,9 @@ def batches(trainer: Trainer) -> Iterator[Batch]:
 def measure(batch: int, rounds: int, only: list[str]) -> None:
     """Measure ddp, and the ways with a part of ``only`` in their names, as one rank; rank 0 prints the rows."""
     exact = "distributed.reduction=exact"
-    ways: dict[str, list[str]] = {name: [] for name in OPTIONS} | {BF16: ["distributed.gradient_compression=bf16"]}
+    ways: dict[str, list[str]] = (
+        {"ddp": []} | {name: [] for name in OPTIONS} | {BF16: ["distributed.gradient_compression=bf16"]}
+    )
     ways |= {"exact, auto shards": [exact]}
     ways |= {f"exact, {shards} shards": [exact, f"distributed.virtual_shards={shards}"] for shards in SHARDS}
     ways |= {f"{name}, by Gloo": [*ways[name], GLOO] for name in ("ddp", f"exact, {SHARDS[0]} shards")}
@@ -65,7 +68,8 @@ def measure(batch: int, rounds: int, only: list[str]) -> None:
     trainers = []
     with tempfile.TemporaryDirectory() as scratch, init_distributed(configs[0]) as context:
         for name, config in zip(ways, configs, strict=True):
-            wrapped_model.OPTIONS = OPTIONS.get(name, OPTIONS["ddp"])
+            wrapped_model.OPTIONS = OPTIONS.get(name, OPTIONS["ddp, wrapped"])
+            factory.fits_flat_buffer = lambda *arguments, wraps=name in OPTIONS: not wraps and fits_flat(*arguments)
             trainers.append(make_trainer(config, context, Path(scratch), Preemption(25)))
         feeds = [batches(trainer) for trainer in trainers]
         seconds: list[list[float]] = [[] for _ in trainers]

@@ -216,7 +216,9 @@ class DistributedConfig:
 
     backend: Literal["auto", "nccl", "gloo"] = setting("auto", "auto: NCCL if each rank has its own GPU, else Gloo.")
     reduction: Literal["exact", "ddp"] = setting(
-        "ddp", "exact: the same bits on any number of ranks; ddp: the sums of DistributedDataParallel.", result=True
+        "ddp",
+        "exact: the same bits on any number of ranks; ddp: floats added, as by DistributedDataParallel.",
+        result=True,
     )
     gradient_compression: Literal["none", "bf16"] = setting(
         "none", "bf16: ddp sends gradients rounded to bf16, half the bytes; for many nodes.", result=True

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.buffers import BufferAverage
-from distlenet.reduction.gradients import group_by_size, in_memory_order
+from distlenet.reduction.gradients import MeanFactors, group_by_size, in_memory_order
 from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep, T, mark_nonfinite
 from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
@@ -70,7 +70,7 @@ class ExactReducer:
         self.to_bound = 2.0 ** (128 - limit_bits)
         self.to_grid = 2.0**self.GRID_BITS / self.to_bound
         device = self.parameters[0].device
-        self.clock = Clock(device)
+        self.clock, self.factors = Clock(device), MeanFactors(device)
         count = sum(self.sizes)
         self.exchanged = torch.zeros(count + weighted + 1, dtype=torch.float64, device=device)
         self.sum, self.flag = self.exchanged[:count], self.exchanged[-1]
@@ -134,15 +134,14 @@ class ExactStep(ReductionStep):
 
     def backward(self, loss_sum: Tensor, weight_sum: Tensor | None = None) -> None:
         """Add the gradient of a shard."""
-        loss = loss_sum * (1 / self.global_size)
-        self.reducer.flag.add_(loss.detach() * 0)  # NaN if the loss is not finite
+        self.reducer.flag.add_(loss_sum.detach(), alpha=0)  # NaN if the loss is not finite
         if weight_sum is not None and self.reducer.weight is not None:
             self.reducer.weight.add_(weight_sum)  # exact: the weights are multiples of 2**-20, in units of 2**k
-        self.differentiate(loss)
+        self.differentiate(loss_sum, self.reducer.factors[self.global_size, loss_sum.dtype])
 
-    def differentiate(self, loss: Tensor) -> None:
-        """Compute the gradient of one shard."""
-        loss.backward()
+    def differentiate(self, loss_sum: Tensor, factor: Tensor) -> None:
+        """Compute the gradient of ``loss_sum`` * ``factor``, of one shard."""
+        loss_sum.backward(gradient=factor)
 
     def add_shard(self) -> None:
         """Move the gradient of one shard into the exact sum."""
@@ -170,10 +169,9 @@ class ExactStep(ReductionStep):
             reducer.sum.zero_()
         reducer.all_reduce(reducer.exchanged)
         reduced = reducer.clock.mark(self.time_in_graph)
-        reducer.sum.mul_(2.0**-reducer.GRID_BITS)
         if reducer.weight is not None:
             reducer.sum.div_(reducer.weight / self.global_size)
-        flat = reducer.sum.float()
+        flat = reducer.sum.float().mul_(2.0**-reducer.GRID_BITS)  # a power of two: only float() rounds
         for parameter, gradient in zip(reducer.parameters, flat.split(reducer.sizes), strict=True):
             parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())  # as fused optimizers need it
         # Each gradient is below 2**12, so their sum is finite if all of them are. Infinity and NaN times 0 are NaN.

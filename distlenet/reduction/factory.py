@@ -39,8 +39,8 @@ def make_reducer(
     if settings.reduction == "ddp":
         compress = settings.gradient_compression == "bf16"
         steps, find_unused = config.train.accumulation_steps, settings.find_unused_parameters
-        if next(model.parameters()).device.type == "cuda" and not compress and fits_flat_buffer(model):
-            return FlatReducer(model, env, steps, size, weighted, find_unused)
+        if not compress and fits_flat_buffer(model, all_reduce):
+            return FlatReducer(model, env, steps, size, all_reduce, weighted, find_unused)
         return DdpReducer(model, env, steps, size, all_reduce, compress, weighted, find_unused)
     kind = LockstepReducer if config.model.sync_batchnorm else ExactReducer
     return kind(model, env, virtual_shards(config), size, check_finite, all_reduce, weighted)

@@ -1,4 +1,4 @@
-"""Gradient reduction on a GPU by one all-reduce of one buffer, for small networks."""
+"""Gradient reduction by one all-reduce of one buffer: on a GPU for small networks, on CPUs in shared memory for all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction.buffers import BufferAverage
-from distlenet.reduction.gradients import fill_unused, in_memory_order
+from distlenet.reduction.gradients import MeanFactors, fill_unused, in_memory_order
 from distlenet.reduction.micro_batches import ConsecutiveMicroBatches
 from distlenet.reduction.reducer import ExampleLoss, MicroBatch, ReductionResult, ReductionStep, mark_nonfinite
+from distlenet.reduction.shared_memory import AllReduce
 from distlenet.task import Data
 from distlenet.utils.clock import Clock
 from distlenet.utils.nested import count_samples
@@ -20,18 +21,28 @@ MAX_BYTES = 2**20
 """The size of the first bucket of DistributedDataParallel: up to it, a backward pass has nothing to overlap with."""
 
 
-def fits_flat_buffer(model: nn.Module) -> bool:
-    """Return whether all trainable parameters are dense, in float32, and together at most ``MAX_BYTES``."""
+def fits_flat_buffer(model: nn.Module, all_reduce: AllReduce) -> bool:
+    """Return whether all trainable parameters are dense, in float32, and together at most ``MAX_BYTES``.
+
+    In shared memory they may be larger: there, ranks wait for each other in an all-reduce, and nothing overlaps.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dense = all(p.dtype == torch.float32 and torch.empty_like(p).stride() == p.stride() for p in parameters)
-    return dense and sum(parameter.nbytes for parameter in parameters) <= MAX_BYTES
+    small = sum(parameter.nbytes for parameter in parameters) <= MAX_BYTES
+    return dense and (small if on_gpu(model) else all_reduce is not dist.all_reduce)
+
+
+def on_gpu(model: nn.Module) -> bool:
+    """Return whether the parameters are on a GPU."""
+    return next(model.parameters()).device.type == "cuda"
 
 
 class FlatReducer(ConsecutiveMicroBatches):
     """Gradients, stop flag and sum of weights in one float32 buffer.
 
-    DistributedDataParallel copies each gradient to its bucket by a separate kernel, which for a small network takes
-    longer than the computation.
+    DistributedDataParallel copies each gradient to its bucket by a separate kernel, which for a small network on a GPU
+    takes longer than the computation. On CPUs, its Python code takes 0.1 ms or
+    more per step: compare ``ddp`` with ``ddp, wrapped`` of benchmarks/reduction_cost.py.
     """
 
     capture_after = 3  # steps: they create the state of optimizer, cuBLAS and NCCL
@@ -42,6 +53,7 @@ class FlatReducer(ConsecutiveMicroBatches):
         env: DistributedEnvironment,
         accumulation_steps: int,
         micro_batch_size: int,
+        all_reduce: AllReduce = dist.all_reduce,
         weighted: bool = False,
         find_unused: bool = False,
     ) -> None:
@@ -50,9 +62,10 @@ class FlatReducer(ConsecutiveMicroBatches):
         self.model, self.weighted, self.find_unused = model, weighted, find_unused
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.sizes = [parameter.numel() for parameter in self.parameters.values()]
-        self.device = next(iter(self.parameters.values())).device
-        self.clock, self.buffers = Clock(self.device), BufferAverage(model, 1, dist.all_reduce)
-        self.factors: dict[int, Tensor] = {}  # by the size of the global batch
+        device = next(iter(self.parameters.values())).device
+        self.all_reduce, self.clock, self.buffers = all_reduce, Clock(device), BufferAverage(model, 1, all_reduce)
+        self.factors = MeanFactors(device)
+        self.flat = torch.empty(sum(self.sizes) + 1 + weighted, device=device)  # the gradients of a step are its parts
 
     def warm_up(self, example_loss: ExampleLoss) -> None:
         """Do nothing: no state depends on the first step."""
@@ -60,12 +73,6 @@ class FlatReducer(ConsecutiveMicroBatches):
     def reset(self, example_loss: ExampleLoss) -> None:  # noqa: ARG002
         """Undo the changes of buffers; a step keeps no other state."""
         self.buffers.reset()
-
-    def factor(self, global_size: int) -> Tensor:
-        """Return 1 / ``global_size`` on the device: the gradient of the mean loss in the sum of the losses."""
-        if global_size not in self.factors:
-            self.factors[global_size] = torch.full((), 1 / global_size, device=self.device)
-        return self.factors[global_size]
 
     @contextmanager
     def step(self, global_size: int, stop: Tensor, time_in_graph: bool = False) -> Iterator[ReductionStep]:
@@ -88,7 +95,7 @@ class _FlatStep(ReductionStep):
 
     def backward(self, loss_sum: Tensor, weight_sum: Tensor | None = None) -> None:
         self.flag = torch.add(self.flag, loss_sum.detach(), alpha=0)  # NaN if the loss is not finite
-        factor = self.reducer.factor(self.global_size)
+        factor = self.reducer.factors[self.global_size, loss_sum.dtype]
         if weight_sum is not None:
             weight = weight_sum * factor
             self.weight = weight if self.weight is None else self.weight + weight
@@ -103,8 +110,8 @@ class _FlatStep(ReductionStep):
         rest = [self.flag.view(1)]
         if reducer.weighted:
             rest.append(torch.zeros_like(rest[0]) if self.weight is None else self.weight.float().view(1))
-        flat = torch.cat([*(in_memory_order(p) for p in parameters.values()), *rest])
-        dist.all_reduce(flat)  # collective
+        flat = torch.cat([*(in_memory_order(p) for p in parameters.values()), *rest], out=reducer.flat)
+        reducer.all_reduce(flat)  # collective
         reduced = reducer.clock.mark(self.time_in_graph)
         *gradients, flag = flat.split([*reducer.sizes, len(rest)])
         weight = flag[1] if reducer.weighted else None

@@ -13,6 +13,21 @@ UNUSED = (
 )
 
 
+class MeanFactors(dict[tuple[int, torch.dtype], Tensor]):
+    """1 / size of the global batch, by size and dtype: the gradient of the mean loss in the sum of the losses."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Keep the factors on ``device``."""
+        super().__init__()
+        self.device = device
+
+    def __missing__(self, key: tuple[int, torch.dtype]) -> Tensor:
+        """Make the factor of a size, at its first use."""
+        global_size, dtype = key
+        self[key] = torch.full((), 1 / global_size, dtype=dtype, device=self.device)
+        return self[key]
+
+
 def fill_unused(parameters: Mapping[str, nn.Parameter], allowed: bool) -> None:
     """Give parameters without a gradient one of 0. Raise UserError if these are not ``allowed``."""
     unused = [name for name, parameter in parameters.items() if parameter.grad is None]

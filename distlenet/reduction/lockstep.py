@@ -248,9 +248,9 @@ class _LockstepStep(ExactStep):
 
         return self.reducer.map(compute, self.reducer.split(data))
 
-    def differentiate(self, loss: Tensor) -> None:
+    def differentiate(self, loss_sum: Tensor, factor: Tensor) -> None:
         parameters = self.reducer.parameters  # their ``grad`` is shared by all shards
-        gradients = torch.autograd.grad(connect(loss), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(connect(loss_sum), parameters, factor, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         self.add_shard()

@@ -66,6 +66,7 @@ class DeviceStep:
         scaled = self.scaler.is_enabled()
         self.optimizer = make_optimizer(config.optim, parameter_groups(task, self.model), loss_scaling=scaled)
         check_optimizer(config.optim, self.optimizer)
+        self.parameters: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
         trained_model = compile_model(self.model, self.device) if config.model.compile else self.model
         self.reducer = make_reducer(config, trained_model, context.env, not scaled, self.outline.weighted)
         skips_on_device = scaled or getattr(self.optimizer, "_step_supports_amp_scaling", False)  # if it is fused
@@ -124,7 +125,8 @@ class DeviceStep:
             if taken and reduction.buffer_change is not None:
                 skip = None if self.flags is None else self.flags.found_inf
                 self.reducer.buffers.apply(reduction.buffer_change, skip)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:  # as Optimizer.zero_grad, which takes ten times as long
+            parameter.grad = None
         times = StepTimes(begin, reduction.gradient_ready, reduction.reduced, self.clock.mark(want_grad_norm))
         return DeviceResult(grad_norm, stop, skipped, taken, times)
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,6 +168,7 @@ def test_flat_gradient_of_weighted_losses_is_divided_by_the_weights():
         for micro_batch in step.micro_batches(torch.tensor([3.0, 5.0])):
             step.backward((layer.weight * micro_batch.data).sum(), micro_batch.data.double().sum() * 2)
     assert layer.weight.grad.item() == 0.5
+    layer.zero_grad()
     with reducer.step(2, torch.tensor(0.0)) as step:
         for _ in step.micro_batches(torch.zeros(1)):
             step.backward((layer.weight * 0).sum(), torch.zeros(()).double())
@@ -174,16 +176,22 @@ def test_flat_gradient_of_weighted_losses_is_divided_by_the_weights():
 
 
 @pytest.mark.parametrize(
-    ("model", "fits"),
+    ("model", "all_reduce", "fits"),
     [
-        (nn.Linear(511, 512), True),  # 2**20 bytes
-        (nn.Linear(512, 512), False),
-        (nn.Linear(1, 1).double(), False),
-        (nn.Linear(512, 512).requires_grad_(requires_grad=False), True),
+        (nn.Linear(512, 512), abs, True),  # as in shared memory
+        (nn.Linear(512, 512), dist.all_reduce, False),
+        (nn.Linear(1, 1).double(), abs, False),
     ],
 )
-def test_networks_up_to_one_mebibyte_are_reduced_flat(model, fits):
-    assert fits_flat_buffer(model) == fits
+def test_cpu_networks_are_reduced_flat_in_shared_memory(model, all_reduce, fits):
+    assert fits_flat_buffer(model, all_reduce) == fits
+
+
+@pytest.mark.parametrize(("width", "fits"), [(511, True), (512, False)])  # 2**20 bytes, and more
+def test_gpu_networks_up_to_one_mebibyte_are_reduced_flat(monkeypatch, width, fits):
+    layer = nn.Linear(width, 512)
+    monkeypatch.setattr("distlenet.reduction.flat.on_gpu", lambda _: True)
+    assert fits_flat_buffer(layer, dist.all_reduce) == fits
 
 
 @given(st.integers(0, 100), st.sampled_from([(1, 8), (2, 8), (4, 8), (8, 8), (3, 6), (2, 12), (1, 1)]))
@@ -420,9 +428,17 @@ def test_sizes_that_divide():
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize(("setting", "kind"), [(EXACT, ExactReducer), (DDP, DdpReducer)])
-def test_configured_reducer_is_made(setting, kind):
-    assert type(make_reducer(load_config([], [setting]), Net(), ONE_RANK, check_finite=True)) is kind
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ([EXACT], ExactReducer),
+        ([DDP], FlatReducer),
+        ([DDP, "distributed.shared_memory=off"], DdpReducer),
+        ([DDP, "distributed.gradient_compression=bf16"], DdpReducer),
+    ],
+)
+def test_configured_reducer_is_made(settings, kind):
+    assert type(make_reducer(load_config([], settings), Net(), ONE_RANK, check_finite=True)) is kind
 
 
 @pytest.mark.usefixtures("group")
