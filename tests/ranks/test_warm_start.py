@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -98,6 +99,16 @@ def test_there_is_no_gpu_context(start, output, tmp_path):
     )
     assert start(script).wait(LIMIT_S) == 0, output.read_text()
     assert output.read_text() == "False False\n"
+
+
+def test_a_rank_dies_with_its_agent(start, output, tmp_path):
+    script = tmp_path / "death.py"
+    script.write_text(
+        "import ctypes; number = ctypes.c_int()\n"
+        "ctypes.CDLL(None).prctl(2, ctypes.byref(number)); print(number.value)"  # PR_GET_PDEATHSIG
+    )
+    assert start(script).wait(LIMIT_S) == 0, output.read_text()
+    assert output.read_text() == f"{signal.SIGKILL.value}\n"
 
 
 @pytest.mark.parametrize(
