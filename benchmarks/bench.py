@@ -33,6 +33,7 @@ SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
     "wandb": ("Cost of W&B", [["wandb_cost.py", "--within", "--rounds", "3"]]),
     "graph": ("A step on a GPU, counted without one", [["graph_cost.py"]]),
     "images": ("A directory of JPEG images", [["images.py"]]),
+    "restarts": ("Restarts of killed ranks", [["restarts.py"]]),
     "size": ("Large datasets: memory and start", [["size.py"]]),
     "growth": ("Large networks: checkpoints, replica check, exact sums", [["growth.py"]]),
     "gpu": (

@@ -2,9 +2,8 @@
 
 ``python benchmarks/restarts.py [--kills 30]`` trains a run undisturbed, then again while its ranks are killed. The
 launcher alternates between ``python -m distlenet.launch``, which forks ranks from a process that has imported
-everything, and torchrun, which starts interpreters: each restarts ranks after ``--block`` kills, and is then stopped,
-and the other continues the run. Prints the times with each launcher. At the end the weights must be bit-identical to
-those of the undisturbed run. The first rank killed is random, and so is the moment.
+everything (warm), and torchrun, which starts interpreters (cold): after ``--block`` kills, the other one continues the
+run. At the end the weights must be bit-identical to those of the undisturbed run.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the times and victims (0)")
     arguments = parser.parse_args()
     random_ = random.Random(arguments.seed)
-    epochs = max(10, 2 * EPOCHS_PER_KILL * arguments.kills)
+    epochs = max(10, 4 * EPOCHS_PER_KILL * arguments.kills)
     seconds: dict[str, list[float]] = {launcher: [] for launcher in LAUNCHERS}
     with tempfile.TemporaryDirectory(prefix="restarts-") as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
@@ -77,14 +76,13 @@ def main() -> None:
                         sys.exit(f"{log.read_text()[-6000:]}\nthe run ended before the last kill")
         if agent is None or agent.wait() != 0:
             sys.exit(log.read_text()[-6000:])
+        print("| start of ranks | from a kill to the next step, median | range | kills |\n| --- | --- | --- | --- |")
         for launcher, times in seconds.items():
-            print(
-                f"{launcher}: from a killed rank to the next step: median {statistics.median(times):.2f} s, "
-                f"{min(times):.2f} to {max(times):.2f} s, {len(times)} kills"
-            )
+            median, span = statistics.median(times), f"{min(times):.2f} to {max(times):.2f} s"
+            print(f"| {launcher} | {median:.2f} s | {span} | {len(times)} |")
         a, b = final_weights(whole / "run"), final_weights(broken / "run")
     equal = a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    print("weights: bit-identical" if equal else "weights: NOT identical")
+    print("\nThe weights at the end are " + ("bit-identical" if equal else "NOT identical"))
     sys.exit(not equal)
 
 
