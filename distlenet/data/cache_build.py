@@ -145,7 +145,6 @@ class CacheBuild:
                     self.file.write_chunk(chunk, stamp, (self.dataset[row] for row in self.file.rows(chunk)))
             except BaseException:
                 self.stopped = True
-                self.chunks.appendleft(chunk)
                 raise
             if self.progress is not None:
                 self.progress.update(1 - len(self.chunks) / self.share)
