@@ -51,6 +51,9 @@ def random_boxes(
 
 
 def center_boxes(like: Tensor, size: tuple[int, int], sides: tuple[int, int]) -> Boxes:
-    """Return the box of height and width ``sides`` in the center of ``size``, for each of the n images ``like``."""
+    """Return the box of height and width ``sides`` in the center of ``size``, for each of the n images ``like``.
+
+    The position is rounded down: CenterCrop of torchvision rounds some of the halves up.
+    """
     top, left = (size[0] - sides[0]) // 2, (size[1] - sides[1]) // 2
     return Boxes(*(torch.full((len(like),), value, device=like.device) for value in (top, left, *sides)))
