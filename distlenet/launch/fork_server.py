@@ -102,9 +102,10 @@ def wait_for_request(connection: "Connection") -> Request:
     while True:
         try:
             request: Request = connection.recv()
-        except EOFError:
+            is_rank = fork_child_of(agent, connection)
+        except (EOFError, ConnectionError):
             sys.exit(0)
-        if fork_child_of(agent, connection):
+        if is_rank:
             connection.close()
             return request
 

@@ -1,6 +1,7 @@
 """Ranks that are forked from the fork server; test_survival.py has whole jobs of them."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT_S, clean_environment
 
-from distlenet.launch.fork_server import unsafe_to_fork
+from distlenet.launch.fork_server import unsafe_to_fork, wait_for_request
 from distlenet.launch.forked_rank import split_numactl
 from distlenet.launch.warm_start import ForkedRank, ForkServer
 
@@ -153,6 +154,15 @@ def test_a_server_that_cannot_fork_is_not_started_again(monkeypatch):
     for _ in range(2):
         assert server.fork(((), {}, (None, None), set())) is None
     assert server.process is first
+
+
+def test_a_server_whose_agent_has_gone_ends_without_a_message():
+    agent_end, server_end = multiprocessing.Pipe()
+    server_end.send("not received: the next call fails, as the connection is reset")
+    agent_end.close()
+    with pytest.raises(SystemExit) as ended:
+        wait_for_request(server_end)
+    assert ended.value.code == 0
 
 
 def test_a_process_with_threads_or_files_forks_no_ranks():
