@@ -120,9 +120,6 @@ class CacheBuild:
         if self.records is None:
             self.records = self.file.read_records()
         deadline = time.monotonic() + ROUND_S
-        if self.threads == 1:
-            self._decode_until(deadline)
-            return
         before = torch.get_num_threads()
         try:  # torch's number of threads is that of each thread of Python
             with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -168,9 +165,12 @@ class CacheBuild:
 
 
 def threads_per_rank(workers: Workers) -> int:
-    """Return the CPU cores that this rank may use, divided by the ranks that may use the same. A collective."""
+    """Return the CPU cores that this rank may use, divided by the ranks that may use the same, and 1. A collective.
+
+    With one thread more than cores, a file is read while others are decoded.
+    """
     own = workers.node, frozenset(os.sched_getaffinity(0))
-    return max(1, len(own[1]) // workers.exchange(own).count(own))
+    return len(own[1]) // workers.exchange(own).count(own) + 1
 
 
 def build_cache(file: CacheFile | None, dataset: StampedImages | None, workers: Workers, keep: bool) -> str:
