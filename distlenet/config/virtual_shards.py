@@ -3,8 +3,10 @@
 from distlenet.config.schema import Config
 
 MAX_SHARDS = 8
-MIN_SAMPLES = 32
-"""Samples of a shard: with fewer, its forward and backward pass take longer per sample (benchmarks/RESULTS.md)."""
+MIN_SAMPLES = 128
+"""Samples of a shard: with fewer, a rank that computes several takes more than 10 % longer (benchmarks/RESULTS.md)."""
+MIN_SAMPLES_OF_TWO = 32
+"""Samples of a shard, of two: jobs of two ranks compute one each."""
 
 
 def virtual_shards(config: Config) -> int:
@@ -16,11 +18,11 @@ def resolve_virtual_shards(setting: int | str, global_batch_size: int) -> int:
     """Return the number of shards of a setting. It does not depend on the number of ranks, as the result must not.
 
     auto is the largest power of two up to ``MAX_SHARDS`` that divides the global batch and leaves ``MIN_SAMPLES`` per
-    shard, or 1.
+    shard, or else 2 with ``MIN_SAMPLES_OF_TWO``, or else 1.
     """
     if isinstance(setting, int):
         return setting
     shards = MAX_SHARDS
-    while shards > 1 and (global_batch_size % shards or global_batch_size // shards < MIN_SAMPLES):
+    while shards > 2 and (global_batch_size % shards or global_batch_size // shards < MIN_SAMPLES):
         shards //= 2
-    return shards
+    return shards if global_batch_size % shards == 0 and global_batch_size // shards >= MIN_SAMPLES_OF_TWO else 1

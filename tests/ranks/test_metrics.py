@@ -15,6 +15,7 @@ SETTINGS = (
     "data.name=digits",
     "data.validation=0.2",
     "distributed.reduction=exact",
+    "distributed.virtual_shards=8",
     "train.global_batch_size=256",
     "train.epochs=2",
     "checkpoint.best_by=val/auc",

@@ -59,17 +59,17 @@ def test_virtual_shards_are_compared_by_number_if_they_are_used(tmp_path):
 
     exact, ddp = "distributed.reduction=exact", "distributed.reduction=ddp"
     saved = settings_to_save(load_config([], [exact]))
-    assert saved["distributed"]["virtual_shards"] == 4
+    assert saved["distributed"]["virtual_shards"] == 2
     check(saved, [exact])
-    check(saved, [exact, "distributed.virtual_shards=4"])
-    with pytest.raises(UserError, match=r"distributed\.virtual_shards \(was 4, now 8\)"):
+    check(saved, [exact, "distributed.virtual_shards=2"])
+    with pytest.raises(UserError, match=r"distributed\.virtual_shards \(was 2, now 8\)"):
         check(saved, [exact, "distributed.virtual_shards=8"])
     former = load_config([], ["distributed.virtual_shards=8"]).to_dict()  # the default of former versions
     check(former, [ddp])
     check(former, [exact, "checkpoint.allow_changed=[distributed.reduction]"])
     former["distributed"]["reduction"] = "exact"
     check(former, [exact, "distributed.virtual_shards=8"])
-    with pytest.raises(UserError, match=r"distributed\.virtual_shards \(was 8, now 4\)"):
+    with pytest.raises(UserError, match=r"distributed\.virtual_shards \(was 8, now 2\)"):
         check(former, [exact])
 
 

@@ -172,9 +172,10 @@ def test_the_identity_of_a_run_is_stable():
 
 
 @pytest.mark.parametrize(
-    ("batch", "shards"), [(1, 1), (63, 1), (64, 2), (66, 2), (128, 4), (200, 4), (254, 2), (256, 8), (2**20, 8)]
+    ("batch", "shards"),
+    [(1, 1), (63, 1), (64, 2), (65, 1), (66, 2), (256, 2), (511, 1), (512, 4), (516, 4), (1024, 8), (2**20, 8)],
 )
-def test_virtual_shards_of_auto_divide_the_batch_and_have_32_samples(batch, shards):
+def test_virtual_shards_of_auto_divide_the_batch_and_are_large(batch, shards):
     config = load_config([], [f"train.global_batch_size={batch}"])
     assert config.distributed.virtual_shards == "auto"
     assert virtual_shards(config) == shards
@@ -184,7 +185,7 @@ def test_virtual_shards_of_auto_divide_the_batch_and_have_32_samples(batch, shar
 def test_auto_and_the_same_number_of_virtual_shards_are_the_same_run():
     """A run of a former version, whose default was 8, keeps its name; ``ddp`` has no shards."""
     exact = "distributed.reduction=exact"
-    names = [identity(load_config([], [exact, *more])) for more in ([], ["distributed.virtual_shards=4"])]
+    names = [identity(load_config([], [exact, *more])) for more in ([], ["distributed.virtual_shards=2"])]
     assert names[0] == names[1]
     former = identity(load_config([], [exact, "distributed.virtual_shards=8"]))
     assert former == "bedbef60"

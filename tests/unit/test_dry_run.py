@@ -42,13 +42,13 @@ def test_plan_of_an_exact_run_that_drops_the_last_batch():
     settings = (
         "distributed.reduction=exact",
         "data.drop_last=true",
-        "train.global_batch_size=128",
+        "train.global_batch_size=512",
         "train.max_steps=16",
     )
     rows = plan_rows(4, *settings)
     assert rows["ranks"] == "4: exact reduction, 4 virtual shards (auto)"
-    assert rows["micro-batches"] == "1 a step, of up to 32 samples"
-    assert rows["steps"] == "16 (1.45455 epochs of 11); each epoch drops 29 samples"
+    assert rows["micro-batches"] == "1 a step, of up to 128 samples"
+    assert rows["steps"] == "16 (8 epochs of 2); each epoch drops 413 samples"
     assert "  exact sums" in rows
 
 
@@ -57,7 +57,7 @@ def normalised_net():
 
 
 def test_all_shards_of_a_rank_are_in_memory_at_once_with_global_statistics():
-    words = ("distributed.reduction=exact", f"model.name={__name__}:normalised_net")
+    words = ("distributed.reduction=exact", "distributed.virtual_shards=4", f"model.name={__name__}:normalised_net")
     local, whole = plan_rows(2, *words), plan_rows(2, *words, "model.sync_batchnorm=true")
     for row in ("  gradients", "  activations"):
         size = float(local[row].removesuffix(" KB"))

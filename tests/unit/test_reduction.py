@@ -410,7 +410,7 @@ SHARDS = "distributed.virtual_shards=8"
         ([EXACT, SHARDS, "train.global_batch_size=100"], 1, "virtual_shards=8; give 96 or 104"),
         ([EXACT, SHARDS], 3, "virtual_shards=8: does not divide by 3 ranks; start 1 or 2 or 4 or 8 ranks, or"),
         ([EXACT, SHARDS], 3, "another value"),
-        ([EXACT], 8, r"start 1 or 2 or 4 ranks, or give distributed.virtual_shards=8, which changes the result"),
+        ([EXACT], 4, r"start 1 or 2 ranks, or give distributed.virtual_shards=4, which changes the result"),
         ([EXACT, "train.global_batch_size=32"], 2, r"=1 \(auto, for train.global_batch_size=32\): .*start 1 rank, or"),
         ([EXACT, "train.accumulation_steps=2"], 1, "raise distributed.virtual_shards"),
     ],
@@ -421,7 +421,7 @@ def test_sizes_that_do_not_divide_are_refused_and_others_suggested(overrides, ra
 
 
 def test_sizes_that_divide():
-    assert micro_batch_size(load_config([], [EXACT]), 4) == 32
+    assert micro_batch_size(load_config([], [EXACT]), 2) == 64
     assert micro_batch_size(load_config([], [EXACT, SHARDS]), 4) == 16
     ddp = load_config([], [DDP, "train.global_batch_size=96", "train.accumulation_steps=3"])
     assert micro_batch_size(ddp, 4) == 8
@@ -494,7 +494,7 @@ def test_rank_without_samples_takes_part(make):
         assert all(bool((p.grad == 0).all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize(("overrides", "size"), [([], 43), ([EXACT], 32)])
+@pytest.mark.parametrize(("overrides", "size"), [([], 43), ([EXACT, SHARDS], 16)])
 def test_uneven_batches_need_a_setting(overrides, size):
     with pytest.raises(UserError, match="does not divide by 3 ranks"):
         micro_batch_size(load_config([], overrides), 3)
