@@ -60,10 +60,18 @@ def machine() -> str:
     return ", ".join(parts)
 
 
+def commit() -> str:
+    """Return the commit of the checkout."""
+    described = subprocess.run(
+        ["git", "-C", DIRECTORY, "describe", "--always", "--dirty"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return described.stdout.strip()
+
+
 def measure(section: str) -> None:
     """Run the programs of a section and save their output."""
     title, commands = SECTIONS[section]
-    lines = [f"## {title}", "", f"{time.strftime('%Y-%m-%d')}; {machine()}"]
+    lines = [f"## {title}", "", f"{time.strftime('%Y-%m-%d')}; commit {commit()}; {machine()}"]
     for program, *words in commands:
         print(f"== {program} {' '.join(words)}", file=sys.stderr, flush=True)
         command = [sys.executable, str(DIRECTORY / program), *words]
