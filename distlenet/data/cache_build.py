@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from distlenet.data.cache_file import CacheFile
 from distlenet.data.decoding_progress import DecodingProgress
@@ -21,7 +22,7 @@ from distlenet.task import MapDataset
 from distlenet.utils.errors import UserError, warn
 
 ROUND_S = 20.0  # a rank decodes for so long before the ranks exchange their states
-WAIT_S = 2.0  # the same while another job decodes the images
+WAIT_S = 2.0  # the same while another process decodes the images
 
 State = Literal["waiting", "decoding", "complete", "failed"]
 
@@ -31,12 +32,12 @@ class Report:
     """The state of a rank after a round."""
 
     node: int
-    first: bool  # the rank that holds the lock
+    is_leader: bool  # the rank that holds the lock
     state: State
     remaining: int  # chunks
-    progress: int  # changes if the images are being decoded, here or in another job
+    progress: int  # changes if the images are being decoded, here or in another process
     problem: str = ""  # why the images cannot be stored
-    error: str = ""  # what is wrong with an image
+    error: str = ""  # what ends the job: an image that cannot be read, or a bug
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ class Workers:
 class StampedImages(MapDataset, Protocol):
     """Images of one shape, as (image, label), and what identifies the file of each."""
 
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several threads may read it at once."""
+
+    def name(self, index: int) -> str:
+        """Return how messages call an image."""
+
     def stamps(self, start: int, stop: int) -> list[str]:
         """Return a text for each of the images; another one if its file may have changed."""
 
@@ -61,11 +69,14 @@ class CacheBuild:
     """The part of one rank in decoding ``dataset`` into ``file``. Chunk c belongs to rank c % ranks of the node."""
 
     def __init__(self, file: CacheFile, dataset: StampedImages, workers: Workers, threads: int) -> None:
-        self.file, self.dataset, self.workers, self.threads = file, dataset, workers, threads
+        self.file, self.dataset, self.workers = file, dataset, workers
+        self.threads = threads if dataset.thread_safe else 1
         self.lock = FileLock(file.part.with_suffix(".lock"))
         self.state: State = "waiting"
         self.chunks = deque(range(workers.rank, file.chunks, workers.ranks))
         self.share = len(self.chunks)
+        self.begun: dict[int, list[tuple[Tensor, int]]] = {}  # the first samples of chunks
+        self.samples_read = 0
         self.records: dict[int, tuple[int, str]] | None = None
         self.stopped = False
         self.announced = False
@@ -73,22 +84,23 @@ class CacheBuild:
 
     def round(self, reports: Sequence[Report]) -> Report:
         """Work for a while. ``reports`` are those of this node's ranks after the last round; none at the start."""
-        state, problem, error = next((report.state for report in reports if report.first), "waiting"), "", ""
+        state, problem, error = next((report.state for report in reports if report.is_leader), "waiting"), "", ""
         try:
             if state == "decoding" and any(report.remaining for report in reports):
                 self._decode()
             elif self.workers.rank == 0 and state == "decoding":
-                self.file.finish()
-                self.state = "complete"
+                self._finish()
             elif self.workers.rank == 0 and state == "waiting":
                 self._start()
         except UserError as user_error:
             error = str(user_error)
         except OSError as failure:
             self.state, problem = "failed", " ".join(str(failure.strerror or failure).split())
-        progress = len(self.chunks) if self.state != "waiting" else self._size_of_records()
-        first = self.workers.rank == 0
-        return Report(self.workers.node, first, self.state, len(self.chunks), progress, problem, error)
+        except Exception as bug:  # the other ranks wait for the report
+            error = f"{self.file.path}: cannot be written: {_text_of(bug)}; give data.cache=off"
+        progress = self.samples_read if self.state != "waiting" else self._size_of_records()
+        is_leader = self.workers.rank == 0
+        return Report(self.workers.node, is_leader, self.state, len(self.chunks), progress, problem, error)
 
     def _start(self) -> None:
         """Become the job of this node that decodes, or wait for it. Raise OSError if there is no room."""
@@ -98,7 +110,7 @@ class CacheBuild:
         except Timeout:
             if not self.announced:
                 self.announced = True
-                warn(f"another job decodes the images into {self.file.path}; this one waits for it")
+                warn(f"another process decodes the images into {self.file.path}; this one waits for it")
             return
         if self.file.is_intact():
             self.state = "complete"
@@ -115,11 +127,14 @@ class CacheBuild:
         self.state = "decoding"
 
     def _decode(self) -> None:
-        """Decode chunks of this rank. Raise UserError if an image is damaged, OSError if one cannot be stored."""
+        """Decode chunks of this rank. Raise UserError if an image cannot be read, OSError if one cannot be stored."""
         self.state = "decoding"
         if self.records is None:
             self.records = self.file.read_records()
         deadline = time.monotonic() + ROUND_S
+        if self.threads == 1:  # a user's dataset may hold what belongs to this thread
+            self._decode_until(deadline)
+            return
         before = torch.get_num_threads()
         try:  # torch's number of threads is that of each thread of Python
             with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -139,12 +154,41 @@ class CacheBuild:
                 stamp = self._stamp(chunk)
                 checksum, written = self.records.get(chunk, (0, ""))
                 if written != stamp or not self.file.has_chunk(self.file.partial, chunk, checksum):
-                    self.file.write_chunk(chunk, stamp, (self.dataset[row] for row in self.file.rows(chunk)))
+                    samples = self._read(chunk, deadline)
+                    if samples is None:
+                        self.chunks.appendleft(chunk)
+                        return
+                    self.file.write_chunk(chunk, stamp, samples)
             except BaseException:
                 self.stopped = True
                 raise
             if self.progress is not None:
                 self.progress.update(1 - len(self.chunks) / self.share)
+
+    def _read(self, chunk: int, deadline: float) -> list[tuple[Tensor, int]] | None:
+        """Return the samples of a chunk, or None if they are not complete in time; the next round continues."""
+        samples = self.begun.pop(chunk, [])
+        for row in self.file.rows(chunk)[len(samples) :]:
+            if time.monotonic() >= deadline:
+                self.begun[chunk] = samples
+                return None
+            try:
+                samples.append(self.dataset[row])
+            except UserError:
+                raise
+            except Exception as error:  # not one of the cache's files
+                raise UserError(f"{self.dataset.name(row)}: {_text_of(error)}; fix the dataset") from error
+            self.samples_read += 1
+        return samples
+
+    def _finish(self) -> None:
+        """Complete the file, or decode again the chunks whose records are lost. Raise OSError."""
+        missing = self.file.finish()
+        if not missing:
+            self.state = "complete"
+            return
+        self.chunks.extend(missing)
+        self.share, self.records = len(missing), None
 
     def _stamp(self, chunk: int) -> str:
         """Return a digest of the stamps of the chunk's image files."""
@@ -164,6 +208,17 @@ class CacheBuild:
             self.progress.close()
 
 
+def _text_of(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def is_built(file: CacheFile) -> bool:
+    """Return whether a file is complete and intact. If it cannot be read, ``build_cache`` returns the reason."""
+    with contextlib.suppress(OSError):
+        return file.is_intact()
+    return False
+
+
 def threads_per_rank(workers: Workers) -> int:
     """Return the CPU cores that this rank may use, divided by the ranks that may use the same, and 1. A collective.
 
@@ -177,7 +232,7 @@ def build_cache(file: CacheFile | None, dataset: StampedImages | None, workers: 
     """Decode ``dataset`` into ``file``; both are None if there is nothing to do on this node. A collective.
 
     Return why the images of this node could not be stored, or "". What was stored then stays if ``keep``. Raise
-    UserError on all ranks if an image is damaged; the finished chunks stay.
+    UserError on all ranks if an image cannot be read; the finished chunks stay.
     """
     threads = threads_per_rank(workers)
     report, own = Report(workers.node, workers.rank == 0, "complete", 0, 0), list[Report]()
@@ -205,4 +260,4 @@ def build_cache(file: CacheFile | None, dataset: StampedImages | None, workers: 
 
 def _has_ended(reports: Sequence[Report]) -> bool:
     """Return whether the ranks of a node, whose ``reports`` these are, have nothing more to do."""
-    return any(report.state == "failed" or (report.first and report.state == "complete") for report in reports)
+    return any(report.state == "failed" or (report.is_leader and report.state == "complete") for report in reports)

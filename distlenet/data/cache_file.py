@@ -12,12 +12,14 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from distlenet.distributed.watchdog import restart_time_limit
 
 CHUNK_IMAGES = 64
 CHECKED_BYTES = 2**29  # of a larger file, so many bytes are verified when it is opened: evenly spaced chunks
@@ -74,7 +76,7 @@ class CacheFile:
         with open(self.partial, "ab") as file:
             file.truncate(self.nbytes)
 
-    def write_chunk(self, chunk: int, stamp: str, samples: Iterator[tuple[Tensor, int]]) -> None:
+    def write_chunk(self, chunk: int, stamp: str, samples: Iterable[tuple[Tensor, int]]) -> None:
         """Write the samples of a chunk, then its record with the ``stamp`` of the image files. Raise OSError.
 
         Two jobs may write the same chunk, if the file system has no locks: they write the same bytes.
@@ -92,8 +94,10 @@ class CacheFile:
                 checksum = zlib.crc32(content, checksum)
                 file.seek(start)
                 file.write(content)
+        line = f"\n{chunk} {checksum} {stamp}\n".encode()  # after a power cut, half a line may precede it
         with open(self.records, "ab", buffering=0) as records:
-            records.write(f"{chunk} {checksum} {stamp}\n".encode())
+            if records.write(line) != len(line):
+                raise OSError(f"{self.records}: a line was written in part")
 
     def read_records(self) -> dict[int, tuple[int, str]]:
         """Return the checksums and stamps of the written chunks, by their numbers. A damaged line is ignored."""
@@ -114,9 +118,14 @@ class CacheFile:
                 found = zlib.crc32(file.read(size), found)
         return found == checksum
 
-    def finish(self) -> None:
-        """Write the table of all checksums, and give the file its name. Raise OSError."""
+    def finish(self) -> list[int]:
+        """Write the table of all checksums, and give the file its name. Raise OSError.
+
+        If chunks have no record, only return their numbers.
+        """
         records = self.read_records()
+        if missing := [chunk for chunk in range(self.chunks) if chunk not in records]:
+            return missing
         written = int(time.time())  # the file's time: a later change of the file changes it
         table = {"checksums": [records[chunk][0] for chunk in range(self.chunks)], "written": written}
         content = json.dumps(table).encode()
@@ -129,19 +138,27 @@ class CacheFile:
         os.utime(self.partial, (written, written))
         os.replace(self.partial, self.path)
         self.records.unlink(missing_ok=True)
+        return []
 
     def is_intact(self) -> bool:
         """Verify the complete file: size, table and chunks. If its time has changed or it is small, verify all chunks.
 
-        Return False if there is none.
+        Return False if there is none. Raise OSError if it cannot be read: it may be intact.
         """
         try:
             checksums, written = self._read_table()
-            spacing = 1 if self.path.stat().st_mtime != written else -(-self.nbytes // CHECKED_BYTES)
-            chunks = {*range(0, self.chunks, spacing), self.chunks - 1}
-            return all(self.has_chunk(self.path, chunk, checksums[chunk]) for chunk in chunks)
-        except (OSError, ValueError):
+            changed = self.path.stat().st_mtime != written
+            spacing = 1 if changed else -(-self.nbytes // CHECKED_BYTES)
+            for chunk in (*range(0, self.chunks - 1, spacing), self.chunks - 1):
+                restart_time_limit()
+                if not self.has_chunk(self.path, chunk, checksums[chunk]):
+                    return False
+        except (FileNotFoundError, ValueError):
             return False
+        if changed:
+            with contextlib.suppress(OSError):  # another user's file
+                os.utime(self.path, (written, written))  # the next start verifies a part
+        return True
 
     def reopen(self, stamps: Iterable[str]) -> None:
         """Make a damaged file an incomplete one, whose intact chunks are kept. Raise OSError.

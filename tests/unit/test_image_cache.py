@@ -221,6 +221,8 @@ def test_auto_caches_large_sets_only(images, tmp_path, monkeypatch):
 class Counted:
     """Images whose pixels are their index; it counts how often each is decoded."""
 
+    thread_safe = True
+
     def __init__(self, count: int) -> None:
         self.counts = [0] * count
 
@@ -230,6 +232,9 @@ class Counted:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         self.counts[index] += 1
         return torch.full((2, 2), index % 251, dtype=torch.uint8), 0
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
 
     def stamps(self, start: int, stop: int) -> list[str]:
         return [f"{index}" for index in range(start, stop)]
@@ -272,17 +277,30 @@ def test_all_ranks_of_two_nodes_decode_a_share_each(tmp_path):
     assert content == bytes(index % 251 for index in range(1000) for _ in range(4))
 
 
-def test_an_error_on_one_rank_is_raised_on_all_ranks_with_the_same_text(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "error", "text"),
+    [
+        ("__getitem__", UserError("data a.jpg: is damaged"), r"data a\.jpg: is damaged"),
+        ("__getitem__", FileNotFoundError("no a.npy"), r"image 64: FileNotFoundError: no a\.npy; fix the dataset"),
+        ("stamps", KeyError("a bug"), r".*a0\.images: cannot be written: KeyError: 'a bug'; give data\.cache=off"),
+    ],
+)
+def test_an_error_on_one_rank_is_raised_on_all_ranks_with_the_same_text(tmp_path, method, error, text):
     class Damaged(Counted):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-            if index == CHUNK_IMAGES:  # of the second rank
-                raise UserError("data a.jpg: is damaged")
+            if method == "__getitem__" and index == CHUNK_IMAGES:  # of the second rank
+                raise error
             return super().__getitem__(index)
+
+        def stamps(self, start: int, stop: int) -> list[str]:
+            if method == "stamps" and start == CHUNK_IMAGES:
+                raise error
+            return super().stamps(start, stop)
 
     make, images = exchange_of(2), Damaged(300)
 
     def rank(number: int) -> str:
-        with pytest.raises(UserError, match=r"^data a\.jpg: is damaged$"):
+        with pytest.raises(UserError, match=f"^{text}$"):
             build_cache(make_file(tmp_path, 300), images, Workers(number, 2, 0, False, make(number)), keep=False)
         return "raised"
 
@@ -326,9 +344,82 @@ def test_a_job_takes_over_when_the_one_that_decodes_ends(tmp_path, capfd):
         assert other.round([]).state == "decoding"
         waiting = CacheBuild(file, images, Workers(shows_progress=False), 1)
         assert waiting.round([]).state == "waiting"
-        assert "another job decodes the images into" in capfd.readouterr().err
+        assert "another process decodes the images into" in capfd.readouterr().err
     with closing(waiting):
         assert waiting.round([]).state == "decoding"
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 20, b"4 123"])
+def test_a_damaged_line_of_the_records_costs_no_other_chunk(tmp_path, tail):
+    """As after a power cut."""
+    file, images = make_file(tmp_path, 300), Counted(300)
+    file.create()
+    file.records.write_bytes(tail)
+    assert build_cache(file, images, Workers(shows_progress=False), keep=True) == ""
+    assert file.is_intact()
+    assert set(images.counts) == {1}
+
+
+def test_a_chunk_whose_record_is_lost_is_decoded_again(tmp_path):
+    file, images = make_file(tmp_path, 300), Counted(300)
+    with closing(CacheBuild(file, images, Workers(shows_progress=False), 1)) as build:
+        reports = [build.round([])]
+        reports = [build.round(reports)]
+        lines = file.records.read_text().splitlines(keepends=True)
+        file.records.write_text("".join(line for line in lines if not line.startswith("2 ")))
+        reports = [build.round(reports)]
+        assert (reports[0].state, reports[0].remaining) == ("decoding", 1)
+        reports = [build.round([build.round(reports)])]
+    assert reports[0].state == "complete"
+    assert [row for row, count in enumerate(images.counts) if count == 2] == list(file.rows(2))
+    assert file.is_intact()
+
+
+def test_a_round_of_slow_images_ends_inside_a_chunk_and_the_next_continues(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(cache_build, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Slow(Counted):
+        thread_safe = False
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            clock[0] += cache_build.ROUND_S / 10
+            return super().__getitem__(index)
+
+    images = Slow(100)
+    with closing(CacheBuild(make_file(tmp_path, 100), images, Workers(shows_progress=False), 9)) as build:
+        first = build.round([build.round([])])
+        assert (sum(images.counts), first.remaining) == (10, 2)
+        second = build.round([first])
+        assert (sum(images.counts), second.remaining) == (20, 2)
+        assert second != first  # else the time limit would not restart
+    assert build_cache(make_file(tmp_path, 100), images, Workers(shows_progress=False), keep=True) == ""
+    assert make_file(tmp_path, 100).is_intact()
+
+
+def test_a_file_that_cannot_be_read_is_not_damaged(images, tmp_path, monkeypatch, capfd):
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    load(images, cache=tmp_path / "cache")
+    monkeypatch.setattr(CacheFile, "has_chunk", fail)
+    with pytest.raises(UserError, match=rf"data.cache={tmp_path}/cache: Too many open files; give another directory"):
+        load(images, cache=tmp_path / "cache")
+    assert "damaged" not in capfd.readouterr().err
+    assert cache_files(tmp_path / "cache") == [".images", ".lock"]
+
+
+def test_a_verified_file_gets_its_time_back(tmp_path, monkeypatch):
+    file, restarts = make_file(tmp_path, 300), []
+    build_cache(file, Counted(300), Workers(shows_progress=False), keep=True)
+    written = file.path.stat().st_mtime
+    monkeypatch.setattr(cache_file, "CHECKED_BYTES", 1)
+    monkeypatch.setattr(cache_file, "restart_time_limit", lambda: restarts.append(1))
+    os.utime(file.path, (1, 1))
+    assert file.is_intact()
+    assert (file.path.stat().st_mtime, len(restarts)) == (written, file.chunks)
+    assert file.is_intact()
+    assert len(restarts) == file.chunks + 2  # the first chunk and the last one
 
 
 class Declared:
@@ -338,12 +429,14 @@ class Declared:
 
     def __init__(self, count: int) -> None:
         self.reads = [0] * count
+        self.threads: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.reads)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         self.reads[index] += 1
+        self.threads.add(threading.get_ident())
         return torch.full((3, 5, 7), index, dtype=torch.uint8), (index + len(self)) % 3
 
 
@@ -365,6 +458,25 @@ def test_a_dataset_that_declares_to_be_deterministic_is_read_once(tmp_path):
     assert torch.equal(again.train.images, first.train.images)
     load_declared(tmp_path, train, test, fingerprint={"version": "2"})
     assert min(train.reads + test.reads) == 2
+
+
+def test_a_declared_dataset_is_read_by_the_thread_that_made_it(tmp_path):
+    train, test = Declared(200), Declared(9)
+    load_declared(tmp_path, train, test)
+    assert train.threads | test.threads == {threading.get_ident()}
+
+
+def test_an_exception_of_a_declared_dataset_is_reported_with_its_sample(tmp_path):
+    class Broken(Declared):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            if index == CHUNK_IMAGES + 1:  # not one of the samples that identify the dataset
+                raise FileNotFoundError(2, "No such file or directory", "a.npy")
+            return super().__getitem__(index)
+
+    place = "data.name=builtins:dict, training set, sample 65"
+    with pytest.raises(UserError, match=rf"^{place}: FileNotFoundError: .*'a\.npy'; fix the dataset$"):
+        load_declared(tmp_path, Broken(200), Declared(9))
+    assert cache_files(tmp_path) == [".chunks", ".lock", ".partial"]
 
 
 def test_a_changed_sample_without_a_fingerprint_is_found(tmp_path):

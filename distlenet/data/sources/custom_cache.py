@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
-from distlenet.data.cache_build import Workers, build_cache
+from distlenet.data.cache_build import Workers, build_cache, is_built
 from distlenet.data.cache_file import CacheFile
 from distlenet.data.sources.image_cache import cache_paths, is_usable
 from distlenet.data.sources.labels import digest_of
 from distlenet.data.sources.opened import StoredImages
 from distlenet.distributed.collectives import all_gather_object, raise_on_all_ranks
 from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.distributed.watchdog import restart_time_limit
 from distlenet.task import MapDataset
 from distlenet.utils.errors import warn
 from distlenet.utils.mapped_file import TensorRef, open_shared
@@ -25,7 +26,11 @@ DIGEST_SAMPLES = 64  # of each split, evenly spaced
 
 
 class Samples(MapDataset, Protocol):
-    """Samples (image, label) of one shape."""
+    """Samples (image, label) of one shape; messages call them by the ``name`` of the split."""
+
+    @property
+    def name(self) -> str:
+        """How messages call the split."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return an image and its label."""
@@ -37,6 +42,7 @@ class JoinedSamples:
 
     splits: Mapping[str, Samples]
     identity: str
+    thread_safe = False  # elsewhere, a process reads a dataset in one thread
 
     def __len__(self) -> int:
         """Return the number of all samples."""
@@ -47,6 +53,14 @@ class JoinedSamples:
         for split in self.splits.values():
             if index < len(split):
                 return split[index]
+            index -= len(split)
+        raise IndexError(index)
+
+    def name(self, index: int) -> str:
+        """Return how messages call a sample."""
+        for split in self.splits.values():
+            if index < len(split):
+                return f"{split.name}, sample {index}"
             index -= len(split)
         raise IndexError(index)
 
@@ -114,13 +128,16 @@ def _plan(
     )
     path, part = cache_paths(config, config.name.replace(":", "-"), [config.args, shape], [lengths, contents])
     file = CacheFile(path, part, sum(lengths.values()), shape, labels=True)
-    return path.name, file, not file.is_intact()
+    return path.name, file, not is_built(file)
 
 
 def _digest(split: Samples) -> str:
     """Return a digest of evenly spaced samples."""
     rows = {number * (len(split) - 1) // (DIGEST_SAMPLES - 1) for number in range(DIGEST_SAMPLES)} if len(split) else ()
-    samples = [split[row] for row in sorted(rows)]
+    samples = []
+    for row in sorted(rows):
+        samples.append(split[row])
+        restart_time_limit()
     return digest_of(*(image for image, _ in samples), torch.tensor([label for _, label in samples]))
 
 

@@ -32,6 +32,7 @@ class JoinedImages:
 
     files: Sequence[ImageFiles]
     parts: Sequence[ResizedImages]  # the same, resized
+    thread_safe = True
 
     def __len__(self) -> int:
         """Return the number of all images."""
@@ -42,6 +43,14 @@ class JoinedImages:
         for part in self.parts:
             if index < len(part):
                 return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+    def name(self, index: int) -> str:
+        """Return how messages call an image."""
+        for part in self.parts:
+            if index < len(part):
+                return f"data {part.name(index)}"
             index -= len(part)
         raise IndexError(index)
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from distlenet.config.names import check_arguments, is_import_name, resolve
 from distlenet.config.schema import DataConfig
 from distlenet.data import download, idx
-from distlenet.data.cache_build import Workers, build_cache
+from distlenet.data.cache_build import Workers, build_cache, is_built
 from distlenet.data.cache_file import CacheFile
 from distlenet.data.sizing import fit_sizes
 from distlenet.data.sources.array import open_array
@@ -50,7 +50,7 @@ def open_data(config: DataConfig, fetch: bool = False) -> Iterator[OpenedImages]
     with ExitStack() as stack:
         opened = _open_source(config, stack, fetch)
         file, problem = plan_cache(opened, config), ""
-        if file is not None and not file.is_intact():
+        if file is not None and not is_built(file):
             problem = build_cache(file, join_images(opened, config), Workers(), keep=config.cache != "auto")
         yield fit_sizes(use_cache(opened, file, problem, config, stack), config, stack)
 
@@ -118,7 +118,7 @@ def load_on_node(config: DataConfig, env: DistributedEnvironment) -> Datasets:
             if env.local_rank == 0:
                 opened = _open_source(config, stack)
                 file = plan_cache(opened, config)
-                wanted = file is not None and not file.is_intact()
+                wanted = file is not None and not is_built(file)
         problem = _decode_on_node(opened, file if wanted else None, config, env)
         with raise_on_all_ranks():
             if opened is not None:
