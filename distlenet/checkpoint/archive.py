@@ -13,6 +13,7 @@ import torch
 
 COMMENT_PREFIX = b"sha256:"
 COMMENT_BYTES = len(COMMENT_PREFIX) + 2 * hashlib.sha256().digest_size
+END_BYTES, END_SIGNATURE = 22, b"PK\5\6"  # of the end record, if the archive has no comment
 READ_BYTES = 1 << 20  # at once, for the checksum
 
 
@@ -24,10 +25,10 @@ class Writable(Protocol):
 
 
 class _Stream:
-    """Where ``torch.save`` writes an archive: the file gets each part at once, so that no copy of the state is needed.
+    """Where ``torch.save`` writes an archive: each part goes to the file directly, so no copy of the state is needed.
 
-    The part that the archive ends with is short, and its last two bytes are the length of the comment: a short part is
-    held back until the next one.
+    The last part is the end record of the archive, whose last two bytes are the length of the comment. A short part
+    is therefore held back until the next one.
     """
 
     SHORT = 64  # bytes
@@ -55,9 +56,14 @@ class _Stream:
         """Do nothing: the archive may not be complete."""
 
     def finish(self) -> None:
-        """Write the end of the archive and the comment. Raise the OSError of this or an earlier write."""
+        """Write the end of the archive and the comment. Raise the OSError of this or an earlier write.
+
+        Raise RuntimeError if the last part is not the end record of an archive without a comment.
+        """
         if self.failure is not None:
             raise self.failure
+        if len(self.held_back) != END_BYTES or not self.held_back.startswith(END_SIGNATURE):
+            raise RuntimeError(f"torch.save of PyTorch {torch.__version__} does not write the end of the archive alone")
         self._write(self.held_back[:-2] + COMMENT_BYTES.to_bytes(2, "little"))
         self.file.write(_comment(self.checksum))
 

@@ -71,13 +71,13 @@ def warn_of_unused_settings(files: Sequence[str], overrides: Sequence[str], base
     """Warn if ``load_config`` does not use settings of ``files``, because those of a checkpoint differ."""
     if not files:
         return
-    given, used = (dict(flatten(load_config(files, overrides, each).to_dict())) for each in (None, base))
+    given, used = (result_settings(load_config(files, overrides, each).to_dict()) for each in (None, base))
     replaced = {split_mapping_key(key)[0] for key, _, _ in read_settings((), overrides)}
     keys = dict.fromkeys(split_mapping_key(key)[0] for key, _, _ in read_settings(files, ()))
     if unused := [
         f"{key}={to_yaml_value(given[key])} (in the checkpoint {to_yaml_value(used[key])})"
         for key in keys
-        if key not in replaced and FIELDS[key].result and _merge(used[key], given[key]) != used[key]
+        if key not in replaced and key in given and key in used and _merge(used[key], given[key]) != used[key]
     ]:
         warn(f"--config: {', '.join(unused)}: not used, since the checkpoint differs; key=value replaces one")
 

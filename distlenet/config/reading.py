@@ -51,7 +51,7 @@ def find_config(name: str) -> str:
 
     Raise UserError if there is neither, and ``name`` does not look like a path.
     """
-    if os.path.exists(name) or Path(name).suffix or len(Path(name).parts) != 1:
+    if os.path.isfile(name) or Path(name).suffix or len(Path(name).parts) != 1:
         return name
     recipes = {path.stem: path for path in sorted(bundled("configs").glob("*.yaml"))}
     if name not in recipes:

@@ -89,9 +89,15 @@ class DataConfig:
     brightness: float = setting(
         0.0, "Largest random change of the brightness: a factor from [max(0, 1 - b), 1 + b].", ge=0, lt=100, result=True
     )
-    contrast: float = setting(0.0, "Largest random change of the contrast, likewise.", ge=0, lt=100, result=True)
+    contrast: float = setting(
+        0.0, "Largest random change of the contrast: a factor from [max(0, 1 - c), 1 + c].", ge=0, lt=100, result=True
+    )
     saturation: float = setting(
-        0.0, "Largest random change of the saturation of color images, likewise.", ge=0, lt=100, result=True
+        0.0,
+        "Largest random change of the saturation of color images: a factor from [max(0, 1 - s), 1 + s].",
+        ge=0,
+        lt=100,
+        result=True,
     )
     hue: float = setting(
         0.0,

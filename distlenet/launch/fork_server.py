@@ -113,7 +113,7 @@ def wait_for_request(connection: "Connection") -> Request:
 def fork_child_of(agent: int, connection: "Connection") -> bool:
     """Fork a child process of the agent, a subreaper, and send its pid to the agent. Return True in that process.
 
-    The process between the two exits at once, so the kernel makes the agent the parent: for the rank and the agent,
+    The process between the two exits, and the kernel makes the agent the parent. For the rank and the agent,
     everything is as if the agent had started the rank.
     """
     pid_reading, pid_writing = os.pipe()

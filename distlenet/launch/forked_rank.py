@@ -8,6 +8,7 @@ from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from distlenet.launch.warm_start import ForkServer
+from distlenet.utils.errors import warn
 
 
 class ForkedRankHandler(SubprocessHandler):
@@ -42,5 +43,9 @@ def split_numactl(words: tuple[str, ...]) -> tuple[set[int], tuple[str, ...]]:
 
 
 def use_fork_server(server: ForkServer) -> None:
-    """Let torchrun in this process fork its ranks."""
-    api.get_subprocess_handler = functools.partial(ForkedRankHandler, server)  # type: ignore[attr-defined]
+    """Let torchrun in this process fork its ranks, if this version of torch has the function that is replaced."""
+    if not hasattr(api, "get_subprocess_handler"):
+        server.stop()
+        warn("no warm start: this version of torch starts ranks in another way; they start in new interpreters")
+        return
+    api.get_subprocess_handler = functools.partial(ForkedRankHandler, server)

@@ -1,6 +1,6 @@
 """The agent's side of the fork server.
 
-This module imports only the standard library: the server starts before the agent imports torch, which takes seconds.
+This module imports nothing that takes time: the server starts before the agent imports torch, which takes seconds.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from distlenet.utils.errors import warn
+
 MODULE = "distlenet.launch.fork_server"
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 TIMEOUT_S = 120.0  # for the imports of the server and one fork
@@ -24,6 +26,7 @@ class ForkServer:
 
     def __init__(self) -> None:
         """Start it; it imports for seconds, in the background."""
+        self.has_warned = False
         self.launch()
 
     def launch(self) -> None:
@@ -39,24 +42,36 @@ class ForkServer:
         other_end.close()
 
     def fork(self, request: object) -> "ForkedRank | None":
-        """Return a new rank, or None if the server has died or does not respond.
+        """Return a new rank, or None if the server has died or does not respond; the first time, print a line.
 
         Then start another one for the next ranks, unless it has never forked: the next one would not either.
         """
+        failure = "has ended"
         with contextlib.suppress(OSError, EOFError), subreaper():
             self.connection.send(request)
             if not self.connection.poll(TIMEOUT_S):
+                failure = f"did not respond in {TIMEOUT_S:g} s"
                 self.process.kill()
             rank = ForkedRank(self.connection.recv())
             rank.poll()  # raises OSError if it is not a child process
             self.has_forked = True
             return rank
-        self.connection.close()
-        self.process.kill()
-        self.process.wait()
+        if not self.has_warned:
+            warn(
+                f"no warm start: the fork server {failure}; ranks start in new interpreters; "
+                "DISTLENET_WARM_START=0 avoids the wait"
+            )
+            self.has_warned = True
+        self.stop()
         if self.has_forked:
             self.launch()
         return None
+
+    def stop(self) -> None:
+        """End the process; its ranks continue."""
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
 
 
 class ForkedRank:
@@ -74,11 +89,11 @@ class ForkedRank:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
-        """Wait for the exit status. Raise TimeoutExpired after ``timeout`` seconds."""
-        deadline = time.monotonic() + timeout
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit status. Raise TimeoutExpired after ``timeout`` seconds; None: no limit, as older torch."""
+        start = time.monotonic()
         while (status := self.poll()) is None:
-            if time.monotonic() > deadline:
+            if timeout is not None and time.monotonic() > start + timeout:
                 raise subprocess.TimeoutExpired("rank", timeout)
             time.sleep(0.005)
         return status

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from distlenet.utils.errors import UserError
 
 UNUSED = (
-    "DistributedDataParallel waits for their gradients; give distributed.find_unused_parameters=true, or exclude them "
-    "with requires_grad_(False)"
+    "each step must give every trainable parameter a gradient; give distributed.find_unused_parameters=true, or "
+    "exclude them with requires_grad_(False)"
 )
 
 

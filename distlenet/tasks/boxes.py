@@ -30,10 +30,10 @@ def random_boxes(
 ) -> Boxes:
     """Return boxes in images of ``size`` from ``draws``, float32 (n, BOX_DRAWS) in [0, 1).
 
-    As in RandomResizedCrop and RandomErasing of torchvision: the area is uniform in ``scale`` times that of the image,
-    width / height is log-uniform in ``ratio``, both sides are rounded, and the first of ten attempts counts that has
-    from 1 to ``largest`` rows and columns. Its position is uniform. If none has, the box is in the center and has the
-    sides ``otherwise``. No host sync.
+    As in RandomResizedCrop and RandomErasing of torchvision, there are ten attempts. The area is uniform in ``scale``
+    times that of the image, and width / height is log-uniform in ``ratio``. Both sides are rounded. The box is the
+    first attempt with 1 to ``largest`` rows and columns, at a uniform position. If all attempts fail, the box is in
+    the center and has the sides ``otherwise``. No host sync.
     """
     draws = draws.double()
     areas = size[0] * size[1] * (draws[:, :ATTEMPTS] * (scale[1] - scale[0]) + scale[0])

@@ -26,8 +26,8 @@ class Cropping:
     """Cut a part out of each image and resize it to ``size``, as RandomResizedCrop of torchvision.transforms.v2.
 
     ``scale`` and ``ratio`` are the ranges of area and width / height; see ``random_boxes``. Bilinear, with
-    antialiasing. The result is not rounded: it equals that of v2 for images of float32, not of uint8. After ten
-    attempts in vain, the box is the largest in the center whose width / height is in ``ratio``, as in v2.
+    antialiasing. The result is not rounded: it equals that of v2 for images of float32, not of uint8. If ten
+    attempts fail, the box is the largest in the center whose width / height is in ``ratio``, as in v2.
 
     In evaluation, the box is the largest in the center that has the proportions of ``size``, times ``center``. As v2
     with Resize and CenterCrop, except that pixels outside the box have no influence.

@@ -26,8 +26,8 @@ class Erasing:
     """Erase a rectangle of an image with probability ``p``, as RandomErasing of torchvision.transforms.v2.
 
     ``scale`` and ``ratio`` are the ranges of area and height / width; see ``random_boxes``. The value is 0, which is
-    the mean color of normalised images. As in v2, nothing is erased after ten attempts in vain. Unlike there, an empty
-    rectangle is such an attempt.
+    the mean color of normalised images. As in v2, nothing is erased if ten attempts fail. Unlike in v2, an attempt
+    also fails if the rectangle is empty.
     """
 
     p: float

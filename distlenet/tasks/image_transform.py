@@ -13,7 +13,7 @@ from distlenet.tasks.parts import cached_parts
 class ImageTransform:
     """Crop, change, pad to the input size of the network, shift, normalise by the training set's statistics, erase.
 
-    Everything but padding and normalisation only if asked; all random changes only in training.
+    Padding and normalisation are always done, the others with settings. Random changes are made only in training.
     """
 
     def __init__(

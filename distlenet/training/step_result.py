@@ -23,7 +23,7 @@ class DeviceResult:
 
     grad_norm: Tensor | None  # scalar; None if not computed
     stop: bool  # a rank was asked to stop; always False if the host does not wait for the step
-    skipped: bool  # likewise: then the optimizer decides on the device
+    skipped: bool  # also False if the host does not wait: the optimizer then decides on the device
     taken: bool  # the optimizer was called; False also if the loss scaler skipped the step
     times: StepTimes
 

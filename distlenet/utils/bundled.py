@@ -1,4 +1,4 @@
-"""Directories beside the code that an installed package carries, too: recipes, launch scripts and batch scripts."""
+"""Directories outside the code that the installed package includes: recipes, launch scripts and batch scripts."""
 
 from pathlib import Path
 

@@ -49,7 +49,7 @@ def baseline(root: Path) -> None:
 
 
 def main() -> None:
-    """Write the three splits, and compare with logistic regression if asked."""
+    """Write the three splits, and with --baseline compare with logistic regression."""
     parser = argparse.ArgumentParser(description="Write images of Fashion-MNIST as PNG files in color.")
     parser.add_argument("images", type=Path, help="directory to write")
     parser.add_argument("--source", default="data", help="directory of Fashion-MNIST, see docs/data.md")

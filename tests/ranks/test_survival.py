@@ -189,6 +189,8 @@ def test_killed_agent_leaves_no_process(tmp_path):
         job.wait_for_records()
         pids = process_tree(job.process.pid)
         assert len(pids) == 6, pids  # the agent, the fork server, two ranks, and one loader worker each
+        for rank in pids[2:4]:  # forked; the command line is that of the fork server
+            assert b"distlenet.launch.fork_server" in Path(f"/proc/{rank}/cmdline").read_bytes()
         job.process.kill()
         job.process.wait()
         deadline = time.monotonic() + 10

@@ -46,8 +46,8 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def test_unused_parameters_are_named_with_the_setting_that_allows_them(tmp_path, ranks):
     stderr = train(tmp_path, ranks, "UnusedLayerNet", fails=True)
     assert (
-        "the loss does not depend on unused.weight, unused.bias: DistributedDataParallel waits for their gradients; "
-        "give distributed.find_unused_parameters=true, or exclude them with requires_grad_(False)"
+        "the loss does not depend on unused.weight, unused.bias: each step must give every trainable parameter a "
+        "gradient; give distributed.find_unused_parameters=true, or exclude them with requires_grad_(False)"
     ) in stderr
 
 

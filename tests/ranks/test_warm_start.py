@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import LIMIT_S, clean_environment
+from torch.distributed.elastic.multiprocessing import api
 
 from distlenet.launch.fork_server import unsafe_to_fork, wait_for_request
-from distlenet.launch.forked_rank import split_numactl
+from distlenet.launch.forked_rank import split_numactl, use_fork_server
 from distlenet.launch.warm_start import ForkedRank, ForkServer
 
 pytestmark = pytest.mark.ranks
@@ -128,7 +129,7 @@ def test_exit_status_and_handlers(start, output, tmp_path, end, status, text):
         "import atexit, os, sys\natexit.register(print, 'handler', end=' ')\n"
         f"print('out', end=' ')\nsys.stdout.flush()\n{end}\n"
     )
-    assert start(script).wait(LIMIT_S) == status
+    assert start(script).wait() == status  # older torch gives no timeout
     assert output.read_text().endswith(text)
 
 
@@ -147,13 +148,40 @@ def test_ranks_differ_in_random_numbers(start, output, tmp_path):
     assert all(a != b for a, b in zip(first, second, strict=True))
 
 
-def test_a_server_that_cannot_fork_is_not_started_again(monkeypatch):
+NO_WARM_START = (
+    "distlenet: no warm start: the fork server {}; ranks start in new interpreters; "
+    "DISTLENET_WARM_START=0 avoids the wait\n"
+)
+
+
+def test_a_server_that_cannot_fork_is_not_started_again(monkeypatch, capsys):
     monkeypatch.setattr("distlenet.launch.warm_start.MODULE", "this")  # exits at once
     server = ForkServer()
     first = server.process
     for _ in range(2):
         assert server.fork(((), {}, (None, None), set())) is None
     assert server.process is first
+    assert capsys.readouterr().err == NO_WARM_START.format("has ended")
+
+
+def test_a_server_that_does_not_respond_is_ended(monkeypatch, capsys):
+    server = ForkServer()
+    server.process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr("distlenet.launch.warm_start.TIMEOUT_S", 0.01)
+    assert server.fork(((), {}, (None, None), set())) is None
+    assert server.process.returncode == -signal.SIGKILL
+    assert capsys.readouterr().err == NO_WARM_START.format("did not respond in 0.01 s")
+
+
+def test_another_version_of_torchrun_starts_new_interpreters(monkeypatch, capsys):
+    monkeypatch.delattr("torch.distributed.elastic.multiprocessing.api.get_subprocess_handler")
+    server = ForkServer()
+    use_fork_server(server)
+    assert server.process.returncode == -signal.SIGKILL
+    assert capsys.readouterr().err == (
+        "distlenet: no warm start: this version of torch starts ranks in another way; they start in new interpreters\n"
+    )
+    assert not hasattr(api, "get_subprocess_handler")
 
 
 def test_a_server_whose_agent_has_gone_ends_without_a_message():

@@ -50,7 +50,7 @@ def keys_of(n: int) -> SampleKeys:
 
 
 def reference_box(draws, size, scale, ratio):
-    """The loop of torchvision's RandomResizedCrop, with given random numbers; None after ten attempts in vain."""
+    """The loop of torchvision's RandomResizedCrop, with given random numbers; None if ten attempts fail."""
     height, width = size
     for k in range(ATTEMPTS):
         area = height * width * (scale[0] + draws[k] * (scale[1] - scale[0]))
@@ -70,7 +70,7 @@ def test_random_boxes_are_those_of_torchvision(size, whole):
     center = ((size[0] - whole[0]) // 2, (size[1] - whole[1]) // 2, *whole)
     expected = [reference_box(row, size, SCALE, RATIO) or center for row in draws.double().tolist()]
     assert found == [list(box) for box in expected]
-    assert center in expected  # the attempts were in vain for some
+    assert center in expected  # all attempts failed for some
 
 
 @pytest.mark.parametrize("size", [(32, 40), (9, 8), (100, 90)])

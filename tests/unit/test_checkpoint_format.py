@@ -65,6 +65,13 @@ def test_an_error_of_any_write_is_raised(room):
     assert disk.left < 0
 
 
+@pytest.mark.parametrize("end", [b"x" * 22, b"PK\5\6" + b"x" * 30, b"PK\5\6" + b"x" * 90])
+def test_another_format_of_torch_save_is_an_error_at_the_save(monkeypatch, end):
+    monkeypatch.setattr("torch.save", lambda _, file: file.write(memoryview(end)))
+    with pytest.raises(RuntimeError, match="does not write the end of the archive alone"):
+        write_state({}, io.BytesIO())
+
+
 def peak_bytes(function, *arguments) -> int:
     """Return by how much the memory of this process rose while ``function`` ran."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from the present size

@@ -40,6 +40,9 @@ PLAIN_WORDS = {
     "goes on": "continues",
     "going on": "continuing, resuming",
     "whole number": "integer",
+    "in vain": "fails",
+    "if asked": "if requested, with SETTING",
+    "is to be done": "no action is needed",
 }
 """Expressions that do not occur in this project, and what to write instead."""
 

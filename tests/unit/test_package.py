@@ -112,6 +112,8 @@ def test_a_recipe_is_found_by_its_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load((REPO / "configs/tutorial.yaml").read_text())
     assert load_config(["tutorial"]).train.global_batch_size == recipe["train"]["global_batch_size"]
+    (tmp_path / "ci").mkdir()
+    assert load_config(["ci"]) != load_config()  # a directory is not a file of settings
     (tmp_path / "tutorial").write_text("seed: 7")
     assert load_config(["tutorial"]).seed == 7  # a file of this name comes first
 
