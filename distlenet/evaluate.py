@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from distlenet.checkpoint.format import State, evaluation_weights, load_checkpoint, load_model, load_task_state
@@ -94,6 +95,7 @@ def evaluate(
         if config.data.name == "synthetic":
             config = load_config(files, [*overrides, f"data.root={given.data.root}"], state["config"], names)
         require_local_data(config.data)
+    config = replace(config, data=replace(config.data, build_cache=False))  # it reads a part of the images
     metrics, path, state = _evaluate(config, state, path, split, make_task)
     return {"checkpoint": str(path), "step": state["step"], **metrics.to_dict(f"{split}_")}
 

@@ -23,6 +23,7 @@ KINDS = {
 }
 INPUTS = {bool: (bool, int, str), int: (int, str), float: (float, int, str), str: (str,), list: (list,), dict: (dict,)}
 AUTO = Literal["auto"]
+OFF = Literal["off"]
 MAX_DEPTH = 8  # of nested lists and mappings
 BOUNDS = {
     "ge": ("at least", operator.ge),
@@ -38,7 +39,7 @@ class Field:
 
     ``names`` are the built-in names of a setting that also accepts ``module:attribute``. ``pair``: a list of two values
     is accepted too. ``auto``: so is this word, in place of a number. ``range``: two values, [LOWEST,HIGHEST], are
-    expected.
+    expected. ``off``: this word needs no quotes in a file.
     """
 
     kind: type
@@ -47,6 +48,7 @@ class Field:
     pair: bool
     auto: bool
     range: bool
+    off: bool
     default: Any
     help: str
     result: bool
@@ -77,6 +79,8 @@ class Field:
             return None
         if self.auto and value == "auto":
             return value
+        if self.off and value is False:  # YAML reads off as false
+            return "off"
         if self.pair and isinstance(value, list):
             if len(value) != 2:
                 raise ValueError
@@ -139,7 +143,7 @@ def _read_schema(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, Fie
         choices, is_range = types if origin is Literal else (), field.type == list[float]
         kind = str if choices else origin if origin in (list, dict) and not is_range else (*types, field.type)[0]
         default = getattr(schema(), field.name)
-        flags = type(None) in types, list[int] in types, AUTO in types, is_range
+        flags = type(None) in types, list[int] in types, AUTO in types, is_range, OFF in types
         yield prefix + field.name, Field(kind, choices, *flags, default, **field.metadata)
 
 

@@ -115,6 +115,8 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"run.name={name}: expected the name of one directory; its parent is run.dir")
     if not 0 < len(config.wandb.project) <= 128 or set("/\\#?%:") & set(config.wandb.project):
         raise UserError(f"wandb.project={config.wandb.project[:200]}: expected 1 to 128 characters, without /\\#?%:")
+    if not config.data.cache:
+        raise UserError("data.cache: is empty; give auto, off or a directory")
     if config.data.flip and config.data.augment == "flip_shift":
         raise UserError(
             f"data.flip={config.data.flip:g}: data.augment=flip_shift mirrors half of the images already; give "

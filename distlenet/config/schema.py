@@ -121,10 +121,13 @@ class DataConfig:
     cutmix: float = setting(
         0.0, "Alpha of CutMix; with both, each is applied to half of the images.", ge=0, lt=100, result=True
     )
-    cache: str = setting(
+    cache: str | Literal["off"] = setting(
         "auto",
         "Directory in which decoded image files are kept for all jobs; auto: distlenet in the user's cache directory, "
         "for sets that take long to decode; off: none.",
+    )
+    build_cache: bool = setting(
+        True, "Decode images into data.cache; false: only read what is complete there, as evaluation and preflight do."
     )
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto", "Device of the images; auto: the GPU, if there is one and they take at most a quarter of its memory."

@@ -62,6 +62,7 @@ def check_pairs(slow: list[tuple[str, str, float]]) -> Finding:
 
 def take_trial_step(config: Config, context: DistributedContext) -> list[Finding]:
     """Take the first two steps of the run in a temporary directory; check speed and checkpoint size. A collective."""
+    config = replace(config, data=replace(config.data, ledger=False, build_cache=False))
     task = make_task(config)
     with contextlib.ExitStack() as stack:
         name = ""
@@ -71,11 +72,7 @@ def take_trial_step(config: Config, context: DistributedContext) -> list[Finding
                     TemporaryDirectory(prefix=".preflight-", dir=config.run.dir, ignore_cleanup_errors=True)
                 )
         trial_dir, preemption = Path(broadcast_object(name)), stack.enter_context(contextlib.closing(Preemption(1.0)))
-        trial_config = replace(
-            config,
-            data=replace(config.data, ledger=False),
-            checkpoint=replace(config.checkpoint, resume="never"),
-        )
+        trial_config = replace(config, checkpoint=replace(config.checkpoint, resume="never"))
         trainer = Trainer(trial_config, context, task, trial_dir, Trackers(), preemption)
         stack.callback(trainer.close)
         trainer.start()

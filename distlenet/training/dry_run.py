@@ -77,7 +77,7 @@ def _for_this_machine(config: Config) -> tuple[Config, str]:
         device="cpu",
         precision="auto" if config.precision == "fp16" else config.precision,
         distributed=replace(config.distributed, backend="auto"),
-        data=replace(config.data, device="cpu", num_workers=0),
+        data=replace(config.data, device="cpu", num_workers=0, build_cache=False),  # writes nothing
         model=replace(config.model, compile=False),
     )
     return changed, ", ".join(setting for setting, given in unchecked.items() if given)

@@ -152,6 +152,13 @@ def test_evaluate_returns_the_metrics_of_the_training(tmp_path):
     assert result["test_loss"] == summary["test_loss"] > 0
 
 
+def test_evaluate_builds_no_cache(tmp_path):
+    run(tmp_path, Slope, "train.global_batch_size=4", "optim.lr=0.001")
+    configs = []
+    evaluate(tmp_path / "run", make_task=lambda config: configs.append(config) or Slope(config))
+    assert [config.data.build_cache for config in configs] == [False]
+
+
 def test_a_checkpoint_of_another_task_is_refused(tmp_path):
     run(tmp_path, ImageClassification, "data.name=digits")
     with pytest.raises(UserError, match=r"is of another architecture than Linear"):

@@ -85,6 +85,7 @@ def test_shipped_configs_contain_only_differences_from_the_defaults(name):
         ("run.name=../x", ["run.name=../x", "run.dir"]),
         ("wandb.project=a/b", ["wandb.project=a/b", "without /"]),
         ("wandb.project=", ["wandb.project="]),
+        ("data.cache=''", ["data.cache: is empty; give auto, off or a directory"]),
         ("run.name=..", ["run.name=..", "run.dir"]),
         ("run.name=a\0b", ["not valid YAML"]),
         ("run.name=a\tb", ["run.name=a\\tb", "at most 1,000 printable characters"]),
@@ -225,6 +226,7 @@ def test_a_former_name_of_a_setting_suggests_the_present_name(old, new):
 
 
 CHOICES = [(key, choice) for key, field in FIELDS.items() for choice in field.choices]
+CHOICES += [("data.cache", "off"), ("data.cache", "auto")]
 
 
 @pytest.mark.parametrize(("key", "choice"), CHOICES)

@@ -22,8 +22,10 @@ from distlenet.data.cache_file import CHUNK_IMAGES, CacheFile
 from distlenet.data.images import ImageDataset
 from distlenet.data.sources import folder, image_cache, load_data
 from distlenet.data.sources.custom import load_custom
+from distlenet.data.sources.custom_cache import DIGEST_SAMPLES
 from distlenet.task import Datasets
 from distlenet.tasks.image_format import measure_images
+from distlenet.training.dry_run import plan
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -216,6 +218,31 @@ def test_auto_caches_large_sets_only(images, tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "MIN_FILE_BYTES", 10_000)
     load(images, cache="auto")
     assert cache_files(tmp_path / "distlenet") == [".images", ".lock"]
+
+
+def test_without_build_cache_a_complete_file_is_read_and_none_is_made(images, tmp_path, decoded):
+    expected = load(images, "data.build_cache=false", cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    assert same_bits(load(images, cache=tmp_path / "cache"), expected)
+    decoded.clear()
+    assert same_bits(load(images, "data.build_cache=false", cache=tmp_path / "cache"), expected)
+    assert not decoded
+
+
+def color_net():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+
+
+def test_a_dry_run_builds_no_cache(images, tmp_path):
+    words = [
+        f"model.name={__name__}:color_net",
+        "data.name=folder",
+        f"data.root={images}/folder",
+        "data.size=8",
+        f"data.cache={tmp_path}/cache",
+    ]
+    plan(load_config([], [*words, "device=cpu", "train.global_batch_size=64"]), 2)
+    assert not (tmp_path / "cache").exists()
 
 
 class Counted:
@@ -440,8 +467,8 @@ class Declared:
         return torch.full((3, 5, 7), index, dtype=torch.uint8), (index + len(self)) % 3
 
 
-def load_declared(tmp_path, train, test, **more):
-    config = load_config([], ["data.name=builtins:dict", f"data.cache={tmp_path}"]).data
+def load_declared(tmp_path, train, test, *words, **more):
+    config = load_config([], ["data.name=builtins:dict", f"data.cache={tmp_path}", *words]).data
     return load_custom(lambda: Datasets(train, test, classes=("a", "b", "c"), **more), {}, config)
 
 
@@ -452,12 +479,21 @@ def test_a_dataset_that_declares_to_be_deterministic_is_read_once(tmp_path):
     images, labels = first.train.get_batch(torch.tensor([199, 0, 77]))
     assert (images[:, 2, 4, 6].tolist(), labels.tolist()) == ([199, 0, 77], [0, 2, 1])
     assert first.test.get_batch(torch.tensor([8]))[1].tolist() == [2]
-    assert max(train.reads[1:] + test.reads) == 1
+    unread = [row for row, count in enumerate(train.reads) if count == 1]
+    assert len(unread) == 200 - DIGEST_SAMPLES  # the others identify the dataset: they are read at each start
     again = load_declared(tmp_path, train, test, fingerprint={"version": "1"})
-    assert max(train.reads[1:] + test.reads) == 1
+    assert {train.reads[row] for row in unread} == {1}
     assert torch.equal(again.train.images, first.train.images)
     load_declared(tmp_path, train, test, fingerprint={"version": "2"})
-    assert min(train.reads + test.reads) == 2
+    assert {train.reads[row] for row in unread} == {2}
+
+
+def test_without_build_cache_a_declared_dataset_is_read_from_a_complete_file_only(tmp_path):
+    train, test = Declared(200), Declared(9)
+    assert not isinstance(load_declared(tmp_path, train, test, "data.build_cache=false").train, ImageDataset)
+    assert list(tmp_path.iterdir()) == []
+    load_declared(tmp_path, train, test)
+    assert isinstance(load_declared(tmp_path, train, test, "data.build_cache=false").train, ImageDataset)
 
 
 def test_a_declared_dataset_is_read_by_the_thread_that_made_it(tmp_path):
@@ -479,14 +515,15 @@ def test_an_exception_of_a_declared_dataset_is_reported_with_its_sample(tmp_path
     assert cache_files(tmp_path) == [".chunks", ".lock", ".partial"]
 
 
-def test_a_changed_sample_without_a_fingerprint_is_found(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"fingerprint": {"version": "1"}}])
+def test_a_changed_sample_is_found(tmp_path, more):
     class Shifted(Declared):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
             image, label = super().__getitem__(index)
             return image + 1, label
 
-    assert load_declared(tmp_path, Declared(200), Declared(9)).train[5][0].unique().tolist() == [5]
-    assert load_declared(tmp_path, Shifted(200), Declared(9)).train[5][0].unique().tolist() == [6]
+    assert load_declared(tmp_path, Declared(200), Declared(9), **more).train[5][0].unique().tolist() == [5]
+    assert load_declared(tmp_path, Shifted(200), Declared(9), **more).train[5][0].unique().tolist() == [6]
 
 
 def test_other_datasets_and_floating_point_are_not_cached(tmp_path):

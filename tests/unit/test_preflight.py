@@ -11,16 +11,19 @@ import torch
 from torch.distributed import HashStore
 
 from distlenet.config.loading import load_config
+from distlenet.config.schema import Config
 from distlenet.distributed.device import DeviceChoice
 from distlenet.distributed.entry_point import run_entry
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.preflight import __main__ as preflight
+from distlenet.preflight import trial_step
 from distlenet.preflight.allreduce import fit_line, tournament_rounds
 from distlenet.preflight.node_checks import remove_if_created
 from distlenet.preflight.ports import ALL_PAIRS_LIMIT, peers_of, publish_listener, try_peers
 from distlenet.preflight.rank_info import collect_rank_info, own_address, route_to
 from distlenet.preflight.rules import apply_rules
 from distlenet.preflight.trial_step import check_disk_space
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -272,3 +275,12 @@ def test_addresses_and_interfaces():
     assert own_address("lo") == "127.0.0.1"
     assert own_address("nosuch0") == ""
     assert route_to("no.such.host.invalid") == route_to("") == ("", "")
+
+
+def test_the_trial_step_builds_no_cache(monkeypatch):
+    def stop(config: Config) -> None:
+        raise UserError(f"{config.data.build_cache}")
+
+    monkeypatch.setattr(trial_step, "make_task", stop)
+    with pytest.raises(UserError, match="False"):
+        trial_step.take_trial_step(CONFIG, None)

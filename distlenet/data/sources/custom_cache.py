@@ -77,8 +77,8 @@ def cache_samples(
 ) -> Mapping[str, Any]:
     """Return ``splits`` with their samples in a mapped file. A collective, if there is a group.
 
-    They are identified by ``fingerprint``, or else by some samples. Raise UserError if ``data.cache`` is a directory
-    that cannot hold them.
+    They are identified by ``fingerprint`` and some samples. Raise UserError if ``data.cache`` is a directory that
+    cannot hold them.
     """
     distributed = dist.is_initialized() and dist.get_backend() != "fake"
     exchange: Callable[[Any], list[Any]] = all_gather_object if distributed else lambda value: [value]
@@ -95,7 +95,7 @@ def cache_samples(
         )
 
     with ExitStack() as stack:
-        plan: tuple[str, CacheFile, bool] | None = None
+        plan: tuple[str, CacheFile | None, bool] | None = None
         with together():
             if first:
                 plan = _plan(splits, fingerprint, config)
@@ -106,7 +106,7 @@ def cache_samples(
             problem = build_cache(file if wanted else None, dataset, workers, keep=config.cache != "auto")
         stored: dict[str, StoredImages] = {}
         with together():
-            if first and is_usable(file, problem, config):
+            if first and file is not None and is_usable(file, problem, config):
                 stored = _open(file, splits, stack)
         stored = of_node(stored)
         with together():  # no rank closes the file before all have mapped it
@@ -119,16 +119,16 @@ def cache_samples(
 
 def _plan(
     splits: Mapping[str, Samples], fingerprint: Mapping[str, str] | None, config: DataConfig
-) -> tuple[str, CacheFile, bool]:
-    """Return what identifies the samples, the file for them, and whether they have to be decoded."""
+) -> tuple[str, CacheFile | None, bool]:
+    """Return what identifies the samples, the file for them if one is used, and whether they have to be decoded."""
     shape = tuple(splits["train"][0][0].shape)
     lengths = {name: len(split) for name, split in splits.items()}
-    contents = (
-        dict(fingerprint) if fingerprint is not None else {name: _digest(split) for name, split in splits.items()}
-    )
-    path, part = cache_paths(config, config.name.replace(":", "-"), [config.args, shape], [lengths, contents])
+    digests = {name: _digest(split) for name, split in splits.items()}
+    contents = [lengths, digests, dict(fingerprint or {})]
+    path, part = cache_paths(config, config.name.replace(":", "-"), [config.args, shape], contents)
     file = CacheFile(path, part, sum(lengths.values()), shape, labels=True)
-    return path.name, file, not is_built(file)
+    wanted = not is_built(file)
+    return path.name, None if wanted and not config.build_cache else file, wanted and config.build_cache
 
 
 def _digest(split: Samples) -> str:

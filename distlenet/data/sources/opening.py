@@ -49,8 +49,9 @@ def open_data(config: DataConfig, fetch: bool = False) -> Iterator[OpenedImages]
     """
     with ExitStack() as stack:
         opened = _open_source(config, stack, fetch)
-        file, problem = plan_cache(opened, config), ""
-        if file is not None and not is_built(file):
+        file, wanted = _plan(opened, config)
+        problem = ""
+        if file is not None and wanted:
             problem = build_cache(file, join_images(opened, config), Workers(), keep=config.cache != "auto")
         yield fit_sizes(use_cache(opened, file, problem, config, stack), config, stack)
 
@@ -117,8 +118,7 @@ def load_on_node(config: DataConfig, env: DistributedEnvironment) -> Datasets:
         with raise_on_all_ranks():
             if env.local_rank == 0:
                 opened = _open_source(config, stack)
-                file = plan_cache(opened, config)
-                wanted = file is not None and not is_built(file)
+                file, wanted = _plan(opened, config)
         problem = _decode_on_node(opened, file if wanted else None, config, env)
         with raise_on_all_ranks():
             if opened is not None:
@@ -133,6 +133,14 @@ def load_on_node(config: DataConfig, env: DistributedEnvironment) -> Datasets:
                     "of them; let the ranks of a node share their process namespace"
                 )
                 return load_data(config)
+
+
+def _plan(opened: OpenedImages, config: DataConfig) -> tuple[CacheFile | None, bool]:
+    """Return the file of the decoded images, or None if none is used, and whether they have to be decoded into it."""
+    file = plan_cache(opened, config)
+    if file is None or is_built(file):
+        return file, False
+    return (file, True) if config.build_cache else (None, False)
 
 
 def _decode_on_node(
