@@ -80,7 +80,7 @@ class CacheBuild:
         self.records: dict[int, tuple[int, str]] | None = None
         self.stopped = False
         self.announced = False
-        self.progress = DecodingProgress(file.images) if workers.shows_progress else None
+        self.progress = DecodingProgress(file.images, file.path, file.nbytes) if workers.shows_progress else None
 
     def round(self, reports: Sequence[Report]) -> Report:
         """Work for a while. ``reports`` are those of this node's ranks after the last round; none at the start."""

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,10 +15,11 @@ LINE_S = 60.0
 
 
 class DecodingProgress:
-    """Show which share of ``images`` images is decoded. Several threads may call ``update``."""
+    """Show which share of ``images`` images is decoded, and once the ``path``. Several threads may call ``update``."""
 
-    def __init__(self, images: int) -> None:
+    def __init__(self, images: int, path: Path, nbytes: int) -> None:
         self.images, self.started = images, time.monotonic()
+        self.intent = f"decoding {images:,} images into {path} ({nbytes / 1e9:.1f} GB), once, for this and later jobs"
         self.next_line = self.started + QUIET_S
         self.lock = threading.Lock()
         self.bar: Progress | None = None
@@ -28,17 +30,20 @@ class DecodingProgress:
 
     def update(self, share: float) -> None:
         """Show the ``share``, from 0 to 1."""
+        with self.lock:
+            now = time.monotonic()
+            if self.bar is None and now < self.next_line:
+                return
+            self.next_line = now + LINE_S
+            intent, self.intent = self.intent, ""
+        if intent:
+            warn(intent)
         if self.bar is not None:
             self.bar.start()
             self.bar.update(self.task, completed=share)
             return
-        with self.lock:
-            now = time.monotonic()
-            if now < self.next_line:
-                return
-            self.next_line = now + LINE_S
         left_s = (now - self.started) * (1 - share) / share
-        warn(f"decoding {self.images:,} images once, for this and later jobs: {share:.0%}, about {left_s:.0f} s left")
+        warn(f"decoding {self.images:,} images: {share:.0%}, about {left_s:.0f} s left")
 
     def close(self) -> None:
         """Remove the bar."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+COPIED_IMAGES = 1024  # at a time
 GREY, COLOR = 1, 3  # channels of what an image file decodes to
 
 
@@ -54,8 +55,10 @@ class ImageDataset:
         """Return the selected samples on ``device``."""
         if self.rows is None:
             return replace(self, images=self.images.to(device), labels=self.labels.to(device))
-        images, labels = self.images[self.rows].to(device), self.labels[self.rows].to(device)
-        return ImageDataset(images, labels, sampled=self.sampled)
+        images = torch.empty((len(self.rows), *self.images.shape[1:]), dtype=self.images.dtype, device=device)
+        for copied, rows in zip(images.split(COPIED_IMAGES), self.rows.split(COPIED_IMAGES), strict=True):
+            copied.copy_(self.images[rows])  # in parts: all ranks of a node may do it, each with a copy of its rows
+        return ImageDataset(images, self.labels[self.rows].to(device), sampled=self.sampled)
 
 
 def height_and_width(image: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from forked import run_python
 from PIL import Image
 
 from distlenet.config.loading import load_config
-from distlenet.data import cache_build, cache_file
+from distlenet.data import cache_build, cache_file, decoding_progress
 from distlenet.data.cache_build import CacheBuild, Workers, build_cache
 from distlenet.data.cache_file import CHUNK_IMAGES, CacheFile
 from distlenet.data.images import ImageDataset
@@ -526,7 +526,7 @@ def test_a_changed_sample_is_found(tmp_path, more):
     assert load_declared(tmp_path, Shifted(200), Declared(9), **more).train[5][0].unique().tolist() == [6]
 
 
-def test_other_datasets_and_floating_point_are_not_cached(tmp_path):
+def test_other_datasets_and_floating_point_are_not_cached(tmp_path, capfd):
     class Undeclared(Declared):
         deterministic = False
 
@@ -535,5 +535,30 @@ def test_other_datasets_and_floating_point_are_not_cached(tmp_path):
             return super().__getitem__(index)[0].float(), 0
 
     load_declared(tmp_path, Undeclared(5), Declared(5))
+    assert capfd.readouterr().err == ""
     load_declared(tmp_path, Floats(5), Floats(5))
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err.count("its images are torch.float32: only uint8 images are cached") == 1
+
+
+def test_a_long_decoding_prints_the_file_once_and_then_the_share(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(decoding_progress, "QUIET_S", 0.0)
+    monkeypatch.setattr(decoding_progress, "LINE_S", 0.0)
+    build_cache(make_file(tmp_path, 300), Counted(300), Workers(), keep=True)
+    lines = capfd.readouterr().err.splitlines()
+    file = f"{tmp_path}/a0.images (0.0 GB)"
+    assert [line for line in lines if file in line] == lines[:1]
+    assert lines[0] == f"distlenet: decoding 300 images into {file}, once, for this and later jobs"
+    assert any(line.startswith("distlenet: decoding 300 images: 100%") for line in lines)
+
+
+def test_selected_images_are_copied_in_parts(monkeypatch):
+    monkeypatch.setattr("distlenet.data.images.COPIED_IMAGES", 3)
+    values = torch.arange(20, dtype=torch.uint8)
+    selected = ImageDataset(values.view(20, 1, 1), values).select(torch.tensor([7, 1, 19, 4]))
+    sizes, index = [], torch.Tensor.__getitem__
+    monkeypatch.setattr(torch.Tensor, "__getitem__", lambda self, rows: sizes.append(len(rows)) or index(self, rows))
+    copied = selected.to(torch.device("cpu"))
+    monkeypatch.undo()
+    assert sizes == [3, 1, 4]  # images, and the labels
+    assert copied.images.flatten().tolist() == copied.labels.tolist() == [7, 1, 19, 4]

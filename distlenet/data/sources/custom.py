@@ -19,7 +19,7 @@ from distlenet.data.validation import split_validation
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.task import Datasets
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, warn
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def load_custom(
     given = {split: getattr(datasets, split) for split in named if getattr(datasets, split) is not None}
     wrapped: Mapping[str, Any] = {split: wrap(dataset, named[split]) for split, dataset in given.items()}
     declared = all(getattr(dataset, "deterministic", False) is True for dataset in given.values())
-    if config.cache != "off" and declared and first.dtype == torch.uint8:
+    if config.cache != "off" and declared and first.dtype != torch.uint8 and env.rank == 0:
+        warn(f"{name}: declares deterministic = True, but its images are {first.dtype}: only uint8 images are cached")
+    elif config.cache != "off" and declared and first.dtype == torch.uint8:
         wrapped = cache_samples(wrapped, datasets.fingerprint, config, env)
     result = replace(datasets, source=datasets.source or config.name, **wrapped)
     return split_validation(result, config.validation)
