@@ -436,6 +436,22 @@ def test_a_file_that_cannot_be_read_is_not_damaged(images, tmp_path, monkeypatch
     assert cache_files(tmp_path / "cache") == [".images", ".lock"]
 
 
+def test_a_record_written_in_part_is_a_failure(tmp_path, monkeypatch):
+    class Short(io.FileIO):
+        def write(self, content: bytes) -> int:
+            return super().write(content[:5])
+
+    file = make_file(tmp_path, 70)
+    file.create()
+    real = open
+    monkeypatch.setattr(
+        cache_file, "open", lambda path, *mode, **more: Short(path, "ab") if more else real(path, *mode), raising=False
+    )
+    with pytest.raises(OSError, match=r"part0\.chunks: a line was written in part"):
+        file.write_chunk(0, "stamp", [(torch.zeros(2, 2, dtype=torch.uint8), 0)] * CHUNK_IMAGES)
+    assert file.read_records() == {}
+
+
 def test_a_verified_file_gets_its_time_back(tmp_path, monkeypatch):
     file, restarts = make_file(tmp_path, 300), []
     build_cache(file, Counted(300), Workers(shows_progress=False), keep=True)
