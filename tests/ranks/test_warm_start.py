@@ -6,15 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT_S, clean_environment
+from conftest import LIMIT_S, clean_environment, run_command
 from torch.distributed.elastic.multiprocessing import api
 
-from distlenet.launch.fork_server import unsafe_to_fork, wait_for_request
+from distlenet.launch.fork_server import wait_for_request
 from distlenet.launch.forked_rank import split_numactl, use_fork_server
 from distlenet.launch.warm_start import ForkedRank, ForkServer
 
@@ -193,17 +192,26 @@ def test_a_server_whose_agent_has_gone_ends_without_a_message():
     assert ended.value.code == 0
 
 
+SAFETY = """
+import threading
+from distlenet.launch.fork_server import unsafe_to_fork
+
+files, ended = {0, 1, 2}, threading.Event()
+thread = threading.Thread(target=ended.wait)
+thread.start()
+print(unsafe_to_fork(files))
+ended.set()
+thread.join()
+print(unsafe_to_fork(files) or "safe")
+with open("/dev/null"):
+    print(unsafe_to_fork(files))
+"""
+
+
 def test_a_process_with_threads_or_files_forks_no_ranks():
-    files = {int(path.name) for path in Path("/proc/self/fd").iterdir() if path.exists()}
-    ended = threading.Event()
-    thread = threading.Thread(target=ended.wait)
-    thread.start()
-    assert "threads" in unsafe_to_fork(files)
-    ended.set()
-    thread.join()
-    assert unsafe_to_fork(files) == ""
-    with Path("/dev/null").open():
-        assert unsafe_to_fork(files) == "files are open: /dev/null"
+    """In a new interpreter: that of the tests may have threads."""
+    ended = run_command(sys.executable, "-c", SAFETY).succeeded()
+    assert ended.stdout.splitlines() == ["there are 2 threads", "safe", "files are open: /dev/null"]
 
 
 @pytest.mark.parametrize(
