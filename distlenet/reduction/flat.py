@@ -41,8 +41,8 @@ class FlatReducer(ConsecutiveMicroBatches):
     """Gradients, stop flag and sum of weights in one float32 buffer.
 
     DistributedDataParallel copies each gradient to its bucket by a separate kernel, which for a small network on a GPU
-    takes longer than the computation. On CPUs, its Python code takes 0.1 ms or
-    more per step: compare ``ddp`` with ``ddp, wrapped`` of benchmarks/reduction_cost.py.
+    takes longer than the computation. On CPUs, its Python code takes longer than one copy: compare ``ddp`` with ``ddp,
+    wrapped`` of benchmarks/reduction_cost.py.
     """
 
     capture_after = 3  # steps: they create the state of optimizer, cuBLAS and NCCL
