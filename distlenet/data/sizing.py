@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
+from distlenet.data.decoding import to_tensor
 from distlenet.data.images import height_and_width, size_text
-from distlenet.data.resizing import resize_images
+from distlenet.data.resizing import resize_image, resize_images
 from distlenet.data.sources.opened import EncodedImages, OpenedImages, Split, StoredImages
 from distlenet.utils.errors import UserError
 from distlenet.utils.mapped_file import share_tensors
@@ -45,7 +46,7 @@ def fit_sizes(opened: OpenedImages, config: DataConfig, stack: ExitStack) -> Ope
 
 def first_shape(split: Split, size: tuple[int, int] | None) -> tuple[int, ...]:
     """Return the shape of the first image after resizing."""
-    shape = split.images.shape[1:] if isinstance(split, StoredImages) else tuple(split[0][0].shape)
+    shape = split.images.shape[1:] if isinstance(split, StoredImages) else tuple(to_tensor(split.image(0)).shape)
     return (*shape[:-2], *size) if size else shape
 
 
@@ -87,16 +88,15 @@ class ResizedImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return an image and its label. Raise UserError if the image is damaged or of another shape."""
-        image, label = self.files[index]
-        if self.size is not None:
-            image = resize_images(image, self.size)
+        decoded = self.files.image(index)
+        image = to_tensor(resize_image(decoded, self.size) if self.size else decoded)
         if tuple(image.shape) != self.shape:
-            first = size_text(height_and_width(self.files[0][0]))
+            first = size_text(height_and_width(to_tensor(self.files.image(0))))
             raise UserError(
                 f"data {self.name(index)}: has {size_text(height_and_width(image))} pixels, but {self.name(0)} has "
                 f"{first}; give data.size=N or data.size=[HEIGHT,WIDTH] to resize all images"
             )
-        return image.contiguous(), label
+        return image.contiguous(), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """Return how messages call an image."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distlenet.data.decoding import IMAGE_SUFFIXES, UnreadableImage, open_image, to_tensor
 from distlenet.data.images import GREY
-from distlenet.data.resizing import resize_images
+from distlenet.data.resizing import resize_image
 from distlenet.tasks.image_format import ImageFormat
 
 
@@ -67,8 +67,8 @@ def read_image(path: Path, invert: str, expected: ImageFormat) -> Tensor:
         image, border = ImageOps.invert(image), [255 - value for value in border]
     height, width = expected.size
     if expected.resized:
-        return resize_images(to_tensor(image), expected.size)
-    if image.size != (width, height):
+        image = resize_image(image, expected.size)
+    elif image.size != (width, height):
         scale = max(image.width / width, image.height / height)  # pixels of the file per pixel of the result
         padded_size = (max(image.width, round(width * scale)), max(image.height, round(height * scale)))
         padded = Image.new(image.mode, padded_size, border[0] if len(border) == 1 else tuple(border))

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
-from distlenet.data.decoding import FORMATS, IMAGE_SUFFIXES, UnreadableImage, channels_of, open_image, to_tensor
+from distlenet.data.decoding import FORMATS, IMAGE_SUFFIXES, UnreadableImage, channels_of, open_image
 from distlenet.data.images import COLOR, GREY
 from distlenet.data.sources.opened import OpenedImages
 from distlenet.utils.errors import UserError
@@ -33,11 +33,11 @@ class FolderImages:
         """Return the number of images."""
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def image(self, index: int) -> Image.Image:
         """Decode one image."""
         path = self.directory / self.files[index]
         try:
-            return to_tensor(open_image(path, path, self.channels)), int(self.labels[index])
+            return open_image(path, path, self.channels)
         except UnreadableImage as error:
             raise UserError(f"data {error}; replace or remove the file") from error
 

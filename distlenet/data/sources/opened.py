@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
 from distlenet.data.images import ImageDataset
-from distlenet.task import MapDataset
 from distlenet.utils.mapped_file import TensorRef
 
 
@@ -27,15 +27,18 @@ class StoredImages:
         return ImageDataset(self.images.map(), self.labels.map(), sampled=self.sampled)
 
 
-class EncodedImages(MapDataset, Protocol):
-    """Image files: a dataset of (image, label) that decodes an image when it is read. It can be sent to other ranks."""
+class EncodedImages(Protocol):
+    """Image files, each of which is decoded when it is read. They can be sent to other ranks."""
 
     @property
     def labels(self) -> Tensor:
         """The labels, int64 (N,)."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image, uint8 (H, W) or (C, H, W), and its label. Raise UserError if it cannot be decoded."""
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image of mode L or RGB. Raise UserError if it cannot be decoded."""
 
     def name(self, index: int) -> str:
         """Return how messages call an image."""

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
-from distlenet.data.decoding import UnreadableImage, open_image, to_tensor
+from distlenet.data.decoding import UnreadableImage, open_image
 from distlenet.data.images import COLOR, GREY
 from distlenet.data.sources.labels import MAX_CLASSES
 from distlenet.data.sources.opened import OpenedImages
@@ -37,14 +38,13 @@ class TarImages:
         """Return the number of images."""
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def image(self, index: int) -> Image.Image:
         """Decode one image."""
         entry = self.entries[index]
         try:
-            image = open_image(io.BytesIO(entry.read()), self.name(index), self.channels)
+            return open_image(io.BytesIO(entry.read()), self.name(index), self.channels)
         except (UnreadableImage, OSError) as error:
             raise UserError(f"data {error}; replace or remove the image") from error
-        return to_tensor(image), entry.label
 
     @property
     def file_bytes(self) -> int:
