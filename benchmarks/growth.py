@@ -92,8 +92,13 @@ def checkpoint(parameters: int, moments: int, rounds: int, directory: Path) -> s
         if failure := store.wait():
             raise RuntimeError(failure)
 
-    write, first_memory = measure(save)
-    _, later_memory = measure(save)
+    def first_save() -> None:
+        store.reserve(state)  # as after the first step
+        store.wait()
+        save()
+
+    _, first_memory = measure(first_save)
+    write, later_memory = measure(save)
     first, checks, copies, plain = stops[0], list[float](), list[float](), list[float]()
     for _ in range(rounds):
         started = time.perf_counter()

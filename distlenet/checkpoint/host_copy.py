@@ -26,6 +26,11 @@ def copy_to_host(state: Any, previous: Any = None) -> Any:
     return map_tensors(copy, state)
 
 
+def memory_for(state: Any) -> Any:
+    """Return what ``copy_to_host`` can use as the ``previous`` copy: memory whose page faults are over."""
+    return map_tensors(lambda tensor: torch.zeros_like(tensor, device="cpu"), state)
+
+
 def _form(tensor: Tensor) -> Any:
     """Return what two tensors of the same form share; a sparse tensor fits no other."""
     strided = tensor.layout == torch.strided

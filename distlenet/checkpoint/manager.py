@@ -47,6 +47,7 @@ class CheckpointManager:
         self.config, self.context, self.model, self.rank = config, context, model, context.env.rank
         self.blocker, self.before_write = blocker, before_write
         self.store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)
+        self.reserved = False  # the memory of copies
         self.not_saved: str | None = None  # why the last checkpoint was not written
 
     def restore(self, target: Stateful) -> Path | None:
@@ -74,6 +75,13 @@ class CheckpointManager:
                 f"({type(error).__name__}: {error}); give another, or only evaluate it"
             ) from error
         return path
+
+    def reserve(self, source: Stateful) -> None:
+        """Have rank 0 allocate memory, so that the first save stops training no longer than the others."""
+        self.reserved = True
+        state = source.state_dict()  # collective
+        if self.rank == 0:
+            self.store.reserve(state)
 
     def save(self, source: Stateful, best: bool = False, optional: bool = False) -> None:
         """Have rank 0 write a checkpoint in the background; skip an ``optional`` one if it is still writing another."""

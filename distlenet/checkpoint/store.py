@@ -17,7 +17,7 @@ from distlenet.checkpoint.format import (
     load_checkpoint,
     write_atomically,
 )
-from distlenet.checkpoint.host_copy import copy_to_host
+from distlenet.checkpoint.host_copy import copy_to_host, memory_for
 from distlenet.utils.errors import UserError, warn
 
 FILE_NAME = re.compile(r"step-\d+\.pt")
@@ -35,6 +35,15 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._copy: State | None = None  # the last one in host memory, which the next one overwrites
         self._unwritten_best: State | None = None  # a best checkpoint that the next write must include
+
+    def reserve(self, state: State) -> None:
+        """Allocate the memory of copies of such a state in the background, before the first save."""
+
+        def allocate() -> None:
+            self._copy = memory_for(state)
+
+        self._thread = threading.Thread(target=allocate, name="checkpoint memory", daemon=True)
+        self._thread.start()
 
     def save(self, state: State, best: bool = False, before: Callable[[], None] = lambda: None) -> None:
         """Copy ``state`` to host memory, call ``before`` and write it in the background, after the previous write.
@@ -62,7 +71,7 @@ class CheckpointStore:
 
     @property
     def busy(self) -> bool:
-        """Whether a write is in progress."""
+        """Whether a write, or the allocation of its memory, is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self, timeout: float | None = None) -> str | None:

@@ -104,6 +104,8 @@ class Trainer:
         self.throughput.start()
         for batch in self.throughput.time_loading(batches):
             result = self.step(batch)  # collective
+            if not self.checkpoints.reserved:
+                self.checkpoints.reserve(self)  # collective, host sync: once, when the optimizer has its state
             if self.due(config.train.check_replicas_every):
                 check_replicas(self.model)  # collective, host sync
             if self.logs_after(batch):
