@@ -50,7 +50,9 @@ def first_shape(split: Split, size: tuple[int, int] | None) -> tuple[int, ...]:
     return (*shape[:-2], *size) if size else shape
 
 
-def _fit(split: Split, size: tuple[int, int] | None, shape: tuple[int, ...], stack: ExitStack) -> Split:
+def _fit(
+    split: Split, size: tuple[int, int] | None, shape: tuple[int, ...], stack: ExitStack
+) -> "StoredImages | ResizedImages":
     if isinstance(split, StoredImages):
         if size is None or split.images.shape[-2:] == size:
             return split

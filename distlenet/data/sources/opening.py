@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
 
@@ -24,7 +25,7 @@ from distlenet.data.sources.tar import open_tar
 from distlenet.data.validation import split_validation
 from distlenet.distributed.collectives import all_gather_object, broadcast_from_local_rank_0, raise_on_all_ranks
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
-from distlenet.task import Datasets
+from distlenet.task import Datasets, MapDataset
 from distlenet.utils.errors import UserError, warn
 
 SOURCES: dict[str, Source] = {
@@ -65,7 +66,7 @@ def _open_source(config: DataConfig, stack: ExitStack, fetch: bool = False) -> O
 def map_data(opened: OpenedImages) -> Datasets:
     """Map the files that a process of this node holds open. Raise OSError if they are not visible to this process."""
     splits = [
-        split.map() if isinstance(split, StoredImages) else split
+        split.map() if isinstance(split, StoredImages) else cast("MapDataset | None", split)  # as fit_sizes returns it
         for split in (opened.train, opened.test, opened.validation)
     ]
     train, test, validation = splits
