@@ -1,8 +1,7 @@
 """The time of each part of a training step: load, augment, forward, backward, all-reduce, optimizer, and the rest.
 
-``python benchmarks/parts.py [--ranks 1 2] [--batches 64 256]``: a normal trainer with a clock around each part.
-Steps alternate between two kinds, with and without an all-reduce in the backward pass; the difference is the time
-waited for the all-reduce. Medians over STEPS steps of each kind, on rank 0.
+``python benchmarks/parts.py [--ranks 1 2] [--batches 64 256]``: a normal trainer with a clock around each part,
+without a CUDA graph. The all-reduce includes the wait for the other ranks. Medians over STEPS steps, on rank 0.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from reduction_cost import batches, make_trainer
 from distlenet.config.loading import load_config
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.preemption import Preemption
-from distlenet.reduction import ddp
+from distlenet.reduction import flat
 from distlenet.training.trainer import Trainer
 
 STEPS, WARM_UP = 300, 30
@@ -62,7 +60,9 @@ def add_clocks(trainer: Trainer, clocks: Clocks) -> None:
     step: Any = trainer.train_step.on_device
     step.task.transform = clocks.around("augment", step.task.transform)
     step.task.loss = clocks.around("forward", step.task.loss)
-    reduction_step: Any = ddp._DdpStep
+    reducer: Any = step.reducer
+    reducer.all_reduce = clocks.around("all-reduce", reducer.all_reduce)
+    reduction_step: Any = flat._FlatStep
     reduction_step.backward = clocks.around("backward", reduction_step.backward)
     step.meter.update = clocks.around("meter", step.meter.update)
     step.scaler.step = clocks.around("optimizer", step.scaler.step)
@@ -70,34 +70,27 @@ def add_clocks(trainer: Trainer, clocks: Clocks) -> None:
 
 def measure(batch: int) -> None:
     """Measure as one rank; rank 0 prints the row for global batches of ``batch`` images."""
-    config = load_config([], ["train.epochs=1000", "optim.lr=0.02", f"train.global_batch_size={batch}"])
-    rows: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    words = ["train.epochs=1000", "optim.lr=0.02", "train.cuda_graph=off", f"train.global_batch_size={batch}"]
+    config, steps = load_config([], words), list[dict[str, float]]()
     with tempfile.TemporaryDirectory() as scratch, init_distributed(config) as context:
         trainer = make_trainer(config, context, Path(scratch), Preemption(25))
         clocks = Clocks(context.device)
-        model: Any = trainer.reducer.model
         add_clocks(trainer, clocks)
         feed = batches(trainer)
         load, take = clocks.around("load", lambda: next(feed)), clocks.around("step", trainer.step)
-        for number in range(2 * (WARM_UP + STEPS)):
-            reduces = number % 2 == 0
+        for _ in range(WARM_UP + STEPS):
             clocks.step.clear()
-            with nullcontext() if reduces else model.no_sync():
-                take(load())
-            rows[reduces].append({**clocks.step, "step": clocks.step["step"] + clocks.step["load"]})
+            take(load())
+            steps.append({**clocks.step, "step": clocks.step["step"] + clocks.step["load"]})
         trainer.close()
         if context.env.rank == 0:
-            print(row(context.env.world_size, batch, rows), flush=True)
+            print(row(context.env.world_size, batch, steps), flush=True)
 
 
-def row(ranks: int, batch: int, rows: dict[bool, list[dict[str, float]]]) -> str:
+def row(ranks: int, batch: int, steps: list[dict[str, float]]) -> str:
     """Return a table row with the medians in milliseconds."""
-    full, alone = (
-        {part: statistics.median(step[part] for step in steps[WARM_UP:]) for part in steps[-1]}
-        for steps in (rows[True], rows[False])
-    )
-    parts = {**full, "backward": alone["backward"], "all-reduce": full["backward"] - alone["backward"]}
-    parts["rest"] = full["step"] - sum(value for part, value in parts.items() if part != "step")
+    parts = {part: statistics.median(step[part] for step in steps[WARM_UP:]) for part in steps[-1]}
+    parts["rest"] = parts["step"] - sum(value for part, value in parts.items() if part != "step")
     return f"| {ranks} | {batch} | {' | '.join(f'{parts[part]:.2f}' for part in PARTS)} |"
 
 

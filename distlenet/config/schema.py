@@ -240,7 +240,7 @@ class DistributedConfig:
     virtual_shards: int | Literal["auto"] = setting(
         "auto",
         "With exact: micro-batches of a global batch; the number of ranks divides it. auto: the largest power of two "
-        "up to 8 that divides the global batch and leaves at least 128 samples for each, or 2 with at least 32.",
+        "up to 8 that divides the global batch and leaves at least 256 samples for each, or 2 with at least 32.",
         ge=1,
         lt=2**20,
         result=True,

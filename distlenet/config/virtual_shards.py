@@ -3,8 +3,8 @@
 from distlenet.config.schema import Config
 
 MAX_SHARDS = 8
-MIN_SAMPLES = 128
-"""Samples of a shard: with fewer, a rank with several takes over 10 % longer (benchmarks/reduction_cost.py)."""
+MIN_SAMPLES = 256
+"""Samples of a shard: with 128, two ranks with 8 shards take 12 % longer (benchmarks/reduction_cost.py)."""
 MIN_SAMPLES_OF_TWO = 32
 """Samples of a shard, of two: jobs of two ranks compute one each."""
 
