@@ -65,7 +65,7 @@ def add_clocks(trainer: Trainer, clocks: Clocks) -> None:
     reduction_step: Any = flat._FlatStep
     reduction_step.backward = clocks.around("backward", reduction_step.backward)
     step.meter.update = clocks.around("meter", step.meter.update)
-    step.scaler.step = clocks.around("optimizer", step.scaler.step)
+    step._take_step = clocks.around("optimizer", step._take_step)
 
 
 def measure(batch: int) -> None:

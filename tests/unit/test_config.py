@@ -174,7 +174,20 @@ def test_the_identity_of_a_run_is_stable():
 
 @pytest.mark.parametrize(
     ("batch", "shards"),
-    [(1, 1), (63, 1), (64, 2), (65, 1), (66, 2), (256, 2), (511, 1), (512, 2), (516, 2), (1024, 4), (2048, 8), (2**20, 8)],
+    [
+        (1, 1),
+        (63, 1),
+        (64, 2),
+        (65, 1),
+        (66, 2),
+        (256, 2),
+        (511, 1),
+        (512, 2),
+        (516, 2),
+        (1024, 4),
+        (2048, 8),
+        (2**20, 8),
+    ],
 )
 def test_virtual_shards_of_auto_divide_the_batch_and_are_large(batch, shards):
     config = load_config([], [f"train.global_batch_size={batch}"])
