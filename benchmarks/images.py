@@ -1,6 +1,6 @@
 """A directory of JPEG images: loading and training, compared with ImageFolder and DataLoader.
 
-``python benchmarks/images.py [--images 20000] [--train-images 2000] [--rounds 3] [--directory DIRECTORY]``. Writes
+``python benchmarks/images.py [--images 20000] [--train-images 2000] [--rounds 5] [--directory DIRECTORY]``. Writes
 color images of about 100 KB into DIRECTORY, or into a temporary one, unless they are there. Both contestants run on the
 same ranks, with one thread each, and return normalised batches of 64×64 pixels: torchvision's ``ImageFolder`` with
 ``Resize``, ``ToTensor`` and ``Normalize`` in two ``DataLoader`` workers per rank; ``data.name=folder`` with an empty
@@ -215,7 +215,7 @@ def main() -> None:
     for name, default, text in (
         ("images", 20000, "training images for loading"),
         ("train-images", 2000, "training images for training; 0: no training"),
-        ("rounds", 3, "runs of each contestant"),
+        ("rounds", 5, "runs of each contestant"),
         ("ranks", 2, "ranks"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")

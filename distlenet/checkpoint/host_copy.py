@@ -27,7 +27,7 @@ def copy_to_host(state: Any, previous: Any = None) -> Any:
 
 
 def memory_for(state: Any) -> Any:
-    """Return what ``copy_to_host`` can use as the ``previous`` copy: memory whose page faults are over."""
+    """Return a ``previous`` copy for ``copy_to_host``: written with zeros, so that no page faults are left."""
     return map_tensors(lambda tensor: torch.zeros_like(tensor, device="cpu"), state)
 
 

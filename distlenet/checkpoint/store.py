@@ -32,18 +32,19 @@ class CheckpointStore:
     def __init__(self, directory: Path, keep_last: int) -> None:
         self.directory, self.keep_last = directory, keep_last
         self.failure: str | None = None  # the error of the last write
-        self._thread: threading.Thread | None = None
+        self._allocation: threading.Thread | None = None
+        self._write: threading.Thread | None = None
         self._copy: State | None = None  # the last one in host memory, which the next one overwrites
         self._unwritten_best: State | None = None  # a best checkpoint that the next write must include
 
     def reserve(self, state: State) -> None:
-        """Allocate the memory of copies of such a state in the background, before the first save."""
+        """Allocate memory for the copies of ``state`` in the background. The first save waits until this is done."""
 
         def allocate() -> None:
             self._copy = memory_for(state)
 
-        self._thread = threading.Thread(target=allocate, name="checkpoint memory", daemon=True)
-        self._thread.start()
+        self._allocation = threading.Thread(target=allocate, name="checkpoint memory", daemon=True)
+        self._allocation.start()
 
     def save(self, state: State, best: bool = False, before: Callable[[], None] = lambda: None) -> None:
         """Copy ``state`` to host memory, call ``before`` and write it in the background, after the previous write.
@@ -66,20 +67,21 @@ class CheckpointStore:
         copy = self._copy = copy_to_host(state, previous)
         if best:  # also if ``before`` fails
             self._unwritten_best = copy
-        self._thread = threading.Thread(target=write_or_warn, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._write = threading.Thread(target=write_or_warn, name="checkpoint", daemon=True)
+        self._write.start()
 
     @property
     def busy(self) -> bool:
-        """Whether a write, or the allocation of its memory, is in progress."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether a write is in progress."""
+        return self._write is not None and self._write.is_alive()
 
     def wait(self, timeout: float | None = None) -> str | None:
-        """Wait up to ``timeout`` seconds for the write in progress; return the error of the last write, or None."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-            if self._thread.is_alive():
-                return f"not done within {timeout:.3g} s, see checkpoint.preemption_grace_s"
+        """Wait up to ``timeout`` seconds for an allocation or a write; return the error of the last write, or None."""
+        for thread in (self._allocation, self._write):  # never both: a write begins after the allocation
+            if thread is not None:
+                thread.join(timeout)
+                if thread.is_alive():
+                    return f"not done within {timeout:.3g} s, see checkpoint.preemption_grace_s"
         return self.failure
 
     def write(self, state: State, best: bool = False) -> Path:

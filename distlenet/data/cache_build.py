@@ -1,24 +1,18 @@
-"""Decode the images of a data set into a cache file: all ranks of a node together, and one job of a node at a time."""
+"""Build a cache file: all ranks of a node decode together, for one job of a node at a time."""
 
 import contextlib
-import hashlib
 import os
 import shutil
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from distlenet.data.cache_file import CacheFile
+from distlenet.data.chunk_decoding import ChunkDecoder, StampedImages, stamp_of_chunk, text_of
 from distlenet.data.decoding_progress import DecodingProgress
 from distlenet.distributed.watchdog import restart_time_limit
-from distlenet.task import MapDataset
 from distlenet.utils.errors import UserError, warn
 
 ROUND_S = 20.0  # a rank decodes for so long before the ranks exchange their states
@@ -51,43 +45,25 @@ class Workers:
     exchange: Callable[[Any], list[Any]] = lambda value: [value]  # the values of all ranks of all nodes: a collective
 
 
-class StampedImages(MapDataset, Protocol):
-    """Images of one shape, as (image, label), and what identifies the file of each."""
-
-    @property
-    def thread_safe(self) -> bool:
-        """Whether several threads may read it at once."""
-
-    def name(self, index: int) -> str:
-        """Return how messages call an image."""
-
-    def stamps(self, start: int, stop: int) -> list[str]:
-        """Return a text for each of the images; another one if its file may have changed."""
-
-
 class CacheBuild:
-    """The part of one rank in decoding ``dataset`` into ``file``. Chunk c belongs to rank c % ranks of the node."""
+    """The part of one rank in building ``file``. Chunk c belongs to rank c % ranks of the node."""
 
     def __init__(self, file: CacheFile, dataset: StampedImages, workers: Workers, threads: int) -> None:
         self.file, self.dataset, self.workers = file, dataset, workers
-        self.threads = threads if dataset.thread_safe else 1
         self.lock = FileLock(file.part.with_suffix(".lock"))
         self.state: State = "waiting"
-        self.chunks = deque(range(workers.rank, file.chunks, workers.ranks))
-        self.share = len(self.chunks)
-        self.begun: dict[int, list[tuple[Tensor, int]]] = {}  # the first samples of chunks
-        self.samples_read = 0
-        self.records: dict[int, tuple[int, str]] | None = None
-        self.stopped = False
         self.announced = False
         self.progress = DecodingProgress(file.images, file.path, file.nbytes) if workers.shows_progress else None
+        chunks = range(workers.rank, file.chunks, workers.ranks)
+        self.decoder = ChunkDecoder(file, dataset, chunks, threads, self.progress)
 
     def round(self, reports: Sequence[Report]) -> Report:
         """Work for a while. ``reports`` are those of this node's ranks after the last round; none at the start."""
         state, problem, error = next((report.state for report in reports if report.is_leader), "waiting"), "", ""
         try:
             if state == "decoding" and any(report.remaining for report in reports):
-                self._decode()
+                self.state = "decoding"
+                self.decoder.decode(ROUND_S)
             elif self.workers.rank == 0 and state == "decoding":
                 self._finish()
             elif self.workers.rank == 0 and state == "waiting":
@@ -97,13 +73,13 @@ class CacheBuild:
         except OSError as failure:
             self.state, problem = "failed", " ".join(str(failure.strerror or failure).split())
         except Exception as bug:  # the other ranks wait for the report
-            error = f"{self.file.path}: cannot be written: {_text_of(bug)}; give data.cache=off"
-        progress = self.samples_read if self.state != "waiting" else self._size_of_records()
-        is_leader = self.workers.rank == 0
-        return Report(self.workers.node, is_leader, self.state, len(self.chunks), progress, problem, error)
+            error = f"{self.file.path}: cannot be written: {text_of(bug)}; give data.cache=off"
+        progress = self.decoder.samples_read if self.state != "waiting" else self._size_of_records()
+        is_leader, remaining = self.workers.rank == 0, len(self.decoder.chunks)
+        return Report(self.workers.node, is_leader, self.state, remaining, progress, problem, error)
 
     def _start(self) -> None:
-        """Become the job of this node that decodes, or wait for it. Raise OSError if there is no room."""
+        """Lock the file for this job and begin to decode, or wait for the lock. Raise OSError if there is no room."""
         try:
             self.file.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=WAIT_S if self.announced else 0)
@@ -117,7 +93,7 @@ class CacheBuild:
             return
         if self.file.path.exists():
             warn(f"{self.file.path}: is damaged; its damaged images are decoded again")
-            self.file.reopen(map(self._stamp, range(self.file.chunks)))
+            self.file.reopen(stamp_of_chunk(self.file, self.dataset, chunk) for chunk in range(self.file.chunks))
         status = self.file.partial.stat() if self.file.partial.exists() else None
         needed = self.file.nbytes - (status.st_blocks * 512 if status else 0)
         free = shutil.disk_usage(self.file.path.parent).free
@@ -126,75 +102,12 @@ class CacheBuild:
         self.file.create()
         self.state = "decoding"
 
-    def _decode(self) -> None:
-        """Decode chunks of this rank. Raise UserError if an image cannot be read, OSError if one cannot be stored."""
-        self.state = "decoding"
-        if self.records is None:
-            self.records = self.file.read_records()
-        deadline = time.monotonic() + ROUND_S
-        if self.threads == 1:  # a user's dataset may hold what belongs to this thread
-            self._decode_until(deadline)
-            return
-        before = torch.get_num_threads()
-        try:  # torch's number of threads is that of each thread of Python
-            with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                for future in [pool.submit(self._decode_until, deadline) for _ in range(self.threads)]:
-                    future.result()
-        finally:
-            torch.set_num_threads(before)
-
-    def _decode_until(self, deadline: float) -> None:
-        assert self.records is not None
-        while time.monotonic() < deadline and not self.stopped:
-            try:
-                chunk = self.chunks.popleft()
-            except IndexError:
-                return
-            try:
-                stamp = self._stamp(chunk)
-                checksum, written = self.records.get(chunk, (0, ""))
-                if written != stamp or not self.file.has_chunk(self.file.partial, chunk, checksum):
-                    samples = self._read(chunk, deadline)
-                    if samples is None:
-                        self.chunks.appendleft(chunk)
-                        return
-                    self.file.write_chunk(chunk, stamp, samples)
-            except BaseException:
-                self.stopped = True
-                raise
-            if self.progress is not None:
-                self.progress.update(1 - len(self.chunks) / self.share)
-
-    def _read(self, chunk: int, deadline: float) -> list[tuple[Tensor, int]] | None:
-        """Return the samples of a chunk, or None if they are not complete in time; the next round continues."""
-        samples = self.begun.pop(chunk, [])
-        for row in self.file.rows(chunk)[len(samples) :]:
-            if time.monotonic() >= deadline:
-                self.begun[chunk] = samples
-                return None
-            try:
-                samples.append(self.dataset[row])
-            except UserError:
-                raise
-            except Exception as error:  # not one of the cache's files
-                raise UserError(f"{self.dataset.name(row)}: {_text_of(error)}; fix the dataset") from error
-            self.samples_read += 1
-        return samples
-
     def _finish(self) -> None:
         """Complete the file, or decode again the chunks whose records are lost. Raise OSError."""
-        missing = self.file.finish()
-        if not missing:
+        if missing := self.file.finish():
+            self.decoder.add(missing)
+        else:
             self.state = "complete"
-            return
-        self.chunks.extend(missing)
-        self.share, self.records = len(missing), None
-
-    def _stamp(self, chunk: int) -> str:
-        """Return a digest of the stamps of the chunk's image files."""
-        rows = self.file.rows(chunk)
-        stamps = "\n".join(self.dataset.stamps(rows.start, rows.stop))
-        return hashlib.sha256(stamps.encode(errors="surrogateescape")).hexdigest()[:32]
 
     def _size_of_records(self) -> int:
         with contextlib.suppress(OSError):
@@ -208,10 +121,6 @@ class CacheBuild:
             self.progress.close()
 
 
-def _text_of(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 def is_built(file: CacheFile) -> bool:
     """Return whether a file is complete and intact. If it cannot be read, ``build_cache`` returns the reason."""
     with contextlib.suppress(OSError):
@@ -220,7 +129,7 @@ def is_built(file: CacheFile) -> bool:
 
 
 def threads_per_rank(workers: Workers) -> int:
-    """Return the CPU cores that this rank may use, divided by the ranks that may use the same, and 1. A collective.
+    """Return the CPU cores that this rank may use, divided by the ranks that may use the same, plus 1. A collective.
 
     With one thread more than cores, a file is read while others are decoded.
     """
@@ -254,7 +163,7 @@ def build_cache(file: CacheFile | None, dataset: StampedImages | None, workers: 
                 break
         problem = next((each.problem for each in own if each.problem), "")
         if build is not None and problem and not keep and build.lock.is_locked:
-            build.file.remove_partial()  # it takes the room of other files
+            build.file.remove_partial()  # other files need its room
         return problem
 
 

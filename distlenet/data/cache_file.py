@@ -22,17 +22,17 @@ from torch import Tensor
 from distlenet.distributed.watchdog import restart_time_limit
 
 CHUNK_IMAGES = 64
-CHECKED_BYTES = 2**29  # of a larger file, so many bytes are verified when it is opened: evenly spaced chunks
+CHECKED_BYTES = 2**29  # a larger file is verified in part when it is opened: so many bytes, in evenly spaced chunks
 LABEL_BYTES = 8
-DIGEST_BYTES, LENGTH_BYTES = 32, 8  # at the end of the file, behind the table
+DIGEST_BYTES, LENGTH_BYTES = 32, 8  # of the table, at the end of the file
 
 
 @dataclass(frozen=True)
 class CacheFile:
-    """Images of one shape, uint8 (N, *shape), in a file, and behind them their ``labels``, int64 (N,), if wanted."""
+    """Images of one shape, uint8 (N, *shape), in a file, followed by labels, int64 (N,), if ``labels``."""
 
     path: Path
-    part: Path  # of the incomplete file, with another suffix: the same when an image file has been replaced
+    part: Path  # of the incomplete file, with another suffix; the same if image files change
     images: int
     shape: tuple[int, ...]
     labels: bool = False
@@ -54,7 +54,7 @@ class CacheFile:
 
     @property
     def labels_start(self) -> int:
-        """The place of the labels, after the images."""
+        """The offset of the labels, after the images."""
         return -(-self.images * self.image_bytes // LABEL_BYTES) * LABEL_BYTES
 
     @property
@@ -126,7 +126,7 @@ class CacheFile:
         records = self.read_records()
         if missing := [chunk for chunk in range(self.chunks) if chunk not in records]:
             return missing
-        written = int(time.time())  # the file's time: a later change of the file changes it
+        written = int(time.time())  # also the modification time, which a later change of the file changes
         table = {"checksums": [records[chunk][0] for chunk in range(self.chunks)], "written": written}
         content = json.dumps(table).encode()
         with open(self.partial, "r+b") as file:

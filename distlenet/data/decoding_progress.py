@@ -15,11 +15,12 @@ LINE_S = 60.0
 
 
 class DecodingProgress:
-    """Show which share of ``images`` images is decoded, and once the ``path``. Several threads may call ``update``."""
+    """Show the share of ``images`` images that is decoded. The first line contains the ``path``. Thread-safe."""
 
     def __init__(self, images: int, path: Path, nbytes: int) -> None:
         self.images, self.started = images, time.monotonic()
-        self.intent = f"decoding {images:,} images into {path} ({nbytes / 1e9:.1f} GB), once, for this and later jobs"
+        size = f"{nbytes / 1e9:.1f} GB"
+        self.first_line = f"decoding {images:,} images into {path} ({size}), once, for this and later jobs"
         self.next_line = self.started + QUIET_S
         self.lock = threading.Lock()
         self.bar: Progress | None = None
@@ -35,9 +36,9 @@ class DecodingProgress:
             if self.bar is None and now < self.next_line:
                 return
             self.next_line = now + LINE_S
-            intent, self.intent = self.intent, ""
-        if intent:
-            warn(intent)
+            first_line, self.first_line = self.first_line, ""
+        if first_line:
+            warn(first_line)
         if self.bar is not None:
             self.bar.start()
             self.bar.update(self.task, completed=share)

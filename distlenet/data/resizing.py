@@ -18,8 +18,8 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize uint8 or floating-point images, (..., H, W), to ``size`` bilinearly, with antialiasing.
 
-    uint8 is resized as by ``resize_image``, floating point in float32. Each image gives the same result alone and in a
-    batch, and in any order of its bytes. The result is contiguous.
+    uint8 is resized as by ``resize_image``, floating point in float32. The result for an image depends neither on the
+    other images nor on the memory format. It is contiguous.
     """
     if tuple(images.shape[-2:]) == size:
         return images.contiguous()

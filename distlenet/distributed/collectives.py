@@ -106,9 +106,17 @@ def from_rank_0(compute: Callable[[], T]) -> T:
 
 
 def broadcast_from_local_rank_0(value: T | None, env: DistributedEnvironment) -> T:
-    """Return the ``value`` of local rank 0 on every rank of its node. A collective."""
-    values = all_gather_object((env.node_rank, value if env.local_rank == 0 else None))
-    return next(value for node, value in values if node == env.node_rank and value is not None)
+    """Return the ``value`` of local rank 0 on every rank of its node. A collective.
+
+    Nodes send their values in turn: to gather all at once takes the memory of the largest, times the number of ranks.
+    """
+    own = value
+    for source, (node, local_rank) in enumerate(all_gather_object((env.node_rank, env.local_rank))):
+        if local_rank == 0:
+            sent = [value if source == env.rank else None]
+            dist.broadcast_object_list(sent, src=source)
+            own = sent[0] if node == env.node_rank else own
+    return own  # type: ignore[return-value]
 
 
 def hosts_of_ranks() -> list[str]:

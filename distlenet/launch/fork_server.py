@@ -113,13 +113,13 @@ def wait_for_request(connection: "Connection") -> Request:
 def fork_child_of(agent: int, connection: "Connection") -> bool:
     """Fork a child process of the agent, a subreaper, and send its pid to the agent. Return True in that process.
 
-    The process between the two exits, and the kernel makes the agent the parent. For the rank and the agent,
+    An intermediate process forks the rank and exits, and the kernel makes the agent the parent. For rank and agent,
     everything is as if the agent had started the rank.
     """
     pid_reading, pid_writing = os.pipe()
     go_reading, go_writing = os.pipe()
-    between = os.fork()
-    if between == 0:
+    intermediate = os.fork()
+    if intermediate == 0:
         try:
             if os.fork():
                 os._exit(0)
@@ -138,7 +138,7 @@ def fork_child_of(agent: int, connection: "Connection") -> bool:
     for descriptor in (pid_writing, go_reading):
         os.close(descriptor)
     pid = os.read(pid_reading, 20)
-    os.waitpid(between, 0)
+    os.waitpid(intermediate, 0)
     if not pid:
         sys.exit("distlenet: the fork of a rank failed")
     connection.send(int(pid))

@@ -1,4 +1,4 @@
-"""The connection of torchrun to the fork server: where torchrun would start an interpreter, fork a rank."""
+"""Let torchrun fork its ranks from the fork server, instead of starting an interpreter for each."""
 
 import functools
 import sys

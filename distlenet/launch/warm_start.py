@@ -30,7 +30,7 @@ class ForkServer:
         self.launch()
 
     def launch(self) -> None:
-        """Start the process. ``ps`` shows the command line of its ranks as that of this process."""
+        """Start the process. The arguments of this process are only for ``ps``, which shows them for each rank."""
         self.connection, other_end = multiprocessing.Pipe()
         descriptor = other_end.fileno()
         self.has_forked = False

@@ -70,8 +70,7 @@ def measure_images(dataset: MapDataset | BatchDataset, resized: bool = False) ->
     """Return the format of a training set of (image, label), uint8 or floating point, (H, W) or (C, H, W).
 
     Mean and standard deviation per channel are computed from a histogram of the 256 values for uint8, which is exact,
-    and in float64 for floating point. A large set is measured on evenly spaced
-    images, including the first and the last.
+    and in float64 for floating point. A large set is measured on evenly spaced images, from the first to the last.
     """
     counts: Tensor | None = None
     moments: list[Tensor] = []

@@ -225,6 +225,24 @@ def test_save_returns_before_the_write_and_later_training_does_not_change_the_fi
     assert torch.equal(load_checkpoint(store.newest())["model"]["weight"], expected)
 
 
+def test_a_save_waits_for_its_memory_and_is_not_left_out(tmp_path, monkeypatch):
+    proceed, memory_for = threading.Event(), store_module.memory_for
+
+    def slow_allocation(state):
+        assert proceed.wait(30)
+        return memory_for(state)
+
+    monkeypatch.setattr(store_module, "memory_for", slow_allocation)
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.reserve(tiny_state(1))
+    assert not store.busy  # else the manager would leave out a save within an epoch
+    assert store.wait(0.01) == "not done within 0.01 s, see checkpoint.preemption_grace_s"
+    proceed.set()
+    store.save(tiny_state(1))
+    assert store.wait() is None
+    assert store.newest().name == "step-00000001.pt"
+
+
 def test_failed_writes_are_reported_once_and_the_next_one_succeeds(tmp_path, capsys):
     """A file in the place of the directory makes it unwritable for root too."""
     store = CheckpointStore(tmp_path / "checkpoints", keep_last=3)

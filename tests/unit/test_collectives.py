@@ -88,8 +88,16 @@ def test_a_state_is_sent_in_parts(monkeypatch):
 
 
 def test_the_value_of_the_own_node_is_returned(monkeypatch):
-    monkeypatch.setattr(collectives, "all_gather_object", lambda own: [(0, "a"), (0, None), (1, "b"), own])
+    """The second rank of node 1 receives one value after the other."""
+    values = {0: "a", 2: "b"}
+
+    def broadcast(sent, src):
+        sent[0] = values.pop(src)
+
+    monkeypatch.setattr(collectives, "all_gather_object", lambda own: [(0, 0), (0, 1), (1, 0), own])
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
     assert broadcast_from_local_rank_0("ignored", DistributedEnvironment(3, 1, 4, 2, node_rank=1)) == "b"
+    assert not values
 
 
 def test_no_error(messages):

@@ -16,7 +16,7 @@ from forked import run_python
 from PIL import Image
 
 from distlenet.config.loading import load_config
-from distlenet.data import cache_build, cache_file, decoding_progress
+from distlenet.data import cache_build, cache_file, chunk_decoding, decoding_progress
 from distlenet.data.cache_build import CacheBuild, Workers, build_cache
 from distlenet.data.cache_file import CHUNK_IMAGES, CacheFile
 from distlenet.data.images import ImageDataset
@@ -404,7 +404,7 @@ def test_a_chunk_whose_record_is_lost_is_decoded_again(tmp_path):
 
 def test_a_round_of_slow_images_ends_inside_a_chunk_and_the_next_continues(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(cache_build, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(chunk_decoding, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     class Slow(Counted):
         thread_safe = False

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from distlenet import evaluate, train
+from distlenet.checkpoint.store import CheckpointStore
 from distlenet.config.loading import load_config
 from distlenet.report.page import write_report
 from distlenet.report.runs import read_run
 from distlenet.task import Datasets, Task
 from distlenet.utils.errors import UserError
+from distlenet.utils.nested import tensors_in
 
 pytestmark = pytest.mark.unit
 
@@ -42,6 +44,18 @@ def test_a_run_leaves_no_file_of_its_directory_open(tmp_path):
     train_digits(tmp_path, "data.ledger=true")
     links = [path for path in Path("/proc/self/fd").iterdir() if os.path.lexists(path)]
     assert not [link for link in links if os.readlink(link).startswith(str(tmp_path))]
+
+
+def test_the_memory_of_checkpoints_is_reserved_once_for_the_whole_state(tmp_path, monkeypatch):
+    reserved = []
+
+    def reserve(_, state):
+        sizes = {name: sum(tensor.nbytes for tensor in tensors_in(state[name])) for name in ("model", "optimizer")}
+        reserved.append((state["step"], sizes["optimizer"] >= sizes["model"]))
+
+    monkeypatch.setattr(CheckpointStore, "reserve", reserve)
+    train_digits(tmp_path)
+    assert reserved == [(1, True)]  # the optimizer has its state: a momentum for each weight
 
 
 EPOCHS = ("train.max_steps=null", "train.epochs=4", "optim.schedule=constant")

@@ -13,9 +13,10 @@ from distlenet.config.schema import DataConfig
 from distlenet.data.cache_build import Workers, build_cache, is_built
 from distlenet.data.cache_file import CacheFile
 from distlenet.data.sources.image_cache import cache_paths, is_usable
+from distlenet.data.sources.joined import Joined
 from distlenet.data.sources.labels import digest_of
 from distlenet.data.sources.opened import StoredImages
-from distlenet.distributed.collectives import all_gather_object, raise_on_all_ranks
+from distlenet.distributed.collectives import all_gather_object, broadcast_from_local_rank_0, raise_on_all_ranks
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.watchdog import restart_time_limit
 from distlenet.task import MapDataset
@@ -37,32 +38,16 @@ class Samples(MapDataset, Protocol):
 
 
 @dataclass(frozen=True)
-class JoinedSamples:
-    """The samples of all splits, one after the other; ``identity`` is another text if they have changed."""
+class JoinedSamples(Joined[Samples]):
+    """The samples of all splits; ``identity`` is another text if they have changed."""
 
-    splits: Mapping[str, Samples]
     identity: str
     thread_safe = False  # elsewhere, a process reads a dataset in one thread
 
-    def __len__(self) -> int:
-        """Return the number of all samples."""
-        return sum(map(len, self.splits.values()))
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return a sample."""
-        for split in self.splits.values():
-            if index < len(split):
-                return split[index]
-            index -= len(split)
-        raise IndexError(index)
-
     def name(self, index: int) -> str:
         """Return how messages call a sample."""
-        for split in self.splits.values():
-            if index < len(split):
-                return f"{split.name}, sample {index}"
-            index -= len(split)
-        raise IndexError(index)
+        split, own_index = self.locate(index)
+        return f"{split.name}, sample {own_index}"
 
     def stamps(self, start: int, stop: int) -> list[str]:
         """Return what identifies the samples."""
@@ -83,30 +68,25 @@ def cache_samples(
     distributed = dist.is_initialized() and dist.get_backend() != "fake"
     exchange: Callable[[Any], list[Any]] = all_gather_object if distributed else lambda value: [value]
     together = raise_on_all_ranks if distributed else nullcontext
-    first = env.local_rank == 0 or not distributed
     workers = Workers(env.local_rank, env.local_world_size, env.node_rank, env.rank == 0, exchange)
 
     def of_node(value: Any) -> Any:
         """Return the value of the first rank of this node. A collective."""
-        return next(
-            found
-            for node, is_first, found in exchange((env.node_rank, first, value))
-            if is_first and node == env.node_rank
-        )
+        return broadcast_from_local_rank_0(value, env) if distributed else value
 
     with ExitStack() as stack:
         plan: tuple[str, CacheFile | None, bool] | None = None
         with together():
-            if first:
+            if env.local_rank == 0:
                 plan = _plan(splits, fingerprint, config)
         identity, file, wanted = of_node(plan)
         problem = ""
         if any(exchange(wanted)):
-            dataset = JoinedSamples(splits, identity) if wanted else None
+            dataset = JoinedSamples(list(splits.values()), identity) if wanted else None
             problem = build_cache(file if wanted else None, dataset, workers, keep=config.cache != "auto")
         stored: dict[str, StoredImages] = {}
         with together():
-            if first and file is not None and is_usable(file, problem, config):
+            if env.local_rank == 0 and file is not None and is_usable(file, problem, config):
                 stored = _open(file, splits, stack)
         stored = of_node(stored)
         with together():  # no rank closes the file before all have mapped it

@@ -1,4 +1,4 @@
-"""``data.cache``: which images are decoded into a cache file, where it is, and what its name depends on."""
+"""``data.cache``: the images that are decoded into a cache file, its place, and what its name depends on."""
 
 import hashlib
 import json
@@ -13,11 +13,11 @@ from typing import Any
 import PIL
 import torch
 from PIL import features
-from torch import Tensor
 
 from distlenet.config.schema import DataConfig
 from distlenet.data.cache_file import CacheFile
 from distlenet.data.sizing import MAX_DECODED_BYTES, ResizedImages, first_shape, wanted_size
+from distlenet.data.sources.joined import Joined
 from distlenet.data.sources.opened import ImageFiles, OpenedImages, StoredImages
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.mapped_file import TensorRef, open_shared, share_tensors
@@ -27,32 +27,16 @@ MIN_FILE_BYTES = 2**24  # auto: smaller image files are decoded in about a secon
 
 
 @dataclass(frozen=True)
-class JoinedImages:
-    """The images of all splits, one after the other."""
+class JoinedImages(Joined[ResizedImages]):
+    """The images of all splits; ``files`` are the same ones, not resized."""
 
     files: Sequence[ImageFiles]
-    parts: Sequence[ResizedImages]  # the same, resized
     thread_safe = True
-
-    def __len__(self) -> int:
-        """Return the number of all images."""
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Decode one image. Raise UserError if it is damaged or of another shape."""
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError(index)
 
     def name(self, index: int) -> str:
         """Return how messages call an image."""
-        for part in self.parts:
-            if index < len(part):
-                return f"data {part.name(index)}"
-            index -= len(part)
-        raise IndexError(index)
+        part, own_index = self.locate(index)
+        return f"data {part.name(own_index)}"
 
     def stamps(self, start: int, stop: int) -> list[str]:
         """Return the stamps of image files."""
@@ -68,7 +52,7 @@ def join_images(opened: OpenedImages, config: DataConfig) -> JoinedImages:
     size = wanted_size(config)
     shape = first_shape(opened.train, size)
     files = list(_image_files(opened).values())
-    return JoinedImages(files, [ResizedImages(split, split.labels, size, shape) for split in files])
+    return JoinedImages([ResizedImages(split, split.labels, size, shape) for split in files], files)
 
 
 def plan_cache(opened: OpenedImages, config: DataConfig) -> CacheFile | None:
