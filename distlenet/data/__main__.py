@@ -1,4 +1,4 @@
-"""``python -m distlenet.data [--config FILE]... [key=value]...``: locate or download the configured data set."""
+"""``python -m distlenet.data [--config FILE]... [key=value]...``: locate, download or decode the configured data set."""
 
 from distlenet.config.arguments import parse_arguments
 from distlenet.config.loading import load_config
@@ -7,8 +7,9 @@ from distlenet.distributed.entry_point import run_entry
 
 
 def main() -> None:
-    """Print the source of the configured data set, after its download if needed, also from Debian's package."""
-    files, overrides = parse_arguments("distlenet.data", "Locate or download the configured data set, and verify it.")
+    """Print the source of the configured data set; download it, also from Debian's package, or fill its cache if needed."""
+    purpose = "Locate or download the configured data set, verify it, and decode image files into data.cache."
+    files, overrides = parse_arguments("distlenet.data", purpose)
     config = load_config(files, overrides).data
     data = load_data(config, fetch=True)
     print(f"{config.name}: {len(data.train)} training and {len(data.test)} test images, verified, in {data.source}")

@@ -87,16 +87,17 @@ def test_a_state_is_sent_in_parts(monkeypatch):
     assert received["large"].stride() == state["large"].stride()
 
 
-def test_the_value_of_the_own_node_is_returned(monkeypatch):
-    """The second rank of node 1 receives one value after the other."""
+@pytest.mark.parametrize(("rank", "node", "value"), [(1, 0, "a"), (3, 1, "b")])
+def test_the_value_of_the_own_node_is_returned(monkeypatch, rank, node, value):
+    """The second rank of a node receives the values of both nodes, one after the other."""
     values = {0: "a", 2: "b"}
 
     def broadcast(sent, src):
         sent[0] = values.pop(src)
 
-    monkeypatch.setattr(collectives, "all_gather_object", lambda own: [(0, 0), (0, 1), (1, 0), own])
+    monkeypatch.setattr(collectives, "all_gather_object", lambda _: [(0, 0), (0, 1), (1, 0), (1, 1)])
     monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
-    assert broadcast_from_local_rank_0("ignored", DistributedEnvironment(3, 1, 4, 2, node_rank=1)) == "b"
+    assert broadcast_from_local_rank_0("ignored", DistributedEnvironment(rank, 1, 4, 2, node_rank=node)) == value
     assert not values
 
 
