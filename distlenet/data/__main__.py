@@ -1,4 +1,4 @@
-"""``python -m distlenet.data [--config FILE]... [key=value]...``: locate, download or decode the configured data set."""
+"""``python -m distlenet.data [--config FILE]... [key=value]...``: locate, download or decode the configured data."""
 
 from distlenet.config.arguments import parse_arguments
 from distlenet.config.loading import load_config
@@ -7,7 +7,7 @@ from distlenet.distributed.entry_point import run_entry
 
 
 def main() -> None:
-    """Print the source of the configured data set; download it, also from Debian's package, or fill its cache if needed."""
+    """Print the source of the configured data set, after its download, also from Debian's package, and its decoding."""
     purpose = "Locate or download the configured data set, verify it, and decode image files into data.cache."
     files, overrides = parse_arguments("distlenet.data", purpose)
     config = load_config(files, overrides).data
