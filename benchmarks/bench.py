@@ -25,7 +25,7 @@ SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
     ),
     "parts": ("Time per part of a step", [["parts.py"]]),
     "reduction": ("Ways to sum gradients", [["reduction_cost.py"]]),
-    "networks": ("Other networks, compared with the loop by hand", [["networks.py"]]),
+    "networks": ("Other networks, compared with the loop by hand and Lightning", [["networks.py"]]),
     "augmentation": ("Random transforms of a batch", [["augmentation.py"]]),
     "recipes": (
         "Recipes",

@@ -1,9 +1,13 @@
-"""Time per step for other networks, compared with the same loop by hand: interleaved steps in the same processes.
+"""Time per step for other networks, compared with the loop by hand and Lightning, in turns in the same processes.
 
 ``python benchmarks/networks.py [--ranks 2] [--rounds 10] [--only resnet] [--steps 4]``. By hand: plain
-DistributedDataParallel, and a DataLoader on prepared tensors. In each round, each way takes some steps, in turn; ratios
-of the times are computed within a round, and the table has their median and range. With ``exact``, each rank has one
-virtual shard. The images and tokens are random: only the time matters.
+DistributedDataParallel, and a DataLoader on prepared tensors; Lightning: its Trainer with ``ddp`` and the same tensors,
+without logger, checkpoints and progress bar. In each round, each way takes some steps, in turn; ratios of the times are
+computed within a round, and the table has their median and range. With ``exact``, each rank has one virtual shard. The
+images and tokens are random: only the time matters. An epoch has eight steps.
+
+Lightning owns its loop. Therefore the others take their turns in its hook at the end of a step, and a step of Lightning
+lasts from one call of this hook to the next.
 """
 
 import argparse
@@ -34,6 +38,7 @@ from distlenet.tracking.base import Trackers
 from distlenet.training.trainer import Trainer
 
 CLASSES, VOCABULARY, LENGTH, WIDTH = 10, 1000, 64, 128
+LIGHTNING = "Lightning, ddp"
 SGD = {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
 
 
@@ -161,32 +166,80 @@ def ours(case: Case, data: TensorDataset, reduction: str, context: DistributedCo
         trainer.close()
 
 
+def lightning(case: Case, data: TensorDataset, ranks: int, max_steps: int, turns: Iterator[None]) -> None:
+    """Take ``max_steps`` steps with Lightning; after each, continue ``turns``."""
+    import lightning.pytorch as pl
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = case.model()
+
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            inputs, labels = batch
+            return F.cross_entropy(self.net(inputs), labels)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.net.parameters(), **SGD)
+
+        def on_train_batch_end(self, *_: object) -> None:
+            next(turns, None)
+
+    torch.manual_seed(0)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp",
+        max_epochs=-1,
+        max_steps=max_steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), DataLoader(data, case.batch // ranks, shuffle=True))  # it adds a DistributedSampler
+
+
+def take_turns(
+    ways: dict[str, Iterator[None]], rounds: int, steps: int, seconds: dict[str, list[float]]
+) -> Iterator[None]:
+    """Append the time per step of each way in each round to ``seconds``. Yield for each step of Lightning."""
+    names = list(seconds)
+    for number in range(rounds):
+        turn = number % len(names)
+        for way in (*names[turn:], *names[:turn]):
+            started = 0.0
+            for step in range(steps + 1):
+                if step == 1:  # the first warms the caches, which hold the data of another way
+                    started = time.perf_counter()
+                if way == LIGHTNING:
+                    yield
+                else:
+                    next(ways[way])
+            seconds[way].append((time.perf_counter() - started) / steps)
+
+
 def measure(name: str, rounds: int, steps: int) -> None:
     """Measure a case as one rank; rank 0 prints its rows."""
     case = CASES[name]
     torch.manual_seed(1)
     data = case.data()
     with tempfile.TemporaryDirectory() as scratch, init_distributed(load_config()) as context:
+        ranks = context.env.world_size
         ways = {
-            "by hand": by_hand(case, data, context.env.world_size),
+            "by hand": by_hand(case, data, ranks),
             **{each: ours(case, data, each, context, Path(scratch)) for each in ("ddp", "exact")},
         }
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for number in range(rounds + 1):
-            turn = number % len(ways)
-            for way in (*list(ways)[turn:], *list(ways)[:turn]):
-                next(ways[way])  # warms the caches, which hold the data of another way
-                started = time.perf_counter()
-                for _ in range(steps):
-                    next(ways[way])
-                seconds[way].append((time.perf_counter() - started) / steps)
+        seconds: dict[str, list[float]] = {way: [] for way in (*ways, LIGHTNING)}
+        turns = take_turns(ways, rounds + 1, steps, seconds)
+        lightning(case, data, ranks, 1 + (rounds + 1) * (steps + 1), turns)  # the first step starts the turns
         for way in ways.values():
             way.close()  # type: ignore[attr-defined]
         if context.env.rank == 0:
-            for way, times in seconds.items():
+            for label, times in seconds.items():
                 ratios = [a / b for a, b in zip(times[1:], seconds["by hand"][1:], strict=True)]  # without a warm-up
                 ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-                print(f"| {name} | {way} | {statistics.median(times[1:]) * 1e3:.1f} | {ratio} |", flush=True)
+                print(f"| {name} | {label} | {statistics.median(times[1:]) * 1e3:.1f} | {ratio} |", flush=True)
 
 
 def main() -> None:

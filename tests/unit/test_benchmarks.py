@@ -9,6 +9,7 @@ from forked import run_python
 pytestmark = pytest.mark.unit
 
 sys.path.append(str(REPO / "benchmarks"))
+import networks  # noqa: E402
 import scaling  # noqa: E402
 import throughput  # noqa: E402
 
@@ -32,3 +33,21 @@ def test_ratios_are_computed_within_rounds():
     lines = throughput.table(figures)
     assert lines[2] == "| distlenet | 20 | 10 to 30 |  | 3.0 s |"
     assert lines[3] == "| peer | 10 | 5 to 20 | 2.00 × (1.00 to 3.00) | 3.0 s |"
+
+
+def test_every_loop_takes_turns_and_lightning_takes_its_own_steps():
+    """In each round, each takes one step that is not measured and two that are, and another one begins."""
+    taken = []
+
+    def loop(name):
+        while True:
+            taken.append(name)
+            yield
+
+    seconds = {"by hand": [], "ddp": [], networks.LIGHTNING: []}
+    ways = {name: loop(name) for name in ("by hand", "ddp")}
+    for _ in networks.take_turns(ways, 2, 2, seconds):
+        taken.append(networks.LIGHTNING)
+    hand, ddp, lightning = (3 * [name] for name in seconds)
+    assert taken == hand + ddp + lightning + ddp + lightning + hand
+    assert [len(times) for times in seconds.values()] == [2, 2, 2]
