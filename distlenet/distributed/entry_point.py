@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from distlenet.distributed.agent_report import record_failure
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
 from distlenet.distributed.failures import format_failure
 from distlenet.distributed.rank_log import dump_stacks_on_signal
@@ -34,6 +35,7 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
             with contextlib.suppress(UserError):
                 env = read_environment(os.environ)
             print_error(format_failure(error, env))
+            record_failure(format_failure(error, env))
         sys.exit(1)
 
 
@@ -51,6 +53,7 @@ def _run(main: Callable[[], None]) -> int:
             if "RANK" not in os.environ:  # srun ends no rank early: rank 0 has printed it
                 return 2
         warn(str(error))
+        record_failure(f"distlenet: {error}")
         _stop_agent()
         return 2
     except Preempted as stopped:

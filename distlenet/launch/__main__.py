@@ -4,6 +4,7 @@ DISTLENET_WARM_START=0 starts each rank in a new interpreter, as torchrun itself
 """
 
 import os
+import sys
 
 from distlenet.launch.warm_start import ForkServer
 
@@ -11,10 +12,10 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would set the same; before torch is imported
     server = ForkServer() if os.environ.get("DISTLENET_WARM_START", "1") != "0" else None
 
-    from torch.distributed import run
+    from distlenet.launch.agent import run_agent
 
     if server is not None:
         from distlenet.launch.forked_rank import use_fork_server
 
         use_fork_server(server)
-    run.main()
+    sys.exit(run_agent())
