@@ -512,6 +512,18 @@ def test_without_build_cache_a_declared_dataset_is_read_from_a_complete_file_onl
     assert isinstance(load_declared(tmp_path, train, test, "data.build_cache=false").train, ImageDataset)
 
 
+def test_another_version_of_torch_concerns_only_datasets_of_the_user(images, tmp_path, monkeypatch, decoded):
+    train, test = Declared(200), Declared(9)
+    load(images, cache=tmp_path / "cache")
+    load_declared(tmp_path, train, test)
+    decoded.clear()
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    load(images, cache=tmp_path / "cache")
+    load_declared(tmp_path, train, test)
+    assert not decoded
+    assert min(train.reads) == 2
+
+
 def test_a_declared_dataset_is_read_by_the_thread_that_made_it(tmp_path):
     train, test = Declared(200), Declared(9)
     load_declared(tmp_path, train, test)

@@ -105,7 +105,8 @@ def _plan(
     lengths = {name: len(split) for name, split in splits.items()}
     digests = {name: _digest(split) for name, split in splits.items()}
     contents = [lengths, digests, dict(fingerprint or {})]
-    path, part = cache_paths(config, config.name.replace(":", "-"), [config.args, shape], contents)
+    settings = [config.args, shape, str(torch.__version__)]  # the dataset may decode or transform with torch
+    path, part = cache_paths(config, config.name.replace(":", "-"), settings, contents)
     file = CacheFile(path, part, sum(lengths.values()), shape, labels=True)
     wanted = not is_built(file)
     return path.name, None if wanted and not config.build_cache else file, wanted and config.build_cache

@@ -79,7 +79,7 @@ def plan_cache(opened: OpenedImages, config: DataConfig) -> CacheFile | None:
 
 def cache_paths(config: DataConfig, name: str, settings: Any, contents: Any) -> tuple[Path, Path]:
     """Return the paths of a complete and of an incomplete cache file: only the first depends on ``contents``."""
-    decoder = [PIL.__version__, features.version("jpg"), features.version("zlib"), str(torch.__version__)]
+    decoder = [PIL.__version__, *map(features.version, ("jpg", "webp", "libtiff", "zlib"))]
     settings = [VERSION, decoder, wanted_size(config), config.name, settings]
     name = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:40] or "root"
     directory = cache_directory(config)
