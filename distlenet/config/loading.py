@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distlenet.config.checkpoint_settings import read_base, read_files
 from distlenet.config.fields import FIELDS, GROUPS, flatten, split_mapping_key, to_yaml_value, unknown_key
 from distlenet.config.names import check_module, is_import_name, short_name
+from distlenet.config.profiled_steps import profiled_steps
 from distlenet.config.reading import one_line, read_settings
 from distlenet.config.schema import Config
 from distlenet.config.virtual_shards import resolve_virtual_shards, virtual_shards
@@ -115,6 +116,7 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"run.name={name}: expected the name of one directory; its parent is run.dir")
     if not 0 < len(config.wandb.project) <= 128 or set("/\\#?%:") & set(config.wandb.project):
         raise UserError(f"wandb.project={config.wandb.project[:200]}: expected 1 to 128 characters, without /\\#?%:")
+    profiled_steps(config.train.profile_steps)
     if not config.data.cache:
         raise UserError("data.cache: is empty; give auto, off or a directory")
     if config.data.flip and config.data.augment == "flip_shift":

@@ -194,6 +194,10 @@ class TrainConfig:
         3, "With train.stop_when: epochs in a row without an improvement after which the run ends.", ge=1, result=True
     )
     cuda_graph: Literal["off", "auto"] = setting("auto", "auto: on a GPU, replay steps as CUDA graphs if possible.")
+    profile_steps: str | None = setting(
+        None,
+        "A:B: trace the steps A to B - 1 of each job, counted from 0, on rank 0, and write RUN/profile; null: none.",
+    )
 
 
 @dataclass(frozen=True)

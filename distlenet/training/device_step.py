@@ -23,6 +23,7 @@ from distlenet.training.meter import DeferredMeter, Meter
 from distlenet.training.optimizers import check_optimizer, make_optimizer
 from distlenet.training.outline import outline_of
 from distlenet.training.parameter_groups import parameter_groups
+from distlenet.training.profiling import phase
 from distlenet.training.step_flags import StepFlags
 from distlenet.training.step_inputs import StepInputs
 from distlenet.training.step_result import DeviceResult, StepTimes
@@ -89,14 +90,16 @@ class DeviceStep:
         """
         want_grad_norm |= self.max_grad_norm is not None
         begin = self.clock.mark(want_grad_norm)
-        data = batch.inputs(self.task)
+        with phase("transform"):
+            data = batch.inputs(self.task)
 
         def compute(micro_batch: MicroBatch) -> Tensor:
             seed(micro_batch.number)
-            with self.autocast:
+            with phase("forward"), self.autocast:
                 result = self.outline.loss(self.reducer.model, micro_batch.data)
             loss_sum, weight_sum = self.outline.sums(result)
-            reduction.backward(self.scaler.scale(loss_sum), weight_sum)  # the last is a collective
+            with phase("backward"):
+                reduction.backward(self.scaler.scale(loss_sum), weight_sum)  # the last is a collective
             return self.outline.values(result, micro_batch.data)
 
         with self.reducer.step(batch.global_size, self.inputs.stop, want_grad_norm) as reduction:

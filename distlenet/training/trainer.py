@@ -10,6 +10,7 @@ from distlenet import __version__
 from distlenet.checkpoint.format import State
 from distlenet.checkpoint.manager import CheckpointManager
 from distlenet.config.loading import identity, settings_to_save
+from distlenet.config.profiled_steps import profiled_steps
 from distlenet.config.schema import Config
 from distlenet.data.batched_dataset import ResidentBatch
 from distlenet.data.loader import EvaluationLoader, make_loaders
@@ -25,6 +26,7 @@ from distlenet.training.evaluator import EvaluationStopped, Evaluator, check_err
 from distlenet.training.meter import Metrics
 from distlenet.training.nonfinite_report import handle_nonfinite
 from distlenet.training.origin import check_origin, origin_of
+from distlenet.training.profiling import StepProfiler
 from distlenet.training.records import measurements, run_info, summary
 from distlenet.training.selection import Selection
 from distlenet.training.starts import choose_run_id, process_age_s, record_start
@@ -56,6 +58,8 @@ class Trainer:
         self.sampler, self.data_source = self.loader.sampler, datasets.source
         epochs_steps = config.train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
+        profiled = profiled_steps(config.train.profile_steps)
+        self.profiler = StepProfiler(profiled, self.total_steps, self.env.rank, self.device, run_dir)
         check_global_statistics(config, self.env.world_size, self.sampler.global_size(self.sampler.steps - 1))
         example, share = self.loader.sample_batch().inputs(task), len(self.sampler.rank_offsets)
         self.train_step = TrainStep(config, context, task, self.total_steps, example, share)
@@ -102,7 +106,7 @@ class Trainer:
         first, config = self.state.batch, self.config
         batches = self.loader.epoch(self.state.epoch, start=first, stop=first + self.total_steps - self.state.step)
         self.throughput.start()
-        for batch in self.throughput.time_loading(batches):
+        for batch in self.profiler.follow(self.throughput.time_loading(batches), self.state.step):
             result = self.step(batch)  # collective
             if not self.checkpoints.reserved:
                 self.checkpoints.reserve(self)  # collective, host sync: once, when the optimizer has its state
@@ -267,4 +271,5 @@ class Trainer:
         """Release what the process group must not outlive, and let a write in progress end. Not a collective."""
         self.checkpoints.close()
         self.sample_log.close()
+        self.profiler.close()
         self.train_step.close()

@@ -130,6 +130,7 @@ CHEAP_VALUES = {  # others would take long, or write outside the directory of th
     "distributed.step_timeout_s": ["30"],  # a timeout ends the process
     "distributed.init_timeout_s": ["30"],
     "train.max_steps": ["1", "2"],
+    "train.profile_steps": ["null", "0:1", "1:2"],
     "wandb.mode": ["disabled"],
     "checkpoint.resume": ["auto", "never"],
     "checkpoint.allow_changed": ["[]"],
