@@ -99,7 +99,7 @@ def test_a_job_that_ends_earlier_has_no_trace_and_ends_the_profiler(tmp_path, ca
     take_steps(profiler, taken, 0)
     profiler.close()
     assert f"train.profile_steps=3:5: no trace, since this job took {taken} steps" in capsys.readouterr().err
-    assert not torch.autograd._profiler_enabled()
+    assert not torch._C._autograd._profiler_enabled()
     assert not list(tmp_path.iterdir())
 
 
