@@ -16,8 +16,8 @@ UNLABELED = nullcontext()
 
 
 def phase(name: str) -> AbstractContextManager[Any]:
-    """Label what runs in a ``with`` block, if a trace is being recorded."""
-    return record_function(name) if torch._C._autograd._profiler_enabled() else UNLABELED  # the label costs microseconds
+    """Label what runs in a ``with`` block, if a trace is being recorded; otherwise a label would cost microseconds."""
+    return record_function(name) if torch._C._autograd._profiler_enabled() else UNLABELED
 
 
 class StepProfiler:
