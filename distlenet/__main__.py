@@ -7,7 +7,7 @@ import sys
 from distlenet import __version__
 
 COMMANDS = {
-    "train": "train a network, alone or under torchrun or srun",
+    "train": "train a network, alone or under torchrun, srun or mpirun",
     "evaluate": "evaluate a run or a checkpoint",
     "predict": "classify image files",
     "report": "write a page with the curves of runs",

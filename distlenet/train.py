@@ -1,4 +1,4 @@
-"""``python -m distlenet.train``, alone or under torchrun or srun: compose a run, train, clean up."""
+"""``python -m distlenet.train``, alone or under torchrun, srun or mpirun: compose a run, train, clean up."""
 
 from distlenet.utils.process import exit_with_agent
 from distlenet.utils.startup import announce_start, exit_on_stop_request
@@ -62,7 +62,7 @@ def main(make_task: MakeTask = make_configured_task, trainer_class: MakeTrainer 
         dry_run(config, arguments.world_size or 1, make_task)
         return
     if arguments.world_size is not None:
-        raise UserError("--world-size: is for --dry-run; torchrun or srun sets how many ranks train")
+        raise UserError("--world-size: is for --dry-run; torchrun, srun or mpirun sets how many ranks train")
     summary = train(config, make_task, trainer_class)
     if summary["rank"] == 0 and wants_report(config.run.report, summary):
         write_report(summary["run_dir"])

@@ -17,6 +17,7 @@ from distlenet.utils.errors import Preempted, RankError, UserError, print_error,
 from distlenet.utils.startup import PREEMPTED, is_first_rank
 
 LINGER_S = 10.0  # how long the other ranks wait for rank 0 to print an error
+ENDS_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")  # torchrun and mpirun, which end all when one exits
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
@@ -42,15 +43,15 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
 def _run(main: Callable[[], None]) -> int:
     """Return the exit status of ``main``.
 
-    Rank 0 prints a user error; the first rank of each node prints a RankError. The other ranks linger: torchrun ends
-    all ranks when one exits, and rank 0 may still be importing. A rank still running after that prints the line.
+    Rank 0 prints a user error; the first rank of each node prints a RankError. The other ranks linger: torchrun and
+    mpirun end all ranks when one exits, and rank 0 may still be importing. A rank still running after that prints it.
     """
     try:
         main()
     except UserError as error:
         if not should_report(error):
             time.sleep(LINGER_S)
-            if "RANK" not in os.environ:  # srun ends no rank early: rank 0 has printed it
+            if not any(name in os.environ for name in ENDS_RANKS):  # srun ends no rank early: rank 0 has printed it
                 return 2
         warn(str(error))
         record_failure(f"distlenet: {error}")
@@ -73,7 +74,8 @@ def should_report(error: Exception | None = None) -> bool:
     """Return whether this rank prints: the first of its node for a RankError, else the first of the job."""
     if not isinstance(error, RankError):
         return is_first_rank()
-    return next((os.environ[name] for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), "0") == "0"
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _stop_agent() -> None:

@@ -1,4 +1,4 @@
-"""The ranks and sizes of this process, read from the environment variables of torchrun or srun."""
+"""The ranks and sizes of this process, read from the environment variables of torchrun, srun or mpirun."""
 
 import re
 import socket
@@ -27,15 +27,23 @@ class DistributedEnvironment:
 
 
 def read_environment(environ: Mapping[str, str]) -> DistributedEnvironment:
-    """Return the environment that torchrun has set, else that of srun, else that of a single process.
+    """Return the environment that torchrun has set, else that of mpirun or srun, else that of a single process.
 
     srun counts only inside a job step: a batch script and an salloc shell have SLURM_NTASKS, but no started tasks.
+    Inside a SLURM job, mpirun starts its daemons with srun, so its ranks also have the variables of that step. srun
+    itself sets only PMI_RANK and PMI_SIZE of mpirun's variables (``--mpi=pmi2``).
     Raise RankError if a variable is missing, is not an integer, or contradicts another one.
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         env = _from_torchrun(environ)
+    elif "OMPI_COMM_WORLD_RANK" in environ:
+        env = _from_open_mpi(environ)
+    elif "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:
+        env = _from_hydra(environ)
     elif "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
         env = _from_srun(environ)
+    elif "PMI_RANK" in environ:  # another launcher: report what it does not set
+        env = _from_hydra(environ)
     else:
         return DistributedEnvironment()
     if env.rank >= env.world_size:
@@ -46,7 +54,7 @@ def read_environment(environ: Mapping[str, str]) -> DistributedEnvironment:
         wrong = f"local rank {env.local_rank} of {env.local_world_size} ranks (LOCAL_RANK, LOCAL_WORLD_SIZE)"
     else:
         return env
-    raise RankError(f"environment: {wrong}: ranks are numbered from 0; start them with torchrun or srun")
+    raise RankError(f"environment: {wrong}: ranks are numbered from 0; start them with torchrun, srun or mpirun")
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> DistributedEnvironment:
@@ -78,13 +86,45 @@ def _srun_address(environ: Mapping[str, str]) -> tuple[str, int]:
     return environ.get("MASTER_ADDR") or slurm_first_host(environ.get("SLURM_STEP_NODELIST", "")), port
 
 
+def _from_open_mpi(environ: Mapping[str, str]) -> DistributedEnvironment:
+    names = (f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE"))
+    return _from_mpirun(environ, tuple(names), "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500")
+
+
+def _from_hydra(environ: Mapping[str, str]) -> DistributedEnvironment:
+    """Return the environment of MPICH's and Intel MPI's mpirun."""
+    names = ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS")
+    return _from_mpirun(environ, names, "mpirun -genv MASTER_ADDR HOST -genv MASTER_PORT 29500")
+
+
+def _from_mpirun(environ: Mapping[str, str], names: tuple[str, ...], command: str) -> DistributedEnvironment:
+    """Return the environment with rank, local rank, size and local size from the variables ``names``."""
+    if missing := ", ".join(name for name in names if not environ.get(name)):
+        fix = f"start ranks with mpirun, srun or torchrun, or unset {names[0]}"
+        raise RankError(f"environment: {names[0]} is set, but not {missing}; {fix}")
+    rank, local_rank = (read_int(environ, name) for name in names[:2])
+    world_size, local_world_size = (read_int(environ, name, 1) for name in names[2:])
+    if world_size == 1:
+        return DistributedEnvironment(rank, local_rank, world_size, local_world_size)
+    if missing := ", ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)):
+        fix = f"give the host of rank 0 and a free port: {command}"
+        raise RankError(f"environment: {names[2]}={world_size}, but {missing} is not set: mpirun sets none; {fix}")
+    if world_size % local_world_size or rank % local_world_size != local_rank:
+        raise RankError(
+            f"environment: {names[0]}={rank}, {names[1]}={local_rank}: nodes have unequal numbers of ranks, or ranks "
+            "of a node do not follow each other; place them by slot, such as mpirun --map-by slot"
+        )
+    address = environ["MASTER_ADDR"], read_int(environ, "MASTER_PORT", 1, 65535)
+    return DistributedEnvironment(rank, local_rank, world_size, local_world_size, rank // local_world_size, *address)
+
+
 def read_int(environ: Mapping[str, str], name: str, minimum: int = 0, maximum: int = 2**32 - 1) -> int:
     """Return a variable as an integer; SLURM's IDs have 32 bits. Raise RankError if it is none or out of range."""
     value = environ.get(name, "")
     if re.fullmatch("[0-9]{1,10}", value) and minimum <= int(value) <= maximum:
         return int(value)
     expected = f"an integer, {minimum} to {maximum}"
-    raise RankError(f"environment: {name}={value!r}: expected {expected}; torchrun and srun set it")
+    raise RankError(f"environment: {name}={value!r}: expected {expected}; the launcher sets it")
 
 
 def threads_from_environ(environ: Mapping[str, str]) -> int | None:

@@ -1,4 +1,4 @@
-"""``python -m distlenet.preflight``, alone or under torchrun or srun: check in seconds whether a job would start."""
+"""``python -m distlenet.preflight``, started as the job would be: check in seconds whether it would start."""
 
 from distlenet.utils.process import exit_with_agent
 

@@ -18,8 +18,10 @@ STOPPING = threading.Lock()  # held by the thread that ends the process
 
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Return whether this process is the first of its job, as far as torchrun or srun have set it."""
-    return next((environ[name] for name in ("RANK", "SLURM_PROCID") if name in environ), "0") == "0"
+    """Return whether this process is the first of its job, as far as its launcher has set it."""
+    hydra = ("PMI_RANK",) * ("MPI_LOCALRANKID" in environ)  # srun may set PMI_RANK, too
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", *hydra, "SLURM_PROCID")
+    return next((environ[name] for name in names if name in environ), "0") == "0"
 
 
 def announce_start() -> None:

@@ -160,6 +160,10 @@ def test_the_environment(error_of, monkeypatch):
         ({"RANK": "1", "LOCAL_RANK": "1"}, UserError, True, True),  # if torchrun has not ended it before
         ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, UserError, False, True),
         ({"SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, UserError, True, False),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, UserError, True, True),  # if mpirun has not
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, RankError, False, True),
+        ({"PMI_RANK": "1", "MPI_LOCALRANKID": "1", "SLURM_PROCID": "0"}, UserError, True, True),  # of the daemon
+        ({"PMI_RANK": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, UserError, False, True),  # srun started them
         ({"SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, RankError, False, True),  # may concern its node only
         ({"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, RankError, True, False),
     ],

@@ -155,3 +155,53 @@ def test_threads(text, threads):
 def test_invalid_threads(text):
     with pytest.raises(RankError, match="OMP_NUM_THREADS"):
         threads_from_environ({"OMP_NUM_THREADS": text})
+
+
+OPEN_MPI = variables(
+    "OMPI_COMM_WORLD_RANK=2 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_SIZE=2"
+)
+HYDRA = variables("PMI_RANK=2 MPI_LOCALRANKID=0 PMI_SIZE=4 MPI_LOCALNRANKS=2")
+ADDRESS = {"MASTER_ADDR": "n0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("ranks", [OPEN_MPI, HYDRA], ids=["Open MPI", "Hydra"])
+def test_mpirun(ranks):
+    expected = DistributedEnvironment(2, 0, 4, 2, 1, "n0", 29500)
+    assert read_environment(ranks | ADDRESS) == expected
+    assert read_environment(SRUN | ranks | ADDRESS) == expected  # srun has started mpirun's daemon on this node
+    assert read_environment(TORCHRUN | ranks) == read_environment(TORCHRUN)
+
+
+def test_srun_with_pmi2():
+    """It sets the rank and the size as Hydra does, but not the local rank."""
+    assert read_environment(SRUN | variables("PMI_RANK=2 PMI_SIZE=3 PMI_FD=9")) == read_environment(SRUN)
+
+
+def test_a_single_rank_of_mpirun_needs_no_address():
+    for alone in (
+        "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_SIZE=1 OMPI_COMM_WORLD_LOCAL_SIZE=1",
+        "PMI_RANK=0 MPI_LOCALRANKID=0 PMI_SIZE=1 MPI_LOCALNRANKS=1",
+    ):
+        assert read_environment(variables(alone)) == DistributedEnvironment()
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (
+            OPEN_MPI,
+            "SIZE=4, but MASTER_ADDR, MASTER_PORT is not set: mpirun sets none; give the host of rank 0 and a free "
+            "port: mpirun -x MASTER_ADDR=HOST",
+        ),
+        (HYDRA | {"MASTER_ADDR": "n0"}, "PMI_SIZE=4, but MASTER_PORT is not set"),
+        (HYDRA, "mpirun -genv MASTER_ADDR HOST -genv MASTER_PORT 29500"),
+        (HYDRA | ADDRESS | {"MPI_LOCALNRANKS": "0"}, "MPI_LOCALNRANKS='0': expected an integer, 1 to"),
+        (variables("PMI_RANK=0 PMI_SIZE=2"), "PMI_RANK is set, but not MPI_LOCALRANKID, MPI_LOCALNRANKS; start ranks"),
+        (OPEN_MPI | ADDRESS | {"OMPI_COMM_WORLD_RANK": "1"}, "ranks of a node do not follow each other"),
+        (OPEN_MPI | ADDRESS | {"OMPI_COMM_WORLD_SIZE": "5"}, "nodes have unequal numbers of ranks"),
+        (OPEN_MPI | ADDRESS | {"OMPI_COMM_WORLD_RANK": "4"}, "rank 4 of 4 ranks"),
+    ],
+)
+def test_mpirun_reports_what_is_missing(environ, message):
+    with pytest.raises(RankError, match=re.escape(message)):
+        read_environment(environ)
