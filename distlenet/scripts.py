@@ -1,4 +1,4 @@
-"""``python -m distlenet.scripts DIRECTORY``: write the launch scripts and the batch scripts."""
+"""``python -m distlenet.scripts DIRECTORY``: write the launch scripts, the batch scripts and the manifests."""
 
 import shutil
 from pathlib import Path
@@ -13,8 +13,8 @@ PARTS = ("launch", "slurm")
 
 
 def main() -> None:
-    """Copy the scripts, and print what was written."""
-    parser = Parser("python -m distlenet.scripts", description="Write the launch scripts and the batch scripts.")
+    """Copy the files, and print what was written."""
+    parser = Parser("python -m distlenet.scripts", description="Write launch scripts, batch scripts and manifests.")
     parser.add_argument("directory", type=Path, help="where to create launch/ and slurm/; submit jobs from there")
     for path in write_scripts(parser.parse_args().directory):
         print(path)
@@ -25,8 +25,10 @@ def write_scripts(directory: Path) -> list[Path]:
 
     The second line of a file has the version.
     """
-    sources = sorted(path for part in PARTS for path in bundled(part).iterdir() if path.is_file())
-    targets = {source: directory / source.parent.name / source.name for source in sources}
+    targets = {}
+    for source in map(bundled, PARTS):
+        files = sorted(path for path in source.rglob("*") if path.is_file())
+        targets |= {path: directory / source.name / path.relative_to(source) for path in files}
     if exists := next((target for target in targets.values() if target.exists()), None):
         raise UserError(f"{exists}: exists already; give another directory, or move it away to get a new one")
     try:

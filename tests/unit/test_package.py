@@ -57,7 +57,8 @@ def test_a_build_can_be_repeated_to_the_byte(built, tmp_path):
 def test_the_wheel_has_the_recipes_and_the_scripts(built):
     names = zipfile.ZipFile(built[0]).namelist()
     for part in ("configs", "launch", "slurm"):
-        assert {f"distlenet/bundled/{path.relative_to(REPO)}" for path in (REPO / part).iterdir()} <= {*names}
+        files = (path for path in (REPO / part).rglob("*") if path.is_file())
+        assert {f"distlenet/bundled/{path.relative_to(REPO)}" for path in files} <= {*names}
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]
 
 
@@ -77,7 +78,8 @@ def test_an_installed_command_trains_in_an_empty_directory_without_a_home(instal
 @pytest.mark.slow
 def test_the_installed_scripts_are_those_of_the_checkout(installed, tmp_path):
     written = run_command(installed / "distlenet", "scripts", "job", cwd=tmp_path).succeeded().stdout.split()
-    assert [Path(path).name for path in written].count("train.sbatch") == 1
+    names = [Path(path).name for path in written]
+    assert (names.count("train.sbatch"), names.count("job.yaml")) == (1, 1)
     for path in (tmp_path / path for path in written):
         source = REPO / path.relative_to(tmp_path / "job")
         first, version, *rest = path.read_text().splitlines()
