@@ -17,10 +17,29 @@ die() {
     exit 1
 }
 
-# The interpreter: PYTHON if set, else the environment that make installs, else python3.
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-"$PYTHON" -c 'import distlenet.config.schema' 2>/dev/null || "$PYTHON" -c 'import distlenet.config.schema' ||
-    die "$PYTHON cannot import distlenet; set PYTHON to the interpreter of its environment, on a disk that all nodes share"
+# The words between srun and its command that run the command in the image CONTAINER; none without it. An Apptainer image is
+# a file *.sif, any other name is one of pyxis. Both see the submit directory; CONTAINER_MOUNTS adds SOURCE:TARGET,...
+container=()
+if [ -n "${CONTAINER:-}" ]; then
+    mounts=$SLURM_SUBMIT_DIR:$SLURM_SUBMIT_DIR${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+    case $CONTAINER in
+        *.sif)
+            container=(apptainer exec --bind "$mounts" --pwd "$SLURM_SUBMIT_DIR")
+            if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then container+=(--nv); fi
+            container+=("$CONTAINER") ;;
+        *)
+            container=("--container-image=$CONTAINER" "--container-mounts=$mounts" "--container-workdir=$SLURM_SUBMIT_DIR") ;;
+    esac
+fi
+
+# The interpreter: PYTHON if set, else python3 of the container, else the environment that make installs, else python3.
+if [ -n "${CONTAINER:-}" ]; then
+    PYTHON=${PYTHON:-python3}
+else
+    PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+    "$PYTHON" -c 'import distlenet.config.schema' 2>/dev/null || "$PYTHON" -c 'import distlenet.config.schema' ||
+        die "$PYTHON cannot import distlenet; set PYTHON to the interpreter of its environment, on a disk that all nodes share"
+fi
 
 # Print the first host of the job, on which rank 0 runs.
 head_host() {

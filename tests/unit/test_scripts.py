@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import REPO, run_command
@@ -50,3 +51,41 @@ def test_a_usage_error_is_one_line(arguments, message):
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"{script}: {message}"), line
     assert line.endswith("; --help lists all options")
+
+
+@pytest.fixture
+def srun(tmp_path):
+    """Run a batch script with an ``srun`` that prints its arguments, one per line; return them."""
+    for name, body in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo n1"), ("python3", "exit 9")):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(REPO), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+
+    def run(script, **variables):
+        environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", **job, **variables}
+        return run_command("bash", REPO / "slurm" / script, "seed=1", env=environ).succeeded().stdout.splitlines()
+
+    return run
+
+
+PYXIS = ["--container-image=team/net:2", f"--container-mounts={REPO}:{REPO}", f"--container-workdir={REPO}"]
+APPTAINER = ["apptainer", "exec", "--bind", f"{REPO}:{REPO},/data:/data", "--pwd", str(REPO), "--nv", "net.sif"]
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "preflight.sbatch", "srun_direct.sbatch"])
+def test_a_container_is_between_srun_and_the_command(srun, script):
+    """The interpreter of the host, which cannot import anything, is not used."""
+    command = "python3" if script == "srun_direct.sbatch" else "bash"
+    for container, variables in (
+        (PYXIS, {"CONTAINER": "team/net:2"}),
+        (APPTAINER, {"CONTAINER": "net.sif", "CONTAINER_MOUNTS": "/data:/data", "SLURM_GPUS_ON_NODE": "8"}),
+    ):
+        words = srun(script, **variables)
+        assert words[0].startswith("--kill-on-bad-exit=")
+        assert words[1 : len(container) + 2] == [*container, command]
+        assert words[-1] == "seed=1"
+
+
+def test_without_a_container_the_command_follows_srun(srun):
+    assert srun("srun_direct.sbatch", PYTHON=sys.executable)[1:3] == [sys.executable, "-m"]
