@@ -1,5 +1,7 @@
 """The manifests for Kubernetes: their schema, and the numbers and names that must agree."""
 
+import signal
+
 import pytest
 import yaml
 from conftest import REPO
@@ -60,7 +62,7 @@ def test_a_preempted_pod_has_time_to_save_and_is_replaced(job):
     disrupted, saved = job["spec"]["podFailurePolicy"]["rules"]
     assert disrupted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     name = container_of(job)["name"]
-    codes = {"containerName": name, "operator": "In", "values": [PREEMPTED]}
+    codes = {"containerName": name, "operator": "In", "values": [PREEMPTED, 128 + signal.SIGTERM]}
     assert saved == {"action": "Ignore", "onExitCodes": codes}
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy requires it
 
