@@ -25,7 +25,7 @@ def write_scripts(directory: Path) -> list[Path]:
 
     The second line of a file has the version.
     """
-    targets = {}
+    targets: dict[Path, Path] = {}
     for source in map(bundled, PARTS):
         files = sorted(path for path in source.rglob("*") if path.is_file())
         targets |= {path: directory / source.name / path.relative_to(source) for path in files}
