@@ -285,7 +285,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Logging in addition to the run directory and W&B."""
+    """Logging in addition to the run directory, W&B and MLflow."""
 
     tensorboard: bool = setting(False, "Write TensorBoard event files to RUN/tensorboard.")
 
@@ -311,6 +311,17 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
+class MlflowConfig:
+    """MLflow."""
+
+    enabled: bool = setting(False, "Send the records to MLflow.")
+    tracking_uri: str | None = setting(
+        None, "Address of the server, or of a store such as sqlite:///mlflow.db; null: MLFLOW_TRACKING_URI."
+    )
+    experiment: str | None = setting(None, "Experiment of the run; null: MLFLOW_EXPERIMENT_NAME, else distlenet.")
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of a run."""
 
@@ -329,6 +340,7 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)
+    mlflow: MlflowConfig = dataclasses.field(default_factory=MlflowConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as nested dicts of plain values."""

@@ -19,6 +19,7 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from distlenet.tracking.base import TEST_FILE, Record
+from distlenet.tracking.mlflow import Mlflow
 from distlenet.tracking.priority import lower_priority, set_session_share
 from distlenet.tracking.sidecar import EXIT_S, NAMES
 from distlenet.tracking.tensorboard import TensorBoard
@@ -33,6 +34,9 @@ class Sink(Protocol):
 
     def put(self, record: Record) -> None:
         """Send one record."""
+
+    def flush(self) -> None:
+        """Send the records that were put and are kept so far."""
 
     def mark_replayed(self) -> None:
         """Note that all records from before this start were put."""
@@ -65,6 +69,8 @@ def make_sinks(run_dir: Path, job: Record) -> dict[str, Sink]:
         with drop_on_error(sinks, name):
             if name == "wandb":
                 sinks[name] = Wandb(run_dir, job["config"], job["run_info"], job["wandb_mode"])
+            elif name == "mlflow":
+                sinks[name] = Mlflow(run_dir, job["config"], job["run_info"])
             else:
                 sinks[name] = TensorBoard(run_dir)
     return sinks
@@ -92,6 +98,7 @@ def send(run_dir: Path, sinks: dict[str, Sink], statuses: Iterator[str]) -> None
     def put_new_records() -> None:
         for record in tail.new_records():
             each(lambda sink: sink.put(record))  # noqa: B023
+        each(lambda sink: sink.flush())
 
     put_new_records()
     each(lambda sink: sink.mark_replayed())

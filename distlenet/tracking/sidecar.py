@@ -1,4 +1,4 @@
-"""Send a run's records to W&B and TensorBoard from a separate process, which cannot slow or stop the training.
+"""Send a run's records to W&B, MLflow and TensorBoard from a separate process, which cannot slow or stop the training.
 
 ``metrics.jsonl`` is the source: the process (``distlenet.tracking.sender``) follows that file. At each start of the run
 it reads the file from the beginning, and each service gets the records that it does not have yet.
@@ -17,11 +17,18 @@ from typing import Any
 import psutil
 
 from distlenet.tracking.base import Record, Tracker
+from distlenet.tracking.mlflow import CLIENT_DEFAULTS, mlflow_tracking_uri
 from distlenet.tracking.priority import process_tree
 from distlenet.tracking.wandb import has_key, wandb_mode
 from distlenet.utils.errors import Preempted, UserError, warn
 
-NAMES = {"wandb": "W&B", "tensorboard": "TensorBoard"}  # of the packages, in messages
+NAMES = {"wandb": "W&B", "mlflow": "MLflow", "tensorboard": "TensorBoard"}  # of the packages, in messages
+INSTALLED_BY = {"mlflow": "mlflow-skinny"}  # if pip knows a package by another name
+TURNED_OFF_BY = {
+    "wandb": "wandb.mode=disabled",
+    "mlflow": "mlflow.enabled=false",
+    "tensorboard": "tracking.tensorboard=false",
+}
 EXIT_S = 2.0  # of a preempted job's remaining time, kept for its exit
 
 
@@ -31,16 +38,19 @@ class Sidecar(Tracker):
     def __init__(self, run_dir: Path, config: dict[str, Any], seconds_left: Callable[[], float]) -> None:
         """Prepare for the run in ``run_dir``; ``seconds_left`` returns the time until this job is killed.
 
-        Raise UserError if a package that the settings require is not installed.
+        Raise UserError if a package that the settings require is not installed, or no MLflow server is given.
         """
         self.run_dir, self.config, self.seconds_left = run_dir, config, seconds_left
         self.wandb_mode = wandb_mode(config["wandb"]["mode"], os.environ)
         self.sinks = ["wandb"] * (self.wandb_mode != "disabled")
+        if config["mlflow"]["enabled"]:
+            mlflow_tracking_uri(config["mlflow"]["tracking_uri"], os.environ)
+            self.sinks.append("mlflow")
         self.sinks += ["tensorboard"] * bool(config["tracking"]["tensorboard"])
         for package in self.sinks:
             if importlib.util.find_spec(package) is None:
-                setting = "wandb.mode=disabled" if package == "wandb" else "tracking.tensorboard=false"
-                raise UserError(f"package {package}: is not installed; pip install {package}, or give {setting}")
+                install = f"pip install {INSTALLED_BY.get(package, package)}"
+                raise UserError(f"package {package}: is not installed; {install}, or give {TURNED_OFF_BY[package]}")
         self.names = " and ".join(NAMES[package] for package in self.sinks)
         self.process: subprocess.Popen[bytes] | None = None
         self.started = False
@@ -59,7 +69,7 @@ class Sidecar(Tracker):
                 stdout=subprocess.DEVNULL,
                 bufsize=0,
                 process_group=0,  # a terminal's Ctrl-C is for the training
-                env={**os.environ, "WANDB_SILENT": "true", "WANDB_MODE": self.wandb_mode},
+                env={**CLIENT_DEFAULTS, **os.environ, "WANDB_SILENT": "true", "WANDB_MODE": self.wandb_mode},
             )
         except OSError as error:
             warn(f"{self.names}: cannot be started: {error.strerror}; training continues without")

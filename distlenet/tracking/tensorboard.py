@@ -23,9 +23,12 @@ class TensorBoard:
                 tag = f"{record['split']}/{key}"
                 self.writer.add_scalar(tag, value, record["step"], wall_time=record.get("time"))
 
-    def mark_replayed(self) -> None:
+    def flush(self) -> None:
         """Make the records visible."""
         self.writer.flush()
+
+    def mark_replayed(self) -> None:
+        """Do nothing: the files of earlier starts are removed already."""
 
     def finish(self, outcome: str, summary: Record, details: Record) -> None:  # noqa: ARG002
         """Close the file."""

@@ -113,6 +113,9 @@ class Wandb:
             self.run.log(row(record), step=number)
             self.next_row = number + 1
 
+    def flush(self) -> None:
+        """Do nothing: W&B's own process has the records."""
+
     def mark_replayed(self) -> None:
         """Remove the offline files of earlier starts: this one has all of their records."""
         for path in self.replaced:

@@ -164,6 +164,9 @@ class RecordingSink:
             raise ConnectionError("gone\nfor good")
         self.calls.append(record["step"])
 
+    def flush(self):
+        pass
+
     def mark_replayed(self):
         self.calls.append("replayed")
 
