@@ -2,13 +2,13 @@
 
 import json
 import socket
-from pathlib import Path
 
 import pytest
 
 from distlenet import train
 from distlenet.config.loading import load_config
 from distlenet.tracking.mlflow import CLIENT_DEFAULTS, Mlflow, mlflow_tracking_uri
+from distlenet.tracking.sender import make_sinks
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -21,6 +21,7 @@ RUN_INFO |= {"backend": "gloo", "device": "cpu", "precision": "fp32"}
 def _no_requests_but_to_the_server(monkeypatch):
     for name, value in CLIENT_DEFAULTS.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # any other local store needs SQLAlchemy
 
 
 @pytest.fixture
@@ -111,16 +112,10 @@ def test_the_address_is_given_or_that_of_the_environment():
     assert "secret" not in str(error.value)
 
 
-def train_digits(directory: Path, store: str, *more: str) -> list[dict]:
-    """Train six steps of the bundled digits; return the lines of metrics.jsonl."""
-    settings = ("data.name=digits", "device=cpu", "train.max_steps=6", "train.log_every=2", "run.name=run")
-    given = ("mlflow.enabled=true", f"mlflow.tracking_uri={store}", f"run.dir={directory}")
-    train.train(load_config([], [*settings, *given, *more]))
-    return [json.loads(line) for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_training_is_a_run_of_mlflow(tmp_path, store, capfd):
-    records = train_digits(tmp_path, store, "wandb.finish_timeout_s=60")
+    settings = ("data.name=digits", "device=cpu", "train.max_steps=6", "train.log_every=2", "run.name=run")
+    train.train(config_of(store, *settings, f"run.dir={tmp_path}", "wandb.finish_timeout_s=60"))
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     client, (run,) = runs_of(store)
     assert history(client, run, "train/loss") == [(r["step"], r["loss"]) for r in records if r["split"] == "train"]
     assert history(client, run, "test/accuracy") == [(6, records[-1]["accuracy"])]
@@ -128,14 +123,13 @@ def test_a_training_is_a_run_of_mlflow(tmp_path, store, capfd):
     assert "MLflow" not in capfd.readouterr().err
 
 
-def test_a_server_that_is_away_is_one_warning(tmp_path, capfd, monkeypatch):
+def test_a_server_that_is_away_is_one_warning(tmp_path, capsys, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        records = train_digits(tmp_path, address, "wandb.finish_timeout_s=60")
-    assert [r["step"] for r in records if r["split"] == "train"] == [2, 4, 6]
-    warnings = [line for line in capfd.readouterr().err.splitlines() if "MLflow" in line]
-    assert len(warnings) == 1
-    assert "; nothing more is sent there, metrics.jsonl has everything" in warnings[0]
+        config = config_of(f"http://127.0.0.1:{unused.getsockname()[1]}").to_dict()
+        assert make_sinks(tmp_path, {"sinks": ["mlflow"], "config": config, "run_info": RUN_INFO}) == {}
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("distlenet: MLflow: ")
+    assert warning.endswith("; nothing more is sent there, metrics.jsonl has everything")
