@@ -73,8 +73,10 @@ def measure(batch: int, rounds: int, only: list[str]) -> None:
             trainers.append(make_trainer(config, context, Path(scratch), Preemption(25)))
         feeds = [batches(trainer) for trainer in trainers]
         seconds: list[list[float]] = [[] for _ in trainers]
-        for _ in range(rounds + 2):
-            for trainer, feed, times in zip(trainers, feeds, seconds, strict=True):
+        contestants = list(zip(trainers, feeds, seconds, strict=True))
+        for number in range(rounds + 2):
+            turn = number % len(contestants)
+            for trainer, feed, times in (*contestants[turn:], *contestants[:turn]):
                 trainer.step(next(feed))  # warms the caches, which hold the data of another trainer
                 started = time.perf_counter()
                 for _ in range(STEPS):

@@ -47,7 +47,7 @@ class CheckpointManager:
         self.config, self.context, self.model, self.rank = config, context, model, context.env.rank
         self.blocker, self.before_write = blocker, before_write
         self.store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)
-        self.reserved = False  # the memory of copies
+        self._reserved = False  # the memory of copies
         self.not_saved: str | None = None  # why the last checkpoint was not written
 
     def restore(self, target: Stateful) -> Path | None:
@@ -77,8 +77,13 @@ class CheckpointManager:
         return path
 
     def reserve(self, source: Stateful) -> None:
-        """Have rank 0 allocate memory, so that the first save stops training no longer than the others."""
-        self.reserved = True
+        """Have rank 0 allocate memory, so that the first save stops training no longer than later ones.
+
+        The first call does that, when the optimizer has its state. Other calls do nothing.
+        """
+        if self._reserved:
+            return
+        self._reserved = True
         state = source.state_dict()  # collective
         if self.rank == 0:
             self.store.reserve(state)

@@ -108,8 +108,7 @@ class Trainer:
         self.throughput.start()
         for batch in self.profiler.follow(self.throughput.time_loading(batches), self.state.step):
             result = self.step(batch)  # collective
-            if not self.checkpoints.reserved:
-                self.checkpoints.reserve(self)  # collective, host sync: once, when the optimizer has its state
+            self.checkpoints.reserve(self)  # after the first step only: collective, host sync
             if self.due(config.train.check_replicas_every):
                 check_replicas(self.model)  # collective, host sync
             if self.logs_after(batch):
