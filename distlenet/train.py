@@ -22,6 +22,7 @@ from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.arguments import positive_int, settings_parser
 from distlenet.config.loading import check_modules, load_config, run_directory, to_yaml
 from distlenet.config.schema import Config
+from distlenet.config.wandb_variables import with_wandb_variables
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext, init_distributed
 from distlenet.distributed.entry_point import run_entry
@@ -89,6 +90,7 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
             f"checkpoint.path={config.checkpoint.path}: is for distlenet.evaluate; to resume from a file give "
             "checkpoint.resume"
         )
+    config = with_wandb_variables(config, os.environ)
     check_modules(config)
     run_dir = run_directory(config)
     with ExitStack() as stack:

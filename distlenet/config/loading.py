@@ -114,8 +114,9 @@ def _check_combinations(config: Config) -> None:
     """Raise UserError for what the type and the range of one value do not cover."""
     if (name := config.run.name) is not None and (name in ("", "..") or Path(name).name != name):
         raise UserError(f"run.name={name}: expected the name of one directory; its parent is run.dir")
-    if not 0 < len(config.wandb.project) <= 128 or set("/\\#?%:") & set(config.wandb.project):
-        raise UserError(f"wandb.project={config.wandb.project[:200]}: expected 1 to 128 characters, without /\\#?%:")
+    project = config.wandb.project
+    if project is not None and (not 0 < len(project) <= 128 or set("/\\#?%:") & set(project)):
+        raise UserError(f"wandb.project={project[:200]}: expected 1 to 128 characters, without /\\#?%:")
     profiled_steps(config.train.profile_steps)
     if not config.data.cache:
         raise UserError("data.cache: is empty; give auto, off or a directory")

@@ -297,8 +297,8 @@ class WandbConfig:
     mode: Literal["auto", "online", "offline", "disabled"] = setting(
         "auto", "auto: the value of WANDB_MODE, else online if an API key is configured, else offline."
     )
-    project: str = setting("distlenet", "Project of the run.")
-    entity: str | None = setting(None, "User or team; null: the owner of the API key.")
+    project: str | None = setting(None, "Project of the run; null: WANDB_PROJECT, else distlenet.")
+    entity: str | None = setting(None, "User or team; null: WANDB_ENTITY, else the owner of the API key.")
     group: str | None = setting(None, "Group of runs.")
     tags: list[str] = setting([], "Tags of the run.")
     notes: str | None = setting(None, "Notes on the run.")

@@ -102,7 +102,7 @@ class Wandb:
             settings=self.wandb.Settings(
                 silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_TIMEOUT_S
             ),
-            **{key: self.config["wandb"][key] for key in ("project", "entity", "group", "tags", "notes")},
+            **{key: self.config["wandb"][key] or None for key in ("project", "entity", "group", "tags", "notes")},
         )
 
     def put(self, record: Record) -> None:

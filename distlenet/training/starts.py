@@ -36,9 +36,13 @@ def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
 def choose_run_id(run_dir: Path, saved: str, settings: str, environ: Mapping[str, str] = os.environ) -> str:
     """Return the id of a run: the ``saved`` one, or that of a start without a checkpoint, or a new one.
 
+    A new run of a sweep of W&B has the id that the sweep's agent gives it: W&B accepts no other.
+
     A start without a checkpoint is continued only by an automatic restart with the same ``settings`` (see
     ``config.loading.identity``): a person may have changed anything since, and W&B would show both as one run.
     """
+    if not saved and environ.get("WANDB_SWEEP_ID") and RUN_ID.fullmatch(environ.get("WANDB_RUN_ID", "")):
+        return environ["WANDB_RUN_ID"]
     if not saved and is_restart(environ):
         for start in _read_starts(run_dir):
             with contextlib.suppress(TypeError, KeyError):

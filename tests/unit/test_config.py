@@ -84,7 +84,7 @@ def test_shipped_configs_contain_only_differences_from_the_defaults(name):
         ("seed=${nope}", ["seed=${nope}", "an integer"]),
         ("run.name=../x", ["run.name=../x", "run.dir"]),
         ("wandb.project=a/b", ["wandb.project=a/b", "without /"]),
-        ("wandb.project=", ["wandb.project="]),
+        ("wandb.project=''", ["wandb.project=: expected 1 to 128 characters"]),
         ("train.profile_steps=5", ["train.profile_steps=5: expected A:B, A less than B"]),
         ("train.profile_steps=7:7", ["train.profile_steps=7:7: expected A:B, A less than B"]),
         ("train.profile_steps=-1:2", ["train.profile_steps=-1:2: expected A:B"]),

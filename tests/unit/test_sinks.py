@@ -6,6 +6,7 @@ from unittest.mock import MagicMock, call
 import pytest
 
 from distlenet.config.loading import load_config
+from distlenet.config.wandb_variables import with_wandb_variables
 from distlenet.tracking.tensorboard import TensorBoard
 from distlenet.tracking.wandb import Wandb, base_url, has_key, row, row_number, wandb_mode
 from distlenet.utils.errors import UserError
@@ -117,3 +118,23 @@ def test_tensorboard_has_each_number_of_the_last_start_once(tmp_path):
     losses = events.Tensors("train/loss")
     assert [(event.step, event.wall_time) for event in losses] == [(0, 100.0), (1, 101.0)]
     assert [event.tensor_proto.float_val[0] for event in losses] == pytest.approx([0.5, 0.45])
+
+
+def test_settings_then_variables_name_project_and_entity(tmp_path):
+    environ = {"WANDB_PROJECT": "vision", "WANDB_ENTITY": "team"}
+
+    def names(environ, *settings):
+        wandb = with_wandb_variables(load_config([], settings), environ).wandb
+        return wandb.project, wandb.entity
+
+    assert names({}) == names({"WANDB_PROJECT": "", "WANDB_ENTITY": ""}) == ("distlenet", None)
+    assert names(environ) == ("vision", "team")
+    assert names(environ, "wandb.project=mine", "wandb.entity=me") == ("mine", "me")
+
+
+def test_variables_name_the_tags_and_the_group_of_a_run_without_such_settings(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("wandb.init", lambda **arguments: calls.append(arguments) or MagicMock())
+    for settings in ([], ["wandb.tags=[try]"]):
+        Wandb(tmp_path, load_config([], settings).to_dict(), {"run_id": "abc", "complete": True}, "offline")
+    assert [call["tags"] for call in calls] == [None, ["try"]]  # with None, the client reads WANDB_TAGS

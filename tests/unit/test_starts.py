@@ -53,6 +53,15 @@ def test_run_id_without_checkpoint_is_kept_only_by_a_restart_of_the_same_job(tmp
     assert choose_run_id(tmp_path, "", "a", environ=BY_TORCHRUN) != first  # another run started in between
 
 
+def test_a_new_run_of_a_sweep_has_the_id_of_its_agent(tmp_path):
+    environ = {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "abcd1234"}
+    assert choose_run_id(tmp_path, "", "a", environ) == "abcd1234"
+    assert choose_run_id(tmp_path, "", "a", {**environ, **BY_TORCHRUN}) == "abcd1234"
+    assert choose_run_id(tmp_path, "12345678", "a", environ) == "12345678"  # a checkpoint of an earlier trial
+    assert choose_run_id(tmp_path, "", "a", {"WANDB_RUN_ID": "abcd1234"}) != "abcd1234"  # no sweep
+    assert len(choose_run_id(tmp_path, "", "a", {**environ, "WANDB_RUN_ID": "../x"})) == 8
+
+
 def test_process_age_counts_from_the_start_of_the_process():
     """Field 22 of stat is in ticks of 10 ms, rounded down: the age is at most one tick too large."""
     before = time.monotonic()
