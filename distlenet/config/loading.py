@@ -118,8 +118,8 @@ def _check_combinations(config: Config) -> None:
     if project is not None and (not 0 < len(project) <= 128 or set("/\\#?%:") & set(project)):
         raise UserError(f"wandb.project={project[:200]}: expected 1 to 128 characters, without /\\#?%:")
     profiled_steps(config.train.profile_steps)
-    if not config.data.cache:
-        raise UserError("data.cache: is empty; give auto, off or a directory")
+    if config.data.cache in ("", "true", "false", "on", "yes", "no", "none"):
+        raise UserError(f"data.cache={config.data.cache}: expected auto, off or a directory")
     if config.data.flip and config.data.augment == "flip_shift":
         raise UserError(
             f"data.flip={config.data.flip:g}: data.augment=flip_shift mirrors half of the images already; give "

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distlenet.distributed.watchdog import restart_time_limit
 
-CHUNK_IMAGES = 64
+CHUNK_IMAGES, CHUNK_BYTES = 64, 2**24  # at most, but at least one image: each thread holds a chunk in memory
 CHECKED_BYTES = 2**29  # a larger file is verified in part when it is opened: so many bytes, in evenly spaced chunks
 LABEL_BYTES = 8
 DIGEST_BYTES, LENGTH_BYTES = 32, 8  # of the table, at the end of the file
@@ -63,13 +63,18 @@ class CacheFile:
         return self.labels_start + LABEL_BYTES * self.images * self.labels
 
     @property
+    def chunk_images(self) -> int:
+        """The number of images of a chunk."""
+        return max(1, min(CHUNK_IMAGES, CHUNK_BYTES // max(1, self.image_bytes)))
+
+    @property
     def chunks(self) -> int:
         """The number of chunks."""
-        return -(-self.images // CHUNK_IMAGES)
+        return -(-self.images // self.chunk_images)
 
     def rows(self, chunk: int) -> range:
         """Return the numbers of the images of a chunk."""
-        return range(chunk * CHUNK_IMAGES, min((chunk + 1) * CHUNK_IMAGES, self.images))
+        return range(chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, self.images))
 
     def create(self) -> None:
         """Create the incomplete file, or keep the one of an earlier job. Raise OSError."""

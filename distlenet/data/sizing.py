@@ -93,10 +93,10 @@ class ResizedImages:
         decoded = self.files.image(index)
         image = to_tensor(resize_image(decoded, self.size) if self.size else decoded)
         if tuple(image.shape) != self.shape:
-            first = size_text(height_and_width(to_tensor(self.files.image(0))))
+            first = size_text((self.shape[-2], self.shape[-1]))
             raise UserError(
-                f"data {self.name(index)}: has {size_text(height_and_width(image))} pixels, but {self.name(0)} has "
-                f"{first}; give data.size=N or data.size=[HEIGHT,WIDTH] to resize all images"
+                f"data {self.name(index)}: has {size_text(height_and_width(image))} pixels, but the first training "
+                f"image has {first}; give data.size=N or data.size=[HEIGHT,WIDTH] to resize all images"
             )
         return image.contiguous(), int(self.labels[index])
 

@@ -1,10 +1,12 @@
 """The cache of decoded images: the bits, and what happens after kills, damage, without room, and between jobs."""
 
+import _thread
 import io
 import os
 import shutil
 import tarfile
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,6 +21,7 @@ from distlenet.config.loading import load_config
 from distlenet.data import cache_build, cache_file, chunk_decoding, decoding_progress
 from distlenet.data.cache_build import CacheBuild, Workers, build_cache
 from distlenet.data.cache_file import CHUNK_IMAGES, CacheFile
+from distlenet.data.chunk_decoding import ChunkDecoder
 from distlenet.data.images import ImageDataset
 from distlenet.data.sources import folder, image_cache, load_data
 from distlenet.data.sources.custom import load_custom
@@ -402,6 +405,30 @@ def test_a_chunk_whose_record_is_lost_is_decoded_again(tmp_path):
     assert file.is_intact()
 
 
+def test_a_chunk_of_large_images_is_small(tmp_path):
+    file = CacheFile(tmp_path / "a.images", tmp_path / "part.images", 100, (3, 3000, 4000))
+    assert (file.chunks, list(file.rows(99))) == (100, [99])
+    assert len(CacheFile(tmp_path / "a.images", tmp_path / "part.images", 100, (3, 1024, 1024)).rows(0)) == 5
+
+
+def test_after_ctrl_c_the_threads_end(tmp_path):
+    class Interrupting(Counted):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            if index == 0:
+                _thread.interrupt_main()
+            deadline = time.monotonic() + 10
+            while not decoder.failed and time.monotonic() < deadline:
+                time.sleep(0.001)
+            return super().__getitem__(index)
+
+    file = make_file(tmp_path, 2 * CHUNK_IMAGES)
+    file.create()
+    decoder = ChunkDecoder(file, Interrupting(2 * CHUNK_IMAGES), range(2), 2, None)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.decode(3600)
+    assert decoder.failed
+
+
 def test_a_round_of_slow_images_ends_inside_a_chunk_and_the_next_continues(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(chunk_decoding, "time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -552,6 +579,16 @@ def test_a_changed_sample_is_found(tmp_path, more):
 
     assert load_declared(tmp_path, Declared(200), Declared(9), **more).train[5][0].unique().tolist() == [5]
     assert load_declared(tmp_path, Shifted(200), Declared(9), **more).train[5][0].unique().tolist() == [6]
+
+
+def test_a_declared_dataset_with_a_random_transform_is_refused(tmp_path):
+    class Random(Declared):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            image, label = super().__getitem__(index)
+            return image + sum(self.reads) % 2, label
+
+    with pytest.raises(UserError, match=r"training set, sample 0: differs at each read, but the dataset declares"):
+        load_declared(tmp_path, Random(200), Declared(9))
 
 
 def test_other_datasets_and_floating_point_are_not_cached(tmp_path, capfd):

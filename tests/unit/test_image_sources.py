@@ -130,7 +130,7 @@ def test_invalid_arrays_are_refused(tmp_path, more, message):
 def test_images_of_two_sizes_are_refused_unless_they_are_resized(tmp_path):
     root = save_folder(tmp_path, random_images(4, 3, 20, 30), random_images(4, 3, 20, 30))
     Image.new("RGB", (64, 48)).save(root / "train/c1/0007.png")
-    with pytest.raises(UserError, match=r"0007.png: has 48×64 pixels, but .*0000.png has 20×30; give data.size=N"):
+    with pytest.raises(UserError, match=r"0007.png: has 48×64 pixels, but the first training image has 20×30; give"):
         load("folder", root)
     data = load("folder", root, "data.size=[16,24]")
     assert data.train.images.shape == (5, 3, 16, 24)
@@ -142,6 +142,15 @@ def test_a_damaged_image_is_named(tmp_path):
     path = root / "train/c1/0001.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(UserError, match=rf"data {path}: is not a readable image: .*; replace or remove the file"):
+        load("folder", root)
+
+
+def test_files_of_a_folder_that_cannot_be_read_and_names_that_are_no_text(tmp_path):
+    root = save_folder(tmp_path, random_images(4, 20, 30), random_images(4, 20, 30))
+    (root / "train/c1" / os.fsdecode(b"caf\xe9.png")).write_bytes((root / "train/c1/0001.png").read_bytes())
+    assert len(load("folder", root).train) == 5
+    (root / "train/c1/0009.png").symlink_to("gone.png")
+    with pytest.raises(UserError, match=r"0009.png: cannot be read: No such file or directory; replace or remove it"):
         load("folder", root)
 
 

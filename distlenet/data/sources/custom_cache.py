@@ -20,10 +20,11 @@ from distlenet.distributed.collectives import all_gather_object, broadcast_from_
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.watchdog import restart_time_limit
 from distlenet.task import MapDataset
-from distlenet.utils.errors import warn
+from distlenet.utils.errors import UserError, warn
 from distlenet.utils.mapped_file import TensorRef, open_shared
 
 DIGEST_SAMPLES = 64  # of each split, evenly spaced
+REPEATED_SAMPLES = 8  # of the training set, read again: a random transform is found
 
 
 class Samples(MapDataset, Protocol):
@@ -100,7 +101,11 @@ def cache_samples(
 def _plan(
     splits: Mapping[str, Samples], fingerprint: Mapping[str, str] | None, config: DataConfig
 ) -> tuple[str, CacheFile | None, bool]:
-    """Return what identifies the samples, the file for them if one is used, and whether they have to be decoded."""
+    """Return what identifies the samples, the file for them if one is used, and whether they have to be decoded.
+
+    Raise UserError if samples differ between two reads.
+    """
+    _check_deterministic(splits["train"])
     shape = tuple(splits["train"][0][0].shape)
     lengths = {name: len(split) for name, split in splits.items()}
     digests = {name: _digest(split) for name, split in splits.items()}
@@ -112,14 +117,30 @@ def _plan(
     return path.name, None if wanted and not config.build_cache else file, wanted and config.build_cache
 
 
+def _check_deterministic(split: Samples) -> None:
+    for row in _rows(split)[:REPEATED_SAMPLES]:
+        (image, label), (image_again, label_again) = split[row], split[row]
+        if label != label_again or not torch.equal(image, image_again):
+            raise UserError(
+                f"{split.name}, sample {row}: differs at each read, but the dataset declares deterministic = True; "
+                "remove that line, or the random transform"
+            )
+
+
 def _digest(split: Samples) -> str:
     """Return a digest of evenly spaced samples."""
-    rows = {number * (len(split) - 1) // (DIGEST_SAMPLES - 1) for number in range(DIGEST_SAMPLES)} if len(split) else ()
     samples = []
-    for row in sorted(rows):
+    for row in _rows(split):
         samples.append(split[row])
         restart_time_limit()
     return digest_of(*(image for image, _ in samples), torch.tensor([label for _, label in samples]))
+
+
+def _rows(split: Samples) -> list[int]:
+    """Return the numbers of the samples that identify a split."""
+    if not len(split):
+        return []
+    return sorted({number * (len(split) - 1) // (DIGEST_SAMPLES - 1) for number in range(DIGEST_SAMPLES)})
 
 
 def _open(file: CacheFile, splits: Mapping[str, Samples], stack: ExitStack) -> dict[str, StoredImages]:

@@ -58,7 +58,14 @@ class FolderImages:
 
 def open_folder(config: DataConfig, stack: ExitStack, fetch: bool) -> OpenedImages:  # noqa: ARG001
     """List the image files of ``data.root``, in the order of their names, whatever the order of the file system."""
-    root = Path(config.root)
+    try:
+        return _open(Path(config.root))
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+        raise UserError(f"data {error.filename or config.root}: {reason}; replace or remove it") from error
+
+
+def _open(root: Path) -> OpenedImages:
     missing = [name for name in ("train", "test") if not (root / name).is_dir()]
     if missing:
         raise UserError(f"data.root={root}: has no directory {' and '.join(missing)}; expected {LAYOUT}")
@@ -74,7 +81,9 @@ def open_folder(config: DataConfig, stack: ExitStack, fetch: bool) -> OpenedImag
         stats = torch.tensor([(status.st_size, status.st_mtime_ns) for status in statuses], dtype=torch.int64)
         images[split] = FolderImages(root / split, names, labels, COLOR if color else GREY, stats)
         sizes = "\n".join(f"{file} {status.st_size}" for file, status in zip(names, statuses, strict=True))
-        fingerprint[split] = f"{len(names)} files {hashlib.sha256(sizes.encode()).hexdigest()[:16]}"
+        fingerprint[split] = (
+            f"{len(names)} files {hashlib.sha256(sizes.encode(errors='surrogateescape')).hexdigest()[:16]}"
+        )
     return OpenedImages(str(root), classes, images["train"], images["test"], images.get("val"), fingerprint)
 
 
@@ -92,12 +101,16 @@ def _list_files(directory: Path, classes: tuple[str, ...]) -> list[tuple[str, in
         raise UserError(f"data {directory}: class {unknown[0]} is not in the training set; add it there, or remove it")
     found = []
     for label, name in enumerate(classes):
-        for place, _, files in os.walk(directory / name):
+        for place, _, files in os.walk(directory / name, onerror=_raise):
             paths = [Path(place, file) for file in files if Path(file).suffix.lower() in IMAGE_SUFFIXES]
             found += [(str(path.relative_to(directory / name)), label) for path in paths]
     if not found:
         raise UserError(f"data {directory}: contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return [(f"{classes[label]}/{file}", label) for file, label in sorted(found)]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _is_color(path: Path) -> bool:

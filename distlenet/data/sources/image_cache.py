@@ -22,7 +22,7 @@ from distlenet.data.sources.opened import ImageFiles, OpenedImages, StoredImages
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.mapped_file import TensorRef, open_shared, share_tensors
 
-VERSION = 2  # of the format and of the decoder
+VERSION = 3  # of the format and of the decoder
 MIN_FILE_BYTES = 2**24  # auto: smaller image files are decoded in about a second
 
 
