@@ -76,9 +76,9 @@ class ChunkDecoder:
         before = torch.get_num_threads()
         try:  # each thread of Python has its own number of torch's threads
             with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                futures = [pool.submit(self._decode_until, deadline, self.records) for _ in range(self.threads)]
                 try:
-                    for future in futures:
+                    started = [pool.submit(self._decode_until, deadline, self.records) for _ in range(self.threads)]
+                    for future in started:
                         future.result()
                 except BaseException:  # also Ctrl-C: the block waits for the threads
                     self.failed = True
