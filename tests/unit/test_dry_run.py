@@ -42,13 +42,13 @@ def test_plan_of_an_exact_run_that_drops_the_last_batch():
     settings = (
         "distributed.reduction=exact",
         "data.drop_last=true",
-        "train.global_batch_size=512",
-        "train.max_steps=16",
+        "train.global_batch_size=1024",
+        "train.max_steps=8",
     )
     rows = plan_rows(4, *settings)
     assert rows["ranks"] == "4: exact reduction, 4 virtual shards (auto)"
-    assert rows["micro-batches"] == "1 a step, of up to 128 samples"
-    assert rows["steps"] == "16 (8 epochs of 2); each epoch drops 413 samples"
+    assert rows["micro-batches"] == "1 a step, of up to 256 samples"
+    assert rows["steps"] == "8 (8 epochs of 1); each epoch drops 413 samples"
     assert "  exact sums" in rows
 
 

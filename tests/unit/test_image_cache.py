@@ -1,9 +1,9 @@
 """The cache of decoded images: the bits, and what happens after kills, damage, without room, and between jobs."""
 
-import _thread
 import io
 import os
 import shutil
+import signal
 import tarfile
 import threading
 import time
@@ -411,11 +411,20 @@ def test_a_chunk_of_large_images_is_small(tmp_path):
     assert len(CacheFile(tmp_path / "a.images", tmp_path / "part.images", 100, (3, 1024, 1024)).rows(0)) == 5
 
 
+@pytest.fixture
+def python_handles_ctrl_c():
+    """Workers of pytest-xdist ignore SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_after_ctrl_c_the_threads_end(tmp_path):
     class Interrupting(Counted):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
             if index == 0:
-                _thread.interrupt_main()
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             deadline = time.monotonic() + 10
             while not decoder.failed and time.monotonic() < deadline:
                 time.sleep(0.001)

@@ -267,7 +267,7 @@ def test_neither_a_checkpoint_nor_a_saved_config_causes_an_import(directory):
     assert marker.exists()
     marker.unlink()
     saved = directory / "runs/run/config.yaml"
-    assert to_yaml(load_config([], [*settings])) == saved.read_text()
+    assert to_yaml(load_config([], [*settings, "wandb.project=distlenet"])) == saved.read_text()
     for words, given in (
         (("evaluate", "checkpoint=runs/run"), True),
         (("predict", "checkpoint=runs/run", "image.png"), True),
