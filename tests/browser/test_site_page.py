@@ -55,7 +55,7 @@ SEARCH = """
 new Promise(resolve => {
   if (innerWidth < 900) document.querySelector("label[for=__search]").click();
   const query = document.querySelector("[data-md-component=search-query]");
-  query.value = "preemption";
+  query.value = "stop requests";
   query.focus();
   query.dispatchEvent(new Event("keyup"));
   const results = document.querySelector(".md-search-result__list");
