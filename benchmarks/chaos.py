@@ -167,6 +167,9 @@ def train_with_kills(arguments: argparse.Namespace, directory: Path, words: list
     kills = ", ".join(f"{count} of {what}s" for what, count in killed.items())
     print(f"kills: {kills}; starts of the run: {len(starts)}")
     print(f"steps: {steps}, and {ledger.steps_taken() - steps} repeated")
+    if not recoveries:  # few kills may all have been of agents, or sent while ranks were starting
+        print("no kill of a rank was followed by a wait for the next step")
+        return
     median, longest = statistics.median(recoveries), max(recoveries)
     print(f"from a killed rank to the next step: median {median:.2f} s, at most {longest:.2f} s, of {len(recoveries)}")
     for what, *options in STARTS if arguments.trials else ():
