@@ -36,7 +36,6 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
             with contextlib.suppress(UserError):
                 env = read_environment(os.environ)
             print_error(format_failure(error, env))
-            record_failure(format_failure(error, env))
         sys.exit(1)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch.distributed.distributed_c10d import Store
 
-from distlenet.distributed.agent_report import record_failure
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rank_log import RankLog
 from distlenet.utils.errors import Preempted, UserError, print_error
@@ -37,7 +36,6 @@ def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> 
         if failures == 1:
             path = f"\ndistlenet: the log is {log.handler.baseFilename}" if log.handler else ""
             print_error(format_failure(error, env) + path)
-            record_failure(format_failure(error, env) + path)
         elif failures <= MAX_REPORTS:
             text = " ".join(str(error).split())[:MAX_CHARACTERS]
             print_error(f"distlenet: {env} failed after it: {type(error).__name__}: {text}")
