@@ -205,3 +205,11 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[], None]], 
 def _one_thread() -> None:
     """Several tests run at once on two cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def python_handles_ctrl_c():
+    """Workers of pytest-xdist ignore SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)

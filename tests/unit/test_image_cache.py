@@ -411,14 +411,6 @@ def test_a_chunk_of_large_images_is_small(tmp_path):
     assert len(CacheFile(tmp_path / "a.images", tmp_path / "part.images", 100, (3, 1024, 1024)).rows(0)) == 5
 
 
-@pytest.fixture
-def python_handles_ctrl_c():
-    """Workers of pytest-xdist ignore SIGINT."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
 @pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_after_ctrl_c_the_threads_end(tmp_path):
     class Interrupting(Counted):

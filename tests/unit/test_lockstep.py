@@ -129,14 +129,6 @@ def fail() -> None:
     raise ArithmeticError("of shard 2")
 
 
-@pytest.fixture
-def python_handles_ctrl_c():
-    """Workers of pytest-xdist ignore SIGINT."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
 @pytest.mark.usefixtures("python_handles_ctrl_c")
 @pytest.mark.parametrize(("action", "error"), [(fail, ArithmeticError), (interrupt, KeyboardInterrupt)])
 @pytest.mark.parametrize("place", ["before", "between", "backward"])
