@@ -118,6 +118,9 @@ def _check_combinations(config: Config) -> None:
     if project is not None and (not 0 < len(project) <= 128 or set("/\\#?%:") & set(project)):
         raise UserError(f"wandb.project={project[:200]}: expected 1 to 128 characters, without /\\#?%:")
     profiled_steps(config.train.profile_steps)
+    prometheus = config.tracking.prometheus
+    if prometheus is not None and not Path(prometheus).name.endswith(".prom"):
+        raise UserError(f"tracking.prometheus={prometheus}: node_exporter reads only files *.prom; give such a name")
     if config.data.cache in ("", "true", "false", "on", "yes", "no", "none"):
         raise UserError(f"data.cache={config.data.cache}: expected auto, off or a directory")
     if config.data.flip and config.data.augment == "flip_shift":

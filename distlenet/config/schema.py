@@ -288,6 +288,9 @@ class TrackingConfig:
     """Logging in addition to the run directory, W&B and MLflow."""
 
     tensorboard: bool = setting(False, "Write TensorBoard event files to RUN/tensorboard.")
+    prometheus: str | None = setting(
+        None, "File NAME.prom, for node_exporter on rank 0's node, with the newest numbers of the run; null: none."
+    )
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 A record is one measurement, a flat dict: ``split`` (train, train_epoch, val or test), ``step`` (completed optimizer
 steps), ``epoch`` (from 1), ``batch`` (completed steps of the epoch), ``loss`` (mean over samples), the task's metrics
 (such as ``accuracy``, 0 to 1), ``count`` (number of samples), ``lr``, ``time`` (seconds since 1970). Train records also
-have ``grad_norm`` of the last step, ``loss_scale`` with fp16, ``gpu_memory_gib`` (peak memory of rank 0's GPU), and
-what ``distlenet.training.throughput`` measures.
+have ``grad_norm`` of the last step, ``loss_scale`` with fp16, ``skipped_steps`` so far, if there are any,
+``gpu_memory_gib`` (peak memory of rank 0's GPU), and what ``distlenet.training.throughput`` measures.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ NONDETERMINISTIC_KEYS = {
 """Keys of a record that depend on the machine; all others are equal in a second run."""
 
 RESERVED_KEYS = NONDETERMINISTIC_KEYS | {
-    *("split", "step", "epoch", "batch", "loss", "count", "lr", "grad_norm", "loss_scale"),
+    *("split", "step", "epoch", "batch", "loss", "count", "lr", "grad_norm", "loss_scale", "skipped_steps"),
 }
 """Keys of a record that are no metrics of the task; a metric cannot have such a name."""
 

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from distlenet.tracking.base import TEST_FILE, Record
 from distlenet.tracking.mlflow import Mlflow
 from distlenet.tracking.priority import lower_priority, set_session_share
+from distlenet.tracking.prometheus import Prometheus
 from distlenet.tracking.sidecar import EXIT_S, NAMES
 from distlenet.tracking.tensorboard import TensorBoard
 from distlenet.tracking.wandb import Wandb, one_line
@@ -71,6 +72,8 @@ def make_sinks(run_dir: Path, job: Record) -> dict[str, Sink]:
                 sinks[name] = Wandb(run_dir, job["config"], job["run_info"], job["wandb_mode"])
             elif name == "mlflow":
                 sinks[name] = Mlflow(run_dir, job["config"], job["run_info"])
+            elif name == "prometheus":
+                sinks[name] = Prometheus(run_dir, job["config"], job["run_info"])
             else:
                 sinks[name] = TensorBoard(run_dir)
     return sinks

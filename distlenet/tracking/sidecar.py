@@ -1,7 +1,8 @@
-"""Send a run's records to W&B, MLflow and TensorBoard from a separate process, which cannot slow or stop the training.
+"""Send a run's records to W&B, MLflow, TensorBoard and Prometheus from a separate process.
 
-``metrics.jsonl`` is the source: the process (``distlenet.tracking.sender``) follows that file. At each start of the run
-it reads the file from the beginning, and each service gets the records that it does not have yet.
+The process (``distlenet.tracking.sender``) cannot slow or stop the training. ``metrics.jsonl`` is its source: it reads
+that file again and again. At each start of the run it begins with the first line, and each service gets the records
+that it does not have yet.
 """
 
 import importlib.util
@@ -22,7 +23,8 @@ from distlenet.tracking.priority import process_tree
 from distlenet.tracking.wandb import has_key, wandb_mode
 from distlenet.utils.errors import Preempted, UserError, warn
 
-NAMES = {"wandb": "W&B", "mlflow": "MLflow", "tensorboard": "TensorBoard"}  # of the packages, in messages
+NAMES = {"prometheus": "Prometheus", "wandb": "W&B", "mlflow": "MLflow", "tensorboard": "TensorBoard"}
+"""Names in messages. All but the first are packages."""
 INSTALLED_BY = {"mlflow": "mlflow-skinny"}  # if pip knows a package by another name
 TURNED_OFF_BY = {
     "wandb": "wandb.mode=disabled",
@@ -51,6 +53,8 @@ class Sidecar(Tracker):
             if importlib.util.find_spec(package) is None:
                 install = f"pip install {INSTALLED_BY.get(package, package)}"
                 raise UserError(f"package {package}: is not installed; {install}, or give {TURNED_OFF_BY[package]}")
+        if config["tracking"]["prometheus"] is not None:
+            self.sinks.insert(0, "prometheus")  # first: the others may wait for a server
         self.names = " and ".join(NAMES[package] for package in self.sinks)
         self.process: subprocess.Popen[bytes] | None = None
         self.started = False

@@ -38,6 +38,8 @@ def run_info(
         "unit": "images" if built_in else "samples",
         "step": state.step,
         "evaluated": state.evaluated,
+        "restarts": state.restarts,
+        "skipped_steps": state.skipped,
         "epochs": config.train.epochs,
         "global_batch_size": config.train.global_batch_size,
         "micro_batches": reducer.micro_batches_per_rank,
@@ -50,11 +52,15 @@ def run_info(
     }
 
 
-def measurements(throughput: Throughput, scaler: torch.amp.GradScaler, result: StepResult) -> Record:
+def measurements(
+    throughput: Throughput, scaler: torch.amp.GradScaler, result: StepResult, skipped_steps: int
+) -> Record:
     """Return what a training record holds besides loss and metrics. A collective, then a host sync."""
     record = throughput.window()
     if result.grad_norm is not None:
         record["grad_norm"] = float(result.grad_norm)  # host sync
+    if skipped_steps:
+        record["skipped_steps"] = skipped_steps
     if scaler.is_enabled():
         record["loss_scale"] = scaler.get_scale()
     if throughput.device.type == "cuda":

@@ -116,7 +116,7 @@ class Trainer:
                 self.log(
                     "train",
                     self.meter.window(),
-                    **measurements(self.throughput, self.train_step.on_device.scaler, result),
+                    **measurements(self.throughput, self.train_step.on_device.scaler, result, self.state.skipped),
                 )  # collective, host sync
             if result.stop:
                 self.checkpoints.save_and_exit(self, self.state.step, self.preemption)  # collective

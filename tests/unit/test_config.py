@@ -88,6 +88,7 @@ def test_shipped_configs_contain_only_differences_from_the_defaults(name):
         ("train.profile_steps=5", ["train.profile_steps=5: expected A:B, A less than B"]),
         ("train.profile_steps=7:7", ["train.profile_steps=7:7: expected A:B, A less than B"]),
         ("train.profile_steps=-1:2", ["train.profile_steps=-1:2: expected A:B"]),
+        ("tracking.prometheus=lenet.txt", ["tracking.prometheus=lenet.txt: node_exporter reads only files *.prom"]),
         ("data.cache=''", ["data.cache=: expected auto, off or a directory"]),
         ("data.cache=false", ["data.cache=false: expected auto, off or a directory"]),
         ("run.name=..", ["run.name=..", "run.dir"]),

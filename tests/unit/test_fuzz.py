@@ -139,6 +139,7 @@ CHEAP_VALUES = {  # others would take long, or write outside the directory of th
     "run.dir": ["runs"],
     "wandb.tags": ["[]"],
     "tracking.tensorboard": ["false"],
+    "tracking.prometheus": ["null"],
     "mlflow.enabled": ["false"],
 }
 FIXED = {

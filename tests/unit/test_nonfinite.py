@@ -128,6 +128,7 @@ def test_step_can_be_skipped(tmp_path, capsys, reduction, task):
     assert math.isfinite(summary["test_loss"])
     records = [record for record in trainer.tracker.records if record["split"] == "train"]
     assert records[number]["count"] == 0
+    assert [record.get("skipped_steps") for record in records] == [None] * number + [1] * (len(records) - number)
     assert records[number + 1]["lr"] == records[number]["lr"]  # the schedule waits too
     (epoch,) = [record for record in trainer.tracker.records if record["split"] == "train_epoch"]
     assert epoch["count"] == 1437 - 64
