@@ -27,7 +27,7 @@ help:
 	@sed -n '/^PYTHON/q; s/^# //p' Makefile
 
 train: data
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m distlenet.train run.report=always $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m distlenet.launch --standalone --nproc-per-node=$(NPROC) -m distlenet.train run.report=always $(ARGS)
 
 data: $(VENV)/.installed
 	@$(BIN)/python -m distlenet.data $(ARGS)

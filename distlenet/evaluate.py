@@ -1,9 +1,11 @@
 """``python -m distlenet.evaluate checkpoint=RUN_OR_FILE``: evaluate a checkpoint on its test or validation set."""
 
 from distlenet.utils.process import exit_with_agent
+from distlenet.utils.startup import exit_on_ctrl_c
 
 if __name__ == "__main__":
     exit_with_agent()  # before the imports that take seconds
+    exit_on_ctrl_c()
 
 import os
 from collections.abc import Iterator, Sequence

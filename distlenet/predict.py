@@ -1,5 +1,10 @@
 """``python -m distlenet.predict checkpoint=RUN IMAGE...``: classify image files."""
 
+from distlenet.utils.startup import exit_on_ctrl_c
+
+if __name__ == "__main__":
+    exit_on_ctrl_c()  # before the imports that take seconds
+
 import argparse
 import json
 import sys

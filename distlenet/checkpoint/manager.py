@@ -1,5 +1,6 @@
 """Saving and restoring the training state: rank 0 reads and writes, all ranks decide together."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -15,6 +16,7 @@ from distlenet.distributed.collectives import broadcast_object, broadcast_state,
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import Preemption
 from distlenet.utils.errors import Preempted, UserError
+from distlenet.utils.startup import INTERRUPTED, PREEMPTED, signal_name
 
 
 class Stateful(Protocol):
@@ -104,7 +106,8 @@ class CheckpointManager:
             failure = failure or self.store.wait(preemption.seconds_left())
         failure, by = broadcast_object((failure, preemption.requested_by or "a signal to another rank"))
         outcome = f"NOT saved ({failure})" if failure else "saved"
-        raise Preempted(f"stopped by {by} after step {step}, {outcome}; run the same command again to resume")
+        status = INTERRUPTED if by == signal_name(signal.SIGINT) else PREEMPTED
+        raise Preempted(f"stopped by {by} after step {step}, {outcome}; run the same command again to resume", status)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk. Raise UserError, on every rank, if it cannot be written."""

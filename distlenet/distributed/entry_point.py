@@ -14,14 +14,16 @@ from distlenet.distributed.environment import DistributedEnvironment, read_envir
 from distlenet.distributed.failures import format_failure
 from distlenet.distributed.rank_log import dump_stacks_on_signal
 from distlenet.utils.errors import Preempted, RankError, UserError, print_error, warn
-from distlenet.utils.startup import PREEMPTED, is_first_rank
+from distlenet.utils.startup import INTERRUPTED, interrupt, is_first_rank, signal_name
 
 LINGER_S = 10.0  # how long the other ranks wait for rank 0 to print an error
 ENDS_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")  # torchrun and mpirun, which end all when one exits
 
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: 0 done, 2 user error, 75 stopped on request, 130 interrupted, 1 any other failure."""
+    """Run a command and exit: 0 done, 2 user error, 75 stopped on request, 130 by Ctrl-C, 1 any other failure."""
+    if signal.getsignal(signal.SIGINT) is interrupt:  # the imports are done: exceptions may clean up
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -59,13 +61,13 @@ def _run(main: Callable[[], None]) -> int:
     except Preempted as stopped:
         if should_report():
             warn(str(stopped))
-        return PREEMPTED
+        return stopped.status
     except BrokenPipeError:  # the reader has exited (``| head``)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         if should_report():
-            warn("interrupted without a save; the same command resumes from the newest checkpoint; kill -TERM saves")
-        return 130
+            warn(f"stopped by {signal_name(signal.SIGINT)}")
+        return INTERRUPTED
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM or SIGUSR2 sets a flag, and all ranks stop after the same step.
+"""Stop requests: SIGTERM, SIGUSR2 or Ctrl-C sets a flag, and all ranks stop after the same step.
 
 A scheduler signals a job before it ends it, but not every rank receives the signal, or not during the same step. The
 flag of each rank is therefore part of what the ranks reduce in every step anyway (see ``distlenet.reduction``).
@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from distlenet.utils.process import exit_with_parent
-from distlenet.utils.startup import STOP_SIGNALS, stop
+from distlenet.utils.startup import STOP_SIGNALS, RepeatedCtrlC, is_ignored, print_line, signal_name, stop
 
 SIGNALS = STOP_SIGNALS
 
@@ -29,16 +29,22 @@ class Preemption:
     requested_by: str | None = None  # the name of the signal
     deadline: float = math.inf
     previous_handlers: dict[int, Any] = field(default_factory=dict, repr=False)  # signal.signal formats handlers
+    is_repeated: RepeatedCtrlC = field(default_factory=RepeatedCtrlC, repr=False)
 
     def install(self) -> None:
         """Handle the signals from now on."""
-        self.previous_handlers = {number: signal.signal(number, self.handle_signal) for number in SIGNALS}
+        numbers = [number for number in SIGNALS if not is_ignored(number)]
+        self.previous_handlers = {number: signal.signal(number, self.handle_signal) for number in numbers}
 
     def handle_signal(self, number: int, _: FrameType | None = None) -> None:
-        """Record the first signal. Later ones do not extend the deadline."""
+        """Record the first signal; later ones do not extend the deadline. Raise KeyboardInterrupt at Ctrl-C again."""
+        if self.is_repeated(number):
+            raise KeyboardInterrupt
         if self.requested_by is None:
             self.deadline = time.monotonic() + self.grace_s
-            self.requested_by = signal.Signals(number).name
+            self.requested_by = signal_name(number)
+            if number == signal.SIGINT:
+                print_line("Ctrl-C: saving after this step; Ctrl-C again ends without a save")
 
     @property
     def stop_requested(self) -> bool:
@@ -52,7 +58,8 @@ class Preemption:
     def close(self) -> None:
         """Restore the previous handlers, but not ``stop``, which reports that no step was taken."""
         for number, handler in self.previous_handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is stop else handler)
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default if handler is stop else handler)
 
 
 @contextmanager
@@ -70,8 +77,10 @@ def worker_init_fn(_: int = 0) -> None:
 
     Python sends that SIGTERM, and waits for the worker to exit, if the rank exits before its loader is closed.
     """
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+    ignored = {signal.SIGUSR2, signal.SIGINT}
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_exit_on_sigterm_from_parent, daemon=True).start()
     exit_with_parent()

@@ -19,6 +19,8 @@ def run_agent(words: Sequence[str] | None = None) -> int:
     """
     # The loggers repeat what the line contains.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
+    agent.addFilter(lambda record: "death signal" not in str(record.msg))
     try:
         run.run(run.parse_args(words))
     except ChildFailedError as error:

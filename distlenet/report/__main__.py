@@ -1,5 +1,10 @@
 """``python -m distlenet.report RUN...``: write a page with the curves of one run, or compare several runs."""
 
+from distlenet.utils.startup import exit_on_ctrl_c
+
+if __name__ == "__main__":
+    exit_on_ctrl_c()  # before the imports that take seconds
+
 import argparse
 from pathlib import Path
 

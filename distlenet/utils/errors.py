@@ -4,6 +4,8 @@ import contextlib
 import logging
 import sys
 
+from distlenet.utils.startup import PREEMPTED
+
 LOGGER = logging.getLogger("distlenet")
 """Receives every warning. A rank's log adds a handler to it."""
 LOGGER.setLevel(logging.INFO)
@@ -24,7 +26,11 @@ class RankError(UserError):
 
 
 class Preempted(Exception):
-    """The run has stopped on request. The text contains the last step and the saved checkpoint."""
+    """The run has stopped on request. The text contains the last step and whether it is saved."""
+
+    def __init__(self, text: str, status: int = PREEMPTED) -> None:
+        super().__init__(text)
+        self.status = status  # of the command that ends
 
 
 def warn(text: str) -> None:

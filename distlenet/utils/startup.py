@@ -1,18 +1,23 @@
-"""The time before the first step: a stop request ends the process at once, and a terminal shows that it starts.
+"""Signals that end a process at once: a stop request before the first step, and a second Ctrl-C.
 
 This module imports only the standard library: entry points use it before they import torch, which takes seconds.
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # not SIGUSR1, which NCCL may use
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not SIGUSR1, which NCCL may use
 PREEMPTED = 75  # exit status of a run that stopped on request and can be resumed: EX_TEMPFAIL of BSD's sysexits.h
+INTERRUPTED = 130  # after Ctrl-C: as shells report it, and no script that requeues takes it for a preemption
+
+REPEAT_S = 1.0  # wrappers forward the SIGINT that the terminal has sent, too: until then, both are one Ctrl-C
 
 STOPPING = threading.Lock()  # held by the thread that ends the process
 
@@ -31,41 +36,99 @@ def announce_start() -> None:
 
 
 def exit_on_stop_request() -> None:
-    """Exit at SIGTERM or SIGUSR2, with one line and status 75, until other handlers are installed.
+    """Exit at a stop request, with one line and status 75 (Ctrl-C: 130), until other handlers are installed.
 
-    Python calls handlers between two operations of the main thread, which may wait for other ranks for minutes.
-    Therefore a second thread waits for signals, and ends the process, too.
+    Afterwards, a second Ctrl-C still ends the process.
     """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    for number in STOP_SIGNALS:
-        signal.signal(number, stop)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_restore)  # a signal to a child is not one to this process
-    threading.Thread(target=_wait, args=(reading,), name="startup", daemon=True).start()
+    _exit_on(STOP_SIGNALS, stop)
+
+
+def exit_on_ctrl_c() -> None:
+    """Exit at Ctrl-C, with one line and status 130, until ``run_entry``, and then at the second one."""
+    _exit_on((signal.SIGINT,), interrupt)
 
 
 def stop(number: int, _: FrameType | None) -> None:
     """Handle a signal before the first step: nothing has to be saved."""
+    status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+    _end(f"stopped by {signal_name(number)} before the first step; the same command starts again", status)
+
+
+def interrupt(number: int, _: FrameType | None) -> None:
+    """Handle Ctrl-C in a command that has nothing to save."""
+    _end(f"stopped by {signal_name(number)}", INTERRUPTED)
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, for messages."""
+    return "SIGINT (Ctrl-C)" if number == signal.SIGINT else signal.Signals(number).name
+
+
+class RepeatedCtrlC:
+    """Recognizes that a person has pressed Ctrl-C again: at the second time, torchrun sends SIGTERM to its ranks."""
+
+    def __init__(self) -> None:
+        self.first = math.inf
+
+    def __call__(self, number: int) -> bool:
+        """Return whether the signal that has arrived means that."""
+        now = time.monotonic()
+        if number in (signal.SIGINT, signal.SIGTERM) and now > self.first + REPEAT_S:
+            return True
+        if number == signal.SIGINT:
+            self.first = min(self.first, now)
+        return False
+
+
+def is_ignored(number: int) -> bool:
+    """Return whether this process was started to ignore a signal: a shell's background job ignores SIGINT."""
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def print_line(text: str) -> None:
+    """Print a line on the first rank, in a signal handler: the signal may have interrupted a write to sys.stderr."""
+    if is_first_rank():
+        start = "\n" if os.isatty(2) else ""  # the terminal has printed ^C, perhaps after a progress bar
+        with contextlib.suppress(OSError):
+            os.write(2, f"{start}distlenet: {text}\n".encode())
+
+
+def _end(text: str, status: int) -> None:
+    """End the process at once, with one line, unless another thread does that."""
     if STOPPING.acquire(blocking=False):
-        if is_first_rank():
-            name = signal.Signals(number).name
-            line = f"distlenet: stopped by {name} before the first step; the same command starts again\n"
-            with contextlib.suppress(OSError):
-                os.write(2, line.encode())  # the signal may have interrupted a write to sys.stderr
-        os._exit(PREEMPTED)
+        print_line(text)
+        os._exit(status)
+
+
+def _exit_on(numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> None:
+    """Install a handler, and call it also in a second thread.
+
+    Python calls handlers between two operations of the main thread, which may wait for other ranks for minutes.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    for number in numbers:
+        if not is_ignored(number):
+            signal.signal(number, handler)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_restore)  # a signal to a child is not one to this process
+    threading.Thread(target=_wait, args=(reading,), name="signals", daemon=True).start()
 
 
 def _restore() -> None:
     """Return to the default actions, in a forked child."""
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) is stop:
+        if signal.getsignal(number) in (stop, interrupt):
             signal.signal(number, signal.SIG_DFL)
 
 
 def _wait(reading: int) -> None:
     """End the process at a signal. Python's signal handler writes its number to the pipe ``reading``, in any thread."""
+    is_repeated = RepeatedCtrlC()
     while numbers := os.read(reading, 1):
-        if numbers[0] in STOP_SIGNALS and signal.getsignal(numbers[0]) is stop:
-            stop(numbers[0], None)
+        handler = signal.getsignal(numbers[0])
+        if handler is stop or handler is interrupt:
+            handler(numbers[0], None)
+        elif is_repeated(numbers[0]):
+            _end("ended by a second Ctrl-C, without a save", INTERRUPTED)

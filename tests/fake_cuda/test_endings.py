@@ -33,7 +33,9 @@ def test_an_orderly_end_resets_the_graph_before_nccl_ends(tmp_path):
 
 
 @pytest.mark.parametrize("graph", ["off", "auto"])
-@pytest.mark.parametrize(("event", "line"), [("raise", "RuntimeError: on purpose"), ("interrupt", "interrupted")])
+@pytest.mark.parametrize(
+    ("event", "line"), [("raise", "RuntimeError: on purpose"), ("interrupt", "stopped by SIGINT (Ctrl-C)")]
+)
 def test_an_exception_is_printed_although_a_peer_never_answers(tmp_path, graph, event, line):
     ended = train(tmp_path, "20=hang", f"22={event}", graph=graph)
     assert ended.status != 0
@@ -42,18 +44,12 @@ def test_an_exception_is_printed_although_a_peer_never_answers(tmp_path, graph, 
     assert report(ended)["seconds after the hang"] < 10
 
 
-def test_ctrl_c_during_replays(tmp_path):
-    ended = train(tmp_path, "20=interrupt")
-    assert ended.status == 130
-    assert ended.stderr.startswith("distlenet: interrupted")
-    assert ended.stderr.count("\n") == 1
-
-
-def test_sigterm_during_replays_saves(tmp_path):
-    ended = train(tmp_path, "20=terminate")
-    assert ended.status == 75
+@pytest.mark.parametrize(("event", "status", "lines"), [("terminate", 75, 1), ("ctrl_c", 130, 2)])
+def test_a_stop_request_during_replays_saves(tmp_path, event, status, lines):
+    ended = train(tmp_path, f"20={event}")
+    assert ended.status == status
     assert "saved; run the same command again" in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.count("\n") == lines
     assert "ncclCommDestroy" in report(ended)["notes"]
 
 

@@ -1,7 +1,7 @@
 """The train command, with events before steps, ``FILE 40=hang 42=raise SETTING...``; prints what the runtime counted.
 
-Events: hang (the collectives from now on wait for a peer that never answers), raise (an error), interrupt (Ctrl-C),
-terminate (SIGTERM), memory (print the bytes on the device).
+Events: hang (the collectives from now on wait for a peer that never answers), raise (an error), interrupt (that of a
+second Ctrl-C), ctrl_c (SIGINT), terminate (SIGTERM), memory (print the bytes on the device).
 """
 
 import json
@@ -32,7 +32,8 @@ def happen(event: str) -> None:
     elif event == "raise":
         raise RuntimeError("on purpose")
     elif event == "interrupt":
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+        raise KeyboardInterrupt
+    elif event == "ctrl_c":
         signal.raise_signal(signal.SIGINT)
     elif event == "terminate":
         signal.raise_signal(signal.SIGTERM)
@@ -63,4 +64,5 @@ def train() -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = [word for word in sys.argv[1:] if not EVENT.fullmatch(word)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     run_entry(train)

@@ -66,33 +66,41 @@ def assert_same(run: Path, reference: Path) -> None:
     run_python("-m", "distlenet.ledger", run).succeeded()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_signal_to_one_process_saves_and_exits(tmp_path, reference, number):
+@pytest.mark.usefixtures("python_handles_ctrl_c")
+@pytest.mark.parametrize(
+    ("number", "status", "name"), [(signal.SIGUSR2, 75, "SIGUSR2"), (signal.SIGINT, 130, "SIGINT (Ctrl-C)")]
+)
+def test_signal_to_one_process_saves_and_exits(tmp_path, reference, number, status, name):
     settings = (f"run.dir={tmp_path}", "data.num_workers=1")
     with Job(tmp_path, sys.executable, *TRAIN, *settings) as job:
         job.wait_for_records()
         job.process.send_signal(number)
         ended = job.wait()
-    assert ended.status == 75, str(ended)
-    (message,) = [line for line in ended.stdout.splitlines() if line.startswith("distlenet: ")]
+    assert ended.status == status, str(ended)
+    *announced, message = [line for line in ended.stdout.splitlines() if line.startswith("distlenet: ")]
+    announcement = "distlenet: Ctrl-C: saving after this step; Ctrl-C again ends without a save"
+    assert announced == [announcement] * (number == signal.SIGINT)
     newest = CheckpointStore(tmp_path / "run/checkpoints", keep_last=1).newest()
     step = load_checkpoint(newest)["step"]
-    assert message == (
-        f"distlenet: stopped by {number.name} after step {step}, saved; run the same command again to resume"
-    )
+    assert message == f"distlenet: stopped by {name} after step {step}, saved; run the same command again to resume"
     run_python(*TRAIN, *settings).succeeded()
     assert_same(tmp_path / "run", reference)
 
 
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_torchrun_forwards_the_signal_and_the_next_job_ends_with_the_same_bits(tmp_path, reference):
-    words = (*TORCHRUN, *TRAIN, f"run.dir={tmp_path}")
-    for _ in range(2):
-        with Job(tmp_path, *words) as job:
+    """SIGTERM; and Ctrl-C, which reaches only the agent, since each rank is in a session of its own."""
+    for launcher, number, status in ((TORCHRUN, signal.SIGTERM, 1), (WARM, signal.SIGINT, 130)):
+        with Job(tmp_path, *launcher, *TRAIN, f"run.dir={tmp_path}") as job:
             job.wait_for_records()
-            job.process.terminate()
+            job.process.send_signal(number)
             ended = job.wait(20)  # well before the 30 s after which torchrun kills
-        assert ended.status == 1, str(ended)  # torchrun's
-        assert ended.stdout.count("stopped by SIGTERM after step") == 1, str(ended)
+        assert ended.status == status, str(ended)
+        assert ended.stdout.count(f"stopped by {number.name}") == 1, str(ended)
+    *_, line, end = ended.stdout.splitlines()
+    assert line.startswith("distlenet: stopped by SIGINT (Ctrl-C) after step"), str(ended)
+    assert line.endswith("saved; run the same command again to resume")
+    assert end == "distlenet: all ranks of this node have ended after SIGINT"
     run_ranks(2, *TRAIN, f"run.dir={tmp_path}").succeeded()
     assert_same(tmp_path / "run", reference)
 

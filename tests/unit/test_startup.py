@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT_S, clean_environment
+from conftest import LIMIT_S, REPO, clean_environment, run_command
 
 from distlenet.utils.startup import announce_start
 
@@ -38,7 +38,8 @@ def has_socket(process):
     return False
 
 
-@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGUSR2)])
+@pytest.mark.usefixtures("python_handles_ctrl_c")
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGINT), (1, signal.SIGUSR2)])
 def test_a_rank_that_waits_for_others_ends_with_one_line(tmp_path, rank, number):
     """The main thread waits in C++ for the rank that never starts: a handler of Python alone would not run."""
     with socket.socket() as free:
@@ -57,8 +58,8 @@ def test_a_rank_that_waits_for_others_ends_with_one_line(tmp_path, rank, number)
             _, error = process.communicate(timeout=LIMIT_S)
         finally:
             process.kill()
-    assert process.returncode == 75
-    line = f"distlenet: stopped by {number.name} before the first step; the same command starts again\n"
+    assert process.returncode == (130 if number == signal.SIGINT else 75)
+    line = "distlenet: stopped by SIGINT (Ctrl-C) before the first step; the same command starts again\n"
     assert error == (line if rank == 0 else "")
 
 
@@ -96,6 +97,43 @@ def test_a_child_and_a_run_that_trains_are_not_ended(tmp_path):
         timeout=60,
     )
     assert (ended.stdout, ended.returncode) == ("child -15\nSIGTERM\n", -signal.SIGTERM), ended.stderr
+
+
+SECOND = """
+import os, signal, time
+from distlenet.distributed.preemption import Preemption
+from distlenet.utils import startup
+
+startup.REPEAT_S = -1.0  # the next signal is a second Ctrl-C
+startup.exit_on_stop_request()
+preemption = Preemption(25)
+preemption.install()
+os.kill(os.getpid(), signal.SIGINT)
+while not preemption.stop_requested:
+    pass
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in this thread, which waits as in a collective
+os.kill(os.getpid(), signal.SIGTERM)
+os.read(os.pipe()[0], 1)
+"""
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
+def test_a_second_ctrl_c_ends_a_process_whose_main_thread_waits(tmp_path):
+    ended = run_command(sys.executable, "-c", SECOND, timeout=30, cwd=tmp_path)
+    assert ended.status == 130, str(ended)
+    *_, line = ended.stderr.splitlines()
+    assert line == "distlenet: ended by a second Ctrl-C, without a save"
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
+@pytest.mark.parametrize("module", ["distlenet.evaluate", "distlenet.predict", "distlenet.report"])
+def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path, module):
+    """A module that each of them imports presses it."""
+    (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    ended = run_command(
+        sys.executable, "-m", module, timeout=30, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{REPO}"}
+    )
+    assert (ended.status, ended.stderr) == (130, "distlenet: stopped by SIGINT (Ctrl-C)\n"), str(ended)
 
 
 @pytest.mark.parametrize(("rank", "is_terminal", "lines"), [("0", True, 1), ("1", True, 0), ("0", False, 0)])
