@@ -1,4 +1,4 @@
-"""A trace of some steps of a job, by ``torch.profiler``, for Perfetto and TensorBoard."""
+"""A trace of some steps of a job, by ``torch.profiler``, and on a GPU a snapshot of its memory."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +13,7 @@ from distlenet.utils.errors import UserError, warn
 T = TypeVar("T")
 
 UNLABELED = nullcontext()
+MAX_ALLOCATIONS = 100_000  # and frees: a memory snapshot has the newest ones
 
 
 def phase(name: str) -> AbstractContextManager[Any]:
@@ -21,7 +22,11 @@ def phase(name: str) -> AbstractContextManager[Any]:
 
 
 class StepProfiler:
-    """Write a trace of some steps of a job to ``RUN/profile``, on rank 0."""
+    """Write a trace of some steps of a job to ``RUN/profile``, on rank 0. On a GPU, write a memory snapshot too.
+
+    The snapshot has the allocations during these steps, with their stacks in Python.
+    Source: https://docs.pytorch.org/docs/stable/torch_cuda_memory.html
+    """
 
     def __init__(self, steps: range, total_steps: int, rank: int, device: torch.device, run_dir: Path) -> None:
         """Trace ``steps``, counted from the first step of this job, of a run of ``total_steps``.
@@ -35,7 +40,8 @@ class StepProfiler:
             )
         self.steps = steps if rank == 0 else range(0)  # empty: nothing (more) to trace
         self.directory = run_dir / "profile"
-        self.activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        self.cuda = device.type == "cuda"
+        self.activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
         self.begun = 0  # steps of this job
         self.profile: profile | None = None
 
@@ -62,19 +68,30 @@ class StepProfiler:
             self.profile.prepare_trace()  # a step early, if there is one: the first step afterwards is slower
         if self.profile is not None and self.begun == self.steps.start:
             self.profile.start_trace()
+            if self.cuda:
+                torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS, stacks="python")
         self.begun += 1
 
     def _write(self, trace: profile, last_step: int) -> None:
-        """End the trace and write it. If that fails, warn: the training continues."""
+        """End the trace and write it, and the snapshot. If that fails, warn: the training continues."""
         trace.stop_trace()  # host sync
         first_step = last_step + 1 - len(self.steps)
-        path = self.directory / f"steps-{first_step}-{last_step}.pt.trace.json.gz"  # as TensorBoard expects
+        name = f"steps-{first_step}-{last_step}"
+        path = self.directory / f"{name}.pt.trace.json.gz"  # as TensorBoard expects
         try:
             self.directory.mkdir(exist_ok=True)
             trace.export_chrome_trace(str(path))
+            if self.cuda:
+                torch.cuda.memory._dump_snapshot(str(self.directory / f"{name}.memory.pickle"))
         except OSError as error:
             warn(f"{path}: cannot be written: {error.strerror or error}; this run has no trace")
-        self.steps, self.profile = range(0), None
+        self._end()
+        self.steps = range(0)
+
+    def _end(self) -> None:
+        self.profile = None
+        if self.cuda:
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def close(self) -> None:
         """End a trace whose last step was not reached, without a file."""
@@ -82,6 +99,7 @@ class StepProfiler:
             if self.begun <= self.steps.start:  # prepared only
                 self.profile.start_trace()
             self.profile.stop_trace()
+            self._end()
         if self.steps and self.begun:
             steps = f"train.profile_steps={self.steps.start}:{self.steps.stop}"
             warn(f"{steps}: no trace, since this job took {self.begun} steps; give an earlier range")
