@@ -196,7 +196,7 @@ class TrainConfig:
     cuda_graph: Literal["off", "auto"] = setting("auto", "auto: on a GPU, replay steps as CUDA graphs if possible.")
     profile_steps: str | None = setting(
         None,
-        "A:B: trace the steps A to B - 1 of each job, counted from 0, on rank 0, and its GPU's memory; write RUN/profile; "
+        "A:B: trace the steps A to B - 1 of each job, counted from 0, on rank 0, and its GPU's memory, to RUN/profile; "
         "null: none.",
     )
 

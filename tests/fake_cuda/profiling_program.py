@@ -1,4 +1,4 @@
-"""Profile steps 1 and 2 of five, ``FILE DIRECTORY``; step i allocates i + 1 pages of 4 KiB, and so does what follows."""
+"""Profile steps 1 and 2 of five, ``FILE DIRECTORY``; step i allocates i + 1 pages of 4 KiB."""
 
 import json
 import sys
