@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from distlenet.report.runs import Run, columns, metric_names
+from distlenet.utils.confusion_chart import draw_confusion
 
 MAX_POINTS = 400  # per line; longer lines are averaged, because the page is too narrow to show more
 MAX_FULL_LINES = 8  # charts with more lines draw fewer points per line; a page of 60 runs stays below 2 MB
@@ -141,20 +142,7 @@ def _draw_time_split(runs: list[Run], axes: Axes) -> None:
 
 
 def _draw_confusion(runs: list[Run], axes: Axes) -> None:
-    counts, names = runs[0].error_analysis["confusion"], runs[0].error_analysis["classes"]
-    errors = [count for label, row in enumerate(counts) for predicted, count in enumerate(row) if predicted != label]
-    max_error = max(errors, default=0) or 1  # the color scale is for the errors
-    clipped = [[min(count, max_error) for count in row] for row in counts]
-    axes.grid(visible=False)
-    axes.imshow(clipped, cmap="Blues", vmin=0, vmax=1.6 * max_error)
-    for y, row in enumerate(counts):
-        for x, count in enumerate(row):
-            if count:
-                axes.text(x, y, str(count), ha="center", va="center", fontsize=6)
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.set(xlabel="predicted", ylabel="label")
-    axes.figure.set_size_inches(4.6, 4.2)  # type: ignore[union-attr]
+    draw_confusion(axes, runs[0].error_analysis["confusion"], runs[0].error_analysis["classes"])
 
 
 def _draw_class_accuracies(runs: list[Run], axes: Axes) -> None:

@@ -75,7 +75,7 @@ def make_sinks(run_dir: Path, job: Record) -> dict[str, Sink]:
             elif name == "prometheus":
                 sinks[name] = Prometheus(run_dir, job["config"], job["run_info"])
             else:
-                sinks[name] = TensorBoard(run_dir)
+                sinks[name] = TensorBoard(run_dir, job["run_info"])
     return sinks
 
 

@@ -1,27 +1,44 @@
 """TensorBoard's event files, rewritten from ``metrics.jsonl`` at each start of a run."""
 
+import importlib.util
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 from distlenet.tracking.base import Record
 
 
 class TensorBoard:
-    """Write each number of each record as a scalar over optimizer steps, to ``RUN/tensorboard``."""
+    """Write a run to ``RUN/tensorboard``.
 
-    def __init__(self, run_dir: Path) -> None:
+    Each number of each record is a scalar over optimizer steps, the settings that change the result are
+    hyperparameters, and the confusion matrix and the most confident mistakes are images, if matplotlib is installed.
+    """
+
+    def __init__(self, run_dir: Path, run_info: Record) -> None:
         """Remove the files of earlier starts: they may contain steps that are trained again."""
-        from tensorboard.summary import Writer
+        from tensorboard import data_compat
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-        self.writer = Writer(str(run_dir / "tensorboard"))
+        self.make_event, self.make_scalar, self.make_value = Event, scalar_pb, data_compat.make_summary
+        self.writer = EventFileWriter(str(run_dir / "tensorboard"))
+        settings = {key: value for key, value in run_info["settings"].items() if isinstance(value, str | int | float)}
+        self._write(hparams_pb(settings, trial_id=run_dir.name), step=0)
+
+    def _write(self, summary: Any, step: int, wall_time: float | None = None) -> None:
+        self.writer.add_event(self.make_event(wall_time=wall_time or time.time(), step=step, summary=summary))
 
     def put(self, record: Record) -> None:
         """Write one record."""
         for key, value in record.items():
             if isinstance(value, int | float) and key not in ("step", "time"):
-                tag = f"{record['split']}/{key}"
-                self.writer.add_scalar(tag, value, record["step"], wall_time=record.get("time"))
+                summary = self.make_scalar(f"{record['split']}/{key}", value)
+                self._write(summary, record["step"], record.get("time"))
 
     def flush(self) -> None:
         """Make the records visible."""
@@ -30,6 +47,38 @@ class TensorBoard:
     def mark_replayed(self) -> None:
         """Do nothing: the files of earlier starts are removed already."""
 
-    def finish(self, outcome: str, summary: Record, details: Record) -> None:  # noqa: ARG002
-        """Close the file."""
+    def finish(self, outcome: str, summary: Record, details: Record) -> None:
+        """Write the images and the outcome, and close the file. A preempted run is not at its end."""
+        if outcome == "finished" and "confusion" in details and importlib.util.find_spec("matplotlib"):
+            self._write_images(summary["steps"], details)
+        if outcome != "preempted":
+            self._write_end(outcome)
         self.writer.close()
+
+    def _write_end(self, outcome: str) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.hparams import api_pb2, metadata
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
+
+        status = api_pb2.STATUS_SUCCESS if outcome == "finished" else api_pb2.STATUS_FAILURE
+        content = metadata.create_summary_metadata(
+            HParamsPluginData(session_end_info=SessionEndInfo(status=status, end_time_secs=time.time()))
+        )  # hparams.summary.session_end_pb needs TensorFlow
+        value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=content, tensor=metadata.NULL_TENSOR)
+        self._write(Summary(value=[value]), step=0)
+
+    def _write_images(self, step: int, details: Record) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.image.metadata import create_summary_metadata
+
+        from distlenet.tracking.figures import confusion_figure, mistakes_figure, to_png
+
+        figures = {"test/confusion": (confusion_figure(details), "Test images by label and predicted class")}
+        if details["mistakes"]:
+            description = "Label → prediction, confidence, index in the test set"
+            figures["test/most_confident_mistakes"] = (mistakes_figure(details), description)
+        for tag, (figure, description) in figures.items():
+            width, height, png = to_png(figure)
+            metadata = create_summary_metadata("", description)
+            value = self.make_value(tag, metadata, [str(width).encode(), str(height).encode(), png])
+            self._write(Summary(value=[value]), step)

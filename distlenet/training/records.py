@@ -5,6 +5,7 @@ import os
 import torch
 
 from distlenet import __version__
+from distlenet.config.loading import result_settings
 from distlenet.config.schema import Config
 from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.distributed.context import DistributedContext
@@ -39,6 +40,7 @@ def run_info(
         "step": state.step,
         "evaluated": state.evaluated,
         "restarts": state.restarts,
+        "settings": result_settings(config.to_dict()),
         "skipped_steps": state.skipped,
         "epochs": config.train.epochs,
         "global_batch_size": config.train.global_batch_size,

@@ -1,12 +1,16 @@
 """W&B's settings and rows, and TensorBoard's files."""
 
+import io
 from pathlib import Path
 from unittest.mock import MagicMock, call
 
 import pytest
+import torch
+from PIL import Image
 
 from distlenet.config.loading import load_config
 from distlenet.config.wandb_variables import with_wandb_variables
+from distlenet.tasks.error_analysis import encode_png
 from distlenet.tracking.tensorboard import TensorBoard
 from distlenet.tracking.wandb import Wandb, base_url, has_key, row, row_number, wandb_mode
 from distlenet.utils.errors import UserError
@@ -104,20 +108,83 @@ def test_the_keys_of_a_row_name_the_split_and_null_values_are_omitted():
     assert row(record) == {"step": 50, "epoch": 2, "train/batch": 3, "train/loss": 0.25, "train/slowest_host": "n"}
 
 
-def test_tensorboard_has_each_number_of_the_last_start_once(tmp_path):
+RUN_SETTINGS = {"settings": {"optim.lr": 0.1, "optim.nesterov": True, "optim.name": "sgd", "data.size": None, "a": [1]}}
+
+
+def read_events(run_dir):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    return event_accumulator.EventAccumulator(str(run_dir / "tensorboard")).Reload()
+
+
+def hyperparameters(events, tag):
+    from tensorboard.plugins.hparams import metadata
+
+    content = events.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
+    return getattr(metadata, f"parse_{tag}_plugin_data")(content)
+
+
+def test_tensorboard_has_each_number_of_the_last_start_once(tmp_path):
+    pytest.importorskip("tensorboard")
     for losses in ([0.5, 0.4, 0.3], [0.5, 0.45]):
-        board = TensorBoard(tmp_path)
+        board = TensorBoard(tmp_path, RUN_SETTINGS)
         for step, loss in enumerate(losses):
             board.put({"split": "train", "step": step, "time": 100.0 + step, "loss": loss, "slowest_host": "n1"})
         board.mark_replayed()
-        board.finish("finished", {}, {})
-    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["tensors"] == ["train/loss"]
+        board.finish("preempted", {}, {})
+    events = read_events(tmp_path)
+    assert events.Tags()["tensors"] == ["_hparams_/session_start_info", "train/loss"]  # and no end
     losses = events.Tensors("train/loss")
     assert [(event.step, event.wall_time) for event in losses] == [(0, 100.0), (1, 101.0)]
     assert [event.tensor_proto.float_val[0] for event in losses] == pytest.approx([0.5, 0.45])
+
+
+@pytest.mark.parametrize(("outcome", "status"), [("finished", "STATUS_SUCCESS"), ("failed", "STATUS_FAILURE")])
+def test_tensorboard_has_the_settings_and_the_outcome(tmp_path, outcome, status):
+    api = pytest.importorskip("tensorboard.plugins.hparams.api_pb2")
+    TensorBoard(tmp_path / "run", RUN_SETTINGS).finish(outcome, {"steps": 6}, {})
+    start, end = (hyperparameters(read_events(tmp_path / "run"), f"session_{tag}_info") for tag in ("start", "end"))
+    assert start.group_name == "run"
+    values = {key: getattr(value, value.WhichOneof("kind")) for key, value in start.hparams.items()}
+    assert values == {"optim.lr": 0.1, "optim.nesterov": True, "optim.name": "sgd"}
+    assert api.Status.Name(end.status) == status
+
+
+def test_tensorboard_has_the_confusion_matrix_and_the_mistakes_as_images(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    image = encode_png(torch.arange(12, dtype=torch.uint8).view(3, 4))
+    mistakes = [{"index": i, "label": 0, "predicted": 1, "confidence": 0.9, "png": image} for i in range(7)]
+    details = {"classes": ["$cat", "dog"], "confusion": [[3, 7], [0, 1]], "mistakes": mistakes}
+
+    def images(outcome, details):
+        TensorBoard(tmp_path, RUN_SETTINGS).finish(outcome, {"steps": 6}, details)
+        events = read_events(tmp_path)
+        found = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"] if tag.startswith("test/")}
+        for tag, (event,) in found.items():
+            width, height, png = event.tensor_proto.string_val
+            assert Image.open(io.BytesIO(png)).size == (int(width), int(height))
+            assert (event.step, events.SummaryMetadata(tag).plugin_data.plugin_name) == (6, "images")
+        return [*found]
+
+    assert images("finished", details) == ["test/confusion", "test/most_confident_mistakes"]
+    assert images("finished", {**details, "mistakes": []}) == ["test/confusion"]
+    assert images("finished", {"of another": "task"}) == []
+    assert images("failed", details) == []  # of an earlier, longer run
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # no matplotlib
+    assert images("finished", details) == []
+
+
+def test_the_figure_of_the_mistakes_shows_each_with_its_classes():
+    pytest.importorskip("matplotlib")
+    from distlenet.tracking.figures import confusion_figure, mistakes_figure
+
+    image = encode_png(torch.zeros(3, 4, dtype=torch.uint8))
+    mistakes = [{"index": i, "label": 1, "predicted": 0, "confidence": 0.954, "png": image} for i in range(7)]
+    details = {"classes": ["cat", "dog"], "confusion": [[3, 0], [7, 1]], "mistakes": mistakes}
+    shown = [axes for axes in mistakes_figure(details).axes if axes.has_data()]
+    assert [axes.get_title() for axes in shown] == [f"dog → cat\n95%, {i}" for i in range(7)]
+    assert [text.get_text() for text in confusion_figure(details).axes[0].texts] == ["3", "7", "1"]
+    many = {"classes": ["x"] * 51, "confusion": [[1] * 51] * 51}
+    assert not confusion_figure(many).axes[0].texts
 
 
 def test_settings_then_variables_name_project_and_entity(tmp_path):
