@@ -100,7 +100,7 @@ def test_the_process_gets_the_job_and_the_outcome(tmp_path, use_command):
             sidecar.finish({})
         try:
             if outcome == "preempted":
-                raise Preempted
+                raise Preempted("step 3")
         except Preempted:
             sidecar.close()
         sidecar.close()
