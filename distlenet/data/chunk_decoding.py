@@ -13,7 +13,7 @@ from torch import Tensor
 from distlenet.data.cache_file import CacheFile
 from distlenet.data.decoding_progress import DecodingProgress
 from distlenet.task import MapDataset
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, log_traceback
 
 
 class StampedImages(MapDataset, Protocol):
@@ -119,7 +119,9 @@ class ChunkDecoder:
             except UserError:
                 raise
             except Exception as error:  # not one of the cache's files
-                raise UserError(f"{self.dataset.name(row)}: {text_of(error)}; fix the dataset") from error
+                log = log_traceback(error)
+                where = f"; its traceback is in {log}" if log else ""
+                raise UserError(f"{self.dataset.name(row)}: {text_of(error)}; fix the dataset{where}") from error
             self.samples_read += 1
         return samples
 

@@ -1,23 +1,23 @@
-"""Failure reports: the first rank that fails prints its traceback, the ranks that fail after it one line each."""
+"""Failure reports: the first rank that fails prints the traceback of the user's code, the others at most a line."""
 
 import contextlib
 import re
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 from torch.distributed.distributed_c10d import Store
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rank_log import RankLog
+from distlenet.distributed.tracebacks import format_traceback, is_raised_by_user, user_traceback
 from distlenet.utils.errors import Preempted, UserError, print_error
 
 STORE_TIMEOUT_S = 2.0
 MAX_REPORTS = 8  # in a large job all ranks fail after the first
 MAX_CHARACTERS = 140  # of the message in a report of one line
 PEER_LOST = re.compile("(?i)closed by peer|reset by peer|broken pipe|remote process exited|connection refused")
+SOURCE_LINE = re.compile(r"^\[\S+:\d+\] ")  # at the start of Gloo's messages
 
 
 @contextmanager
@@ -28,33 +28,39 @@ def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> 
     except (UserError, Preempted):
         raise
     except Exception as error:
-        log.write("\n".join(_traceback(error)))
+        log.write("\n".join(format_traceback(error)))
         failures = 1
         with contextlib.suppress(RuntimeError):  # the store may not respond
             store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
             failures = store.add("failures", 1)
         if failures == 1:
-            path = f"\ndistlenet: the log is {log.handler.baseFilename}" if log.handler else ""
-            print_error(format_failure(error, env) + path)
-        elif failures <= MAX_REPORTS:
-            text = " ".join(str(error).split())[:MAX_CHARACTERS]
-            print_error(f"distlenet: {env} failed after it: {type(error).__name__}: {text}")
+            print_error(format_failure(error, env, log.handler.baseFilename if log.handler else None))
+        elif failures <= MAX_REPORTS and not _is_lost_connection(error):
+            print_error(f"distlenet: {env} failed after it: {type(error).__name__}: {_one_line(error)}")
         error.reported = True  # type: ignore[attr-defined]
         raise
 
 
-def format_failure(error: Exception, env: DistributedEnvironment) -> str:
-    """Return the message that reports an exception with its traceback."""
+def format_failure(error: Exception, env: DistributedEnvironment, log_file: str | None = None) -> str:
+    """Return the message that reports an exception: one line for a lost connection, else with its traceback.
+
+    If ``log_file`` contains the whole traceback, the message begins with the user's code.
+    """
     rank = f"{env} " if env.world_size > 1 else ""
-    text = f"distlenet: {rank}failed:\n" + "\n".join(f"  {line}" for line in _traceback(error))
-    if PEER_LOST.search(str(error)):
-        text += "\ndistlenet: another rank has exited without a report: killed, out of memory, or its node is down"
-    return text
+    where = f"; the log is {log_file}" if log_file else ""
+    if _is_lost_connection(error):
+        return (
+            f"distlenet: {rank}lost a connection: {_one_line(error)}; another rank has exited without a report: "
+            f"killed, out of memory, or its node is down{where}"
+        )
+    lines = user_traceback(error) if log_file else format_traceback(error)
+    return f"distlenet: {rank}failed{where}:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _traceback(error: Exception) -> list[str]:
-    """Return the lines of a traceback without the outer frames of distlenet.distributed, which only forward it."""
-    inner = error.__traceback__
-    while inner and inner.tb_next and Path(inner.tb_frame.f_code.co_filename).parent == Path(__file__).parent:
-        inner = inner.tb_next
-    return "".join(traceback.format_exception(type(error), error, inner)).rstrip().splitlines()
+def _is_lost_connection(error: Exception) -> bool:
+    """Return whether another rank has ended. The user's code may lose connections to other servers."""
+    return PEER_LOST.search(str(error)) is not None and not is_raised_by_user(error)
+
+
+def _one_line(error: Exception) -> str:
+    return SOURCE_LINE.sub("", " ".join(str(error).split()))[:MAX_CHARACTERS]

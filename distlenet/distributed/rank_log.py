@@ -19,7 +19,7 @@ from typing import TextIO
 import torch
 
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.utils.errors import LOGGER, warn
+from distlenet.utils.errors import LOGGER, RANK_LOG, warn
 
 LOGGED_VARIABLES = re.compile(r"(LOCAL_)?RANK|WORLD_SIZE|TORCH\w*|(MASTER|SLURM|NCCL|GLOO|CUDA|OMP|MKL|OMPI)_\w+")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|JWT|CRED|AUTH", re.IGNORECASE)
@@ -55,6 +55,7 @@ class RankLog:
         except OSError as error:
             warn(f"{path}: cannot be written: {error.strerror or error}")
             return
+        self.handler.name = RANK_LOG
         self.handler.handleError = lambda _: None  # type: ignore[method-assign,assignment]  # a full disk is no failure
         formatter = logging.Formatter("%(asctime)s.%(msecs)03d UTC %(message)s", "%Y-%m-%d %H:%M:%S")
         formatter.converter = time.gmtime

@@ -2,13 +2,18 @@
 
 import logging
 import signal
+from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from distlenet.utils.errors import warn
+
+USER_ERROR = 2  # exit status of a rank
 
 
 def run_agent(words: Sequence[str] | None = None) -> int:
@@ -21,13 +26,30 @@ def run_agent(words: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
     agent.addFilter(lambda record: "death signal" not in str(record.msg))
+    arguments = run.parse_args(words)
+    with TemporaryDirectory(prefix="distlenet-agent-") as directory:
+        if not writes_logs(arguments):
+            arguments.log_dir = directory  # else torchrun makes a directory that it does not remove
+        return _run(arguments, Path(directory))
+
+
+def writes_logs(arguments: Namespace) -> bool:
+    """Return whether torchrun's log directory contains what the user wants to keep."""
+    return arguments.log_dir is not None or arguments.redirects != "0" or arguments.tee != "0"
+
+
+def _run(arguments: Namespace, directory: Path) -> int:
     try:
-        run.run(run.parse_args(words))
+        run.run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        warn(f"rank {rank} {_end_of(failure)}; all ranks of this node have ended")
+        restarts = f" after {arguments.max_restarts} restarts" if arguments.max_restarts else ""
+        warn(f"rank {rank} {_end_of(failure)}{restarts}; all ranks of this node have ended")
         return max(failure.exitcode, 1)
     except SignalException as error:
+        if error.sigval == signal.SIGTERM and list(directory.rglob("error.json")):  # of a rank that stops the restarts
+            warn(f"a rank exited with status {USER_ERROR}, so it is not restarted; all ranks of this node have ended")
+            return USER_ERROR
         warn(f"all ranks of this node have ended after {signal.Signals(error.sigval).name}")
         return 128 + error.sigval
     return 0

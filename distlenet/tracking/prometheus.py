@@ -21,7 +21,7 @@ HELP = {
     "distlenet_metric": "Metric of the task in the split's newest record, such as accuracy, 0 to 1.",
     "distlenet_learning_rate": "Learning rate.",
     "distlenet_samples_per_second": "Training samples per second, of all ranks.",
-    "distlenet_restarts_total": "Starts of the run that resumed from a checkpoint.",
+    "distlenet_restarts_total": "Starts of the run after the first one.",
     "distlenet_skipped_steps_total": "Steps that were skipped because something was not finite.",
     "distlenet_last_record_timestamp_seconds": "Time of the newest record, in seconds since 1970.",
 }

@@ -36,6 +36,7 @@ class TextLogger(Tracker):
             f"epochs {i['epochs']}, steps {i['steps']}, global batch {i['global_batch_size']} = "
             f"ranks {i['world_size']} × micro-batches {i['micro_batches']} × {self.unit} {i['micro_batch_size']}"
         )
+        restart = i.get("restart", "")
         if i["complete"]:
             limit = "train.stop_patience" if i.get("stopped_early") else "train.epochs"
             self.print(
@@ -43,9 +44,12 @@ class TextLogger(Tracker):
                 f"checkpoint.allow_changed=[{limit}] and a larger {limit}; to train again, another run.name"
             )
         elif i["step"]:
-            self.print(f"resumed at step {i['step']} of {i['steps']} from {i['resumed_from']}")
+            which = f" ({restart})" if restart else ""
+            self.print(f"resumed at step {i['step']} of {i['steps']} from {i['resumed_from']}{which}")
         elif i["initialised_from"]:
             self.print(f"initial weights from {i['initialised_from']}")
+        if restart and not i["step"]:
+            self.print(f"{restart}, from the beginning: there is no checkpoint yet")
 
     def log(self, record: Record) -> None:
         """Print a record; a training record only if no other was printed just before."""

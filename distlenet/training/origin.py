@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib.util
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -37,6 +38,10 @@ class Origin:
     def to_dict(self) -> dict[str, dict[str, str]]:
         """Return plain values for a checkpoint."""
         return asdict(self)
+
+    def digest(self) -> str:
+        """Return 8 hex digits that identify the origin."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def origin_of(config: Config, task: Task, model: nn.Module, datasets: Datasets) -> Origin:

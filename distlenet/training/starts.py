@@ -19,6 +19,7 @@ RUN_ID = re.compile(r"[0-9a-z]{8}")
 """The format of a run's id."""
 
 STARTS_FILE = "starts.jsonl"
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
 
 
 def process_age_s() -> float:
@@ -29,8 +30,19 @@ def process_age_s() -> float:
 
 def is_restart(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether torchrun or SLURM restarted this process automatically."""
-    counts = [name for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT") if environ.get(name)]
+    counts = [name for name in (RESTART_COUNT, "SLURM_RESTART_COUNT") if environ.get(name)]
     return any(read_int(environ, name) > 0 for name in counts)
+
+
+def describe_restart(environ: Mapping[str, str] = os.environ) -> str:
+    """Return which of torchrun's restarts this is; an empty string for the first start."""
+    count = read_int(environ, RESTART_COUNT) if environ.get(RESTART_COUNT) else 0
+    return f"restart {count} of {environ.get('TORCHELASTIC_MAX_RESTARTS', '?')}" if count else ""
+
+
+def count_starts(run_dir: Path) -> int:
+    """Return how often the run has started so far."""
+    return sum(isinstance(start, dict) and "step" in start for start in _read_starts(run_dir))
 
 
 def choose_run_id(run_dir: Path, saved: str, settings: str, environ: Mapping[str, str] = os.environ) -> str:
@@ -38,12 +50,12 @@ def choose_run_id(run_dir: Path, saved: str, settings: str, environ: Mapping[str
 
     A new run of a sweep of W&B has the id that the sweep's agent gives it: W&B accepts no other.
 
-    A start without a checkpoint is continued only by an automatic restart with the same ``settings`` (see
-    ``config.loading.identity``): a person may have changed anything since, and W&B would show both as one run.
+    A start without a checkpoint is continued by the next one if ``settings`` is the same text, which identifies the
+    settings, the data and the user's code: otherwise, W&B would show two different runs as one.
     """
     if not saved and environ.get("WANDB_SWEEP_ID") and RUN_ID.fullmatch(environ.get("WANDB_RUN_ID", "")):
         return environ["WANDB_RUN_ID"]
-    if not saved and is_restart(environ):
+    if not saved:
         for start in _read_starts(run_dir):
             with contextlib.suppress(TypeError, KeyError):
                 run_id = str(start["run_id"])

@@ -23,7 +23,7 @@ class TrainState:
     test: dict[str, float] = field(default_factory=dict)  # and test_loss and so on
     best: dict[str, Best] = field(default_factory=dict)  # the best values that select, by names such as val/loss
     skipped: int = 0  # steps that were not taken because of a non-finite loss or gradient
-    restarts: int = 0  # how often the run was resumed
+    restarts: int = 0  # starts of the run before this one
     micro_batch: int = 0  # samples of a rank's micro-batch when the run began
     started_from: str | None = None  # the checkpoint.resume=PATH that the run began with
     run_id: str = ""  # the run's id in W&B: 8 lower-case letters and digits

@@ -29,7 +29,7 @@ from distlenet.training.origin import check_origin, origin_of
 from distlenet.training.profiling import StepProfiler
 from distlenet.training.records import measurements, run_info, summary
 from distlenet.training.selection import Selection
-from distlenet.training.starts import choose_run_id, process_age_s, record_start
+from distlenet.training.starts import choose_run_id, count_starts, describe_restart, process_age_s, record_start
 from distlenet.training.state import TrainState
 from distlenet.training.step_result import StepResult
 from distlenet.training.throughput import Throughput
@@ -175,10 +175,9 @@ class Trainer:
         if self.resumed_from is None and self.config.checkpoint.init_from is not None:
             init_from = Path(self.config.checkpoint.init_from)
             self.initialised_from = self.train_step.load_initial_weights(init_from)  # collective
-        if self.resumed_from is not None:
-            self.state = replace(self.state, restarts=self.state.restarts + 1)
+        self.state = replace(self.state, restarts=count_starts(self.run_dir))
         own = self.resumed_from is None or self.run_dir.resolve() in self.resumed_from.resolve().parents
-        settings = identity(self.config)
+        settings = f"{identity(self.config)}-{self.origin.digest()}"
         run_id = choose_run_id(self.run_dir, self.state.run_id if own else "", settings)
         self.state = replace(self.state, run_id=run_id)
         self.train_step.warm_up()  # collective
@@ -232,6 +231,7 @@ class Trainer:
             **shared,
             "run": self.run_dir.name,
             "hosts": list(self.throughput.hosts),
+            "restart": describe_restart(),
             "steps": self.total_steps,
             "complete": self.complete,
             "stopped_early": self.selection.stops(self.state.best),

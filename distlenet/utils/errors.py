@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import sys
+import traceback
 
 from distlenet.utils.startup import PREEMPTED
 
 LOGGER = logging.getLogger("distlenet")
 """Receives every warning. A rank's log adds a handler to it."""
+RANK_LOG = "rank"  # the name of that handler
 LOGGER.setLevel(logging.INFO)
 LOGGER.propagate = False
 LOGGER.addHandler(logging.NullHandler())
@@ -38,6 +40,13 @@ def warn(text: str) -> None:
     line = printable(" ".join(text.split()))
     LOGGER.info(line)
     print_error(f"distlenet: {line}")
+
+
+def log_traceback(error: Exception) -> str:
+    """Log the traceback of an exception that a message describes in one line; return the path of the log, or ""."""
+    LOGGER.info("".join(traceback.format_exception(error)).rstrip())
+    files = [handler for handler in LOGGER.handlers if isinstance(handler, logging.FileHandler)]
+    return next((file.baseFilename for file in files if file.name == RANK_LOG), "")
 
 
 def printable(text: str) -> str:

@@ -28,13 +28,24 @@ def program(tmp_path):
     return path
 
 
-def test_an_error_of_the_user_ends_the_output_and_gives_the_status():
-    ended = run_command(*LAUNCH, *WRONG)
+@pytest.mark.parametrize(
+    ("more", "ends"),
+    [
+        ([], [f"rank {rank} exited with status 2; all ranks of this node have ended" for rank in (0, 1)]),
+        (
+            ["--max-restarts=3"],
+            ["a rank exited with status 2, so it is not restarted; all ranks of this node have ended"],
+        ),
+    ],
+)
+def test_an_error_of_the_user_ends_the_output_and_gives_the_status(tmp_path, more, ends):
+    ended = run_command(*LAUNCH, *more, *WRONG, env={"TMPDIR": str(tmp_path)})
     assert ended.status == 2, str(ended)
-    *_, reason, end = ended.stderr.splitlines()
+    reason, end = ended.stderr.splitlines()
     assert reason.startswith("distlenet: optim.lr=-1"), str(ended)
-    assert end in [f"distlenet: rank {rank} exited with status 2; all ranks of this node have ended" for rank in (0, 1)]
-    assert "Traceback" not in ended.stderr
+    assert end in [f"distlenet: {line}" for line in ends]
+    assert not list(tmp_path.glob("*elastic*"))  # that of torchrun
+    assert not list(tmp_path.glob("distlenet*"))
 
 
 def test_torchrun_reports_the_error_of_the_user():

@@ -17,6 +17,7 @@ from forked import run_python, run_ranks
 
 from distlenet.checkpoint.format import load_checkpoint
 from distlenet.checkpoint.store import CheckpointStore
+from distlenet.report.runs import read_run
 from distlenet.tracking.base import NONDETERMINISTIC_KEYS
 
 pytestmark = pytest.mark.ranks
@@ -218,6 +219,11 @@ def test_killed_ranks_are_restarted_within_the_job(tmp_path, reference):
     assert ended.status == 0, str(ended)
     assert_same(tmp_path / "run", reference)
     assert json.loads((tmp_path / "run/summary.json").read_text())["restarts"] == 2
+    assert len(read_run(tmp_path / "run").restarts) == 2  # in the report
+    assert [line.rpartition("(")[2] for line in ended.stdout.splitlines() if line.startswith("resumed")] == [
+        "restart 1 of 3)",
+        "restart 2 of 3)",
+    ]
     assert "RuntimeError" in (tmp_path / "run/logs/rank-00000.log").read_text()  # the failure that the other rank saw
 
 

@@ -1,12 +1,16 @@
 """Failure reports: which ranks print what."""
 
+from contextlib import closing
+
 import pytest
 import torch
 from torch.distributed import HashStore
 
+from distlenet.data.sources.custom import SampleImages
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.distributed.failures import MAX_REPORTS, report_failures
+from distlenet.distributed.failures import MAX_REPORTS, format_failure, report_failures
 from distlenet.distributed.rank_log import RankLog
+from distlenet.distributed.tracebacks import PACKAGE
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -28,20 +32,86 @@ def test_the_first_failure_has_a_traceback_the_next_one_line_and_the_rest_nothin
     assert "/failures.py" not in first[2]
     assert first[-1] == "  MemoryError: none left"
     for rank in range(1, MAX_REPORTS):
-        fail(store, rank, RuntimeError("Connection closed by peer\n" + 500 * "x"))
+        fail(store, rank, RuntimeError("CUDA error\n" + 500 * "x"))
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"distlenet: rank {rank} of 20 on ")
-        assert "failed after it: RuntimeError: Connection closed by peer xxx" in line
+        assert "failed after it: RuntimeError: CUDA error xxx" in line
         assert len(line) < 300
     fail(store, 19, RuntimeError("x"))
     assert capsys.readouterr().err == ""
 
 
-def test_a_lost_connection_is_explained(capsys):
-    fail(HashStore(), 0, RuntimeError("Connection closed by peer [10.0.0.2]:2000"))
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "distlenet: another rank has exited without a report: killed, out of memory, or its node is down"
+def error_of_gloo():
+    """Return an exception without frames: those of a test are the user's code for ``distlenet``."""
+    return RuntimeError("[/pytorch/gloo/pair.cc:561] Connection closed by peer [10.0.0.2]:2000")
+
+
+def test_a_lost_connection_is_one_line_and_only_if_no_rank_has_failed_before(capsys):
+    env = DistributedEnvironment(rank=0, world_size=20)
+    line = format_failure(error_of_gloo(), env, "logs/rank-00000.log")
+    assert line == (
+        f"distlenet: {env} lost a connection: Connection closed by peer [10.0.0.2]:2000; another rank has exited "
+        "without a report: killed, out of memory, or its node is down; the log is logs/rank-00000.log"
     )
+    with pytest.raises(RuntimeError):
+        raise_in_distlenet(store_with_a_failure(), env, error_of_gloo())
+    assert capsys.readouterr().err == ""
+
+
+def store_with_a_failure():
+    store = HashStore()
+    store.add("failures", 1)
+    return store
+
+
+def raise_in_distlenet(store, env, error):
+    """Raise in a frame that is not the user's: code whose file is in the package."""
+    names = {"report_failures": report_failures, "store": store, "env": env, "error": error}
+    names["log"] = RankLog(env, torch.device("cpu"))
+    source = "with report_failures(store, env, log):\n    raise error"
+    exec(compile(source, str(PACKAGE / "reduction/barrier.py"), "exec"), names)
+
+
+def test_a_server_of_the_user_is_no_rank(capsys):
+    fail(HashStore(), 0, ConnectionResetError("Connection reset by peer"))
+    assert capsys.readouterr().err.splitlines()[-1] == "  ConnectionResetError: Connection reset by peer"
+
+
+class Flowers:
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        return self.read(index)
+
+    def read(self, index):
+        return torch.zeros(1, 4, 4, dtype=torch.uint8), [0][index]
+
+
+def test_the_screen_begins_with_the_code_of_the_user_and_the_log_has_all(tmp_path, capsys):
+    """The frames of distlenet between the training and the dataset are about 30 lines."""
+    env = DistributedEnvironment()
+    split = SampleImages(Flowers(), "training set", None)
+    log = RankLog(env, torch.device("cpu"))
+    log.open(tmp_path)
+    with closing(log), pytest.raises(IndexError), report_failures(HashStore(), env, log):
+        split[1]
+    path = tmp_path / "logs/rank-00000.log"
+    headline, title, *frames = capsys.readouterr().err.splitlines()
+    assert headline == f"distlenet: failed; the log is {path}:"
+    assert title == "  Traceback (most recent call last):"
+    assert [frame.split()[-1] for frame in frames if frame.startswith("    File")] == ["__getitem__", "read"]
+    assert frames[-1] == "  IndexError: list index out of range"
+    assert "custom.py" in path.read_text()
+
+
+def test_an_exception_of_a_loader_worker_is_shown_without_the_frames_that_raise_it_again():
+    text = "Caught IndexError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ..."
+    try:
+        raise_in_distlenet(HashStore(), DistributedEnvironment(), IndexError(text))
+    except IndexError as error:
+        lines = format_failure(error, DistributedEnvironment(), "a.log").splitlines()
+    assert lines[:2] == ["distlenet: failed; the log is a.log:", "  IndexError: " + text.splitlines()[0]]
 
 
 def test_without_a_store_every_rank_prints_its_traceback(capsys):

@@ -26,6 +26,8 @@ from distlenet.data.images import ImageDataset
 from distlenet.data.sources import folder, image_cache, load_data
 from distlenet.data.sources.custom import load_custom
 from distlenet.data.sources.custom_cache import DIGEST_SAMPLES
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.distributed.rank_log import RankLog
 from distlenet.task import Datasets
 from distlenet.tasks.image_format import measure_images
 from distlenet.training.dry_run import plan
@@ -566,8 +568,13 @@ def test_an_exception_of_a_declared_dataset_is_reported_with_its_sample(tmp_path
             return super().__getitem__(index)
 
     place = "data.name=builtins:dict, training set, sample 65"
-    with pytest.raises(UserError, match=rf"^{place}: FileNotFoundError: .*'a\.npy'; fix the dataset$"):
+    logs = tmp_path.with_name(f"{tmp_path.name}-run")
+    end = f"; fix the dataset; its traceback is in {logs}/logs/rank-00000.log$"
+    log = RankLog(DistributedEnvironment(), torch.device("cpu"))
+    log.open(logs)
+    with closing(log), pytest.raises(UserError, match=rf"^{place}: FileNotFoundError: .*'a\.npy'{end}"):
         load_declared(tmp_path, Broken(200), Declared(9))
+    assert 'raise FileNotFoundError(2, "No such' in (logs / "logs/rank-00000.log").read_text()
     assert cache_files(tmp_path) == [".chunks", ".lock", ".partial"]
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 from conftest import run_command
 
-from distlenet.training.starts import choose_run_id, record_start
+from distlenet.training.starts import choose_run_id, count_starts, describe_restart, record_start
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -42,15 +42,26 @@ def test_torn_line_is_ignored(tmp_path, torn):
         record_start(tmp_path, 7, 2, 1, environ=BY_TORCHRUN)
 
 
-def test_run_id_without_checkpoint_is_kept_only_by_a_restart_of_the_same_job(tmp_path):
+def test_run_id_without_checkpoint_is_kept_by_the_next_start_of_the_same_job(tmp_path):
     first = choose_run_id(tmp_path, "", "a", environ=BY_HAND)
     record_start(tmp_path, 0, 2, 3, first, "a", environ=BY_HAND)
     assert choose_run_id(tmp_path, "", "a", environ=BY_TORCHRUN) == first
     assert choose_run_id(tmp_path, "", "b", environ=BY_TORCHRUN) != first  # other settings
-    assert choose_run_id(tmp_path, "", "a", environ=BY_HAND) != first  # the code may have changed
+    assert choose_run_id(tmp_path, "", "a", environ=BY_HAND) == first
+    assert choose_run_id(tmp_path, "", "b", environ=BY_HAND) != first
     assert choose_run_id(tmp_path, "12345678", "a", environ=BY_HAND) == "12345678"
     record_start(tmp_path, 0, 2, 3, "23456789", "b", environ=BY_HAND)
     assert choose_run_id(tmp_path, "", "a", environ=BY_TORCHRUN) != first  # another run started in between
+
+
+def test_a_restart_is_described_and_counted(tmp_path):
+    assert describe_restart(BY_HAND) == describe_restart({"TORCHELASTIC_RESTART_COUNT": "0"}) == ""
+    assert describe_restart({**BY_TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3"}) == "restart 1 of 3"
+    assert count_starts(tmp_path) == 0
+    for step in (0, 0, 12):
+        record_start(tmp_path, step, 2, 3, environ=BY_HAND)
+    (tmp_path / "starts.jsonl").open("a").write('{"step": 7, "autom')
+    assert count_starts(tmp_path) == 3
 
 
 def test_a_new_run_of_a_sweep_has_the_id_of_its_agent(tmp_path):

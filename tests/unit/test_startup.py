@@ -125,6 +125,19 @@ def test_a_second_ctrl_c_ends_a_process_whose_main_thread_waits(tmp_path):
     assert line == "distlenet: ended by a second Ctrl-C, without a save"
 
 
+def test_after_an_error_of_another_rank_the_end_is_silent(tmp_path):
+    """torchrun then ends this rank, which may still be importing, by SIGTERM."""
+    files = [tmp_path / f"{rank}/error.json" for rank in (0, 1)]
+    for file in files:
+        file.parent.mkdir()
+    program = "from distlenet.utils.startup import *\nexit_on_stop_request()\nos.kill(os.getpid(), signal.SIGTERM)"
+    for lines in (1, 0):
+        words, env = (sys.executable, "-c", program), {"TORCHELASTIC_ERROR_FILE": str(files[0])}
+        ended = run_command(*words, timeout=30, env=env)
+        assert (ended.status, ended.stderr.count("\n")) == (75, lines), str(ended)
+        files[1].touch()
+
+
 @pytest.mark.usefixtures("python_handles_ctrl_c")
 @pytest.mark.parametrize("module", ["distlenet.evaluate", "distlenet.predict", "distlenet.report"])
 def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path, module):
