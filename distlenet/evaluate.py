@@ -80,7 +80,7 @@ def evaluate(
     UserError if the checkpoint does not fit task or data.
     """
     given = load_config(files, overrides)
-    path = find_checkpoint(Path(checkpoint))
+    path = find_checkpoint(checkpoint)
     state = load_checkpoint(path)
     names = (
         ["task.name", "model.name", "data.name"] if make_task is make_configured_task else ["model.name", "data.name"]

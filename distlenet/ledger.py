@@ -7,14 +7,15 @@ from pathlib import Path
 from distlenet.config.arguments import Parser
 from distlenet.data.sample_log import Start, read_starts
 from distlenet.distributed.entry_point import run_entry
+from distlenet.storage.fetch import fetch_run
 from distlenet.utils.errors import UserError
 
 
 def main() -> None:
     """Print one line per epoch; exit with status 1 if an epoch is wrong."""
     parser = Parser("python -m distlenet.ledger", description="Check that each epoch used each sample exactly once.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, trained with data.ledger=true")
-    lines, correct = check_run(parser.parse_args().run)
+    parser.add_argument("run", metavar="RUN", help="a run directory, or its URL, trained with data.ledger=true")
+    lines, correct = check_run(fetch_run(parser.parse_args().run))
     print("\n".join(lines))
     if not correct:
         sys.exit(1)

@@ -64,7 +64,7 @@ def main() -> None:
         require_report_packages()
         if arguments.save.suffix.lower() != ".png" or not arguments.save.parent.is_dir():
             raise UserError(f"--save {arguments.save}: expected a name that ends in .png, in an existing directory")
-    predictor = Predictor(Path(checkpoints[0].partition("=")[2]), overrides, arguments.config)
+    predictor = Predictor(checkpoints[0].partition("=")[2], overrides, arguments.config)
     if arguments.top > len(predictor.classes):
         raise UserError(f"--top {arguments.top}: expected an integer from 1 to {len(predictor.classes)}")
     images, paths, failures = read_images(names, arguments.invert, predictor.images)

@@ -13,14 +13,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from distlenet.checkpoint.format import is_intact
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.arguments import positive_int, settings_parser
-from distlenet.config.loading import check_modules, load_config, run_directory, to_yaml
+from distlenet.config.loading import check_modules, load_config, run_directory, run_url, to_yaml
 from distlenet.config.schema import Config
 from distlenet.config.wandb_variables import with_wandb_variables
 from distlenet.distributed.collectives import raise_on_all_ranks
@@ -28,7 +29,11 @@ from distlenet.distributed.context import DistributedContext, init_distributed
 from distlenet.distributed.entry_point import run_entry
 from distlenet.distributed.environment import read_environment
 from distlenet.distributed.preemption import Preemption
+from distlenet.distributed.shared_directory import warn_if_not_shared
 from distlenet.reduction.batch_size import micro_batch_size
+from distlenet.storage.fetch import private_directory
+from distlenet.storage.mirror import RunMirror
+from distlenet.storage.mirrored_run import mirrored_run, upload_report
 from distlenet.task import Task
 from distlenet.tasks.registry import MakeTask, create_task
 from distlenet.tasks.registry import make_task as make_configured_task
@@ -41,6 +46,7 @@ from distlenet.training.starts import is_restart, process_age_s
 from distlenet.training.trainer import Trainer
 from distlenet.utils.callable_module import make_callable
 from distlenet.utils.errors import UserError, warn
+from distlenet.utils.urls import temporary_directory
 
 REPORT_TIMEOUT_S = 120.0
 """Seconds that writing a report may take."""
@@ -67,6 +73,8 @@ def main(make_task: MakeTask = make_configured_task, trainer_class: MakeTrainer 
     summary = train(config, make_task, trainer_class)
     if summary["rank"] == 0 and wants_report(config.run.report, summary):
         write_report(summary["run_dir"])
+        if summary["run_url"] is not None:
+            upload_report(summary["run_url"], Path(summary["run_dir"]))
 
 
 def dry_run(config: Config, world_size: int, make_task: MakeTask = make_configured_task) -> None:
@@ -92,21 +100,28 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
         )
     config = with_wandb_variables(config, os.environ)
     check_modules(config)
-    run_dir = run_directory(config)
+    run_dir, url = run_directory(config), run_url(config)
+    if url is not None and config.run.local_dir is None:
+        private_directory(temporary_directory())
     with ExitStack() as stack:
         preemption = stack.enter_context(closing(Preemption(config.checkpoint.preemption_grace_s)))
+        locks = stack.enter_context(ExitStack())  # released after everything is written, the log of this rank, too
         sidecar = stack.enter_context(closing(make_sidecar(config, run_dir, preemption)))
         context = stack.enter_context(init_distributed(config, run_dir))
         rank_0 = context.env.rank == 0
         micro_batch_size(config, context.env.world_size)  # before the data: it is the most frequent mistake
         with raise_on_all_ranks():
             if rank_0 and config.checkpoint.resume not in ("auto", "never"):
-                find_checkpoint(Path(config.checkpoint.resume))
+                find_checkpoint(config.checkpoint.resume)
         task = create_task(make_task, config)
         with raise_on_all_ranks():
             if rank_0:
-                stack.callback(lock_run_dir(run_dir, config.distributed.init_timeout_s).release)
+                locks.callback(lock_run_dir(run_dir, config.distributed.init_timeout_s).release)
+                if url is not None:
+                    locks.enter_context(mirrored(url, run_dir, config, preemption))
         context.log.open(run_dir)
+        if url is None:
+            warn_if_not_shared(run_dir, context.env.rank)  # collective
         with raise_on_all_ranks():
             consoles = [make_console(config.run.console), History(run_dir, to_yaml(config)), sidecar] if rank_0 else []
         tracker = stack.enter_context(closing(Trackers(consoles)))
@@ -116,7 +131,7 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
                 return trainer.fit()
 
         summary = fit()
-        summary |= {"wall_s": process_age_s(), "run_dir": str(run_dir)}
+        summary |= {"wall_s": process_age_s(), "run_dir": str(run_dir), "run_url": url}
         tracker.finish(summary)
     return {**summary, "rank": context.env.rank}
 
@@ -134,6 +149,18 @@ def make_sidecar(config: Config, run_dir: Path, preemption: Preemption) -> Sidec
     if read_environment(os.environ).rank == 0:
         sidecar.launch()
     return sidecar
+
+
+def mirrored(url: str, run_dir: Path, config: Config, preemption: Preemption) -> AbstractContextManager[None]:
+    """Return a context in which the run directory is mirrored in an object store. Raise UserError."""
+    timeout_s = config.distributed.init_timeout_s
+    return mirrored_run(
+        RunMirror(url, run_dir, config.checkpoint.keep_last, is_intact),
+        patience_s=timeout_s / 2 if is_restart() else 0.0,
+        timeout_s=timeout_s / 2,
+        seconds_left=preemption.seconds_left,
+        lost=preemption.request,
+    )
 
 
 def lock_run_dir(run_dir: Path, init_timeout_s: float) -> FileLock:

@@ -111,18 +111,23 @@ def read_state(file: BinaryIO) -> Any:
     mapped to memory: an error of the disk, or a file that another node replaces, would kill the process at any later
     access to a tensor.
     """
-    remaining, checksum = file.seek(0, os.SEEK_END) - COMMENT_BYTES, hashlib.sha256()
-    file.seek(0)
-    while remaining > 0 and (part := file.read(min(remaining, READ_BYTES))):
-        checksum.update(part)
-        remaining -= len(part)
-    if remaining != 0 or file.read() != _comment(checksum):
+    if not is_intact(file):
         raise ValueError("its bytes do not match its checksum")
     file.seek(0)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for a file that is not a checkpoint
         raise ValueError("torch.load refuses it") from error
+
+
+def is_intact(file: BinaryIO) -> bool:
+    """Return whether the bytes of a checkpoint match its checksum. Raise OSError."""
+    remaining, checksum = file.seek(0, os.SEEK_END) - COMMENT_BYTES, hashlib.sha256()
+    file.seek(0)
+    while remaining > 0 and (part := file.read(min(remaining, READ_BYTES))):
+        checksum.update(part)
+        remaining -= len(part)
+    return remaining == 0 and file.read() == _comment(checksum)
 
 
 def _comment(checksum: "hashlib._Hash") -> bytes:

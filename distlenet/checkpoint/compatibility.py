@@ -40,7 +40,7 @@ def choose_resumable(config: Config, store: CheckpointStore, model: torch.nn.Mod
             "give another run.name, or checkpoint.resume=auto to resume from it"
         )
     if selected is None and resume not in ("auto", "never"):
-        path = find_checkpoint(Path(resume))
+        path = find_checkpoint(resume)
         selected = path, load_checkpoint(path)
     if selected is not None:
         path, state = selected

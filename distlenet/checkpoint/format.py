@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from distlenet.checkpoint import archive
 from distlenet.checkpoint.archive import Writable, read_state, write_state
 from distlenet.utils.errors import UserError
 
@@ -86,6 +87,12 @@ def load_checkpoint(path: Path) -> State:
             if is_weights(model) and is_weights(state.get("ema", {})):
                 return cast(State, state)
     raise CheckpointError(f"checkpoint {path}: is not one of distlenet, with model, step, epoch and config")
+
+
+def is_intact(path: Path) -> bool:
+    """Return whether the bytes of a checkpoint match its checksum. Raise OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        return archive.is_intact(file)
 
 
 def is_weights(value: Any) -> bool:

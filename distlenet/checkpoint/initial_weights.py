@@ -17,7 +17,7 @@ MAX_NAMES = 20
 """Names of tensors that a message lists, of each kind."""
 
 
-def load_initial_weights(model: nn.Module, path: Path) -> Path:
+def load_initial_weights(model: nn.Module, path: str) -> Path:
     """Load the weights in ``path`` whose names and shapes fit ``model``; warn of the others. A collective.
 
     Rank 0 reads the file. Return it: of a run directory, the newest checkpoint. Raise UserError, on every rank, if it
@@ -28,7 +28,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> Path:
     return file
 
 
-def _read_fitting(own: Mapping[str, Any], path: Path) -> tuple[Path, dict[str, Tensor]]:
+def _read_fitting(own: Mapping[str, Any], path: str) -> tuple[Path, dict[str, Tensor]]:
     file = find_checkpoint(path)
     saved = read_weights(path, file)
     found = f"checkpoint.init_from={path}"
@@ -55,7 +55,7 @@ def _read_fitting(own: Mapping[str, Any], path: Path) -> tuple[Path, dict[str, T
     return file, fitting
 
 
-def read_weights(path: Path, file: Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, file: Path) -> dict[str, Tensor]:
     """Return the weights in ``file``, by name, on the CPU; no code in it is executed. Raise UserError.
 
     ``path`` is the setting. The file is a checkpoint of this package (its averaged weights, if it has them), or the

@@ -18,7 +18,9 @@ from distlenet.checkpoint.format import (
     write_atomically,
 )
 from distlenet.checkpoint.host_copy import copy_to_host, memory_for
+from distlenet.storage.fetch import fetch_checkpoint
 from distlenet.utils.errors import UserError, warn
+from distlenet.utils.urls import is_url
 
 FILE_NAME = re.compile(r"step-\d+\.pt")
 
@@ -153,8 +155,14 @@ class CheckpointStore:
         return sorted(paths, key=lambda path: int(path.stem.removeprefix("step-")))
 
 
-def find_checkpoint(path: Path) -> Path:
-    """Return ``path`` if it is a file, else the newest checkpoint of the run directory ``path``. Raise UserError."""
+def find_checkpoint(path: str | Path) -> Path:
+    """Return ``path`` if it is a file, else the newest checkpoint of the run directory ``path``. Raise UserError.
+
+    ``path`` may be a URL of an object store: then it is downloaded.
+    """
+    if is_url(path):
+        return fetch_checkpoint(str(path))
+    path = Path(path)
     if os.path.isfile(path):
         return path
     directories = (path / "checkpoints", path)

@@ -18,6 +18,7 @@ from distlenet.config.reading import one_line, read_settings
 from distlenet.config.schema import Config
 from distlenet.config.virtual_shards import resolve_virtual_shards, virtual_shards
 from distlenet.utils.errors import UserError, printable, warn
+from distlenet.utils.urls import is_url, join_url, local_copy_of, temporary_directory
 
 VIRTUAL_SHARDS = "distributed.virtual_shards"
 
@@ -165,10 +166,22 @@ def to_yaml(config: Config) -> str:
 
 
 def run_directory(config: Config) -> Path:
-    """Return the directory of a run. Without a ``run.name``, the settings that change the result name it."""
+    """Return the directory of a run on this machine, also if ``run_url`` is in an object store."""
+    if (url := run_url(config)) is not None:
+        return local_copy_of(url, config.run.local_dir or temporary_directory() / "runs")
+    return Path(config.run.dir) / run_name(config)
+
+
+def run_url(config: Config) -> str | None:
+    """Return the URL of a run in an object store; None if ``run.dir`` is a directory."""
+    return join_url(config.run.dir, run_name(config)) if is_url(config.run.dir) else None
+
+
+def run_name(config: Config) -> str:
+    """Return the name of a run. Without a ``run.name``, the settings that change the result name it."""
     names = (config.task.name, config.data.name)
     label = short_name(next(filter(is_import_name, names), config.data.name))  # the task, if it is not built in
-    return Path(config.run.dir) / (config.run.name or f"{label}-{identity(config)}")
+    return config.run.name or f"{label}-{identity(config)}"
 
 
 def identity(config: Config) -> str:

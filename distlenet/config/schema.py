@@ -20,7 +20,12 @@ def setting(default: Any, help: str, *, result: bool = False, names: tuple[str, 
 class RunConfig:
     """The files and the output of a run."""
 
-    dir: str = setting("runs", "Parent directory of all runs; all nodes share it.")
+    dir: str = setting(
+        "runs", "Parent directory of all runs, which all nodes share; or in an object store, as s3://bucket/prefix."
+    )
+    local_dir: str | None = setting(
+        None, "With run.dir in an object store: parent of each node's local copies; null: in the temporary directory."
+    )
     name: str | None = setting(None, "Name of the run; null: derived from the settings that change the result.")
     console: Literal["auto", "tutorial"] = setting(
         "auto", "auto: a progress bar on a terminal, else plain lines; tutorial: the lines of the PyTorch tutorial."

@@ -26,7 +26,7 @@ class Preemption:
     """The stop request of this rank, which must exit ``grace_s`` seconds after it. It needs ``install``."""
 
     grace_s: float
-    requested_by: str | None = None  # the name of the signal
+    requested_by: str | None = None  # the name of the signal, or another cause
     deadline: float = math.inf
     previous_handlers: dict[int, Any] = field(default_factory=dict, repr=False)  # signal.signal formats handlers
     is_repeated: RepeatedCtrlC = field(default_factory=RepeatedCtrlC, repr=False)
@@ -41,10 +41,15 @@ class Preemption:
         if self.is_repeated(number):
             raise KeyboardInterrupt
         if self.requested_by is None:
-            self.deadline = time.monotonic() + self.grace_s
-            self.requested_by = signal_name(number)
+            self.request(signal_name(number))
             if number == signal.SIGINT:
                 print_line("Ctrl-C: saving after this step; Ctrl-C again ends without a save")
+
+    def request(self, by: str) -> None:
+        """Request a stop, as a signal does. Any thread may call it."""
+        if self.requested_by is None:
+            self.deadline = time.monotonic() + self.grace_s
+            self.requested_by = by
 
     @property
     def stop_requested(self) -> bool:

@@ -13,6 +13,7 @@ from distlenet.distributed.entry_point import run_entry
 from distlenet.report.optional import require_report_packages
 from distlenet.report.replay import replay
 from distlenet.report.runs import read_run
+from distlenet.storage.fetch import fetch_run
 from distlenet.utils.errors import UserError
 
 
@@ -24,20 +25,20 @@ def main() -> None:
         "./report.html. The run may still be training.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run directory")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run directory, or its URL")
     parser.add_argument("--output", metavar="FILE.html", type=Path, help="the page to write")
     parser.add_argument(
         "--replay-wandb", action="store_true", help="write no page; send the records that W&B does not have"
     )
     arguments = parser.parse_args()
     if arguments.replay_wandb:
-        for directory in arguments.runs:
-            replay(directory)
+        for run in arguments.runs:
+            replay(fetch_run(run))
         return
     require_report_packages()
     from distlenet.report.page import write_report  # imports matplotlib and jinja2
 
-    runs = [read_run(directory) for directory in arguments.runs]
+    runs = [read_run(fetch_run(run)) for run in arguments.runs]
     page = arguments.output or (runs[0].directory / "report.html" if len(runs) == 1 else Path("report.html"))
     if page.suffix != ".html":
         raise UserError(f"--output {page}: expected a name that ends in .html")

@@ -18,7 +18,7 @@ FROM_PYTHON = "predict from Python, with distlenet.load_model"
 class Predictor:
     """A trained network with its task, the format of its images and its class names."""
 
-    def __init__(self, path: Path, overrides: Sequence[str] = (), files: Sequence[str] = ()) -> None:
+    def __init__(self, path: str | Path, overrides: Sequence[str] = (), files: Sequence[str] = ()) -> None:
         """Load a checkpoint file, or the newest one of a run directory. Raise UserError if it cannot predict.
 
         ``overrides`` are settings; a task and a network that are not built in must be named in them or in ``files``.

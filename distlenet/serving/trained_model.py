@@ -40,7 +40,7 @@ def load_model(
     ``["model.name=my_package:Net"]``. A checkpoint cannot cause an import. Raise UserError if the checkpoint does not
     fit the task.
     """
-    file = find_checkpoint(Path(checkpoint))
+    file = find_checkpoint(checkpoint)
     state = load_checkpoint(file)
     names = ["task.name"] if task is None else []
     if task is None or task.model is ImageClassification.model:

@@ -89,7 +89,7 @@ class TextLogger(Tracker):
             self.print(f"best.pt: step {summary['best_step']}, {summary['best_by']} {summary['best_value']:.4f}")
         self.print(result_line(summary, unit=self.unit))
         self.print(f"{summary['start_s']:.1f} s to start, {trained}{summary['wall_s']:.1f} s in all")
-        self.print(f"Files of this run: {summary['run_dir']}")
+        self.print(f"Files of this run: {summary.get('run_url') or summary['run_dir']}")
 
     def print(self, text: str) -> None:
         """Print text immediately. If nothing can be written (``| head``, a full disk), training continues."""

@@ -65,7 +65,7 @@ class TrainStep:
         self.stop |= result.stop if parts.flags is None else parts.flags.poll(step)
         return StepResult(lrs[0], self.stop, result.skipped, result.grad_norm, result.times)
 
-    def load_initial_weights(self, path: Path) -> Path:
+    def load_initial_weights(self, path: str) -> Path:
         """Start from the weights in a file, not from the initial ones of the model; return the file. A collective."""
         parts = self.on_device
         file = load_initial_weights(parts.model, path)

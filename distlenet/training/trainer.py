@@ -173,7 +173,7 @@ class Trainer:
         """Resume from a checkpoint, or start from scratch; report it. A collective."""
         self.resumed_from = self.checkpoints.restore(self)
         if self.resumed_from is None and self.config.checkpoint.init_from is not None:
-            init_from = Path(self.config.checkpoint.init_from)
+            init_from = self.config.checkpoint.init_from
             self.initialised_from = self.train_step.load_initial_weights(init_from)  # collective
         self.state = replace(self.state, restarts=count_starts(self.run_dir))
         own = self.resumed_from is None or self.run_dir.resolve() in self.resumed_from.resolve().parents

@@ -1,0 +1,42 @@
+"""Whether all nodes of a job see the same run directory."""
+
+import os
+import secrets
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from distlenet.distributed.collectives import broadcast_object, gather_on_rank_0, hosts_of_ranks
+from distlenet.utils.errors import warn
+
+APPEARS_S = 5.0  # time for a file to appear on other nodes; NFS caches listings for several seconds
+
+
+def hosts_without(directory: Path, rank: int) -> list[str]:
+    """Return, on rank 0, the hosts on which rank 0's ``directory`` is not visible. A collective."""
+    hosts = hosts_of_ranks()  # collective
+    if len(set(hosts)) == 1:
+        return []
+    token = directory / broadcast_object(f".shared-{secrets.token_hex(8)}")  # collective
+    if rank == 0:
+        with suppress(OSError):
+            token.touch()
+    broadcast_object(None)  # collective: the file exists
+    deadline = time.monotonic() + APPEARS_S
+    while not (visible := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = gather_on_rank_0(visible)  # collective
+    if rank == 0:
+        with suppress(OSError):
+            os.unlink(token)
+    return sorted({host for host, visible in zip(hosts, found, strict=False) if not visible})
+
+
+def warn_if_not_shared(directory: Path, rank: int) -> None:
+    """Warn, on rank 0, if a node does not see its run directory: a restart may then start anew. A collective."""
+    if hosts := hosts_without(directory, rank):
+        warn(
+            f"run directory {directory}: is not shared with {', '.join(hosts[:8])}; only the node of rank 0 has the "
+            "checkpoints, and if another node becomes rank 0, the run starts from scratch; give a run.dir on a shared "
+            "disk or in an object store (run.dir=s3://BUCKET/PREFIX)"
+        )

@@ -1,0 +1,154 @@
+"""A lock on a run in an object store, which a job that died does not hold for ever.
+
+Each job creates the next of the objects ``.locks/00000001``, ``.locks/00000002`` and so on, which only one job can.
+It renews the object every ``RENEW_S`` seconds. Another job takes over only if the newest object is released, or does
+not change for ``EXPIRES_S`` seconds by its own clock, so that clocks of machines are never compared. A job that finds a
+newer object than its own has lost the run, and must not write any more.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distlenet.storage.objects import Objects, StorageError
+from distlenet.utils.errors import warn
+
+LOCKS = ".locks"
+RENEW_S, EXPIRES_S, POLL_S = 10.0, 45.0, 3.0
+
+
+class LeaseLost(StorageError):
+    """Another job writes to the run now."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, permanent=True)
+
+
+class Lease:
+    """The lock of one job on the run ``objects``.
+
+    ``directory`` identifies the local copy that the job writes. A job with the same one does not wait: the lock on
+    that directory shows that the earlier job has ended. ``current``, in the lock object, is whether the directory has
+    everything that is in the store.
+    """
+
+    def __init__(
+        self,
+        objects: Objects,
+        directory: str,
+        renew_s: float = RENEW_S,
+        expires_s: float = EXPIRES_S,
+        poll_s: float = POLL_S,
+    ) -> None:
+        self.objects, self.directory = objects, directory
+        self.renew_s, self.expires_s, self.poll_s = renew_s, expires_s, poll_s
+        self.number, self.nonce, self.renewals = 0, "", 0
+        self.current = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self, patience_s: float, lost: Callable[[str], None]) -> None:
+        """Take the lock, and set ``current``.
+
+        A lock that another job renews is awaited for ``patience_s``. From now on a thread renews this one; it calls
+        ``lost`` with an explanation if another job takes it. Raise StorageError if another job is writing.
+        """
+        deadline = time.monotonic() + patience_s
+        while True:
+            previous, content = self._newest()
+            own = content.get("directory") == self.directory
+            if previous and not own and not content.get("released") and not self._expires(previous, content, deadline):
+                continue
+            self.current = own and bool(content.get("current"))
+            self.number, self.nonce = previous + 1, secrets.token_hex(8)
+            self.objects.create(self._name(), self._content())
+            _, content = self._newest()
+            if content.get("nonce") == self.nonce:
+                break
+            if time.monotonic() >= deadline:
+                raise self._in_use(content)
+        for name in self.objects.list(LOCKS):
+            if name < self._name():
+                self.objects.remove(name)
+        self._thread = threading.Thread(target=self._renew, args=(lost,), name="lease", daemon=True)
+        self._thread.start()
+
+    def set_current(self) -> None:
+        """Record that the directory has everything that is in the store. Raise StorageError."""
+        self.current = True
+        self.objects.write(self._name(), self._content())
+
+    def check(self) -> None:
+        """Raise LeaseLost if another job has taken the run, StorageError if the store cannot be read."""
+        _, content = self._newest()
+        if content.get("nonce") != self.nonce:
+            raise LeaseLost(
+                f"the job on {content.get('host')}, which took over {self.objects.url} while this job did not reach it"
+            )
+
+    def release(self) -> None:
+        """Let other jobs take the lock at once, if it is still this job's. Raise StorageError."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            with contextlib.suppress(LeaseLost):
+                self.check()
+                self.objects.write(self._name(), self._content(released=True))
+
+    def _newest(self) -> tuple[int, dict[str, Any]]:
+        """Return the number and the content of the newest lock object; 0 and nothing if there is none."""
+        names = sorted(self.objects.list(LOCKS))
+        if not names:
+            return 0, {}
+        content = json.loads(self.objects.read(names[-1]))
+        return int(names[-1].rpartition("/")[2]), content
+
+    def _expires(self, number: int, content: dict[str, Any], deadline: float) -> bool:
+        """Wait until the lock has not changed for ``expires_s``; return False if it is released or replaced."""
+        warn(
+            f"{self.objects.url}: waits up to {self.expires_s:.0f} s for a sign of the job on {content.get('host')}, "
+            "which has not released this run"
+        )
+        unchanged_since = time.monotonic()
+        while time.monotonic() < unchanged_since + self.expires_s:
+            time.sleep(self.poll_s)
+            newest, now = self._newest()
+            if newest != number or now.get("released"):
+                return False
+            if now != content:
+                if time.monotonic() >= deadline:
+                    raise self._in_use(now)
+                content, unchanged_since = now, time.monotonic()
+        return True
+
+    def _in_use(self, content: dict[str, Any]) -> StorageError:
+        writer = f"process {content.get('pid')} on {content.get('host')}"
+        fix = "give another run.name, or wait"
+        return StorageError(f"run {self.objects.url}: another job is writing there, {writer}; {fix}", permanent=True)
+
+    def _name(self) -> str:
+        return f"{LOCKS}/{self.number:08d}"
+
+    def _content(self, released: bool = False) -> bytes:
+        self.renewals += 1
+        content = {"host": socket.gethostname(), "pid": os.getpid(), "directory": self.directory, "nonce": self.nonce}
+        return json.dumps(
+            {**content, "current": self.current, "renewals": self.renewals, "released": released}
+        ).encode()
+
+    def _renew(self, lost: Callable[[str], None]) -> None:
+        while not self._stop.wait(self.renew_s):
+            try:
+                self.check()
+                self.objects.write(self._name(), self._content())
+            except LeaseLost as error:
+                lost(str(error))
+                return
+            except StorageError:
+                continue  # the upload of a checkpoint reports it

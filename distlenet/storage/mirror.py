@@ -1,0 +1,205 @@
+"""The copy of a run directory in an object store."""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from distlenet.storage.lease import LOCKS, Lease
+from distlenet.storage.objects import FIRST_DELAY_S, LONGEST_DELAY_S, Objects, StorageError, retry
+from distlenet.utils.errors import warn
+from distlenet.utils.files import replace_text
+
+STATE_FILE = ".mirror.json"
+STALE = ".stale"
+POLL_S = 1.0  # between two looks at the local directory
+
+Signature = tuple[int, int]
+"""Size and time of the last change of a local file, which together change with its content."""
+
+UNKNOWN: Signature = (-1, -1)  # of an object that is not on this disk
+
+
+class RunMirror:
+    """Keep a run in an object store: ``open`` downloads it to ``directory``; then a thread uploads what changes.
+
+    Files are uploaded when there is a new checkpoint: first the others, so that no checkpoint is ahead of its history,
+    then ``best.pt``, then the newest ``step-*.pt``. If that fails, training continues, and the thread tries again.
+    Rank 0 only. Files whose names begin with a dot are not mirrored, and of W&B's only offline runs.
+    """
+
+    def __init__(self, url: str, directory: Path, keep_last: int, is_intact: Callable[[Path], bool]) -> None:
+        """Mirror ``directory``, of whose checkpoints ``keep_last`` are kept; ``is_intact`` checks one of them."""
+        self.objects, self.directory, self.keep_last, self.is_intact = Objects(url), directory, keep_last, is_intact
+        self.uploaded: dict[str, Signature] = {}  # by the name of the object
+        self.failure: StorageError | None = None  # of the last upload
+        self._closing, self._deadline = threading.Event(), math.inf
+        self._thread: threading.Thread | None = None
+
+    def open(self, patience_s: float, timeout_s: float, lost: Callable[[str], None]) -> None:
+        """Lock the run for this job, and make ``directory``, which this job has locked, the newest state of the run.
+
+        A run that another job is writing is awaited for ``patience_s``, and a store that does not answer for
+        ``timeout_s``. ``lost`` is called with an explanation if another job takes over the run later. Raise
+        StorageError.
+        """
+        saved: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            saved = json.loads((self.directory / STATE_FILE).read_text())
+        self.uploaded = {name: (size, changed) for name, (size, changed) in saved.get("uploaded", {}).items()}
+        self.lease = Lease(self.objects, saved.get("directory") or secrets.token_hex(8))
+        self._save_state()
+        retry(lambda: self.lease.acquire(patience_s, lost), timeout_s)
+        present = retry(self.objects.list, timeout_s)
+        self.uploaded = {name: self.uploaded.get(name, UNKNOWN) for name in present}
+        if not self.lease.current:  # another directory was the last that a job uploaded
+            self._set_aside()
+            retry(lambda: self._download(present), timeout_s)
+            retry(self.lease.set_current, timeout_s)
+        self._save_state()
+        self._thread = threading.Thread(target=self._follow, name="upload", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> StorageError | None:
+        """Upload everything, and release the run; return why that failed, or was not done in ``timeout_s``."""
+        if self._thread is None:
+            return None
+        self._deadline = time.monotonic() + timeout_s
+        self._closing.set()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return self.failure or StorageError(f"{self.objects.url}: not done within {timeout_s:.3g} s")
+        return self.failure
+
+    def upload(self, everything: bool = False) -> None:
+        """Upload what changed. Raise StorageError; what is in the store then remains a consistent older state.
+
+        ``everything`` includes files that change all the time.
+        """
+        self.lease.check()
+        steps = sorted(self.directory.glob("checkpoints/step-*.pt"))
+        best = self.directory / "checkpoints" / "best.pt"
+        for path in [*self._other_files(everything), best, *steps[-1:]]:
+            signature, name = signature_of(path), self._object_name(path)
+            if signature is not None and self.uploaded.get(name) != signature:
+                self._upload_file(path, name)
+                self.uploaded[name] = signature
+        if steps:
+            self._remove_old([self._object_name(path) for path in steps])
+        self._save_state()
+
+    def _upload_file(self, path: Path, name: str) -> None:
+        try:
+            self.objects.upload(path, name)
+        except StorageError:
+            if path.exists():  # otherwise a newer file replaces it soon
+                raise
+
+    def _remove_old(self, steps: list[str]) -> None:
+        """Keep ``steps``, which are on this disk, and the newest before them, ``keep_last`` in all; remove others."""
+        others = sorted(name for name in self.uploaded if name.startswith("checkpoints/step-") and name not in steps)
+        before = [name for name in others if name < steps[0]]
+        kept = before[max(0, len(before) + len(steps) - self.keep_last) :]
+        for name in set(others) - set(kept):
+            self.objects.remove(name)
+            del self.uploaded[name]
+
+    def _other_files(self, everything: bool) -> Iterator[Path]:
+        """Yield all files but the checkpoints, in a fixed order."""
+        for parent, directories, names in os.walk(self.directory):
+            top = Path(parent) == self.directory
+            directories[:] = sorted(
+                d for d in directories if not d.startswith(".") and not (top and d == "checkpoints")
+            )
+            if Path(parent) == self.directory / "wandb":
+                directories[:] = [d for d in directories if everything and d.startswith("offline-run-")]
+                continue
+            yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+    def _object_name(self, path: Path) -> str:
+        """Return the name of a file's object. Logs of another machine are not overwritten."""
+        name = path.relative_to(self.directory).as_posix()
+        return name.replace("logs/", f"logs/{self.lease.number:04d}/", 1) if name.startswith("logs/") else name
+
+    def _follow(self) -> None:
+        """Upload after each new checkpoint, and at the end; the body of the thread."""
+        delay = POLL_S
+        while not self._closing.wait(delay):
+            if self._has_news():
+                delay = POLL_S if self._try_upload() else min(2 * delay, LONGEST_DELAY_S)
+        delay = FIRST_DELAY_S
+        while not self._try_upload(everything=True):
+            if (self.failure and self.failure.permanent) or time.monotonic() + delay > self._deadline:
+                break
+            time.sleep(delay)
+            delay = min(2 * delay, LONGEST_DELAY_S)
+        with contextlib.suppress(StorageError):
+            self.lease.release()
+
+    def _has_news(self) -> bool:
+        checkpoints = [
+            self.directory / "checkpoints" / "best.pt",
+            *sorted(self.directory.glob("checkpoints/step-*.pt")),
+        ]
+        newest = (self.directory / "starts.jsonl", checkpoints[0], checkpoints[-1])
+        return any(signature_of(p) not in (None, self.uploaded.get(self._object_name(p))) for p in newest)
+
+    def _try_upload(self, everything: bool = False) -> bool:
+        try:
+            self.upload(everything)
+        except StorageError as error:
+            if self.failure is None and not self._closing.is_set():
+                warn(f"{error}; training continues, checkpoints stay in {self.directory} until the store accepts them")
+            self.failure = error
+        except OSError as error:  # of the local disk
+            self.failure = StorageError(f"{self.directory}: {error.strerror or error}")
+        else:
+            self.failure = None
+        return self.failure is None
+
+    def _set_aside(self) -> None:
+        """Move files of an older state of the run out of the way: another machine has continued it since."""
+        kept = (".lock", STATE_FILE, STALE)
+        files = [path for path in self.directory.iterdir() if path.name not in kept]
+        if any(path.is_file() or any(path.iterdir()) for path in files):
+            aside = self.directory / STALE / f"before-{self.lease.number:08d}"
+            aside.mkdir(parents=True)
+            for path in files:
+                path.replace(aside / path.name)
+            warn(f"{self.directory}: is older than {self.objects.url}; its files are moved to {aside}")
+
+    def _download(self, present: dict[str, str]) -> None:
+        """Download the run, of the checkpoints the best and the newest undamaged one."""
+        steps = sorted(name for name in present if name.startswith("checkpoints/step-"))
+        for name in sorted(set(present) - set(steps)):
+            if not name.startswith((f"{LOCKS}/", "logs/")):
+                self._download_file(name)
+        for name in reversed(steps):
+            self._download_file(name)
+            if self.is_intact(self.directory / name):
+                break
+
+    def _download_file(self, name: str) -> None:
+        path = self.directory / name
+        self.objects.download(name, path)
+        if (signature := signature_of(path)) is not None:
+            self.uploaded[name] = signature
+
+    def _save_state(self) -> None:
+        state = {"directory": self.lease.directory, "uploaded": self.uploaded}
+        replace_text(self.directory / STATE_FILE, json.dumps(state))
+
+
+def signature_of(path: Path) -> Signature | None:
+    """Return the signature of a file, or None if there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns

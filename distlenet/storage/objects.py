@@ -1,0 +1,126 @@
+"""The objects below one URL, through fsspec."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from distlenet.utils.errors import UserError, printable, warn
+from distlenet.utils.urls import join_url
+
+T = TypeVar("T")
+
+PERMANENT = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError, ValueError)
+CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
+FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
+
+
+class StorageError(UserError):
+    """An operation of the object store failed; ``permanent`` if the same request will fail again."""
+
+    def __init__(self, message: str, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+
+class Objects:
+    """The objects below ``url``, named by their path relative to it. All methods raise StorageError.
+
+    A write is atomic: a reader gets the old object or the new one. Short failures are repeated by fsspec's package.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Connect to nothing yet. Raise UserError if no package for the scheme is installed."""
+        from fsspec.core import url_to_fs  # takes time, and most runs do not need it
+
+        self.url = url
+        try:
+            # No cache of listings: another job may write.
+            self.fs, root = url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+        except ImportError as error:
+            extra = "distlenet[s3]" if url.startswith("s3:") else str(error).removeprefix("Install ").split()[0]
+            raise UserError(f"{url}: a package is missing ({error}); pip install '{extra}'") from error
+        except ValueError as error:
+            raise UserError(f"{url}: {error}; expected s3://, or another scheme that fsspec knows") from error
+        self.root = root.rstrip("/")
+
+    def list(self, prefix: str = "") -> dict[str, str]:
+        """Return the objects in the directory ``prefix``, at any depth: by name, what identifies their content."""
+        with self._convert_errors(prefix):
+            found = self.fs.find(self._path(prefix), detail=True, refresh=True)
+            names = {path.removeprefix(self.root).strip("/"): entry for path, entry in found.items()}
+            return {name: str(entry.get("ETag", entry.get("etag", entry["size"]))) for name, entry in names.items()}
+
+    def read(self, name: str) -> bytes:
+        """Return the content of an object."""
+        with self._convert_errors(name):
+            content: bytes = self.fs.cat_file(self._path(name))
+            return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write an object."""
+        with self._convert_errors(name):
+            self.fs.pipe_file(self._path(name), content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write an object unless it exists; return whether it was written."""
+        with self._convert_errors(name):
+            try:
+                self.fs.pipe_file(self._path(name), content, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+    def upload(self, path: Path, name: str) -> None:
+        """Write an object from a file."""
+        with self._convert_errors(name):
+            self.fs.put_file(str(path), self._path(name))
+
+    def download(self, name: str, path: Path) -> None:
+        """Read an object into a file, atomically."""
+        temporary = path.with_name(f".{path.name}.downloading")
+        with self._convert_errors(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.fs.get_file(self._path(name), str(temporary))
+            temporary.replace(path)
+
+    def remove(self, name: str) -> None:
+        """Remove an object; do nothing if there is none."""
+        with self._convert_errors(name):
+            try:
+                self.fs.rm_file(self._path(name))
+            except FileNotFoundError:
+                return
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}".rstrip("/")
+
+    @contextmanager
+    def _convert_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the packages of the stores raise many types
+            reason = printable(" ".join(str(error).split())[:300]) or type(error).__name__
+            permanent = isinstance(error, PERMANENT) or type(error).__name__ in CREDENTIALS
+            raise StorageError(f"{join_url(self.url, name)}: {reason}", permanent) from error
+
+
+def retry(operation: Callable[[], T], seconds: float) -> T:
+    """Return the result of ``operation``; repeat it for up to ``seconds`` if it fails and may succeed later.
+
+    Raise the StorageError of the last attempt.
+    """
+    deadline, delay, warned = time.monotonic() + seconds, FIRST_DELAY_S, False
+    while True:
+        try:
+            return operation()
+        except StorageError as error:
+            if error.permanent or time.monotonic() + delay > deadline:
+                raise
+            if not warned:
+                warn(f"{error}; trying again for up to {seconds:.0f} s")
+            warned = True
+        time.sleep(delay * random.uniform(0.5, 1.0))
+        delay = min(2 * delay, LONGEST_DELAY_S)
