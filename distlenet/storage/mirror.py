@@ -56,12 +56,17 @@ class RunMirror:
         self.lease = Lease(self.objects, saved.get("directory") or secrets.token_hex(8))
         self._save_state()
         retry(lambda: self.lease.acquire(patience_s, lost), timeout_s)
-        present = retry(self.objects.list, timeout_s)
-        self.uploaded = {name: self.uploaded.get(name, UNKNOWN) for name in present}
-        if not self.lease.current:  # another directory was the last that a job uploaded
-            self._set_aside()
-            retry(lambda: self._download(present), timeout_s)
-            retry(self.lease.set_current, timeout_s)
+        try:
+            present = retry(self.objects.list, timeout_s)
+            self.uploaded = {name: self.uploaded.get(name, UNKNOWN) for name in present}
+            if not self.lease.current:  # another directory was the last that a job uploaded
+                self._set_aside()
+                retry(lambda: self._download(present), timeout_s)
+                retry(self.lease.set_current, timeout_s)
+        except BaseException:
+            with contextlib.suppress(StorageError):
+                self.lease.release()
+            raise
         self._save_state()
         self._thread = threading.Thread(target=self._follow, name="upload", daemon=True)
         self._thread.start()

@@ -37,11 +37,12 @@ class Objects:
 
         self.url = url
         try:
-            # No cache of listings: another job may write.
-            self.fs, root = url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+            # No cache of listings: another job may write. s3fs repeats some failed requests, botocore all, so fewer.
+            options = {"config_kwargs": {"retries": {"total_max_attempts": 3}}} if url.startswith("s3:") else {}
+            self.fs, root = url_to_fs(url, use_listings_cache=False, **options)
         except ImportError as error:
-            extra = "distlenet[s3]" if url.startswith("s3:") else str(error).removeprefix("Install ").split()[0]
-            raise UserError(f"{url}: a package is missing ({error}); pip install '{extra}'") from error
+            fix = "; pip install 'distlenet[s3]'" * url.startswith("s3:")
+            raise UserError(f"{url}: a package is missing: {error}{fix}") from error
         except ValueError as error:
             raise UserError(f"{url}: {error}; expected s3://, or another scheme that fsspec knows") from error
         self.root = root.rstrip("/")
@@ -104,7 +105,8 @@ class Objects:
         except Exception as error:  # the packages of the stores raise many types
             reason = printable(" ".join(str(error).split())[:300]) or type(error).__name__
             permanent = isinstance(error, PERMANENT) or type(error).__name__ in CREDENTIALS
-            raise StorageError(f"{join_url(self.url, name)}: {reason}", permanent) from error
+            fix = "; check the URL and the credentials" if permanent else ""
+            raise StorageError(f"{join_url(self.url, name)}: {reason}{fix}", permanent) from error
 
 
 def retry(operation: Callable[[], T], seconds: float) -> T:

@@ -1,0 +1,370 @@
+"""Runs in an object store: an S3 server in this process, which fails as a test requests."""
+
+import json
+import os
+import threading
+
+import pytest
+from checkpoint_states import tiny_state
+from s3_server import S3Server
+from s3fs import S3FileSystem
+
+from distlenet.checkpoint.format import is_intact, load_checkpoint
+from distlenet.checkpoint.store import CheckpointStore, find_checkpoint
+from distlenet.storage.fetch import fetch_run
+from distlenet.storage.lease import Lease, LeaseLost
+from distlenet.storage.mirror import RunMirror
+from distlenet.storage.mirrored_run import mirrored_run
+from distlenet.storage.objects import Objects, StorageError, retry
+from distlenet.utils.errors import UserError
+from distlenet.utils.urls import is_url, local_copy_of
+
+pytestmark = pytest.mark.unit
+
+WAIT_S = 30.0  # for a thread of this process; several times what it takes under load
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def url(server, monkeypatch, tmp_path, request):
+    """The URL of a run that no other test uses, on a server without faults."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # it may be of another server
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    server.fail()
+    yield f"s3://runs/{request.node.name}/run"
+    server.fail()
+
+
+def refuse_loss(by: str) -> None:
+    pytest.fail(f"lost to {by}")
+
+
+def start(url, directory, keep_last=2):
+    """Open a mirror as a job does that does not wait."""
+    directory.mkdir(exist_ok=True)
+    mirror = RunMirror(url, directory, keep_last, is_intact)
+    mirror.open(0.0, WAIT_S, refuse_loss)
+    return mirror
+
+
+def write_run(directory, step, keep_last=2, best=False):
+    """Write what training writes until a checkpoint after ``step`` steps."""
+    (directory / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+    CheckpointStore(directory / "checkpoints", keep_last).write(tiny_state(step), best)
+
+
+def die(mirror):
+    """End a job as SIGKILL would: nothing more is uploaded, and the lock is not released."""
+    mirror.lease.release = lambda: None
+    mirror.upload = lambda *_: None
+    assert mirror.close(WAIT_S) is None
+    mirror.lease._stop.set()
+
+
+def names(url):
+    return sorted(name for name in Objects(url).list() if not name.startswith(".locks/"))
+
+
+# ---- paths
+
+
+def test_urls_are_told_from_paths():
+    assert [is_url(path) for path in ("s3://b/x", "gs://b", "runs", "/data/s3://x", "C:/x", "s3:/b")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    assert str(local_copy_of("s3://b/../x//y", "/tmp")) == "/tmp/s3/b/x/y"
+
+
+@pytest.mark.parametrize(("scheme", "message"), [("nonsense", "Protocol not known"), ("gs", "a package is missing")])
+def test_a_store_that_cannot_be_used(scheme, message):
+    with pytest.raises(UserError, match=message):
+        Objects(f"{scheme}://bucket/run")
+
+
+# ---- objects
+
+
+@pytest.mark.parametrize("kind", ["error", "busy", "cut"])
+def test_short_failures_are_repeated(server, url, kind):
+    objects = Objects(url)
+    server.fail(kind=kind, times=2)
+    objects.write("x", b"content")
+    assert server.fail()[f"PUT {kind}"] == 2
+    assert objects.read("x") == b"content"
+
+
+def test_an_object_is_created_once(server, url):
+    objects = Objects(url)
+    assert objects.create("x", b"first")
+    assert not objects.create("x", b"second")
+    assert objects.read("x") == b"first"
+
+
+def test_a_wrong_key_fails_at_once_and_says_so(server, url):
+    server.fail(kind="wrong_key")
+    with pytest.raises(StorageError, match="does not exist in our records.; check the URL and the credentials"):
+        retry(Objects(url).list, 60.0)
+    assert server.fail() == {"GET wrong_key": 1}
+
+
+def test_a_store_that_does_not_answer_is_awaited(url, capsys):
+    attempts = []
+
+    def list_objects():
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise StorageError("down")
+        return {}
+
+    assert retry(list_objects, 60.0) == {}
+    assert capsys.readouterr().err == "distlenet: down; trying again for up to 60 s\n"
+
+
+# ---- the lock
+
+
+def lease(url, directory, **times):
+    return Lease(Objects(url), directory, **{"renew_s": 0.05, "expires_s": 60.0, "poll_s": 0.02, **times})
+
+
+def test_a_run_has_one_writer(url):
+    first = lease(url, "a")
+    first.acquire(0.0, refuse_loss)
+    with pytest.raises(StorageError, match=f"another job is writing there, process {os.getpid()} on "):
+        lease(url, "b").acquire(0.0, refuse_loss)
+    first.check()
+    first.release()
+    second = lease(url, "b")
+    second.acquire(0.0, refuse_loss)
+    assert second.number == 2
+    second.release()
+
+
+def test_a_dead_job_does_not_keep_the_lock(url):
+    dead = lease(url, "a", renew_s=3600.0)
+    dead.acquire(0.0, refuse_loss)
+    successor = lease(url, "b", expires_s=0.2)
+    successor.acquire(0.0, refuse_loss)
+    with pytest.raises(LeaseLost, match="took over s3://"):  # if it was only suspended
+        dead.check()
+    dead.release()  # does not end the lock of the other
+    successor.check()
+    successor.release()
+
+
+def test_a_job_learns_that_it_lost_the_run(url):
+    lost = threading.Event()
+    first = lease(url, "a")
+    first.acquire(0.0, lambda _: lost.set())
+    Objects(url).write(".locks/00000002", json.dumps({"nonce": "other", "host": "other"}).encode())
+    assert lost.wait(WAIT_S)
+    first.release()
+
+
+def test_the_same_directory_needs_not_wait(url):
+    first = lease(url, "a", renew_s=3600.0)
+    first.acquire(0.0, refuse_loss)
+    assert not first.current
+    first.set_current()
+    second = lease(url, "a", renew_s=3600.0)
+    second.acquire(0.0, refuse_loss)  # although the first was not released
+    assert second.current
+    assert list(Objects(url).list(".locks")) == [".locks/00000002"]
+
+
+def test_two_jobs_that_start_at_once(url):
+    barrier, results = threading.Barrier(4), []
+
+    def acquire(directory):
+        barrier.wait(WAIT_S)
+        try:
+            job = lease(url, directory)
+            job.acquire(0.0, refuse_loss)
+            results.append(job)
+        except StorageError:
+            results.append(None)
+
+    threads = [threading.Thread(target=acquire, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    winners = [job for job in results if job is not None]
+    assert len(results) == 4
+    assert len(winners) == 1
+    winners[0].check()
+    winners[0].release()
+
+
+# ---- the mirror
+
+
+def test_another_machine_continues_the_run(url, tmp_path):
+    first = start(url, tmp_path / "a")
+    (tmp_path / "a" / "logs").mkdir()
+    (tmp_path / "a" / "logs" / "rank-00000.log").write_text("log")
+    for step in (1, 2, 3):
+        write_run(tmp_path / "a", step, best=step == 2)
+    assert first.close(WAIT_S) is None
+    assert names(url) == [
+        "checkpoints/best.pt",
+        "checkpoints/step-00000003.pt",
+        "logs/0001/rank-00000.log",
+        "metrics.jsonl",
+    ]
+    second = start(url, tmp_path / "b")
+    for name in ("metrics.jsonl", "checkpoints/best.pt", "checkpoints/step-00000003.pt"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes(), name
+    assert not (tmp_path / "b" / "logs").exists()
+    write_run(tmp_path / "b", 4)
+    second.upload()
+    assert {"checkpoints/step-00000003.pt", "checkpoints/step-00000004.pt"} < set(names(url))
+    write_run(tmp_path / "b", 5)
+    assert second.close(WAIT_S) is None
+    steps = [name for name in names(url) if "step-" in name]
+    assert steps == ["checkpoints/step-00000004.pt", "checkpoints/step-00000005.pt"]  # keep_last=2
+    assert find_checkpoint(url).name == "step-00000005.pt"
+    assert load_checkpoint(find_checkpoint(f"{url}/checkpoints/best.pt"))["step"] == 2
+    assert (fetch_run(url) / "metrics.jsonl").read_text() == '{"step": 5}\n'
+
+
+def test_the_store_is_a_consistent_state_at_any_time(server, url, tmp_path):
+    """The history is uploaded before its checkpoint; a failure between them leaves the older checkpoint."""
+    mirror = start(url, tmp_path / "a")
+    write_run(tmp_path / "a", 1)
+    mirror.upload()
+    write_run(tmp_path / "a", 2)
+    server.fail(kind="wrong_key", method="PUT", path="step-00000002")
+    with pytest.raises(StorageError, match=r"step-00000002\.pt"):
+        mirror.upload()
+    assert [name for name in names(url) if "step" in name] == ["checkpoints/step-00000001.pt"]
+    assert Objects(url).read("metrics.jsonl") == b'{"step": 2}\n'
+    server.fail()
+    assert mirror.close(WAIT_S) is None
+    assert "checkpoints/step-00000002.pt" in names(url)
+
+
+def test_a_killed_job_resumes_from_its_disk_and_uploads_the_rest(url, tmp_path):
+    first = start(url, tmp_path / "a")
+    write_run(tmp_path / "a", 1)
+    first.upload()
+    die(first)
+    write_run(tmp_path / "a", 2)  # was not uploaded
+    second = start(url, tmp_path / "a")
+    assert (tmp_path / "a" / "checkpoints" / "step-00000002.pt").exists()
+    assert second.close(WAIT_S) is None
+    assert "checkpoints/step-00000002.pt" in names(url)
+
+
+def test_a_machine_that_others_overtook_sets_its_files_aside(url, tmp_path, capsys):
+    first = start(url, tmp_path / "a")
+    write_run(tmp_path / "a", 1)
+    assert first.close(WAIT_S) is None
+    write_run(tmp_path / "a", 9)  # of a job whose uploads failed
+    second = start(url, tmp_path / "b")
+    write_run(tmp_path / "b", 2)
+    assert second.close(WAIT_S) is None
+    third = start(url, tmp_path / "a")
+    steps = sorted(path.name for path in (tmp_path / "a" / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000002.pt"]
+    assert (tmp_path / "a" / ".stale" / "before-00000003" / "checkpoints" / "step-00000009.pt").exists()
+    assert "is older than s3://" in capsys.readouterr().err
+    assert third.close(WAIT_S) is None
+
+
+def test_a_download_that_a_kill_interrupted_is_repeated(server, url, tmp_path):
+    first = start(url, tmp_path / "a")
+    write_run(tmp_path / "a", 1)
+    assert first.close(WAIT_S) is None
+    (tmp_path / "b").mkdir()
+    killed = RunMirror(url, tmp_path / "b", 2, is_intact)
+    server.fail(kind="wrong_key", method="GET", path="step-")
+    with pytest.raises(StorageError):
+        killed.open(0.0, 0.0, refuse_loss)
+    server.fail()
+    second = start(url, tmp_path / "b")
+    assert (tmp_path / "b" / "checkpoints" / "step-00000001.pt").exists()
+    assert second.close(WAIT_S) is None
+
+
+def test_a_damaged_object_is_not_the_newest(url, tmp_path):
+    first = start(url, tmp_path / "a")
+    for step in (1, 2):
+        write_run(tmp_path / "a", step)
+        first.upload()
+    assert first.close(WAIT_S) is None
+    Objects(url).write("checkpoints/step-00000002.pt", b"damaged")
+    second = start(url, tmp_path / "b")
+    path, state = CheckpointStore(tmp_path / "b" / "checkpoints", 2).load_newest()
+    assert (path.name, state["step"]) == ("step-00000001.pt", 1)
+    write_run(tmp_path / "b", 2)
+    second.upload()
+    assert second.close(WAIT_S) is None
+    assert load_checkpoint(find_checkpoint(url))["step"] == 2
+
+
+def test_a_store_that_fails_for_a_while_does_not_stop_training(server, url, tmp_path, capsys):
+    mirror = start(url, tmp_path / "a")
+    server.fail(kind="full", method="PUT", path="checkpoints|metrics")
+    write_run(tmp_path / "a", 1)
+    for _ in range(2):
+        assert not mirror._try_upload()
+    assert capsys.readouterr().err.count("training continues") == 1
+    server.fail()
+    assert mirror.close(WAIT_S) is None
+    assert "checkpoints/step-00000001.pt" in names(url)
+
+
+def train(url, directory, server, fault, error=None):
+    """Train as a job does: write a checkpoint when the store begins to fail, and end with ``error``."""
+    directory.mkdir()
+    with mirrored_run(RunMirror(url, directory, 2, is_intact), 0.0, 0.5, lambda: 0.2, refuse_loss):
+        write_run(directory, 1)
+        server.fail(**fault)
+        if error is not None:
+            raise error
+
+
+def test_a_job_that_must_end_does_not_wait_for_the_store(server, url, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        train(url, tmp_path / "a", server, {"kind": "slow", "seconds": 20.0, "method": "PUT"}, KeyboardInterrupt())
+    assert f"the newest files are in {tmp_path / 'a'}" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_uploaded_fails_at_its_end(server, url, tmp_path):
+    with pytest.raises(UserError, match=r"QuotaExceeded.*the complete run is in .*: the same command there uploads it"):
+        train(url, tmp_path / "a", server, {"kind": "full", "method": "PUT", "path": "checkpoints"})
+    server.fail()
+    assert start(url, tmp_path / "a").close(WAIT_S) is None
+    assert "checkpoints/step-00000001.pt" in names(url)
+
+
+def test_a_job_that_lost_the_run_uploads_nothing_more(url, tmp_path):
+    first = start(url, tmp_path / "a")
+    Objects(url).write(".locks/00000002", json.dumps({"nonce": "other", "host": "other"}).encode())
+    write_run(tmp_path / "a", 1)
+    assert isinstance(first.close(WAIT_S), LeaseLost)
+    assert names(url) == []
+
+
+def test_missing_runs(url):
+    with pytest.raises(UserError, match=r"has no checkpoints/step-\*.pt"):
+        find_checkpoint(url)
+    with pytest.raises(UserError, match="no such object"):
+        find_checkpoint(f"{url}/checkpoints/best.pt")
+    with pytest.raises(UserError, match="has no files"):
+        fetch_run(url)
