@@ -122,6 +122,8 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
         context.log.open(run_dir)
         if url is None:
             warn_if_not_shared(run_dir, context.env.rank)  # collective
+        elif config.data.ledger and context.env.local_world_size < context.env.world_size:
+            raise UserError("data.ledger=true: several nodes write it to a shared disk; give run.dir a directory")
         with raise_on_all_ranks():
             consoles = [make_console(config.run.console), History(run_dir, to_yaml(config)), sidecar] if rank_0 else []
         tracker = stack.enter_context(closing(Trackers(consoles)))

@@ -167,9 +167,14 @@ def to_yaml(config: Config) -> str:
 
 def run_directory(config: Config) -> Path:
     """Return the directory of a run on this machine, also if ``run_url`` is in an object store."""
-    if (url := run_url(config)) is not None:
-        return local_copy_of(url, config.run.local_dir or temporary_directory() / "runs")
-    return Path(config.run.dir) / run_name(config)
+    return runs_directory(config) / run_name(config)
+
+
+def runs_directory(config: Config) -> Path:
+    """Return the parent of the run directories on this machine."""
+    if is_url(config.run.dir):
+        return local_copy_of(config.run.dir, config.run.local_dir or temporary_directory() / "runs")
+    return Path(config.run.dir)
 
 
 def run_url(config: Config) -> str | None:

@@ -9,10 +9,9 @@ import os
 import socket
 import time
 from contextlib import nullcontext, suppress
-from pathlib import Path
 
 from distlenet.config.arguments import positive_int, settings_parser
-from distlenet.config.loading import load_config
+from distlenet.config.loading import load_config, runs_directory
 from distlenet.config.schema import Config
 from distlenet.distributed.entry_point import run_entry, should_report
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
@@ -59,7 +58,7 @@ def main() -> None:
 def run_checks(config: Config, env: DistributedEnvironment, wait_s: float, all_sizes: bool) -> PreflightReport:
     """Return rank 0's findings on every rank. Raise RankError if the ranks cannot communicate."""
     exchange = Exchange(rendezvous(env, wait_s, "--wait"), env, wait_s)
-    with remove_if_created(Path(config.run.dir)) if env.rank == 0 else nullcontext():
+    with remove_if_created(runs_directory(config)) if env.rank == 0 else nullcontext():
         report = PreflightReport(run_node_checks(config, exchange))
         if not report.failures:
             try:

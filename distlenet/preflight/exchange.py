@@ -13,16 +13,18 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from distlenet.config.loading import runs_directory
 from distlenet.config.schema import Config
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rendezvous import format_ranks
 from distlenet.distributed.visible_gpus import agree_on_device, visible_gpus
 from distlenet.preflight.finding import Finding
-from distlenet.preflight.node_checks import NodeReport, apply_node_rules, check_node
+from distlenet.preflight.node_checks import NodeReport, apply_node_rules, check_node, check_object_store
 from distlenet.preflight.ports import publish_listener
 from distlenet.preflight.rank_info import RankInfo, collect_rank_info
 from distlenet.preflight.rules import apply_rules
 from distlenet.utils.errors import RankError
+from distlenet.utils.urls import is_url
 
 
 class Exchange:
@@ -69,12 +71,14 @@ def run_node_checks(config: Config, exchange: Exchange) -> list[Finding]:
         token, num_nodes = "", infos[-1].node_rank + 1 if infos else 0
         if env.rank == 0:
             with contextlib.suppress(OSError):  # reported by check_run_dir
-                os.makedirs(config.run.dir, exist_ok=True)
-                file = stack.enter_context(NamedTemporaryFile(prefix=".preflight-", dir=config.run.dir))
+                os.makedirs(runs_directory(config), exist_ok=True)
+                file = stack.enter_context(NamedTemporaryFile(prefix=".preflight-", dir=runs_directory(config)))
                 token = os.path.basename(file.name)
         token, num_nodes = exchange.broadcast("start", [token, num_nodes], 2)
         clocks = exchange.gather("clock", time.time())  # at the same time on all ranks
         report = asdict(check_node(config, info, num_nodes, store, token)) if env.local_rank == 0 else None
         nodes = [NodeReport(**value) for value in exchange.gather("node", report, 3) if value]
         findings = apply_rules(infos, clocks, config) + apply_node_rules(nodes, config) if env.rank == 0 else []
+        if env.rank == 0 and is_url(config.run.dir):
+            findings.append(check_object_store(config.run.dir))
         return [Finding(*value) for value in exchange.broadcast("node findings", findings, 5)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from tempfile import TemporaryFile
 
 from torch.distributed.distributed_c10d import Store
 
+from distlenet.config.loading import runs_directory
 from distlenet.config.names import is_import_name
 from distlenet.config.schema import Config, DataConfig
 from distlenet.data.sources import load_data, open_data, require_local_data
@@ -18,8 +20,10 @@ from distlenet.preflight.finding import Finding, pluralize
 from distlenet.preflight.ports import peers_of, try_peers
 from distlenet.preflight.rank_info import RankInfo
 from distlenet.preflight.rules import shorten
+from distlenet.storage.objects import Objects
 from distlenet.tasks.registry import reads_images
 from distlenet.utils.errors import UserError
+from distlenet.utils.urls import is_url
 
 TOKEN_TIMEOUT_S = 5.0
 """Time for a file written on one node to appear on the others; NFS caches directory listings for several seconds."""
@@ -46,7 +50,10 @@ def check_node(config: Config, info: RankInfo, num_nodes: int, store: Store, tok
     except UserError as user_error:
         error = str(user_error)
     unreachable = try_peers(store, peers_of(info.node_rank, num_nodes))
-    return NodeReport(info.host, unreachable, check_run_dir(config.run.dir, token), source, error)
+    if is_url(config.run.dir):
+        os.makedirs(runs_directory(config), exist_ok=True)
+        token = ""  # each node has a separate copy
+    return NodeReport(info.host, unreachable, check_run_dir(runs_directory(config), token), source, error)
 
 
 def check_images(config: DataConfig) -> str:
@@ -59,7 +66,7 @@ def check_images(config: DataConfig) -> str:
         return data.source
 
 
-def check_run_dir(run_dir: str, token: str) -> str:
+def check_run_dir(run_dir: Path, token: str) -> str:
     """Wait for rank 0's file ``token`` in the run directory, then write there. Return the error, or ""."""
     path = os.path.join(run_dir, token)
     deadline = time.monotonic() + TOKEN_TIMEOUT_S
@@ -70,6 +77,21 @@ def check_run_dir(run_dir: str, token: str) -> str:
     except OSError as error:
         return f"{run_dir} cannot be written: {error.strerror or error}"
     return "" if os.path.exists(path) else f"{run_dir} does not contain the file that rank 0 wrote"
+
+
+def check_object_store(url: str) -> Finding:
+    """Write, list, read and remove an object."""
+    name = f".preflight/{secrets.token_hex(8)}"
+    try:
+        objects = Objects(url)
+        objects.write(name, b"distlenet")
+        missing = name not in objects.list(".preflight") or objects.read(name) != b"distlenet"
+        objects.remove(name)
+    except UserError as error:
+        return Finding("object store", "FAIL", str(error), "training would fail in the same way")
+    if missing:
+        return Finding("object store", "FAIL", f"{url} does not return what was written", "give another run.dir")
+    return Finding("object store", "ok", f"{url} can be written and read")
 
 
 @contextmanager
@@ -100,7 +122,7 @@ def apply_node_rules(nodes: Sequence[NodeReport], config: Config) -> list[Findin
         "run directory",
         [f"{node.host}: {node.run_dir_error}" for node in nodes if node.run_dir_error],
         "give a run.dir on a disk that all nodes share, or fix its permissions",
-        f"{config.run.dir} is writable on {pluralize(len(nodes), 'node')}",
+        f"{runs_directory(config)} is writable on {pluralize(len(nodes), 'node')}",
     )
     if not any(node.data_error or node.data_source is not None for node in nodes):
         return [ports, run_dir] if len(nodes) > 1 else [run_dir]  # the trial step reports the task's own data

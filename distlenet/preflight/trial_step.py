@@ -12,6 +12,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from distlenet.checkpoint.archive import count_bytes
+from distlenet.config.loading import runs_directory
 from distlenet.config.schema import Config
 from distlenet.distributed.collectives import all_gather_object, broadcast_object, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext, init_distributed
@@ -69,7 +70,7 @@ def take_trial_step(config: Config, context: DistributedContext) -> list[Finding
         with raise_on_all_ranks():
             if context.env.rank == 0:
                 name = stack.enter_context(
-                    TemporaryDirectory(prefix=".preflight-", dir=config.run.dir, ignore_cleanup_errors=True)
+                    TemporaryDirectory(prefix=".preflight-", dir=runs_directory(config), ignore_cleanup_errors=True)
                 )
         trial_dir, preemption = Path(broadcast_object(name)), stack.enter_context(contextlib.closing(Preemption(1.0)))
         trial_config = replace(config, checkpoint=replace(config.checkpoint, resume="never"))
@@ -89,7 +90,7 @@ def take_trial_step(config: Config, context: DistributedContext) -> list[Finding
     memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of GPU" if device.type == "cuda" else ""
     step = Finding("training step", "ok", f"{1e3 * seconds:.1f} ms, loss {loss:.3f}{memory}")
     data = [] if reads_images(config) else [describe_datasets(trainer)]
-    return [*data, step, check_disk_space(config, checkpoint_bytes, shutil.disk_usage(config.run.dir).free)]
+    return [*data, step, check_disk_space(config, checkpoint_bytes, shutil.disk_usage(runs_directory(config)).free)]
 
 
 def describe_datasets(trainer: Trainer) -> Finding:
@@ -105,7 +106,8 @@ def check_disk_space(config: Config, checkpoint_bytes: int, free_bytes: int) -> 
     count = config.checkpoint.keep_last + 2  # the newest ones, the best, and the one being written
     needed = count * checkpoint_bytes
     if free_bytes < needed:
-        found = f"{config.run.dir} has {free_bytes / 1e6:,.1f} MB free, {count} checkpoints take {needed / 1e6:,.1f} MB"
+        free = f"{runs_directory(config)} has {free_bytes / 1e6:,.1f} MB free"
+        found = f"{free}, {count} checkpoints take {needed / 1e6:,.1f} MB"
         hint = "free some space, give another run.dir, or a smaller checkpoint.keep_last"
         return Finding("disk space", "FAIL", found, hint)
     return Finding("disk space", "ok", f"for the {config.checkpoint.keep_last} newest checkpoints and the best")

@@ -116,7 +116,7 @@ def test_an_object_is_created_once(server, url):
 
 def test_a_wrong_key_fails_at_once_and_says_so(server, url):
     server.fail(kind="wrong_key")
-    with pytest.raises(StorageError, match="does not exist in our records.; check the URL and the credentials"):
+    with pytest.raises(StorageError, match=r"does not exist in our records\.; check the URL and the credentials"):
         retry(Objects(url).list, 60.0)
     assert server.fail() == {"GET wrong_key": 1}
 
@@ -144,7 +144,7 @@ def lease(url, directory, **times):
 def test_a_run_has_one_writer(url):
     first = lease(url, "a")
     first.acquire(0.0, refuse_loss)
-    with pytest.raises(StorageError, match=f"another job is writing there, process {os.getpid()} on "):
+    with pytest.raises(StorageError, match=f"job is writing there, process {os.getpid()}"):
         lease(url, "b").acquire(0.0, refuse_loss)
     first.check()
     first.release()
