@@ -3,6 +3,7 @@
 # make test                                           install, download the data, all tests except cluster and browser
 # make prove-exact                                    compare the bits of runs on 1, 2, 4, 8 ranks, and after kills
 # make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; check that nothing is lost
+# make chaos-store [KILLS=20]                         as root: the same with runs in S3, on two hosts without a shared disk
 # make fuzz [TIMES=30]                                random settings, files and environments, TIMES as many as usual
 # make bench [ARGS="--only reduction"]                measure; write benchmarks/RESULTS.md
 # make gpu-report [ARGS="--only recipe bits"]         on one GPU, 11 minutes: measure and check; write benchmarks/GPU.md
@@ -19,7 +20,7 @@ ARGS   ?=
 # Processes on this machine: one per GPU, or 2 without a GPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-.PHONY: help train data check test test-cluster test-browser chaos coverage fuzz bench gpu-report gpu-bundle prove-exact
+.PHONY: help train data check test test-cluster test-browser chaos chaos-store coverage fuzz bench gpu-report gpu-bundle prove-exact
 .PHONY: lint format docs clean
 .DELETE_ON_ERROR:
 
@@ -43,6 +44,10 @@ test: $(VENV)/.installed-dev lint
 
 chaos: $(VENV)/.installed
 	@$(BIN)/python benchmarks/chaos.py $(ARGS)
+
+KILLS ?= 20
+chaos-store: $(VENV)/.installed-dev
+	STORE_KILLS=$(KILLS) DISTLENET_SLURM=required $(BIN)/pytest -s --timeout=3600 tests/cluster/test_object_store.py
 
 # Report the lines that no test runs; without a GPU, those for a GPU are among them.
 coverage: $(VENV)/.installed-dev

@@ -1,6 +1,6 @@
 """A run in an object store, on two machines that share no directory, while ranks, agents and machines are killed.
 
-``STORE_KILLS=20 make chaos-store`` kills more often.
+``make chaos-store KILLS=20`` kills more often.
 """
 
 import json
