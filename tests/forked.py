@@ -89,6 +89,7 @@ def _main(command: list[str], env: dict[str, str], cwd: Path, outputs: list[Path
         os.close(file)
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # read TMPDIR again
     os.chdir(cwd)
     faulthandler.enable()
     if command[0] == "-m":

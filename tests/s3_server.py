@@ -13,7 +13,7 @@ import time
 import urllib.request
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 BUCKET = "runs"
 ERRORS = {
@@ -71,12 +71,17 @@ class FaultyApp:
             return faults["kind"]
 
 
+class QuietHandler(WSGIRequestHandler):
+    def log_request(self, *_):
+        pass
+
+
 class S3Server:
     """The server, in a thread of this process, with an empty bucket ``runs``."""
 
     def __init__(self, host="127.0.0.1", port=0):
         self.app = FaultyApp()
-        self.server = make_server(host, port, self.app, threaded=True)
+        self.server = make_server(host, port, self.app, threaded=True, request_handler=QuietHandler)
         self.url = f"http://{host}:{self.server.port}"
         self.environment = {
             "AWS_ENDPOINT_URL": self.url,

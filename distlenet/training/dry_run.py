@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from distlenet.checkpoint.archive import count_bytes
-from distlenet.config.loading import run_directory
+from distlenet.config.loading import run_directory, run_url
 from distlenet.config.schema import Config
 from distlenet.config.virtual_shards import virtual_shards
 from distlenet.data.sources import ImageDataset, require_local_data
@@ -117,7 +117,7 @@ def _describe(trainer: Trainer, checkpoint: int) -> list[Row]:
     memory = _memory(trainer)
     data = config.data.name if reads_images(config) else config.task.name
     return [
-        ("run", str(trainer.run_dir)),
+        ("run", run_url(config) or str(trainer.run_dir)),
         ("ranks", f"{ranks:,}: {config.distributed.reduction} reduction{_shards(config)}"),
         ("data", f"{data}: {sampler.samples:,} samples to train on, {others}"),
         ("global batch", f"{batch:,} samples = {shares}"),

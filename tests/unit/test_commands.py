@@ -43,6 +43,8 @@ ELSEWHERE = {
     r"python -m distlenet\.evaluate checkpoint=runs/Spam-.*": "tests/unit/test_readme.py",
     r"python -m distlenet\.report runs/NAME --replay-wandb": "tests/ranks/test_wandb.py",
     r".*benchmarks/\w+\.py.*": "tests/unit/test_benchmarks.py",  # their --help
+    r"python -m distlenet\.\w+ .*s3://.*": "tests/ranks/test_object_store.py",
+    r"torchrun .* run\.dir=s3://.*": "tests/ranks/test_object_store.py",
     r"\.venv/bin/pytest .*": ".ci/run",
 }
 """Commands, as regular expressions, and what runs them."""
