@@ -24,6 +24,9 @@ class WandbServer(ThreadingHTTPServer):
         self.configs: dict[str, Any] = {}
         self.endings: dict[str, dict[str, Any]] = {}  # of each run: how its last process ended
         self.preempting: set[str] = set()
+        self.sweep = ""  # its settings, as YAML
+        self.trials: dict[str, dict[str, Any]] = {}  # parameters by run id, for an agent
+        self.sweep_of: dict[str, str] = {}  # of each run
         self.queries: list[str] = []
         self.released = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -114,6 +117,14 @@ class Handler(BaseHTTPRequestHandler):
                         rows[index] = json.loads(line)
                         self.server.sent_rows += 1
 
+    def next_trial(self, variables: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the commands for an agent: to start a trial that has not run, unless one runs."""
+        rest = [run for run in self.server.trials if run not in self.server.sweep_of]
+        if json.loads(variables["runState"]) or not rest:
+            return []
+        parameters = {key: {"value": value} for key, value in self.server.trials[rest[0]].items()}
+        return [{"type": "run", "run_id": rest[0], "program": "distlenet.train", "args": parameters}]
+
     def graphql(self, content: dict[str, Any]) -> Any:
         query, variables = content.get("query", ""), content.get("variables") or {}
         name = variables.get("name") or variables.get("run") or ""
@@ -137,7 +148,19 @@ class Handler(BaseHTTPRequestHandler):
                 "wandbConfig": json.dumps({"t": 1}),
             }
             return {"model": {"id": "p", "name": "distlenet", "entity": project["entity"], "bucket": bucket}}
+        if "upsertSweep" in query:
+            self.server.sweep = variables["config"]
+            project["name"] = variables["projectName"]
+            return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
+        if "SweepWithRuns" in query:
+            return {"project": {"sweep": {"id": "s", "config": self.server.sweep, "runs": {"edges": []}}}}
+        if "createAgent" in query:
+            return {"createAgent": {"agent": {"id": "agent"}}}
+        if "agentHeartbeat" in query:
+            return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(self.next_trial(variables))}}
         if "upsertBucket" in query:
+            if variables.get("sweep"):
+                self.server.sweep_of[name] = variables["sweep"]
             if config := variables.get("config"):
                 with self.server.lock:
                     self.server.configs[name] = json.loads(config)
