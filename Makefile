@@ -1,6 +1,7 @@
 # make train [NPROC=4] [ARGS="train.epochs=2 ..."]    install, download the data, train
 # make check                                          the inner loop, below a minute: linters, types, fast unit tests
 # make test                                           install, download the data, all tests except cluster and browser
+# make test-lowest                                    the unit tests with the lowest versions of all packages, in .venv-lowest
 # make prove-exact                                    compare the bits of runs on 1, 2, 4, 8 ranks, and after kills
 # make chaos [ARGS="--kills 200"]                     kill ranks and agents at random; check that nothing is lost
 # make chaos-store [KILLS=20]                         as root: the same with runs in S3, on two hosts without a shared disk
@@ -16,12 +17,13 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+LOWEST := .venv-lowest
 ARGS   ?=
 # Processes on this machine: one per GPU, or 2 without a GPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-.PHONY: help train data check test test-cluster test-browser chaos chaos-store coverage fuzz bench gpu-report gpu-bundle prove-exact
-.PHONY: lint format docs clean
+.PHONY: help train data check test test-lowest test-cluster test-browser chaos chaos-store coverage fuzz bench
+.PHONY: gpu-report gpu-bundle prove-exact lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,6 +43,10 @@ test: $(VENV)/.installed-dev lint
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/unit
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/ranks
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/fake_cuda
+
+# The site is the same with any version of the packages, and its tests need the extra docs.
+test-lowest: $(LOWEST)/.installed
+	DISTLENET_VERSIONS=lowest $(LOWEST)/bin/pytest --numprocesses=2 --dist=worksteal --ignore=tests/unit/test_site.py tests/unit
 
 chaos: $(VENV)/.installed
 	@$(BIN)/python benchmarks/chaos.py $(ARGS)
@@ -123,5 +129,12 @@ $(VENV)/.installed-docs: pyproject.toml $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[docs]'
 	@touch $@
 
+# pip cannot install the lowest versions that pyproject.toml allows; uv can. "--clear": nothing newer may remain.
+$(LOWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[test]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.torch_version import TorchVersion
 
 from distlenet.config.schema import Config
 from distlenet.distributed.device import DTYPES, resolve_backend, resolve_precision
@@ -118,7 +117,7 @@ def _process_group(
         raise
     except BaseException:
         # Other ranks may be in a collective: NCCL's destroy waits for them forever, its abort does not.
-        if backend == "nccl" and hasattr(dist.distributed_c10d, "_abort_process_group"):
+        if backend == "nccl":
             dist.distributed_c10d._abort_process_group()
         raise
     finally:
@@ -129,14 +128,10 @@ def _process_group(
         gc.collect()
 
 
-def set_flight_recorder_size(environ: MutableMapping[str, str], version: str = torch.__version__) -> None:
-    """Set how many collectives NCCL's flight recorder keeps, unless the user has.
-
-    torch 2.8 renamed the variable; later versions warn of the old name, on every rank.
-    """
-    old, new = "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"
-    if old not in environ:
-        environ.setdefault(new if TorchVersion(version) >= "2.8" else old, "2000")
+def set_flight_recorder_size(environ: MutableMapping[str, str]) -> None:
+    """Set how many collectives NCCL's flight recorder keeps, unless the user has, also by the former name."""
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in environ:
+        environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
 
 
 def set_threads(threads: int | None) -> None:

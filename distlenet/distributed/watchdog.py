@@ -39,8 +39,8 @@ class Watchdog:
     """End this process if ``heartbeat`` is not called for ``limit_s`` seconds; NCCL's trace goes to ``trace_dir``."""
 
     def __init__(self, store: Store, env: DistributedEnvironment, limit_s: float, trace_dir: Path | None) -> None:
-        # A separate connection, if torch has ``clone``: the main thread may be waiting on the first.
-        self.store = store.clone() if env.master_addr and hasattr(store, "clone") else store
+        # A separate connection: the main thread may be waiting on the first.
+        self.store = store.clone() if env.master_addr else store
         self.env, self.trace_dir = env, trace_dir
         self.master_host = host_of(self.store, 0)  # read now: later the store may not respond
         self.ended = threading.Event()

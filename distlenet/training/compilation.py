@@ -25,8 +25,7 @@ def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
 
     torch._dynamo.config.recompile_limit = MAX_SHAPES
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    if hasattr(inductor, "deterministic"):  # torch 2.9
-        inductor.deterministic = True
+    inductor.deterministic = True
     with raise_on_all_ranks():
         try:
             torch.compile(_double, dynamic=False, backend=BACKEND)(torch.ones(2, device=device))

@@ -22,11 +22,11 @@ class Clock:
     def mark(self, in_graph: bool = False, again: torch.cuda.Event | None = None) -> Mark:
         """Mark the present moment; on a GPU, of the work enqueued so far. No host sync.
 
-        In a captured CUDA graph only if ``in_graph``: it is one more node. Such an event needs torch 2.9, and must live
-        as long as the graph. ``again`` is an event to record once more.
+        In a captured CUDA graph only if ``in_graph``: it is one more node. Such an event must live as long as the
+        graph. ``again`` is an event to record once more.
         """
         capturing = self.on_gpu and torch.cuda.is_current_stream_capturing()
-        if not self.on_gpu or (capturing and not (in_graph and torch.__version__ >= "2.9")):
+        if not self.on_gpu or (capturing and not in_graph):
             return Mark(time.perf_counter(), None)
         event = again or torch.cuda.Event(enable_timing=True, **({"external": True} if capturing else {}))
         event.record()

@@ -181,16 +181,14 @@ def test_the_scaler_is_enabled_for_fp16_only():
 
 
 @pytest.mark.parametrize(
-    ("version", "given", "names"),
+    ("given", "names"),
     [
-        ("2.7.1", {}, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}),
-        ("2.8.0", {}, {"TORCH_FR_BUFFER_SIZE": "2000"}),
-        ("2.15.0+cu132", {}, {"TORCH_FR_BUFFER_SIZE": "2000"}),
-        ("2.15.0", {"TORCH_FR_BUFFER_SIZE": "9"}, {"TORCH_FR_BUFFER_SIZE": "9"}),
-        ("2.15.0", {"TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}),
+        ({}, {"TORCH_FR_BUFFER_SIZE": "2000"}),
+        ({"TORCH_FR_BUFFER_SIZE": "9"}, {"TORCH_FR_BUFFER_SIZE": "9"}),
+        ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}, {"TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}),
     ],
 )
-def test_the_size_of_the_flight_recorder_has_one_name(version, given, names):
+def test_the_size_of_the_flight_recorder_has_one_name(given, names):
     """With both names, torch warns on every rank that one is deprecated."""
-    set_flight_recorder_size(environ := dict(given), version)
+    set_flight_recorder_size(environ := dict(given))
     assert environ == names

@@ -1,0 +1,73 @@
+"""The versions of docs/versions.md, pyproject.toml, the workflow and this environment agree."""
+
+import os
+import platform
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+import yaml
+from conftest import REPO
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+pytestmark = pytest.mark.unit
+
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+LOWEST = os.environ.get("DISTLENET_VERSIONS") == "lowest"
+"""In the environment of ``make test-lowest``."""
+
+
+def requirements(extra: str = "") -> list[Requirement]:
+    """Return what the package needs, or an extra with the extras that it contains."""
+    found = []
+    for text in PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]:
+        requirement = Requirement(text)
+        if requirement.name == PROJECT["name"]:
+            found += [other for part in sorted(requirement.extras) for other in requirements(part)]
+        else:
+            found.append(requirement)
+    return found
+
+
+def lowest(requirement: Requirement) -> Version:
+    (bound,) = [specifier for specifier in requirement.specifier if specifier.operator == ">="]
+    return Version(bound.version)
+
+
+def table(heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading, without its head."""
+    section = (REPO / "docs/versions.md").read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_the_table_has_the_lowest_versions_of_pyproject():
+    needed = requirements() + [r for extra in ("report", "tensorboard", "mlflow") for r in requirements(extra)]
+    declared = {requirement.name: str(lowest(requirement)) for requirement in needed}
+    assert {name.strip("`"): least for name, least, *_ in table("Supported")} == {
+        "Python": PROJECT["requires-python"].removeprefix(">="),
+        **declared,
+    }
+
+
+def test_the_versions_of_python_are_those_of_the_workflow():
+    workflow = yaml.safe_load((REPO / ".github/workflows/check.yml").read_text())
+    entries = workflow["jobs"]["versions"]["strategy"]["matrix"]["include"]
+    newest = {entry["python"] for entry in entries if entry["target"] == "check"}
+    classifiers = {re.sub(r".*:: ", "", text) for text in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", text)}
+    assert newest == classifiers
+    assert "3." + platform.python_version_tuple()[1] in classifiers
+    (least,) = [entry["python"] for entry in entries if entry["target"] == "test-lowest"]
+    assert least == PROJECT["requires-python"].removeprefix(">=")
+
+
+@pytest.mark.parametrize("requirement", requirements() + requirements("test"), ids=lambda requirement: requirement.name)
+def test_this_environment_has_supported_versions(requirement):
+    """In that of ``make test-lowest``, exactly the lowest ones: nothing is missing, so no test is skipped for it."""
+    try:
+        installed = Version(Version(version(requirement.name)).public)  # without "+cu128"
+    except PackageNotFoundError:
+        installed = None  # an optional package
+    assert installed == lowest(requirement) if LOWEST else installed is None or installed >= lowest(requirement)
