@@ -3,6 +3,7 @@
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,9 +13,8 @@ from distlenet.utils.errors import warn
 APPEARS_S = 5.0  # time for a file to appear on other nodes; NFS caches listings for several seconds
 
 
-def hosts_without(directory: Path, rank: int) -> list[str]:
-    """Return, on rank 0, the hosts on which rank 0's ``directory`` is not visible. A collective."""
-    hosts = hosts_of_ranks()  # collective
+def hosts_without(directory: Path, rank: int, hosts: Sequence[str]) -> list[str]:
+    """Return, on rank 0, which ``hosts`` of the ranks do not see rank 0's ``directory``. A collective."""
     if len(set(hosts)) == 1:
         return []
     token = directory / broadcast_object(f".shared-{secrets.token_hex(8)}")  # collective
@@ -34,7 +34,7 @@ def hosts_without(directory: Path, rank: int) -> list[str]:
 
 def warn_if_not_shared(directory: Path, rank: int) -> None:
     """Warn, on rank 0, if a node does not see its run directory: a restart may then start anew. A collective."""
-    if hosts := hosts_without(directory, rank):
+    if hosts := hosts_without(directory, rank, hosts_of_ranks()):
         warn(
             f"run directory {directory}: is not shared with {', '.join(hosts[:8])}; only the node of rank 0 has the "
             "checkpoints, and if another node becomes rank 0, the run starts from scratch; give a run.dir on a shared "

@@ -8,6 +8,7 @@ from filelock import FileLock
 
 from distlenet.storage.lease import LOCKS
 from distlenet.storage.objects import Objects
+from distlenet.storage.step_names import in_order
 from distlenet.utils.errors import UserError
 from distlenet.utils.urls import is_url, join_url, local_copy_of, temporary_directory
 
@@ -26,7 +27,7 @@ def fetch_checkpoint(url: str) -> Path:
     Raise UserError if there is none, or it cannot be read. Processes of one machine download it once.
     """
     if not url.endswith(".pt"):
-        names = sorted(name for name in Objects(url).list("checkpoints") if name.startswith("checkpoints/step-"))
+        names = in_order(Objects(url).list("checkpoints"))
         if not names:
             raise UserError(
                 f"checkpoint {url}: has no checkpoints/step-*.pt; give a checkpoint file or a run directory"

@@ -7,12 +7,13 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distlenet.storage.lease import LOCKS, Lease
+from distlenet.storage.lease import LOCKS, Lease, LeaseLost
 from distlenet.storage.objects import FIRST_DELAY_S, LONGEST_DELAY_S, Objects, StorageError, retry
+from distlenet.storage.step_names import in_order, step_of
 from distlenet.utils.errors import warn
 from distlenet.utils.files import replace_text
 
@@ -59,7 +60,7 @@ class RunMirror:
         try:
             present = retry(self.objects.list, timeout_s)
             self.uploaded = {name: self.uploaded.get(name, UNKNOWN) for name in present}
-            if not self.lease.current:  # another directory was the last that a job uploaded
+            if not (self.lease.current and self._has_all(present)):  # otherwise only this directory has changed since
                 self._set_aside()
                 retry(lambda: self._download(present), timeout_s)
                 retry(self.lease.set_current, timeout_s)
@@ -88,28 +89,40 @@ class RunMirror:
         ``everything`` includes files that change all the time.
         """
         self.lease.check()
-        steps = sorted(self.directory.glob("checkpoints/step-*.pt"))
-        best = self.directory / "checkpoints" / "best.pt"
+        best, steps = self._checkpoints()
         for path in [*self._other_files(everything), best, *steps[-1:]]:
-            signature, name = signature_of(path), self._object_name(path)
-            if signature is not None and self.uploaded.get(name) != signature:
-                self._upload_file(path, name)
-                self.uploaded[name] = signature
+            if self._is_new(path):
+                self._upload_file(path)
         if steps:
             self._remove_old([self._object_name(path) for path in steps])
         self._save_state()
 
-    def _upload_file(self, path: Path, name: str) -> None:
+    def _checkpoints(self) -> tuple[Path, list[Path]]:
+        """Return the best checkpoint, which may not exist, and all others in the order of their steps."""
+        directory = self.directory / "checkpoints"
+        names = os.listdir(directory) if directory.exists() else ()
+        return directory / "best.pt", [directory / name for name in in_order(names)]
+
+    def _is_new(self, path: Path) -> bool:
+        """Return whether a file exists that is not uploaded."""
+        return signature_of(path) not in (None, self.uploaded.get(self._object_name(path)))
+
+    def _upload_file(self, path: Path) -> None:
+        signature, name = signature_of(path), self._object_name(path)
         try:
             self.objects.upload(path, name)
         except StorageError:
-            if path.exists():  # otherwise a newer file replaces it soon
-                raise
+            if not path.exists():  # a newer one has replaced it
+                return
+            raise
+        if signature is not None:
+            self.uploaded[name] = signature
 
     def _remove_old(self, steps: list[str]) -> None:
         """Keep ``steps``, which are on this disk, and the newest before them, ``keep_last`` in all; remove others."""
-        others = sorted(name for name in self.uploaded if name.startswith("checkpoints/step-") and name not in steps)
-        before = [name for name in others if name < steps[0]]
+        ordered = in_order({*self.uploaded, *steps})
+        others = [name for name in ordered if name not in steps]
+        before = ordered[: ordered.index(steps[0])]
         kept = before[max(0, len(before) + len(steps) - self.keep_last) :]
         for name in set(others) - set(kept):
             self.objects.remove(name)
@@ -136,7 +149,8 @@ class RunMirror:
         """Upload after each new checkpoint, and at the end; the body of the thread."""
         delay = POLL_S
         while not self._closing.wait(delay):
-            if self._has_news():
+            best, steps = self._checkpoints()
+            if any(map(self._is_new, [self.directory / "starts.jsonl", best, *steps[-1:]])):
                 delay = POLL_S if self._try_upload() else min(2 * delay, LONGEST_DELAY_S)
         delay = FIRST_DELAY_S
         while not self._try_upload(everything=True):
@@ -147,19 +161,11 @@ class RunMirror:
         with contextlib.suppress(StorageError):
             self.lease.release()
 
-    def _has_news(self) -> bool:
-        checkpoints = [
-            self.directory / "checkpoints" / "best.pt",
-            *sorted(self.directory.glob("checkpoints/step-*.pt")),
-        ]
-        newest = (self.directory / "starts.jsonl", checkpoints[0], checkpoints[-1])
-        return any(signature_of(p) not in (None, self.uploaded.get(self._object_name(p))) for p in newest)
-
     def _try_upload(self, everything: bool = False) -> bool:
         try:
             self.upload(everything)
         except StorageError as error:
-            if self.failure is None and not self._closing.is_set():
+            if self.failure is None and not self._closing.is_set() and not isinstance(error, LeaseLost):
                 warn(f"{error}; training continues, checkpoints stay in {self.directory} until the store accepts them")
             self.failure = error
         except OSError as error:  # of the local disk
@@ -167,6 +173,13 @@ class RunMirror:
         else:
             self.failure = None
         return self.failure is None
+
+    def _has_all(self, present: Mapping[str, str]) -> bool:
+        """Return whether nothing that is in the store has been removed from this disk, as old temporary files are."""
+        local = {self._object_name(path) for path in self._checkpoints()[1]}
+        newest = in_order(local.union(present))[-1:]
+        needed = filter(_is_downloaded, present)
+        return local.issuperset(newest) and all((self.directory / name).exists() for name in needed)
 
     def _set_aside(self) -> None:
         """Move files of an older state of the run out of the way: another machine has continued it since."""
@@ -179,13 +192,11 @@ class RunMirror:
                 path.replace(aside / path.name)
             warn(f"{self.directory}: is older than {self.objects.url}; its files are moved to {aside}")
 
-    def _download(self, present: dict[str, str]) -> None:
+    def _download(self, present: Mapping[str, str]) -> None:
         """Download the run, of the checkpoints the best and the newest undamaged one."""
-        steps = sorted(name for name in present if name.startswith("checkpoints/step-"))
-        for name in sorted(set(present) - set(steps)):
-            if not name.startswith((f"{LOCKS}/", "logs/")):
-                self._download_file(name)
-        for name in reversed(steps):
+        for name in filter(_is_downloaded, present):
+            self._download_file(name)
+        for name in reversed(in_order(present)):
             self._download_file(name)
             if self.is_intact(self.directory / name):
                 break
@@ -199,6 +210,11 @@ class RunMirror:
     def _save_state(self) -> None:
         state = {"directory": self.lease.directory, "uploaded": self.uploaded}
         replace_text(self.directory / STATE_FILE, json.dumps(state))
+
+
+def _is_downloaded(name: str) -> bool:
+    """Return whether each download includes an object."""
+    return not name.startswith((f"{LOCKS}/", "logs/")) and step_of(name) is None
 
 
 def signature_of(path: Path) -> Signature | None:

@@ -286,6 +286,17 @@ def test_a_machine_that_others_overtook_sets_its_files_aside(url, tmp_path, caps
     assert third.close(WAIT_S) is None
 
 
+def test_a_local_copy_that_lost_files_is_downloaded_again(url, tmp_path):
+    """As the temporary directory of a machine does, which removes old files."""
+    first = start(url, tmp_path / "a")
+    write_run(tmp_path / "a", 1)
+    assert first.close(WAIT_S) is None
+    (tmp_path / "a" / "checkpoints" / "step-00000001.pt").unlink()
+    second = start(url, tmp_path / "a")
+    assert load_checkpoint(tmp_path / "a" / "checkpoints" / "step-00000001.pt")["step"] == 1
+    assert second.close(WAIT_S) is None
+
+
 def test_a_download_that_a_kill_interrupted_is_repeated(server, url, tmp_path):
     first = start(url, tmp_path / "a")
     write_run(tmp_path / "a", 1)
