@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from distlenet.distributed.agent_report import record_failure
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
-from distlenet.distributed.failures import format_failure
+from distlenet.distributed.failures import format_failure, one_line
 from distlenet.distributed.rank_log import dump_stacks_on_signal
+from distlenet.utils.agent_report import forbid_restarts, record_failure
 from distlenet.utils.errors import Preempted, RankError, UserError, print_error, warn
 from distlenet.utils.startup import INTERRUPTED, interrupt, is_first_rank, signal_name
 
@@ -38,6 +38,7 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
             with contextlib.suppress(UserError):
                 env = read_environment(os.environ)
             print_error(format_failure(error, env))
+            record_failure(one_line(error))
         sys.exit(1)
 
 
@@ -84,4 +85,5 @@ def _stop_agent() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         count, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
         if count < limit:
+            forbid_restarts()
             os.kill(os.getppid(), signal.SIGTERM)

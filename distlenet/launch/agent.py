@@ -11,6 +11,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from distlenet.utils.agent_report import restarts_are_forbidden
 from distlenet.utils.errors import warn
 
 USER_ERROR = 2  # exit status of a rank
@@ -47,7 +48,7 @@ def _run(arguments: Namespace, directory: Path) -> int:
         warn(f"rank {rank} {_end_of(failure)}{restarts}; all ranks of this node have ended")
         return max(failure.exitcode, 1)
     except SignalException as error:
-        if error.sigval == signal.SIGTERM and list(directory.rglob("error.json")):  # of a rank that stops the restarts
+        if error.sigval == signal.SIGTERM and restarts_are_forbidden(directory):
             warn(f"a rank exited with status {USER_ERROR}, so it is not restarted; all ranks of this node have ended")
             return USER_ERROR
         warn(f"all ranks of this node have ended after {signal.Signals(error.sigval).name}")

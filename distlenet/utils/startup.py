@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import FrameType
+
+from distlenet.utils.agent_report import rank_has_failed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not SIGUSR1, which NCCL may use
 PREEMPTED = 75  # exit status of a run that stopped on request and can be resumed: EX_TEMPFAIL of BSD's sysexits.h
@@ -52,20 +53,13 @@ def exit_on_ctrl_c() -> None:
 def stop(number: int, _: FrameType | None) -> None:
     """Handle a signal before the first step: nothing has to be saved."""
     status = INTERRUPTED if number == signal.SIGINT else PREEMPTED
-    reported = rank_has_failed()  # then torchrun sends the signal, and the error is the last line on the screen
     line = f"stopped by {signal_name(number)} before the first step; the same command starts again"
-    _end("" if reported else line, status)
+    _end("" if rank_has_failed() else line, status)  # torchrun's agent sends the signal when a rank fails
 
 
 def interrupt(number: int, _: FrameType | None) -> None:
     """Handle Ctrl-C in a command that has nothing to save."""
     _end(f"stopped by {signal_name(number)}", INTERRUPTED)
-
-
-def rank_has_failed(environ: Mapping[str, str] = os.environ) -> bool:
-    """Return whether a rank of this node has given torchrun the reason why it fails; each rank has a directory."""
-    path = environ.get("TORCHELASTIC_ERROR_FILE")
-    return path is not None and any(Path(path).parent.parent.glob(f"*/{Path(path).name}"))
 
 
 def signal_name(number: int) -> str:

@@ -1,5 +1,6 @@
 """Failure reports: which ranks print what."""
 
+import json
 from contextlib import closing
 
 import pytest
@@ -11,6 +12,7 @@ from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.failures import MAX_REPORTS, format_failure, report_failures
 from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.tracebacks import PACKAGE
+from distlenet.utils.agent_report import rank_has_failed
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -50,8 +52,8 @@ def test_a_lost_connection_is_one_line_and_only_if_no_rank_has_failed_before(cap
     env = DistributedEnvironment(rank=0, world_size=20)
     line = format_failure(error_of_gloo(), env, "logs/rank-00000.log")
     assert line == (
-        f"distlenet: {env} lost a connection: Connection closed by peer [10.0.0.2]:2000; another rank has exited "
-        "without a report: killed, out of memory, or its node is down; the log is logs/rank-00000.log"
+        f"distlenet: {env} lost a connection: RuntimeError: Connection closed by peer [10.0.0.2]:2000; another rank "
+        "has exited without a report: killed, out of memory, or its node is down; the log is logs/rank-00000.log"
     )
     with pytest.raises(RuntimeError):
         raise_in_distlenet(store_with_a_failure(), env, error_of_gloo())
@@ -112,6 +114,19 @@ def test_an_exception_of_a_loader_worker_is_shown_without_the_frames_that_raise_
     except IndexError as error:
         lines = format_failure(error, DistributedEnvironment(), "a.log").splitlines()
     assert lines[:2] == ["distlenet: failed; the log is a.log:", "  IndexError: " + text.splitlines()[0]]
+
+
+def test_torchrun_gets_the_first_failure_but_not_a_lost_connection(tmp_path, monkeypatch):
+    """The other ranks, which torchrun ends then, print nothing: the error stays the last line on the screen."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0/error.json"))
+    (tmp_path / "0").mkdir()
+    with pytest.raises(RuntimeError):
+        raise_in_distlenet(HashStore(), DistributedEnvironment(), error_of_gloo())
+    assert not rank_has_failed()
+    fail(HashStore(), 7, MemoryError("none left"))
+    message = json.loads((tmp_path / "0/error.json").read_text())["message"]["message"]
+    assert message.endswith("failed: MemoryError: none left")
+    assert rank_has_failed()
 
 
 def test_without_a_store_every_rank_prints_its_traceback(capsys):
