@@ -129,7 +129,8 @@ def test_after_an_error_of_another_rank_the_end_is_silent(tmp_path):
     files = [tmp_path / f"{rank}/error.json" for rank in (0, 1)]
     for file in files:
         file.parent.mkdir()
-    program = "from distlenet.utils.startup import *\nexit_on_stop_request()\nos.kill(os.getpid(), signal.SIGTERM)"
+    program = "from distlenet.utils.startup import *\nexit_on_stop_request()\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    program += "while True:\n    signal.pause()"
     for lines in (1, 0):
         words, env = (sys.executable, "-c", program), {"TORCHELASTIC_ERROR_FILE": str(files[0])}
         ended = run_command(*words, timeout=30, env=env)
