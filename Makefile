@@ -11,6 +11,7 @@
 # make gpu-bundle                                     fetch what gpu-report needs on a machine without a network
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
 # make test-browser                                   as root on Debian: install Chromium, test the report and the site in it
+# make test-container                                 as root on Debian: install buildah, build launch/Containerfile, train in it
 # make lint, format, coverage                         linters and types; format the code; report untested lines
 # make docs                                           build the documentation site in build/docs; warnings are errors
 # make data, clean                                    download Fashion-MNIST; remove the environment
@@ -22,8 +23,8 @@ ARGS   ?=
 # Processes on this machine: one per GPU, or 2 without a GPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
-.PHONY: help train data check test test-lowest test-cluster test-browser chaos chaos-store coverage fuzz bench
-.PHONY: gpu-report gpu-bundle prove-exact lint format docs clean
+.PHONY: help train data check test test-lowest test-cluster test-browser test-container chaos chaos-store coverage
+.PHONY: fuzz bench gpu-report gpu-bundle prove-exact lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -77,6 +78,11 @@ test-browser: $(VENV)/.installed-dev
 	@command -v chromium > /dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; }
 	DISTLENET_BROWSER=required $(BIN)/pytest tests/browser
+
+test-container: $(VENV)/.installed
+	@{ command -v buildah && command -v debootstrap; } > /dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends buildah debootstrap > /dev/null; }
+	tests/container/build.sh
 
 PROOF := device=cpu distributed.reduction=exact data.name=digits data.augment=shift data.ledger=true optim.lr=0.1 \
   train.global_batch_size=64 distributed.virtual_shards=8

@@ -20,7 +20,7 @@ import psutil
 from distlenet.tracking.base import Record, Tracker
 from distlenet.tracking.mlflow import CLIENT_DEFAULTS, mlflow_tracking_uri
 from distlenet.tracking.priority import process_tree
-from distlenet.tracking.wandb import has_key, wandb_mode
+from distlenet.tracking.wandb import has_key, wandb_mode, writable_directories
 from distlenet.utils.errors import Preempted, UserError, warn
 
 NAMES = {"prometheus": "Prometheus", "wandb": "W&B", "mlflow": "MLflow", "tensorboard": "TensorBoard"}
@@ -73,7 +73,13 @@ class Sidecar(Tracker):
                 stdout=subprocess.DEVNULL,
                 bufsize=0,
                 process_group=0,  # a terminal's Ctrl-C is for the training
-                env={**CLIENT_DEFAULTS, **os.environ, "WANDB_SILENT": "true", "WANDB_MODE": self.wandb_mode},
+                env={
+                    **CLIENT_DEFAULTS,
+                    **os.environ,
+                    **writable_directories(os.environ, self.run_dir / "wandb"),
+                    "WANDB_SILENT": "true",
+                    "WANDB_MODE": self.wandb_mode,
+                },
             )
         except OSError as error:
             warn(f"{self.names}: cannot be started: {error.strerror}; training continues without")

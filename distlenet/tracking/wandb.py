@@ -60,6 +60,18 @@ def base_url(environ: Mapping[str, str]) -> str:
     return saved.get("default", "base_url", fallback="https://api.wandb.ai")
 
 
+def writable_directories(environ: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """Return variables that put the client's files under ``directory`` if the home directory cannot be written."""
+    places = {"WANDB_DATA_DIR": ("XDG_DATA_HOME", ".local/share"), "WANDB_CACHE_DIR": ("XDG_CACHE_HOME", ".cache")}
+    changed = {}
+    for variable, (base, default) in places.items():
+        default_directory = Path(environ.get(base) or _home(environ) / default)
+        existing = next(path for path in (default_directory, *default_directory.parents) if path.exists())
+        if not environ.get(variable) and not (existing.is_dir() and os.access(existing, os.W_OK)):
+            changed[variable] = str(directory.absolute() / default.rpartition("/")[2].lstrip("."))
+    return changed
+
+
 def _home(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("HOME", "~")).expanduser()
 

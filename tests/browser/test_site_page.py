@@ -12,7 +12,17 @@ from conftest import REPO, run_command
 
 pytestmark = pytest.mark.browser
 
-PAGES = ("index", "start", "settings", "architecture", "migration", "troubleshooting", "reference")
+PAGES = (
+    "index",
+    "start",
+    "settings",
+    "architecture",
+    "kubernetes",
+    "containers",
+    "migration",
+    "troubleshooting",
+    "reference",
+)
 
 
 @pytest.fixture(scope="module")

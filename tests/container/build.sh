@@ -2,7 +2,7 @@
 # make test-container: build launch/Containerfile with buildah, and train in the image as its user. Needs root on Debian.
 #
 # No registry of images is needed: debootstrap makes the base. PyTorch and the other packages of .venv are mounted, so that
-# pip finds them installed; that their download works is not tested. Takes a minute or two, and 1 GB of disk.
+# pip finds them installed; their download is not tested. Takes minutes and 1 GB of disk.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -1,5 +1,6 @@
 """The launch and batch scripts: syntax, shellcheck, help and usage errors."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,20 @@ def test_a_usage_error_is_one_line(arguments, message):
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"{script}: {message}"), line
     assert line.endswith("; --help lists all options")
+
+
+def test_both_images_install_the_same_packages():
+    """The commands of %post in the Apptainer definition are those of the last stage of the Containerfile."""
+    stage = (REPO / "launch/Containerfile").read_text().rpartition("\nFROM ")[2]
+    commands = [line.removeprefix("RUN ") for line in stage.splitlines() if line.startswith("RUN pip ")]
+    definition = (REPO / "launch/distlenet.def").read_text()
+    sections = dict(re.findall(r"^%(\w+)\n(.*?)\n(?=%|\Z)", definition, re.MULTILINE | re.DOTALL))
+    assert len(commands) == 2
+    post = sections["post"].replace("{{ TORCH_INDEX }}", "${TORCH_INDEX}").replace("/opt/distlenet/", "/wheel/")
+    assert [line.strip() for line in post.splitlines() if line.strip()] == commands
+    assert re.search(r"^ARG (TORCH_INDEX=.*)", stage, re.MULTILINE)[1] == sections["arguments"].strip()
+    base = re.search(r"^ARG BASE=docker.io/library/(.*)", (REPO / "launch/Containerfile").read_text(), re.MULTILINE)[1]
+    assert f"\nFrom: {base}\n" in definition
 
 
 @pytest.fixture
