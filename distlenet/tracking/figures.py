@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Callable
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -34,9 +35,9 @@ def mistakes_figure(details: Record) -> Figure:
     return figure
 
 
-def to_png(figure: Figure) -> tuple[int, int, bytes]:
-    """Return a figure's width and height in pixels, and its PNG."""
+def to_png(draw: Callable[[Record], Figure], details: Record) -> tuple[int, int, bytes]:
+    """Draw a figure of ``details``; return its width and height in pixels, and its PNG."""
     file = io.BytesIO()
     with mpl.rc_context({"text.parse_math": False}):  # names of classes may contain dollar signs
-        figure.savefig(file, format="png", dpi=150)
+        draw(details).savefig(file, format="png", dpi=150)
     return *Image.open(file).size, file.getvalue()

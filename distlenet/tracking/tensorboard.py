@@ -73,12 +73,12 @@ class TensorBoard:
 
         from distlenet.tracking.figures import confusion_figure, mistakes_figure, to_png
 
-        figures = {"test/confusion": (confusion_figure(details), "Test images by label and predicted class")}
+        figures = {"test/confusion": (confusion_figure, "Test images by label and predicted class")}
         if details["mistakes"]:
             description = "Label → prediction, confidence, index in the test set"
-            figures["test/most_confident_mistakes"] = (mistakes_figure(details), description)
-        for tag, (figure, description) in figures.items():
-            width, height, png = to_png(figure)
+            figures["test/most_confident_mistakes"] = (mistakes_figure, description)
+        for tag, (draw, description) in figures.items():
+            width, height, png = to_png(draw, details)
             metadata = create_summary_metadata("", description)
             value = self.make_value(tag, metadata, [str(width).encode(), str(height).encode(), png])
             self._write(Summary(value=[value]), step)

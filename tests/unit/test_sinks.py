@@ -153,7 +153,7 @@ def test_tensorboard_has_the_confusion_matrix_and_the_mistakes_as_images(tmp_pat
     pytest.importorskip("tensorboard")
     image = encode_png(torch.arange(12, dtype=torch.uint8).view(3, 4))
     mistakes = [{"index": i, "label": 0, "predicted": 1, "confidence": 0.9, "png": image} for i in range(7)]
-    details = {"classes": ["$cat", "dog"], "confusion": [[3, 7], [0, 1]], "mistakes": mistakes}
+    details = {"classes": [r"$\frac$", "dog"], "confusion": [[3, 7], [0, 1]], "mistakes": mistakes}
 
     def images(outcome, details):
         TensorBoard(tmp_path, RUN_SETTINGS).finish(outcome, {"steps": 6}, details)
