@@ -82,12 +82,16 @@ class Lease:
     def set_current(self) -> None:
         """Record that the directory has everything that is in the store. Raise StorageError."""
         self.current = True
+        self.renew()
+
+    def renew(self) -> None:
+        """Write the lock object. Raise StorageError."""
         self.objects.write(self._name(), self._content())
 
     def check(self) -> None:
         """Raise LeaseLost if another job has taken the run, StorageError if the store cannot be read."""
-        _, content = self._newest()
-        if content.get("nonce") != self.nonce:
+        number, content = self._newest()
+        if number and content.get("nonce") != self.nonce:  # 0: somebody removed the lock, the next renewal restores it
             raise LeaseLost(
                 f"the job on {content.get('host')}, which took over {self.objects.url} while this job did not reach it"
             )
@@ -103,11 +107,18 @@ class Lease:
 
     def _newest(self) -> tuple[int, dict[str, Any]]:
         """Return the number and the content of the newest lock object; 0 and nothing if there is none."""
-        names = sorted(self.objects.list(LOCKS))
-        if not names:
+        numbers = [int(name) for path in self.objects.list(LOCKS) if (name := path.rpartition("/")[2]).isdecimal()]
+        if not numbers:
             return 0, {}
-        content = json.loads(self.objects.read(names[-1]))
-        return int(names[-1].rpartition("/")[2]), content
+        try:
+            content = json.loads(self.objects.read(f"{LOCKS}/{max(numbers):08d}"))
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):  # another job has just replaced it
+                return self._newest()
+            raise
+        except ValueError:  # damaged: it expires
+            content = {}
+        return max(numbers), content if isinstance(content, dict) else {}
 
     def _expires(self, number: int, content: dict[str, Any], deadline: float) -> bool:
         """Wait until the lock has not changed for ``expires_s``; return False if it is released or replaced."""
@@ -146,7 +157,7 @@ class Lease:
         while not self._stop.wait(self.renew_s):
             try:
                 self.check()
-                self.objects.write(self._name(), self._content())
+                self.renew()
             except LeaseLost as error:
                 lost(str(error))
                 return

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distlenet.storage.lease import LOCKS, Lease, LeaseLost
+from distlenet.storage.lease import Lease, LeaseLost
 from distlenet.storage.objects import FIRST_DELAY_S, LONGEST_DELAY_S, Objects, StorageError, retry
 from distlenet.storage.step_names import in_order, step_of
 from distlenet.utils.errors import warn
-from distlenet.utils.files import replace_text
+from distlenet.utils.files import convert_io_errors, replace_text
 
 STATE_FILE = ".mirror.json"
 STALE = ".stale"
@@ -48,8 +48,14 @@ class RunMirror:
 
         A run that another job is writing is awaited for ``patience_s``, and a store that does not answer for
         ``timeout_s``. ``lost`` is called with an explanation if another job takes over the run later. Raise
-        StorageError.
+        StorageError, or UserError if the directory cannot be written.
         """
+        with convert_io_errors(self.directory):
+            self._open(patience_s, timeout_s, lost)
+        self._thread = threading.Thread(target=self._follow, name="upload", daemon=True)
+        self._thread.start()
+
+    def _open(self, patience_s: float, timeout_s: float, lost: Callable[[str], None]) -> None:
         saved: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             saved = json.loads((self.directory / STATE_FILE).read_text())
@@ -61,6 +67,7 @@ class RunMirror:
             present = retry(self.objects.list, timeout_s)
             self.uploaded = {name: self.uploaded.get(name, UNKNOWN) for name in present}
             if not (self.lease.current and self._has_all(present)):  # otherwise only this directory has changed since
+                retry(self._rename, timeout_s)
                 self._set_aside()
                 retry(lambda: self._download(present), timeout_s)
                 retry(self.lease.set_current, timeout_s)
@@ -69,18 +76,21 @@ class RunMirror:
                 self.lease.release()
             raise
         self._save_state()
-        self._thread = threading.Thread(target=self._follow, name="upload", daemon=True)
-        self._thread.start()
 
-    def close(self, timeout_s: float) -> StorageError | None:
-        """Upload everything, and release the run; return why that failed, or was not done in ``timeout_s``."""
+    def close(self, timeout_s: float, seconds_left: Callable[[], float] = lambda: math.inf) -> StorageError | None:
+        """Upload everything, and release the run.
+
+        Return why that failed, or was not done in ``timeout_s``, or before ``seconds_left()`` was 0.
+        """
         if self._thread is None:
             return None
-        self._deadline = time.monotonic() + timeout_s
+        start = time.monotonic()
+        self._deadline = start + timeout_s
         self._closing.set()
-        self._thread.join(timeout_s)
+        while self._thread.is_alive() and (left := min(self._deadline - time.monotonic(), seconds_left())) > 0:
+            self._thread.join(min(left, 1.0))
         if self._thread.is_alive():
-            return self.failure or StorageError(f"{self.objects.url}: not done within {timeout_s:.3g} s")
+            return self.failure or StorageError(f"{self.objects.url}: not done in {time.monotonic() - start:.3g} s")
         return self.failure
 
     def upload(self, everything: bool = False) -> None:
@@ -93,7 +103,7 @@ class RunMirror:
         for path in [*self._other_files(everything), best, *steps[-1:]]:
             if self._is_new(path):
                 self._upload_file(path)
-        if steps:
+        if steps and self._object_name(steps[-1]) in self.uploaded:
             self._remove_old([self._object_name(path) for path in steps])
         self._save_state()
 
@@ -108,6 +118,7 @@ class RunMirror:
         return signature_of(path) not in (None, self.uploaded.get(self._object_name(path)))
 
     def _upload_file(self, path: Path) -> None:
+        self.lease.check()  # before each file: the job may have been suspended during the one before
         signature, name = signature_of(path), self._object_name(path)
         try:
             self.objects.upload(path, name)
@@ -119,12 +130,15 @@ class RunMirror:
             self.uploaded[name] = signature
 
     def _remove_old(self, steps: list[str]) -> None:
-        """Keep ``steps``, which are on this disk, and the newest before them, ``keep_last`` in all; remove others."""
+        """Keep the ``keep_last`` newest checkpoints that are in the store; ``steps`` are on this disk.
+
+        One that is not before them, and not on this disk, is damaged: remove it.
+        """
         ordered = in_order({*self.uploaded, *steps})
-        others = [name for name in ordered if name not in steps]
         before = ordered[: ordered.index(steps[0])]
-        kept = before[max(0, len(before) + len(steps) - self.keep_last) :]
-        for name in set(others) - set(kept):
+        stored = [name for name in ordered if name in self.uploaded]
+        undamaged = [name for name in stored if name in before or name in steps]
+        for name in set(stored) - set(undamaged[-self.keep_last :]):
             self.objects.remove(name)
             del self.uploaded[name]
 
@@ -181,6 +195,12 @@ class RunMirror:
         needed = filter(_is_downloaded, present)
         return local.issuperset(newest) and all((self.directory / name).exists() for name in needed)
 
+    def _rename(self) -> None:
+        """Change the identity of the directory, so that no run of another store takes its files for its own."""
+        self.lease.directory = secrets.token_hex(8)
+        self._save_state()
+        self.lease.renew()
+
     def _set_aside(self) -> None:
         """Move files of an older state of the run out of the way: another machine has continued it since."""
         kept = (".lock", STATE_FILE, STALE)
@@ -214,7 +234,7 @@ class RunMirror:
 
 def _is_downloaded(name: str) -> bool:
     """Return whether each download includes an object."""
-    return not name.startswith((f"{LOCKS}/", "logs/")) and step_of(name) is None
+    return not name.startswith((".", "logs/")) and step_of(name) is None
 
 
 def signature_of(path: Path) -> Signature | None:

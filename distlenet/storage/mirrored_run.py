@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distlenet.storage.mirror import RunMirror
 from distlenet.storage.objects import Objects, StorageError
-from distlenet.utils.errors import UserError, warn
+from distlenet.utils.errors import Preempted, UserError, warn
 
 
 @contextmanager
@@ -20,8 +20,9 @@ def mirrored_run(
 ) -> Iterator[None]:
     """Lock and download a run for the block, upload what the block writes, and release the run.
 
-    After an exception, the upload may take ``seconds_left()``, else ``timeout_s``. Raise UserError if the run cannot be
-    read or another job writes it, and at the end if not everything is uploaded. See ``RunMirror.open``.
+    The upload at the end may take ``timeout_s``, and never more than ``seconds_left()``, which a stop request shortens;
+    after an exception only that. Raise UserError if the run cannot be read or another job writes it, and at the end if
+    not everything is uploaded; Preempted if a stop request is the reason. See ``RunMirror.open``.
     """
     mirror.open(patience_s, timeout_s, lost)
     copy = f"{mirror.directory} on {socket.gethostname()}"
@@ -31,8 +32,9 @@ def mirrored_run(
         if failure := mirror.close(seconds_left()):
             warn(f"{failure}; the newest files are in {copy}: if the same command runs there, it resumes from them")
         raise
-    if failure := mirror.close(timeout_s):
-        raise UserError(f"{failure}; the complete run is in {copy}: the same command there uploads it")
+    if failure := mirror.close(timeout_s, seconds_left):
+        error = UserError if seconds_left() > 0 else Preempted
+        raise error(f"{failure}; the complete run is in {copy}: the same command there uploads it")
 
 
 def upload_report(url: str, run_dir: Path) -> None:

@@ -51,8 +51,14 @@ class Objects:
         """Return the objects in the directory ``prefix``, at any depth: by name, what identifies their content."""
         with self._convert_errors(prefix):
             found = self.fs.find(self._path(prefix), detail=True, refresh=True)
-            names = {path.removeprefix(self.root).strip("/"): entry for path, entry in found.items()}
-            return {name: str(entry.get("ETag", entry.get("etag", entry["size"]))) for name, entry in names.items()}
+            return {
+                name: str(entry.get("ETag", entry.get("etag", entry["size"])))
+                for path, entry in found.items()
+                # without the empty objects that consoles make for directories, and names outside the directory
+                if (name := path.removeprefix(self.root).strip("/"))
+                and path == self._path(name)
+                and ".." not in name.split("/")
+            }
 
     def read(self, name: str) -> bytes:
         """Return the content of an object."""

@@ -16,7 +16,7 @@ from distlenet.storage.lease import Lease, LeaseLost
 from distlenet.storage.mirror import RunMirror
 from distlenet.storage.mirrored_run import mirrored_run
 from distlenet.storage.objects import Objects, StorageError, retry
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import Preempted, UserError
 from distlenet.utils.urls import is_url, local_copy_of
 
 pytestmark = pytest.mark.unit
@@ -37,6 +37,7 @@ def url(server, monkeypatch, tmp_path, request):
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()  # it may be of another server
+    monkeypatch.setattr("distlenet.storage.mirror.POLL_S", 3600.0)  # tests say when to upload
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     server.fail()
@@ -379,3 +380,120 @@ def test_missing_runs(url):
         find_checkpoint(f"{url}/checkpoints/best.pt")
     with pytest.raises(UserError, match="has no files"):
         fetch_run(url)
+
+
+# ---- defects that attacks found
+
+
+def test_a_file_that_is_gone_before_it_is_uploaded_does_not_count(server, url, tmp_path, monkeypatch):
+    """A newer checkpoint has replaced it on the disk: the store keeps the older one until that is uploaded."""
+    mirror = start(url, tmp_path / "a", keep_last=1)
+    write_run(tmp_path / "a", 1, keep_last=1)
+    mirror.upload()
+    write_run(tmp_path / "a", 2, keep_last=1)
+
+    def fail(path, name):
+        if "step-" in name:
+            write_run(tmp_path / "a", 3, keep_last=1)
+            raise StorageError("cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror.objects, "upload", fail)
+        mirror.upload()
+    assert "checkpoints/step-00000001.pt" in names(url)
+    assert mirror.close(WAIT_S) is None
+    assert [name for name in names(url) if "step-" in name] == ["checkpoints/step-00000003.pt"]
+
+
+def test_the_store_keeps_checkpoints_that_are_in_it(url, tmp_path):
+    """Checkpoints that only the disk has, because uploads are slower than writes, replace none of the store."""
+    mirror = start(url, tmp_path / "a")
+    for step in (1, 2):
+        write_run(tmp_path / "a", step)
+        mirror.upload()
+    for step in (3, 4, 5):
+        write_run(tmp_path / "a", step)
+    mirror.upload()
+    steps = [name for name in names(url) if "step-" in name]
+    assert steps == ["checkpoints/step-00000002.pt", "checkpoints/step-00000005.pt"]
+    assert mirror.close(WAIT_S) is None
+
+
+def test_a_job_that_loses_the_run_during_an_upload_stops_uploading(url, tmp_path):
+    first = start(url, tmp_path / "a")
+    write_run(tmp_path / "a", 1)
+    upload = first.objects.upload
+
+    def suspended(path, name):
+        upload(path, name)
+        Objects(url).write(".locks/00000002", json.dumps({"nonce": "other", "host": "other"}).encode())
+
+    first.objects.upload = suspended
+    assert isinstance(first.close(WAIT_S), LeaseLost)
+    assert names(url) == ["metrics.jsonl"]
+
+
+def test_a_lock_that_somebody_removed_is_not_a_lost_run(url, tmp_path):
+    first = start(url, tmp_path / "a")
+    Objects(url).remove(".locks/00000001")
+    write_run(tmp_path / "a", 1)
+    assert first.close(WAIT_S) is None
+    assert "checkpoints/step-00000001.pt" in names(url)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]"])
+def test_a_damaged_lock_expires(url, content):
+    Objects(url).write(".locks/00000007", content)
+    job = lease(url, "a", expires_s=0.1)
+    job.acquire(0.0, refuse_loss)
+    assert job.number == 8
+    job.release()
+
+
+def test_a_directory_that_two_stores_share_is_set_aside(url, tmp_path):
+    """For example s3://b/x and s3://b//x, or a bucket of the same name on two servers."""
+    for number, where in enumerate((url, f"{url}-other"), 1):
+        mirror = start(where, tmp_path / "a")
+        write_run(tmp_path / "a", number)
+        assert mirror.close(WAIT_S) is None
+    again = start(url, tmp_path / "a")
+    steps = [path.name for path in (tmp_path / "a" / "checkpoints").glob("step-*")]
+    assert steps == ["step-00000001.pt"]
+    assert again.close(WAIT_S) is None
+
+
+def test_objects_that_others_put_there_are_not_downloaded(server, url, tmp_path):
+    """A console makes an empty object for a directory; a name with .. would leave the local directory."""
+    import boto3
+
+    client, key = boto3.client("s3"), url.removeprefix("s3://runs/")
+    for name in ("", "checkpoints/", "a/../../outside", ".mirror.json"):
+        client.put_object(Bucket="runs", Key=f"{key}/{name}", Body=b"" if name.endswith("/") else b"x")
+    mirror = start(url, tmp_path / "a")
+    write_run(tmp_path / "a", 1)
+    assert mirror.close(WAIT_S) is None
+    assert not (tmp_path / "outside").exists()
+    second = start(url, tmp_path / "b")
+    assert second.close(WAIT_S) is None
+    fetch_run(url)
+
+
+def test_a_local_directory_that_is_full_is_an_error(url, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("distlenet.storage.mirror.replace_text", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        start(url, tmp_path / "a")
+
+
+def test_a_stop_request_ends_the_last_upload(server, url, tmp_path):
+    """A scheduler that ends the job while it waits for the store does not wait long."""
+    left = iter([0.2])
+    mirror = RunMirror(url, tmp_path / "a", 2, is_intact)
+    (tmp_path / "a").mkdir()
+    with (
+        pytest.raises(Preempted, match="the complete run is in"),
+        mirrored_run(mirror, 0.0, 10 * WAIT_S, lambda: next(left, 0.0), refuse_loss),
+    ):
+        server.fail(kind="slow", seconds=20.0)
