@@ -181,7 +181,7 @@ def train_with_kills(store: Store, machines: Machines, directory: Path) -> None:
     finally:
         machines.kill(*machines.jobs)
     print(f"kills: {sent}")
-    run_torchrun(2, "-m", "distlenet.train", *SETTINGS, f"run.dir={directory}").succeeded()
+    run_torchrun(2, "-m", "distlenet.train", *SETTINGS, f"run.dir={directory}", timeout=120 + 20 * KILLS).succeeded()
     newest = CheckpointStore(directory / "run/checkpoints", keep_last=1).newest()
     assert newest is not None
     stored = store.get(f"checkpoints/{newest.name}")
