@@ -20,6 +20,7 @@ ERRORS = {
     "error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "busy": (503, "SlowDown", "Please reduce your request rate."),
     "wrong_key": (403, "InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist in our records."),
+    "exists": (412, "PreconditionFailed", "At least one of the pre-conditions you specified did not hold"),
     "full": (507, "QuotaExceeded", "The bucket has no space left."),
 }
 

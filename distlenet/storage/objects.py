@@ -76,8 +76,11 @@ class Objects:
         with self._convert_errors(name):
             try:
                 self.fs.pipe_file(self._path(name), content, mode="create")
-            except FileExistsError:
-                return False
+            except OSError as error:
+                answer = getattr(error.__cause__, "response", {}).get("Error", {})  # some servers name no condition
+                if isinstance(error, FileExistsError) or answer.get("Code") == "PreconditionFailed":
+                    return False
+                raise
             return True
 
     def upload(self, path: Path, name: str) -> None:

@@ -113,6 +113,8 @@ def test_an_object_is_created_once(server, url):
     assert objects.create("x", b"first")
     assert not objects.create("x", b"second")
     assert objects.read("x") == b"first"
+    server.fail(kind="exists", method="PUT")  # as servers answer that do not say which condition
+    assert not objects.create("x", b"third")
 
 
 def test_a_wrong_key_fails_at_once_and_says_so(server, url):
