@@ -45,9 +45,10 @@ test: $(VENV)/.installed-dev lint
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/ranks
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/fake_cuda
 
-# The site is the same with any version of the packages, and its tests need the extra docs.
+# Without the tests of the site, which need the extra docs, and the fuzz tests, a quarter of the time.
 test-lowest: $(LOWEST)/.installed
-	DISTLENET_VERSIONS=lowest $(LOWEST)/bin/pytest --numprocesses=2 --dist=worksteal --ignore=tests/unit/test_site.py tests/unit
+	DISTLENET_VERSIONS=lowest $(LOWEST)/bin/pytest --numprocesses=2 --dist=worksteal tests/unit \
+	  --ignore=tests/unit/test_site.py --ignore=tests/unit/test_fuzz.py
 
 chaos: $(VENV)/.installed
 	@$(BIN)/python benchmarks/chaos.py $(ARGS)
@@ -108,6 +109,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources launch/*.sh slurm/*.sbatch slurm/*.sh
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

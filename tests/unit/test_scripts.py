@@ -1,8 +1,6 @@
-"""The launch and batch scripts: syntax, shellcheck, help and usage errors."""
+"""The launch and batch scripts: syntax, help and usage errors; make lint runs shellcheck on them."""
 
 import re
-import shutil
-import subprocess
 import sys
 
 import pytest
@@ -14,11 +12,8 @@ SCRIPTS = sorted([*REPO.glob("launch/*.sh"), *REPO.glob("slurm/*.sbatch"), *REPO
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_bash_and_shellcheck_accept_the_script(script):
+def test_bash_accepts_the_script(script):
     run_command("bash", "-n", script).succeeded()
-    if shutil.which("shellcheck") is not None:  # from the extra ``dev``
-        result = subprocess.run(["shellcheck", "-x", script], cwd=REPO, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("name", ["local.sh", "node.sh"])
