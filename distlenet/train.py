@@ -31,7 +31,6 @@ from distlenet.distributed.environment import read_environment
 from distlenet.distributed.preemption import Preemption
 from distlenet.distributed.shared_directory import warn_if_not_shared
 from distlenet.reduction.batch_size import micro_batch_size
-from distlenet.storage.fetch import private_directory
 from distlenet.storage.mirror import RunMirror
 from distlenet.storage.mirrored_run import mirrored_run, upload_report
 from distlenet.task import Task
@@ -46,7 +45,6 @@ from distlenet.training.starts import is_restart, process_age_s
 from distlenet.training.trainer import Trainer
 from distlenet.utils.callable_module import make_callable
 from distlenet.utils.errors import UserError, warn
-from distlenet.utils.urls import temporary_directory
 
 REPORT_TIMEOUT_S = 120.0
 """Seconds that writing a report may take."""
@@ -101,8 +99,6 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
     config = with_wandb_variables(config, os.environ)
     check_modules(config)
     run_dir, url = run_directory(config), run_url(config)
-    if url is not None and config.run.local_dir is None:
-        private_directory(temporary_directory())
     with ExitStack() as stack:
         preemption = stack.enter_context(closing(Preemption(config.checkpoint.preemption_grace_s)))
         locks = stack.enter_context(ExitStack())  # released after everything is written, the log of this rank, too
@@ -110,6 +106,11 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
         context = stack.enter_context(init_distributed(config, run_dir))
         rank_0 = context.env.rank == 0
         micro_batch_size(config, context.env.world_size)  # before the data: it is the most frequent mistake
+        if config.data.ledger and url is not None and context.env.local_world_size < context.env.world_size:
+            raise UserError(
+                "data.ledger=true: several nodes need a run.dir on a shared disk, not in an object store; give such a "
+                "run.dir, or data.ledger=false"
+            )
         with raise_on_all_ranks():
             if rank_0 and config.checkpoint.resume not in ("auto", "never"):
                 find_checkpoint(config.checkpoint.resume)
@@ -122,8 +123,6 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
         context.log.open(run_dir)
         if url is None:
             warn_if_not_shared(run_dir, context.env.rank)  # collective
-        elif config.data.ledger and context.env.local_world_size < context.env.world_size:
-            raise UserError("data.ledger=true: several nodes write it to a shared disk; give run.dir a directory")
         with raise_on_all_ranks():
             consoles = [make_console(config.run.console), History(run_dir, to_yaml(config)), sidecar] if rank_0 else []
         tracker = stack.enter_context(closing(Trackers(consoles)))
@@ -139,7 +138,7 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
 
 
 def make_sidecar(config: Config, run_dir: Path, preemption: Preemption) -> Sidecar:
-    """Create the tracker that sends records to W&B; on rank 0, start its process, which imports for seconds.
+    """Create the sidecar; on rank 0, start its process, whose imports take seconds.
 
     Raise UserError, on every rank, if a package that the settings require is missing.
     """

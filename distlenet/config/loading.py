@@ -115,6 +115,8 @@ def _check_combinations(config: Config) -> None:
     """Raise UserError for what the type and the range of one value do not cover."""
     if (name := config.run.name) is not None and (name in ("", "..") or Path(name).name != name):
         raise UserError(f"run.name={name}: expected the name of one directory; its parent is run.dir")
+    if re.match(r"\w+:/", config.run.dir) and not is_url(config.run.dir):
+        raise UserError(f"run.dir={config.run.dir}: expected a directory, or a URL such as s3://bucket/prefix")
     project = config.wandb.project
     if project is not None and (not 0 < len(project) <= 128 or set("/\\#?%:") & set(project)):
         raise UserError(f"wandb.project={project[:200]}: expected 1 to 128 characters, without /\\#?%:")

@@ -1,4 +1,4 @@
-"""Whether all nodes of a job see the same run directory."""
+"""Check that all nodes of a job see the same run directory."""
 
 import os
 import secrets
@@ -26,14 +26,15 @@ def hosts_without(directory: Path, rank: int, hosts: Sequence[str]) -> list[str]
     while not (visible := token.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     found = gather_on_rank_0(visible)  # collective
-    if rank == 0:
-        with suppress(OSError):
-            os.unlink(token)
-    return sorted({host for host, visible in zip(hosts, found, strict=False) if not visible})
+    if rank != 0:
+        return []
+    with suppress(OSError):
+        os.unlink(token)
+    return sorted({host for host, sees_it in zip(hosts, found, strict=True) if not sees_it})
 
 
 def warn_if_not_shared(directory: Path, rank: int) -> None:
-    """Warn, on rank 0, if a node does not see its run directory: a restart may then start anew. A collective."""
+    """Warn, on rank 0, if a node does not see its run directory: a restart may lose the checkpoints. A collective."""
     if hosts := hosts_without(directory, rank, hosts_of_ranks()):
         warn(
             f"run directory {directory}: is not shared with {', '.join(hosts[:8])}; only the node of rank 0 has the "

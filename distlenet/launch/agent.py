@@ -1,6 +1,7 @@
 """torchrun's agent, whose report of a failure is one line: the ranks have printed the reason before."""
 
 import logging
+import os
 import signal
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from distlenet.utils.agent_report import restarts_are_forbidden
+from distlenet.utils.agent_report import NO_RESTARTS_FILE, restarts_are_forbidden
 from distlenet.utils.errors import warn
 
 USER_ERROR = 2  # exit status of a rank
@@ -31,24 +32,25 @@ def run_agent(words: Sequence[str] | None = None) -> int:
     with TemporaryDirectory(prefix="distlenet-agent-") as directory:
         if not writes_logs(arguments):
             arguments.log_dir = directory  # else torchrun makes a directory that it does not remove
-        return _run(arguments, Path(directory))
+        os.environ[NO_RESTARTS_FILE] = str(Path(directory) / "no-restarts")
+        return _run(arguments)
 
 
 def writes_logs(arguments: Namespace) -> bool:
-    """Return whether torchrun's log directory contains what the user wants to keep."""
+    """Return whether the user asked torchrun for logs."""
     return arguments.log_dir is not None or arguments.redirects != "0" or arguments.tee != "0"
 
 
-def _run(arguments: Namespace, directory: Path) -> int:
+def _run(arguments: Namespace) -> int:
     try:
         run.run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         restarts = f" after {arguments.max_restarts} restarts" if arguments.max_restarts else ""
-        warn(f"rank {rank} {_end_of(failure)}{restarts}; all ranks of this node have ended")
+        warn(f"rank {rank} {_describe_exit(failure)}{restarts}; all ranks of this node have ended")
         return max(failure.exitcode, 1)
     except SignalException as error:
-        if error.sigval == signal.SIGTERM and restarts_are_forbidden(directory):
+        if error.sigval == signal.SIGTERM and restarts_are_forbidden():
             warn(f"a rank exited with status {USER_ERROR}, so it is not restarted; all ranks of this node have ended")
             return USER_ERROR
         warn(f"all ranks of this node have ended after {signal.Signals(error.sigval).name}")
@@ -56,7 +58,7 @@ def _run(arguments: Namespace, directory: Path) -> int:
     return 0
 
 
-def _end_of(failure: ProcessFailure) -> str:
+def _describe_exit(failure: ProcessFailure) -> str:
     """Return how a rank ended."""
     if failure.exitcode < 0:
         return f"was killed by {failure.signal_name()}"

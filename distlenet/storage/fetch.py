@@ -1,7 +1,6 @@
 """Read a run that is in an object store: download what a command needs."""
 
 import hashlib
-import os
 from pathlib import Path
 
 from filelock import FileLock
@@ -11,14 +10,6 @@ from distlenet.storage.objects import Objects
 from distlenet.storage.step_names import in_order
 from distlenet.utils.errors import UserError
 from distlenet.utils.urls import is_url, join_url, local_copy_of, temporary_directory
-
-
-def private_directory(path: Path) -> Path:
-    """Make a directory that only this user can read. Raise UserError if another user made it."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.is_symlink() or path.stat().st_uid != os.getuid():
-        raise UserError(f"{path}: belongs to another user; set TMPDIR, or give run.local_dir")
-    return path
 
 
 def fetch_checkpoint(url: str) -> Path:
@@ -48,7 +39,7 @@ def fetch_checkpoint(url: str) -> Path:
 
 
 def fetch_run(url: str) -> Path:
-    """Return a local copy of the run ``url``, without its checkpoints; the path itself, if it is not a URL.
+    """Return a local copy of the run ``url``, without its checkpoints; ``Path(url)`` if it is no URL.
 
     Raise UserError if it cannot be read.
     """
@@ -65,6 +56,6 @@ def fetch_run(url: str) -> Path:
 
 def _cache(url: str) -> Path:
     """Return the directory for copies of what is in ``url``."""
-    directory = local_copy_of(url, private_directory(temporary_directory()) / "fetched")
+    directory = local_copy_of(url, temporary_directory() / "fetched")
     directory.mkdir(parents=True, exist_ok=True)
     return directory

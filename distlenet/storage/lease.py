@@ -56,8 +56,8 @@ class Lease:
     def acquire(self, patience_s: float, lost: Callable[[str], None]) -> None:
         """Take the lock, and set ``current``.
 
-        A lock that another job renews is awaited for ``patience_s``. From now on a thread renews this one; it calls
-        ``lost`` with an explanation if another job takes it. Raise StorageError if another job is writing.
+        Wait up to ``patience_s`` for a lock that another job renews. From now on a thread renews this one; it calls
+        ``lost`` with the cause if another job takes it. Raise StorageError if another job is writing.
         """
         deadline = time.monotonic() + patience_s
         while True:
@@ -93,11 +93,12 @@ class Lease:
         number, content = self._newest()
         if number and content.get("nonce") != self.nonce:  # 0: somebody removed the lock, the next renewal restores it
             raise LeaseLost(
-                f"the job on {content.get('host')}, which took over {self.objects.url} while this job did not reach it"
+                f"{self.objects.url}: the job on {content.get('host')} has taken over this run, since this job could "
+                "not reach the store"
             )
 
     def release(self) -> None:
-        """Let other jobs take the lock at once, if it is still this job's. Raise StorageError."""
+        """Let other jobs take the lock at once, if this job still holds it. Raise StorageError."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
@@ -123,8 +124,8 @@ class Lease:
     def _expires(self, number: int, content: dict[str, Any], deadline: float) -> bool:
         """Wait until the lock has not changed for ``expires_s``; return False if it is released or replaced."""
         warn(
-            f"{self.objects.url}: waits up to {self.expires_s:.0f} s for a sign of the job on {content.get('host')}, "
-            "which has not released this run"
+            f"{self.objects.url}: the job on {content.get('host')} holds this run; waiting up to "
+            f"{self.expires_s:.0f} s to see whether it is alive"
         )
         unchanged_since = time.monotonic()
         while time.monotonic() < unchanged_since + self.expires_s:
@@ -158,8 +159,8 @@ class Lease:
             try:
                 self.check()
                 self.renew()
-            except LeaseLost as error:
-                lost(str(error))
+            except LeaseLost:
+                lost("another job, which has taken over the run,")
                 return
             except StorageError:
                 continue  # the upload of a checkpoint reports it

@@ -19,7 +19,7 @@ from distlenet.utils.files import convert_io_errors, replace_text
 
 STATE_FILE = ".mirror.json"
 STALE = ".stale"
-POLL_S = 1.0  # between two looks at the local directory
+POLL_S = 1.0  # seconds between checks of the local directory
 
 Signature = tuple[int, int]
 """Size and time of the last change of a local file, which together change with its content."""
@@ -32,23 +32,24 @@ class RunMirror:
 
     Files are uploaded when there is a new checkpoint: first the others, so that no checkpoint is ahead of its history,
     then ``best.pt``, then the newest ``step-*.pt``. If that fails, training continues, and the thread tries again.
-    Rank 0 only. Files whose names begin with a dot are not mirrored, and of W&B's only offline runs.
+    Rank 0 only. Files whose names begin with a dot are not mirrored. Of W&B's files, only offline runs are.
     """
 
     def __init__(self, url: str, directory: Path, keep_last: int, is_intact: Callable[[Path], bool]) -> None:
-        """Mirror ``directory``, of whose checkpoints ``keep_last`` are kept; ``is_intact`` checks one of them."""
+        """Mirror ``directory``, and keep ``keep_last`` checkpoints in the store; ``is_intact`` checks one of them."""
         self.objects, self.directory, self.keep_last, self.is_intact = Objects(url), directory, keep_last, is_intact
         self.uploaded: dict[str, Signature] = {}  # by the name of the object
         self.failure: StorageError | None = None  # of the last upload
+        self._complete = False  # whether the last upload has ended, with success or not
         self._closing, self._deadline = threading.Event(), math.inf
         self._thread: threading.Thread | None = None
 
     def open(self, patience_s: float, timeout_s: float, lost: Callable[[str], None]) -> None:
         """Lock the run for this job, and make ``directory``, which this job has locked, the newest state of the run.
 
-        A run that another job is writing is awaited for ``patience_s``, and a store that does not answer for
-        ``timeout_s``. ``lost`` is called with an explanation if another job takes over the run later. Raise
-        StorageError, or UserError if the directory cannot be written.
+        Wait up to ``patience_s`` for a run that another job is writing, and up to ``timeout_s`` for a store that does
+        not answer. ``lost`` is called with the cause if another job takes over the run later. Raise StorageError, or
+        UserError if the directory cannot be written.
         """
         with convert_io_errors(self.directory):
             self._open(patience_s, timeout_s, lost)
@@ -89,7 +90,7 @@ class RunMirror:
         self._closing.set()
         while self._thread.is_alive() and (left := min(self._deadline - time.monotonic(), seconds_left())) > 0:
             self._thread.join(min(left, 1.0))
-        if self._thread.is_alive():
+        if not self._complete:
             return self.failure or StorageError(f"{self.objects.url}: not done in {time.monotonic() - start:.3g} s")
         return self.failure
 
@@ -163,21 +164,23 @@ class RunMirror:
         """Upload after each new checkpoint, and at the end; the body of the thread."""
         delay = POLL_S
         while not self._closing.wait(delay):
-            best, steps = self._checkpoints()
-            if any(map(self._is_new, [self.directory / "starts.jsonl", best, *steps[-1:]])):
-                delay = POLL_S if self._try_upload() else min(2 * delay, LONGEST_DELAY_S)
+            delay = POLL_S if self._try_upload() else min(2 * delay, LONGEST_DELAY_S)
         delay = FIRST_DELAY_S
         while not self._try_upload(everything=True):
             if (self.failure and self.failure.permanent) or time.monotonic() + delay > self._deadline:
                 break
             time.sleep(delay)
             delay = min(2 * delay, LONGEST_DELAY_S)
+        self._complete = True
         with contextlib.suppress(StorageError):
             self.lease.release()
 
     def _try_upload(self, everything: bool = False) -> bool:
+        """Upload ``everything``, or what changed if there is a new checkpoint or start; return whether it succeeded."""
         try:
-            self.upload(everything)
+            best, steps = self._checkpoints()
+            if everything or any(map(self._is_new, [self.directory / "starts.jsonl", best, *steps[-1:]])):
+                self.upload(everything)
         except StorageError as error:
             if self.failure is None and not self._closing.is_set() and not isinstance(error, LeaseLost):
                 warn(f"{error}; training continues, checkpoints stay in {self.directory} until the store accepts them")

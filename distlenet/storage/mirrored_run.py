@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from distlenet.storage.lease import LeaseLost
 from distlenet.storage.mirror import RunMirror
 from distlenet.storage.objects import Objects, StorageError
 from distlenet.utils.errors import Preempted, UserError, warn
@@ -29,7 +30,10 @@ def mirrored_run(
     try:
         yield
     except BaseException:
-        if failure := mirror.close(seconds_left()):
+        failure = mirror.close(seconds_left())
+        if isinstance(failure, LeaseLost):
+            warn(f"{failure}; steps that only this job took are in {copy}, and are not uploaded")
+        elif failure:
             warn(f"{failure}; the newest files are in {copy}: if the same command runs there, it resumes from them")
         raise
     if failure := mirror.close(timeout_s, seconds_left):

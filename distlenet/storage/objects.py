@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from distlenet.utils.errors import UserError, printable, warn
 from distlenet.utils.urls import join_url
@@ -37,8 +37,10 @@ class Objects:
 
         self.url = url
         try:
-            # No cache of listings: another job may write. s3fs repeats some failed requests, botocore all, so fewer.
-            options = {"config_kwargs": {"retries": {"total_max_attempts": 3}}} if url.startswith("s3:") else {}
+            # No cache of listings: another job may write. Three attempts: s3fs also retries.
+            # Parts of 50 MB of a file are sent at once: two of them, not ten, because they are in memory.
+            options: dict[str, Any] = {"config_kwargs": {"retries": {"total_max_attempts": 3}}, "max_concurrency": 2}
+            options = options if url.startswith("s3:") else {}
             self.fs, root = url_to_fs(url, use_listings_cache=False, **options)
         except ImportError as error:
             fix = "; pip install 'distlenet[s3]'" * url.startswith("s3:")

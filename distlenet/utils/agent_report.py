@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # of this rank; its name is the same for all ranks
-NO_RESTARTS = "no-restarts"  # a file next to it
+NO_RESTARTS_FILE = "DISTLENET_NO_RESTARTS_FILE"  # which a rank writes, see ``forbid_restarts``
 
 
 def record_failure(text: str) -> None:
@@ -34,9 +34,9 @@ def rank_has_failed(environ: Mapping[str, str] = os.environ) -> bool:
 def forbid_restarts() -> None:
     """Tell ``python -m distlenet.launch`` that a rank ends it because all ranks would fail again."""
     with contextlib.suppress(OSError, KeyError):
-        Path(os.environ[ERROR_FILE]).with_name(NO_RESTARTS).touch()
+        Path(os.environ[NO_RESTARTS_FILE]).touch()
 
 
-def restarts_are_forbidden(directory: Path) -> bool:
-    """Return whether a rank has called ``forbid_restarts``; ``directory`` is the log directory of torchrun."""
-    return any(directory.rglob(NO_RESTARTS))
+def restarts_are_forbidden() -> bool:
+    """Return whether a rank has called ``forbid_restarts``."""
+    return Path(os.environ[NO_RESTARTS_FILE]).exists()

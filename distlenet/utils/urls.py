@@ -5,6 +5,8 @@ import re
 import tempfile
 from pathlib import Path
 
+from distlenet.utils.errors import UserError
+
 URL = re.compile(r"([a-z][a-z0-9+.-]+)://(.+)")
 
 
@@ -19,8 +21,16 @@ def join_url(url: str, *names: str) -> str:
 
 
 def temporary_directory() -> Path:
-    """Return the directory for copies of objects on this machine: one per user, which ``TMPDIR`` moves."""
-    return Path(tempfile.gettempdir(), f"distlenet-{os.getuid()}")
+    """Make the directory for copies of objects, which only this user can read; ``TMPDIR`` moves it. Return it.
+
+    Raise UserError if another user made it.
+    """
+    path = Path(tempfile.gettempdir(), f"distlenet-{os.getuid()}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    status = path.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise UserError(f"{path}: is not a directory of this user alone; remove it, set TMPDIR or give run.local_dir")
+    return path
 
 
 def local_copy_of(url: str, parent: str | Path) -> Path:

@@ -33,12 +33,13 @@ def program(tmp_path):
     [
         ([], [f"rank {rank} exited with status 2; all ranks of this node have ended" for rank in (0, 1)]),
         (
-            ["--max-restarts=3"],
+            ["--max-restarts=3", "--log-dir=LOGS"],
             ["a rank exited with status 2, so it is not restarted; all ranks of this node have ended"],
         ),
     ],
 )
 def test_an_error_of_the_user_ends_the_output_and_gives_the_status(tmp_path, more, ends):
+    more = [option.replace("LOGS", str(tmp_path / "logs")) for option in more]
     ended = run_command(*LAUNCH, *more, *WRONG, env={"TMPDIR": str(tmp_path)})
     assert ended.status == 2, str(ended)
     reason, end = ended.stderr.splitlines()

@@ -11,13 +11,14 @@ from s3fs import S3FileSystem
 
 from distlenet.checkpoint.format import is_intact, load_checkpoint
 from distlenet.checkpoint.store import CheckpointStore, find_checkpoint
+from distlenet.config.loading import load_config
 from distlenet.storage.fetch import fetch_run
 from distlenet.storage.lease import Lease, LeaseLost
 from distlenet.storage.mirror import RunMirror
 from distlenet.storage.mirrored_run import mirrored_run
 from distlenet.storage.objects import Objects, StorageError, retry
 from distlenet.utils.errors import Preempted, UserError
-from distlenet.utils.urls import is_url, local_copy_of
+from distlenet.utils.urls import is_url, local_copy_of, temporary_directory
 
 pytestmark = pytest.mark.unit
 
@@ -78,7 +79,7 @@ def names(url):
 # ---- paths
 
 
-def test_urls_are_told_from_paths():
+def test_urls_and_paths_are_distinguished():
     assert [is_url(path) for path in ("s3://b/x", "gs://b", "runs", "/data/s3://x", "C:/x", "s3:/b")] == [
         True,
         True,
@@ -94,6 +95,22 @@ def test_urls_are_told_from_paths():
 def test_a_store_that_cannot_be_used(scheme, message):
     with pytest.raises(UserError, match=message):
         Objects(f"{scheme}://bucket/run")
+
+
+def test_the_directory_of_copies_is_of_this_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    path = temporary_directory()
+    assert path.stat().st_mode & 0o777 == 0o700
+    assert temporary_directory() == path
+    path.chmod(0o755)
+    with pytest.raises(UserError, match="is not a directory of this user alone"):
+        temporary_directory()
+
+
+@pytest.mark.parametrize("text", ["s3://", "S3://bucket/runs", "s3:/bucket/runs"])
+def test_a_url_with_a_mistake_is_not_a_directory(text):
+    with pytest.raises(UserError, match=r"expected a directory, or a URL such as s3://bucket/prefix"):
+        load_config([], [f"run.dir={text}"])
 
 
 # ---- objects
@@ -117,7 +134,7 @@ def test_an_object_is_created_once(server, url):
     assert not objects.create("x", b"third")
 
 
-def test_a_wrong_key_fails_at_once_and_says_so(server, url):
+def test_a_wrong_key_fails_at_once_with_a_message(server, url):
     server.fail(kind="wrong_key")
     with pytest.raises(StorageError, match=r"does not exist in our records\.; check the URL and the credentials"):
         retry(Objects(url).list, 60.0)
@@ -162,14 +179,14 @@ def test_a_dead_job_does_not_keep_the_lock(url):
     dead.acquire(0.0, refuse_loss)
     successor = lease(url, "b", expires_s=0.2)
     successor.acquire(0.0, refuse_loss)
-    with pytest.raises(LeaseLost, match="took over s3://"):  # if it was only suspended
+    with pytest.raises(LeaseLost, match="has taken over this run"):  # if it was only suspended
         dead.check()
     dead.release()  # does not end the lock of the other
     successor.check()
     successor.release()
 
 
-def test_a_job_learns_that_it_lost_the_run(url):
+def test_lost_is_called_when_another_job_takes_the_run(url):
     lost = threading.Event()
     first = lease(url, "a")
     first.acquire(0.0, lambda _: lost.set())
@@ -273,7 +290,7 @@ def test_a_killed_job_resumes_from_its_disk_and_uploads_the_rest(url, tmp_path):
     assert "checkpoints/step-00000002.pt" in names(url)
 
 
-def test_a_machine_that_others_overtook_sets_its_files_aside(url, tmp_path, capsys):
+def test_an_outdated_local_copy_is_set_aside(url, tmp_path, capsys):
     first = start(url, tmp_path / "a")
     write_run(tmp_path / "a", 1)
     assert first.close(WAIT_S) is None
