@@ -25,9 +25,10 @@ def objects(name):
 
 
 def merge(base, patch, key="name"):
-    """Return the strategic merge of the values of gpu.yaml: lists of objects by their names, others replaced."""
+    """Return the strategic merge of a patch: lists of objects by their names, others replaced; null removes."""
     if isinstance(base, dict) and isinstance(patch, dict):
-        return base | {name: merge(base.get(name), value) for name, value in patch.items()}
+        merged = base | {name: merge(base.get(name), value) for name, value in patch.items()}
+        return {name: value for name, value in merged.items() if value is not None}
     if isinstance(base, list) and all(isinstance(item, dict) and key in item for item in [*base, *patch]):
         changes = {item[key]: item for item in patch}
         assert changes.keys() <= {item[key] for item in base}
@@ -38,6 +39,7 @@ def merge(base, patch, key="name"):
 (CLAIM,) = objects("storage.yaml")
 SERVICE, JOB = objects("job.yaml")
 GPU_JOB = merge(JOB, objects("gpu.yaml")[0])
+S3_JOB = merge(JOB, objects("s3.yaml")[0])
 RUNTIME, TRAINJOB = objects("trainjob.yaml")
 INNER_JOB = RUNTIME["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]
 JOBS = pytest.mark.parametrize("job", [JOB, GPU_JOB, INNER_JOB], ids=["CPU", "GPU", "TrainJob"])
@@ -83,8 +85,8 @@ def differences(given, kept, where=""):
 
 @pytest.mark.parametrize(
     "manifest",
-    [CLAIM, SERVICE, JOB, GPU_JOB, RUNTIME, TRAINJOB],
-    ids=["claim", "Service", "CPU", "GPU", "runtime", "TrainJob"],
+    [CLAIM, SERVICE, JOB, GPU_JOB, S3_JOB, RUNTIME, TRAINJOB],
+    ids=["claim", "Service", "CPU", "GPU", "S3", "runtime", "TrainJob"],
 )
 def test_the_schema_accepts_the_manifest(manifest):
     assert refused(manifest) == ""
@@ -142,6 +144,17 @@ def test_the_arguments_agree_with_the_job(job):
     assert SERVICE["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     assert options.master_port == container["ports"][0]["containerPort"]
     assert_trains(options)
+
+
+def test_the_patch_for_an_object_store_changes_only_the_directories():
+    before, after = (torchrun_arguments(container_of(job)) for job in (JOB, S3_JOB))
+    assert vars(after) | {"training_script_args": None} == vars(before) | {"training_script_args": None}
+    config = load_config([], after.training_script_args)
+    assert config.run.dir.startswith("s3://")
+    volumes = {volume["name"]: volume for volume in S3_JOB["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["shared"] == {"name": "shared", "emptyDir": {}}
+    assert config.run.local_dir.startswith("/shared/")
+    assert config.data.root == load_config([], before.training_script_args).data.root
 
 
 def assert_trains(options):
