@@ -124,6 +124,8 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
         if url is None:
             warn_if_not_shared(run_dir, context.env.rank)  # collective
         with raise_on_all_ranks():
+            if rank_0:
+                check_prometheus_file(config.tracking.prometheus)
             consoles = [make_console(config.run.console), History(run_dir, to_yaml(config)), sidecar] if rank_0 else []
         tracker = stack.enter_context(closing(Trackers(consoles)))
 
@@ -150,6 +152,12 @@ def make_sidecar(config: Config, run_dir: Path, preemption: Preemption) -> Sidec
     if read_environment(os.environ).rank == 0:
         sidecar.launch()
     return sidecar
+
+
+def check_prometheus_file(path: str | None) -> None:
+    """Raise UserError if the directory of ``tracking.prometheus`` cannot be written."""
+    if path is not None and not os.access(Path(path).absolute().parent, os.W_OK):
+        raise UserError(f"tracking.prometheus={path}: its directory does not exist or cannot be written; create it")
 
 
 def mirrored(url: str, run_dir: Path, config: Config, preemption: Preemption) -> AbstractContextManager[None]:

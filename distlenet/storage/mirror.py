@@ -24,6 +24,8 @@ POLL_S = 1.0  # seconds between checks of the local directory
 Signature = tuple[int, int]
 """Size and time of the last change of a local file, which together change with its content."""
 
+ANNOUNCED_S = 5.0  # a longer upload at the end is announced
+
 UNKNOWN: Signature = (-1, -1)  # of an object that is not on this disk
 
 
@@ -69,7 +71,7 @@ class RunMirror:
             self.uploaded = {name: self.uploaded.get(name, UNKNOWN) for name in present}
             if not (self.lease.current and self._has_all(present)):  # otherwise only this directory has changed since
                 retry(self._rename, timeout_s)
-                self._set_aside()
+                self._set_aside(any(map(_is_downloaded, present)))
                 retry(lambda: self._download(present), timeout_s)
                 retry(self.lease.set_current, timeout_s)
         except BaseException:
@@ -88,8 +90,12 @@ class RunMirror:
         start = time.monotonic()
         self._deadline = start + timeout_s
         self._closing.set()
+        announced = False
         while self._thread.is_alive() and (left := min(self._deadline - time.monotonic(), seconds_left())) > 0:
             self._thread.join(min(left, 1.0))
+            if not announced and time.monotonic() - start > ANNOUNCED_S and self._thread.is_alive():
+                announced = True
+                warn(f"{self.objects.url}: uploading the rest, for up to {left:.0f} s")
         if not self._complete:
             return self.failure or StorageError(f"{self.objects.url}: not done in {time.monotonic() - start:.3g} s")
         return self.failure
@@ -204,8 +210,8 @@ class RunMirror:
         self._save_state()
         self.lease.renew()
 
-    def _set_aside(self) -> None:
-        """Move files of an older state of the run out of the way: another machine has continued it since."""
+    def _set_aside(self, stored: bool) -> None:
+        """Move files of another state of the run out of the way; ``stored``: whether the store has any."""
         kept = (".lock", STATE_FILE, STALE)
         files = [path for path in self.directory.iterdir() if path.name not in kept]
         if any(path.is_file() or any(path.iterdir()) for path in files):
@@ -213,7 +219,12 @@ class RunMirror:
             aside.mkdir(parents=True)
             for path in files:
                 path.replace(aside / path.name)
-            warn(f"{self.directory}: is older than {self.objects.url}; its files are moved to {aside}")
+            if stored:
+                warn(f"{self.directory}: is older than {self.objects.url}; the local files are moved to {aside}")
+            else:
+                warn(
+                    f"{self.directory}: {self.objects.url} has no files of this run; the local files are moved to {aside}"
+                )
 
     def _download(self, present: Mapping[str, str]) -> None:
         """Download the run, of the checkpoints the best and the newest undamaged one."""

@@ -130,8 +130,10 @@ def retry(operation: Callable[[], T], seconds: float) -> T:
         try:
             return operation()
         except StorageError as error:
-            if error.permanent or time.monotonic() + delay > deadline:
+            if error.permanent:
                 raise
+            if time.monotonic() + delay > deadline:
+                raise StorageError(f"{error}; check the network and the address of the server") from error
             if not warned:
                 warn(f"{error}; trying again for up to {seconds:.0f} s")
             warned = True

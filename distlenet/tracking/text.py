@@ -38,7 +38,9 @@ class TextLogger(Tracker):
         )
         restart = i.get("restart", "")
         if i["complete"]:
-            limit = "train.stop_patience" if i.get("stopped_early") else "train.epochs"
+            by_steps = i["steps"] < i["epochs"] * i["steps_per_epoch"]
+            limit = "train.max_steps" if by_steps else "train.epochs"
+            limit = "train.stop_patience" if i.get("stopped_early") else limit
             self.print(
                 f"this run is complete; to train longer, give run.name={i['run']} "
                 f"checkpoint.allow_changed=[{limit}] and a larger {limit}; to train again, another run.name"

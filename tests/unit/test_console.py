@@ -110,6 +110,7 @@ def test_a_task_without_accuracy_and_a_validation_set(capsys):
         ({"step": 8, "resumed_from": "runs/x/c.pt"}, "resumed at step 8 of 40 from runs/x/c.pt"),
         ({"initialised_from": "runs/x/c.pt"}, "\ninitial weights from runs/x/c.pt\n"),
         ({"step": 40, "complete": True}, "this run is complete; to train longer, give run.name=name checkpoint.allow"),
+        ({"complete": True, "epochs": 9}, "checkpoint.allow_changed=[train.max_steps] and a larger train.max_steps"),
         ({"complete": True, "stopped_early": True}, "checkpoint.allow_changed=[train.stop_patience] and a larger"),
     ],
 )

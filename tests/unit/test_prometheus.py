@@ -6,6 +6,8 @@ from distlenet.config.loading import load_config
 from distlenet.tracking.prometheus import HELP, STATES, Prometheus
 from distlenet.tracking.sender import make_sinks, send
 from distlenet.tracking.sidecar import Sidecar
+from distlenet.train import check_prometheus_file
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -94,3 +96,11 @@ def test_the_sender_writes_it_and_a_missing_directory_is_one_warning(tmp_path, c
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("distlenet: Prometheus: FileNotFoundError: ")
     assert Sidecar(tmp_path, load_config([], ["wandb.mode=disabled"]).to_dict(), lambda: 0.0).sinks == []
+
+
+def test_a_directory_that_does_not_exist_is_an_error_at_the_start(tmp_path):
+    check_prometheus_file(str(tmp_path / "run.prom"))
+    with pytest.raises(
+        UserError, match=r"missing/run\.prom: its directory does not exist or cannot be written; create it"
+    ):
+        check_prometheus_file(str(tmp_path / "missing" / "run.prom"))

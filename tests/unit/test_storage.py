@@ -469,7 +469,7 @@ def test_a_damaged_lock_expires(url, content):
     job.release()
 
 
-def test_a_directory_that_two_stores_share_is_set_aside(url, tmp_path):
+def test_a_directory_that_two_stores_share_is_set_aside(url, tmp_path, capsys):
     """For example s3://b/x and s3://b//x, or a bucket of the same name on two servers."""
     for number, where in enumerate((url, f"{url}-other"), 1):
         mirror = start(where, tmp_path / "a")
@@ -479,6 +479,7 @@ def test_a_directory_that_two_stores_share_is_set_aside(url, tmp_path):
     steps = [path.name for path in (tmp_path / "a" / "checkpoints").glob("step-*")]
     assert steps == ["step-00000001.pt"]
     assert again.close(WAIT_S) is None
+    assert "has no files of this run; the local files are moved to" in capsys.readouterr().err
 
 
 def test_objects_that_others_put_there_are_not_downloaded(server, url, tmp_path):
