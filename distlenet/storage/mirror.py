@@ -219,12 +219,11 @@ class RunMirror:
             aside.mkdir(parents=True)
             for path in files:
                 path.replace(aside / path.name)
+            here, url = self.directory, self.objects.url
             if stored:
-                warn(f"{self.directory}: is older than {self.objects.url}; the local files are moved to {aside}")
+                warn(f"{here}: is older than {url}; the local files are moved to {aside}")
             else:
-                warn(
-                    f"{self.directory}: {self.objects.url} has no files of this run; the local files are moved to {aside}"
-                )
+                warn(f"{here}: {url} has no files of this run; the local files are moved to {aside}")
 
     def _download(self, present: Mapping[str, str]) -> None:
         """Download the run, of the checkpoints the best and the newest undamaged one."""
