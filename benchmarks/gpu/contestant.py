@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import TensorDataset
 
 from gpu.turns import TurnClock
 
@@ -76,7 +75,7 @@ def main() -> None:
     if arguments.name.startswith("resnet"):
         resnet_by_hand.train(arguments.batch, compute, clock, graph=arguments.name == "resnet-graph")
         return
-    data: Any = TensorDataset()
+    data: Any = None  # the limit makes its own
     if arguments.name == "limit":  # the same kernels as distlenet's, to see what is around the step
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     else:
