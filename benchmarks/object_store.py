@@ -36,7 +36,7 @@ def train(directory: Path, every: int, environment: dict[str, str], *words: str)
         "wandb.mode=disabled",
     ]
     output = subprocess.run(
-        [*command, *settings, f"run.local_dir={directory}", *words, "run.name=run", "distributed.init_timeout_s=4"],
+        [*command, *settings, f"run.local_dir={directory}", *words, "run.name=run", "distributed.init_timeout_s=30"],
         env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -8,6 +8,7 @@ newer object than its own has lost the run, and must not write any more.
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -21,6 +22,7 @@ from distlenet.utils.errors import warn
 
 LOCKS = ".locks"
 RENEW_S, EXPIRES_S, POLL_S = 10.0, 45.0, 3.0
+CHECKED_S = 2.0  # a check is valid for so long: a request costs CPU time, and another job needs EXPIRES_S to take over
 
 
 class LeaseLost(StorageError):
@@ -50,6 +52,7 @@ class Lease:
         self.renew_s, self.expires_s, self.poll_s = renew_s, expires_s, poll_s
         self.number, self.nonce, self.renewals = 0, "", 0
         self.current = False
+        self._checked = -math.inf  # the time of the last check
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -89,13 +92,19 @@ class Lease:
         self.objects.write(self._name(), self._content())
 
     def check(self) -> None:
-        """Raise LeaseLost if another job has taken the run, StorageError if the store cannot be read."""
+        """Raise LeaseLost if another job has taken the run, StorageError if the store cannot be read.
+
+        Ask the store only if the last answer is older than ``CHECKED_S``.
+        """
+        if time.monotonic() - self._checked < CHECKED_S:
+            return
         number, content = self._newest()
         if number and content.get("nonce") != self.nonce:  # 0: somebody removed the lock, the next renewal restores it
             raise LeaseLost(
                 f"{self.objects.url}: the job on {content.get('host')} has taken over this run, since this job could "
                 "not reach the store"
             )
+        self._checked = time.monotonic()
 
     def release(self) -> None:
         """Let other jobs take the lock at once, if this job still holds it. Raise StorageError."""

@@ -41,6 +41,7 @@ def url(server, monkeypatch, tmp_path, request):
     monkeypatch.setattr("distlenet.storage.mirror.POLL_S", 3600.0)  # tests say when to upload
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("distlenet.storage.lease.CHECKED_S", 0.0)  # each check asks the store
     server.fail()
     yield f"s3://runs/{request.node.name}/run"
     server.fail()
