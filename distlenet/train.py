@@ -167,8 +167,7 @@ def mirrored(url: str, run_dir: Path, config: Config, preemption: Preemption) ->
         RunMirror(url, run_dir, config.checkpoint.keep_last, is_intact),
         patience_s=timeout_s / 2 if is_restart() else 0.0,
         timeout_s=timeout_s / 2,
-        seconds_left=preemption.seconds_left,
-        lost=preemption.request,
+        stop=preemption,
     )
 
 

@@ -1,6 +1,5 @@
 """Saving and restoring the training state: rank 0 reads and writes, all ranks decide together."""
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -16,7 +15,6 @@ from distlenet.distributed.collectives import broadcast_object, broadcast_state,
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import Preemption
 from distlenet.utils.errors import Preempted, UserError
-from distlenet.utils.startup import INTERRUPTED, PREEMPTED, signal_name
 
 
 class Stateful(Protocol):
@@ -104,9 +102,9 @@ class CheckpointManager:
         failure = self.not_saved
         if self.rank == 0:
             failure = failure or self.store.wait(preemption.seconds_left())
-        failure, by = broadcast_object((failure, preemption.requested_by or "a signal to another rank"))
+        by = preemption.requested_by or "a signal to another rank"
+        failure, by, status = broadcast_object((failure, by, preemption.status))
         outcome = f"NOT saved ({failure})" if failure else "saved"
-        status = INTERRUPTED if by == signal_name(signal.SIGINT) else PREEMPTED
         raise Preempted(f"stopped by {by} after step {step}, {outcome}; run the same command again to resume", status)
 
     def finish(self) -> None:

@@ -16,7 +16,16 @@ from types import FrameType
 from typing import Any
 
 from distlenet.utils.process import exit_with_parent
-from distlenet.utils.startup import STOP_SIGNALS, RepeatedCtrlC, is_ignored, print_line, signal_name, stop
+from distlenet.utils.startup import (
+    INTERRUPTED,
+    PREEMPTED,
+    STOP_SIGNALS,
+    RepeatedCtrlC,
+    is_ignored,
+    print_line,
+    signal_name,
+    stop,
+)
 
 SIGNALS = STOP_SIGNALS
 
@@ -27,6 +36,7 @@ class Preemption:
 
     grace_s: float
     requested_by: str | None = None  # the name of the signal, or another cause
+    status: int = PREEMPTED  # exit status after the stop
     deadline: float = math.inf
     previous_handlers: dict[int, Any] = field(default_factory=dict, repr=False)  # signal.signal formats handlers
     is_repeated: RepeatedCtrlC = field(default_factory=RepeatedCtrlC, repr=False)
@@ -41,13 +51,14 @@ class Preemption:
         if self.is_repeated(number):
             raise KeyboardInterrupt
         if self.requested_by is None:
-            self.request(signal_name(number))
+            self.request(signal_name(number), INTERRUPTED if number == signal.SIGINT else PREEMPTED)
             if number == signal.SIGINT:
                 print_line("Ctrl-C: saving after this step; Ctrl-C again ends without a save")
 
-    def request(self, by: str) -> None:
-        """Request a stop, as a signal does. Any thread may call it."""
+    def request(self, by: str, status: int = PREEMPTED) -> None:
+        """Request a stop, as a signal does, after which the command exits with ``status``. Any thread may call it."""
         if self.requested_by is None:
+            self.status = status
             self.deadline = time.monotonic() + self.grace_s
             self.requested_by = by
 

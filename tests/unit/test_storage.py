@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from s3fs import S3FileSystem
 from distlenet.checkpoint.format import is_intact, load_checkpoint
 from distlenet.checkpoint.store import CheckpointStore, find_checkpoint
 from distlenet.config.loading import load_config
+from distlenet.distributed.preemption import Preemption
 from distlenet.storage.fetch import fetch_run
 from distlenet.storage.lease import Lease, LeaseLost
 from distlenet.storage.mirror import RunMirror
@@ -364,7 +366,7 @@ def test_a_store_that_fails_for_a_while_does_not_stop_training(server, url, tmp_
 def train(url, directory, server, fault, error=None):
     """Train as a job does: write a checkpoint when the store begins to fail, and end with ``error``."""
     directory.mkdir()
-    with mirrored_run(RunMirror(url, directory, 2, is_intact), 0.0, 0.5, lambda: 0.2, refuse_loss):
+    with mirrored_run(RunMirror(url, directory, 2, is_intact), 0.0, 0.5, Preemption(0.2)):
         write_run(directory, 1)
         server.fail(**fault)
         if error is not None:
@@ -510,11 +512,13 @@ def test_a_local_directory_that_is_full_is_an_error(url, tmp_path, monkeypatch):
 
 def test_a_stop_request_ends_the_last_upload(server, url, tmp_path):
     """A scheduler that ends the job while it waits for the store does not wait long."""
-    left = iter([0.2])
+    preemption = Preemption(0.2)
+    preemption.handle_signal(signal.SIGINT)
     mirror = RunMirror(url, tmp_path / "a", 2, is_intact)
     (tmp_path / "a").mkdir()
     with (
-        pytest.raises(Preempted, match="the complete run is in"),
-        mirrored_run(mirror, 0.0, 10 * WAIT_S, lambda: next(left, 0.0), refuse_loss),
+        pytest.raises(Preempted, match="the complete run is in") as stopped,
+        mirrored_run(mirror, 0.0, 10 * WAIT_S, preemption),
     ):
         server.fail(kind="slow", seconds=20.0)
+    assert stopped.value.status == 130  # no script requeues a Ctrl-C
