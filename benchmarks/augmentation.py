@@ -16,9 +16,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from distlenet.config.loading import load_config
+from distlenet.images.image_format import ImageFormat
 from distlenet.task import SampleKeys
 from distlenet.tasks.augmentation import make_augmentation
-from distlenet.tasks.image_format import ImageFormat
 from distlenet.tasks.image_transform import ImageTransform
 from distlenet.tasks.mixing import Mixing
 

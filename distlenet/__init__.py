@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from distlenet.config.loading import load_config as load_config
     from distlenet.config.schema import Config as Config
     from distlenet.evaluate import evaluate as evaluate
-    from distlenet.serving.trained_model import load_model as load_model
+    from distlenet.inference.trained_model import load_model as load_model
     from distlenet.task import Batch as Batch
     from distlenet.task import Datasets as Datasets
     from distlenet.task import SampleKeys as SampleKeys
@@ -31,7 +31,7 @@ MODULES = {
     "Task": "distlenet.task",
     "UserError": "distlenet.utils.errors",
     "load_config": "distlenet.config.loading",
-    "load_model": "distlenet.serving.trained_model",
+    "load_model": "distlenet.inference.trained_model",
 }
 COMMANDS = ("evaluate", "train")
 """Modules that can be called like the function of the same name in them: ``train(config)``."""

@@ -4,11 +4,11 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from distlenet.config.arguments import Parser
 from distlenet.data.sample_log import Start, read_starts
 from distlenet.distributed.entry_point import run_entry
 from distlenet.storage.fetch import fetch_run
 from distlenet.utils.errors import UserError
+from distlenet.utils.parser import Parser
 
 
 def main() -> None:

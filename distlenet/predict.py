@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from distlenet.config.arguments import Parser, positive_int
 from distlenet.config.fields import FIELDS, split_mapping_key
 from distlenet.distributed.entry_point import run_entry
+from distlenet.images.image_files import read_images
+from distlenet.inference.predictor import Predictor
 from distlenet.report.optional import require_report_packages
-from distlenet.serving.image_files import read_images
-from distlenet.serving.predictor import Predictor
 from distlenet.utils.errors import UserError, printable
+from distlenet.utils.parser import Parser, positive_int
 
 Prediction = list[dict[str, Any]]
 """The most probable classes of one image, in descending order."""
@@ -67,9 +68,10 @@ def main() -> None:
     predictor = Predictor(checkpoints[0].partition("=")[2], overrides, arguments.config)
     if arguments.top > len(predictor.classes):
         raise UserError(f"--top {arguments.top}: expected an integer from 1 to {len(predictor.classes)}")
-    images, paths, failures = read_images(names, arguments.invert, predictor.images)
-    if images:
-        probabilities = predictor(torch.stack(images))
+    arrays, paths, failures = read_images(names, arguments.invert, predictor.images)
+    if arrays:
+        images = torch.from_numpy(np.stack(arrays))
+        probabilities = predictor(images)
         predictions = [top_classes(row, predictor.classes, arguments.top) for row in probabilities]
         if arguments.json:
             for path, prediction in zip(paths, predictions, strict=True):
@@ -99,7 +101,7 @@ def print_table(paths: list[Path], predictions: list[Prediction]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def save_figure(file: Path, images: list[Tensor], paths: list[Path], predictions: list[Prediction]) -> None:
+def save_figure(file: Path, images: Tensor, paths: list[Path], predictions: list[Prediction]) -> None:
     """Write a figure of the network's inputs with their predictions. Raise UserError if it cannot be written."""
     import matplotlib as mpl
     from matplotlib.figure import Figure

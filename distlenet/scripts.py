@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 from distlenet import __version__
-from distlenet.config.arguments import Parser
 from distlenet.distributed.entry_point import run_entry
 from distlenet.utils.bundled import bundled
 from distlenet.utils.errors import UserError
+from distlenet.utils.parser import Parser
 
 PARTS = ("launch", "slurm")
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from distlenet.checkpoint.format import is_intact
 from distlenet.checkpoint.store import find_checkpoint
-from distlenet.config.arguments import positive_int, settings_parser
+from distlenet.config.arguments import settings_parser
 from distlenet.config.loading import check_modules, load_config, run_directory, run_url, to_yaml
 from distlenet.config.schema import Config
 from distlenet.config.wandb_variables import with_wandb_variables
@@ -45,6 +45,7 @@ from distlenet.training.starts import is_restart, process_age_s
 from distlenet.training.trainer import Trainer
 from distlenet.utils.callable_module import make_callable
 from distlenet.utils.errors import UserError, warn
+from distlenet.utils.parser import positive_int
 
 REPORT_TIMEOUT_S = 120.0
 """Seconds that writing a report may take."""

@@ -1,23 +1,12 @@
-"""The command-line arguments that all commands share."""
+"""The arguments of commands that take settings."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from distlenet.config.fields import FIELDS, to_yaml_value
-from distlenet.utils.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError instead of printing its usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        match = re.search(r"unrecognized arguments: --([\w.]+)", message)
-        hint = f"; a setting is written {match[1]}=VALUE or --{match[1]}=VALUE" if match else ""
-        raise UserError(f"{self.prog}: {message.removeprefix('argument ')}{hint}")
+from distlenet.utils.parser import Parser
 
 
 class SettingsParser(Parser):
@@ -57,10 +46,3 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None = No
     """Return the files and the overrides of ``[--config FILE]... [key=value]...``. Raise UserError if it is wrong."""
     arguments = settings_parser(prog, description).parse_intermixed_args(argv)
     return arguments.config, arguments.overrides
-
-
-def positive_int(text: str) -> int:
-    """Return the value of an option as an integer of at least 1, for argparse."""
-    if re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text}: expected an integer, at least 1")

@@ -12,8 +12,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from distlenet.config.schema import DataConfig
-from distlenet.data.decoding import IMAGE_SUFFIXES
 from distlenet.data.idx import FILES, find_files
+from distlenet.images.decoding import IMAGE_SUFFIXES
 from distlenet.utils.errors import UserError
 
 TORCHVISION_CLASS = {"fashion_mnist": "FashionMNIST", "mnist": "MNIST"}

@@ -1,4 +1,4 @@
-"""Resize images: the same way for training, evaluation and prediction."""
+"""Images as tensors: from Pillow, and resized as by ``images.decoding.resize_image``."""
 
 import numpy as np
 import torch
@@ -6,13 +6,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from distlenet.images.decoding import resize_image
 
-def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize an image of mode L or RGB to ``size``, (height, width), bilinearly, with antialiasing.
 
-    Pillow computes in integers: the result is the same on every processor.
-    """
-    return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.BILINEAR)
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return an image of mode L or RGB as uint8 (H, W) or (3, H, W), the latter not contiguous."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
 def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:

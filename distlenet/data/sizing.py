@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
-from distlenet.data.decoding import to_tensor
-from distlenet.data.images import height_and_width, size_text
-from distlenet.data.resizing import resize_image, resize_images
+from distlenet.data.image_dataset import height_and_width
+from distlenet.data.resizing import resize_images, to_tensor
 from distlenet.data.sources.opened import EncodedImages, OpenedImages, Split, StoredImages
+from distlenet.images.decoding import resize_image
+from distlenet.images.image_format import size_text
 from distlenet.utils.errors import UserError
 from distlenet.utils.mapped_file import share_tensors
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distlenet.data.images import ImageDataset
+from distlenet.data.image_dataset import ImageDataset
 from distlenet.task import BatchDataset, Datasets, MapDataset
 from distlenet.utils.errors import UserError
 from distlenet.utils.keyed_random import hash32

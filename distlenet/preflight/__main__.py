@@ -10,7 +10,7 @@ import socket
 import time
 from contextlib import nullcontext, suppress
 
-from distlenet.config.arguments import positive_int, settings_parser
+from distlenet.config.arguments import settings_parser
 from distlenet.config.loading import load_config, runs_directory
 from distlenet.config.schema import Config
 from distlenet.distributed.entry_point import run_entry, should_report
@@ -21,6 +21,7 @@ from distlenet.preflight.finding import Finding, PreflightReport
 from distlenet.preflight.node_checks import remove_if_created
 from distlenet.preflight.trial_step import run_collective_checks
 from distlenet.utils.errors import RankError, UserError
+from distlenet.utils.parser import positive_int
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlenet.config.arguments import positive_int, settings_parser
+from distlenet.config.arguments import settings_parser
 from distlenet.config.loading import load_config
 from distlenet.config.schema import Config
 from distlenet.distributed.entry_point import run_entry
@@ -20,6 +20,7 @@ from distlenet.prove.tables import print_cause, print_findings, print_table
 from distlenet.prove.trials import Run, check_ledger, plan, settings_of_runs
 from distlenet.reduction.batch_size import micro_batch_size
 from distlenet.utils.errors import UserError
+from distlenet.utils.parser import positive_int
 
 
 def main() -> None:

@@ -8,13 +8,13 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from distlenet.config.arguments import Parser
 from distlenet.distributed.entry_point import run_entry
 from distlenet.report.optional import require_report_packages
 from distlenet.report.replay import replay
 from distlenet.report.runs import read_run
 from distlenet.storage.fetch import fetch_run
 from distlenet.utils.errors import UserError
+from distlenet.utils.parser import Parser
 
 
 def main() -> None:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
-from distlenet.data.images import COLOR, GREY
+from distlenet.images.decoding import COLOR, GREY
+from distlenet.images.image_format import ImageFormat
 from distlenet.task import SampleKeys
 from distlenet.tasks.boxes import BOX_DRAWS
 from distlenet.tasks.color_jitter import LIGHT, ColorJitter
 from distlenet.tasks.cropping import Cropping, Taps, resample
 from distlenet.tasks.erasing import Erasing, Mask
-from distlenet.tasks.image_format import ImageFormat
 from distlenet.utils.errors import UserError
 
 FLIP, ERASE, COLORS, CROP_BOX = 0, 1, slice(2, 6), slice(6, 6 + BOX_DRAWS)

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distlenet.config.schema import Config
-from distlenet.data.images import size_text
 from distlenet.data.sources import load_images
 from distlenet.distributed.collectives import from_rank_0
+from distlenet.images.image_format import ImageFormat, size_text
 from distlenet.models.lenet import INPUT_SHAPE
 from distlenet.models.networks import make_model
 from distlenet.task import Datasets, SampleKeys, Task
 from distlenet.tasks.augmentation import make_augmentation
 from distlenet.tasks.error_analysis import ClassificationErrors
-from distlenet.tasks.image_format import ImageFormat, measure_images
+from distlenet.tasks.image_statistics import measure_images
 from distlenet.tasks.image_transform import ImageTransform
 from distlenet.tasks.mixing import Mixing
 from distlenet.utils.errors import UserError

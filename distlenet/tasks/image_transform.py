@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distlenet.images.image_format import ImageFormat
 from distlenet.task import SampleKeys
 from distlenet.tasks.augmentation import Augmentation, Plan
-from distlenet.tasks.image_format import ImageFormat
 from distlenet.tasks.parts import cached_parts
 
 

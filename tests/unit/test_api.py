@@ -6,7 +6,7 @@ from torch import nn
 
 from distlenet import Datasets, ImageClassification, Task, UserError, evaluate, load_config, load_model, train
 from distlenet.data.sources import load_data
-from distlenet.serving.predictor import Predictor
+from distlenet.inference.predictor import Predictor
 
 pytestmark = pytest.mark.unit
 

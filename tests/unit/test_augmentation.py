@@ -9,13 +9,13 @@ from torch import nn
 from torchvision.transforms.v2 import functional
 
 from distlenet.config.loading import load_config
+from distlenet.images.image_format import ImageFormat
 from distlenet.task import SampleKeys
 from distlenet.tasks.augmentation import Plan, make_augmentation
 from distlenet.tasks.boxes import ATTEMPTS, BOX_DRAWS, random_boxes
 from distlenet.tasks.color_jitter import ColorJitter
 from distlenet.tasks.cropping import Cropping, resample
 from distlenet.tasks.image_classification import ImageClassification
-from distlenet.tasks.image_format import ImageFormat
 from distlenet.tasks.image_transform import ImageTransform
 from distlenet.utils.errors import UserError
 

@@ -13,7 +13,7 @@ from distlenet.config.loading import load_config
 from distlenet.data.sources import load_data
 from distlenet.data.sources.custom import load_custom
 from distlenet.task import Datasets
-from distlenet.tasks.image_format import measure_images
+from distlenet.tasks.image_statistics import measure_images
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit

@@ -25,14 +25,14 @@ from distlenet.checkpoint.format import load_checkpoint
 from distlenet.config.fields import FIELDS
 from distlenet.config.loading import load_config
 from distlenet.data import idx
-from distlenet.data.decoding import UnreadableImage
 from distlenet.distributed.device import DeviceChoice
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
+from distlenet.images.decoding import UnreadableImage
+from distlenet.images.image_files import read_image
+from distlenet.images.image_format import ImageFormat
+from distlenet.inference.predictor import Predictor
 from distlenet.preflight.rank_info import collect_rank_info
 from distlenet.report.runs import read_run
-from distlenet.serving.image_files import read_image
-from distlenet.serving.predictor import Predictor
-from distlenet.tasks.image_format import ImageFormat
 from distlenet.tracking.history import read_records
 from distlenet.utils.errors import Preempted, UserError
 
@@ -313,7 +313,7 @@ def test_image_bytes(tmp_path, seed, format_, mode, invert):
     path.write_bytes(damaged(file.getvalue(), random_))
     with contextlib.suppress(UnreadableImage):
         expected = ImageFormat(1, (28, 28), False, (0.0,), (1.0,), 0.0, 255.0, True)
-        assert read_image(path, invert, expected).shape == (28, 28)
+        assert read_image(path, invert, expected, path).shape == (28, 28)
 
 
 lines = st.binary(max_size=60) | st.sampled_from(

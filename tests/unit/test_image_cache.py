@@ -22,14 +22,14 @@ from distlenet.data import cache_build, cache_file, chunk_decoding, decoding_pro
 from distlenet.data.cache_build import CacheBuild, Workers, build_cache
 from distlenet.data.cache_file import CHUNK_IMAGES, CacheFile
 from distlenet.data.chunk_decoding import ChunkDecoder
-from distlenet.data.images import ImageDataset
+from distlenet.data.image_dataset import ImageDataset
 from distlenet.data.sources import folder, image_cache, load_data
 from distlenet.data.sources.custom import load_custom
 from distlenet.data.sources.custom_cache import DIGEST_SAMPLES
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rank_log import RankLog
 from distlenet.task import Datasets
-from distlenet.tasks.image_format import measure_images
+from distlenet.tasks.image_statistics import measure_images
 from distlenet.training.dry_run import plan
 from distlenet.utils.errors import UserError
 
@@ -113,7 +113,7 @@ def test_cached_images_have_the_same_bits_as_those_decoded_at_start_and_at_read(
     read, cached = load(images, name=name), load(images, name=name, cache=tmp_path / "cache")
     assert not isinstance(read.train, ImageDataset)
     assert same_bits(read, cached)
-    monkeypatch.setattr("distlenet.tasks.image_format.SAMPLED_FILES", 40)
+    monkeypatch.setattr("distlenet.tasks.image_statistics.SAMPLED_FILES", 40)
     assert measure_images(cached.train) == measure_images(read.train)  # of the same samples
 
 
@@ -626,7 +626,7 @@ def test_a_long_decoding_prints_the_file_once_and_then_the_share(tmp_path, monke
 
 
 def test_selected_images_are_copied_in_parts(monkeypatch):
-    monkeypatch.setattr("distlenet.data.images.COPIED_IMAGES", 3)
+    monkeypatch.setattr("distlenet.data.image_dataset.COPIED_IMAGES", 3)
     values = torch.arange(20, dtype=torch.uint8)
     selected = ImageDataset(values.view(20, 1, 1), values).select(torch.tensor([7, 1, 19, 4]))
     sizes, index = [], torch.Tensor.__getitem__

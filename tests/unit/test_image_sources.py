@@ -16,16 +16,17 @@ from torch import nn
 from distlenet.checkpoint.format import load_checkpoint
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.loading import load_config
-from distlenet.data.decoding import to_tensor
-from distlenet.data.images import ImageDataset
-from distlenet.data.resizing import resize_image, resize_images
+from distlenet.data.image_dataset import ImageDataset
+from distlenet.data.resizing import resize_images, to_tensor
 from distlenet.data.sources import load_data, open_data
 from distlenet.data.sources.labels import check_labels
 from distlenet.data.sources.shard_index import INDEX_NAME
+from distlenet.images.decoding import resize_image
+from distlenet.images.image_format import ImageFormat
 from distlenet.task import SampleKeys
 from distlenet.tasks.error_analysis import encode_png
 from distlenet.tasks.image_classification import ImageClassification
-from distlenet.tasks.image_format import ImageFormat, measure_images
+from distlenet.tasks.image_statistics import measure_images
 from distlenet.tasks.image_transform import ImageTransform
 from distlenet.utils.errors import UserError
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from distlenet.data.images import ImageDataset
+from distlenet.data.image_dataset import ImageDataset
+from distlenet.images.image_format import ImageFormat
 from distlenet.task import SampleKeys
-from distlenet.tasks.image_format import ImageFormat, measure_images
+from distlenet.tasks.image_statistics import measure_images
 from distlenet.tasks.image_transform import ImageTransform
 from distlenet.utils.keyed_random import hash32
 
@@ -113,8 +114,8 @@ def test_set_of_a_single_colour_does_not_divide_by_zero():
 
 def test_large_set_is_measured_on_evenly_spaced_parts(monkeypatch):
     """With 4 parts of 2 images, a set of 101 images is measured on the images 0, 1, 33, 34, 66, 67, 99 and 100."""
-    monkeypatch.setattr("distlenet.tasks.image_format.SAMPLED_PARTS", 4)
-    monkeypatch.setattr("distlenet.tasks.image_format.PART_SIZE", 2)
+    monkeypatch.setattr("distlenet.tasks.image_statistics.SAMPLED_PARTS", 4)
+    monkeypatch.setattr("distlenet.tasks.image_statistics.PART_SIZE", 2)
     images = make_images(101)
     measured = images[[0, 1, 33, 34, 66, 67, 99, 100]].double()
     expected = measured.mean().item(), measured.std(correction=0).item()

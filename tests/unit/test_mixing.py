@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from distlenet.config.loading import load_config
-from distlenet.data.images import ImageDataset
+from distlenet.data.image_dataset import ImageDataset
 from distlenet.data.loader import Loader
 from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.task import SampleKeys

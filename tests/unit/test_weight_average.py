@@ -13,7 +13,7 @@ from distlenet.config.loading import load_config
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.preemption import Preemption
 from distlenet.evaluate import evaluate
-from distlenet.serving.predictor import Predictor
+from distlenet.inference.predictor import Predictor
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
 from distlenet.training.trainer import Trainer

@@ -3,7 +3,7 @@
 Offers ``load_images`` to a task, and ``open_data``, ``load_data`` and ``require_local_data`` to the commands.
 """
 
-from distlenet.data.images import ImageDataset
+from distlenet.data.image_dataset import ImageDataset
 from distlenet.data.sources.opening import load_data, load_images, load_on_node, open_data, require_local_data
 
 __all__ = ["ImageDataset", "load_data", "load_images", "load_on_node", "open_data", "require_local_data"]

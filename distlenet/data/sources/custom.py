@@ -10,14 +10,15 @@ from PIL import Image
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
-from distlenet.data.decoding import channels_of, convert, to_tensor
-from distlenet.data.images import height_and_width, size_text
-from distlenet.data.resizing import resize_images
+from distlenet.data.image_dataset import height_and_width
+from distlenet.data.resizing import resize_images, to_tensor
 from distlenet.data.sizing import wanted_size
 from distlenet.data.sources.custom_cache import cache_samples
 from distlenet.data.validation import split_validation
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.images.decoding import channels_of, convert
+from distlenet.images.image_format import size_text
 from distlenet.task import Datasets
 from distlenet.utils.errors import UserError, warn
 

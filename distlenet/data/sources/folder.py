@@ -11,9 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
-from distlenet.data.decoding import FORMATS, IMAGE_SUFFIXES, UnreadableImage, channels_of, open_image
-from distlenet.data.images import COLOR, GREY
 from distlenet.data.sources.opened import OpenedImages
+from distlenet.images.decoding import COLOR, FORMATS, GREY, IMAGE_SUFFIXES, UnreadableImage, channels_of, open_image
 from distlenet.utils.errors import UserError
 
 LAYOUT = "ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png, and optionally ROOT/val/CLASS/*.png"

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
-from distlenet.data.images import ImageDataset
+from distlenet.data.image_dataset import ImageDataset
 from distlenet.utils.mapped_file import TensorRef
 
 

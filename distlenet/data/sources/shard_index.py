@@ -14,8 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from distlenet.data.decoding import FORMATS, IMAGE_SUFFIXES, channels_of
-from distlenet.data.images import COLOR
+from distlenet.images.decoding import COLOR, FORMATS, IMAGE_SUFFIXES, channels_of
 from distlenet.utils.errors import UserError
 
 INDEX_NAME = ".distlenet-index.json"

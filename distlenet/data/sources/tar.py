@@ -15,11 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
-from distlenet.data.decoding import UnreadableImage, open_image
-from distlenet.data.images import COLOR, GREY
 from distlenet.data.sources.labels import MAX_CLASSES
 from distlenet.data.sources.opened import OpenedImages
 from distlenet.data.sources.shard_index import Entry, read_shards
+from distlenet.images.decoding import COLOR, GREY, UnreadableImage, open_image
 from distlenet.utils.errors import UserError
 
 LAYOUT = "ROOT/train/*.tar or ROOT/train-*.tar, the same for test, and optionally for val"

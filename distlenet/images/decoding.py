@@ -4,12 +4,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from distlenet.data.images import COLOR, GREY
-
+GREY, COLOR = 1, 3  # channels of what an image file decodes to
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not all of Pillow's: some start external programs
 MAX_PIXELS = 50_000_000  # checked before decoding: a small file can hold a very large image
@@ -69,7 +66,9 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """Return an image of mode L or RGB as uint8 (H, W) or (3, H, W), the latter not contiguous."""
-    pixels = torch.from_numpy(np.array(image))
-    return pixels if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize an image of mode L or RGB to ``size``, (height, width), bilinearly, with antialiasing.
+
+    Pillow computes in integers: the result is the same on every processor.
+    """
+    return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.BILINEAR)

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from distlenet.data.decoding import IMAGE_SUFFIXES, UnreadableImage, open_image, to_tensor
-from distlenet.data.images import GREY
-from distlenet.data.resizing import resize_image
-from distlenet.tasks.image_format import ImageFormat
+from distlenet.images.decoding import GREY, IMAGE_SUFFIXES, UnreadableImage, open_image, resize_image
+from distlenet.images.image_format import ImageFormat
 
 
-def read_images(names: Sequence[str], invert: str, expected: ImageFormat) -> tuple[list[Tensor], list[Path], list[str]]:
+def read_images(
+    names: Sequence[str], invert: str, expected: ImageFormat
+) -> tuple[list[np.ndarray], list[Path], list[str]]:
     """Read all image files of ``names``; return the images, their paths, and one message per failure."""
     images, paths, failures = [], [], []
     for name in names:
@@ -24,7 +24,7 @@ def read_images(names: Sequence[str], invert: str, expected: ImageFormat) -> tup
             continue
         for path in candidates:
             try:
-                images.append(read_image(path, invert, expected))
+                images.append(read_image(path, invert, expected, path))
                 paths.append(path)
             except UnreadableImage as error:
                 failures.append(str(error))
@@ -52,15 +52,15 @@ def find_image_files(name: str) -> list[Path]:
     return files
 
 
-def read_image(path: Path, invert: str, expected: ImageFormat) -> Tensor:
+def read_image(file: Path | IO[bytes], invert: str, expected: ImageFormat, name: object) -> np.ndarray:
     """Read an image file as an image of the training set: uint8 (H, W), or (3, H, W) in color.
 
     ``invert`` is yes, no or auto; auto inverts a grey image with a light border if the training images have dark ones.
     An image of the right size is not resized. Another one is resized as in training if ``data.size`` resized the
     training images; otherwise it is padded to their proportions with the color of its border, and resized. Raise
-    UnreadableImage if the file cannot be read.
+    UnreadableImage, with the ``name`` of the file, if it cannot be read.
     """
-    image = open_image(path, path, expected.channels)
+    image = open_image(file, name, expected.channels)
     border = _border_median(np.asarray(image))
     light = expected.channels == GREY and border[0] > 127
     if invert == "yes" or (invert == "auto" and light and expected.dark_border):
@@ -74,7 +74,8 @@ def read_image(path: Path, invert: str, expected: ImageFormat) -> Tensor:
         padded = Image.new(image.mode, padded_size, border[0] if len(border) == 1 else tuple(border))
         padded.paste(image, ((padded.width - image.width) // 2, (padded.height - image.height) // 2))
         image = padded.resize((width, height), Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC)
-    return to_tensor(image).contiguous()
+    array = np.array(image)
+    return array if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def _border_median(pixels: np.ndarray) -> list[int]:

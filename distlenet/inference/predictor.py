@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.distributed.context import set_threads
-from distlenet.serving.trained_model import load_model
+from distlenet.inference.trained_model import load_model
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.utils.errors import UserError
 

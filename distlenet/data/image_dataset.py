@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 COPIED_IMAGES = 1024  # at a time
-GREY, COLOR = 1, 3  # channels of what an image file decodes to
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,3 @@ class ImageDataset:
 def height_and_width(image: Tensor) -> tuple[int, int]:
     """Return the last two dimensions of an image or of a batch of images."""
     return image.shape[-2], image.shape[-1]
-
-
-def size_text(size: tuple[int, int]) -> str:
-    """Return (height, width) as messages write it."""
-    return f"{size[0]}×{size[1]}"
