@@ -31,8 +31,7 @@ from distlenet.distributed.environment import read_environment
 from distlenet.distributed.preemption import Preemption
 from distlenet.distributed.shared_directory import warn_if_not_shared
 from distlenet.reduction.batch_size import micro_batch_size
-from distlenet.storage.mirror import RunMirror
-from distlenet.storage.mirrored_run import mirrored_run, upload_report
+from distlenet.storage.stored_run import closing_upload, open_run, upload_report
 from distlenet.task import Task
 from distlenet.tasks.registry import MakeTask, create_task
 from distlenet.tasks.registry import make_task as make_configured_task
@@ -120,7 +119,7 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
             if rank_0:
                 locks.callback(lock_run_dir(run_dir, config.distributed.init_timeout_s).release)
                 if url is not None:
-                    locks.enter_context(mirrored(url, run_dir, config, preemption))
+                    locks.enter_context(open_stored_run(url, run_dir, config, preemption))
         context.log.open(run_dir)
         if url is None:
             warn_if_not_shared(run_dir, context.env.rank)  # collective
@@ -161,15 +160,13 @@ def check_prometheus_file(path: str | None) -> None:
         raise UserError(f"tracking.prometheus={path}: its directory does not exist or cannot be written; create it")
 
 
-def mirrored(url: str, run_dir: Path, config: Config, preemption: Preemption) -> AbstractContextManager[None]:
-    """Return a context in which the run directory is mirrored in an object store. Raise UserError."""
-    timeout_s = config.distributed.init_timeout_s
-    return mirrored_run(
-        RunMirror(url, run_dir, config.checkpoint.keep_last, is_intact),
-        patience_s=timeout_s / 2 if is_restart() else 0.0,
-        timeout_s=timeout_s / 2,
-        stop=preemption,
-    )
+def open_stored_run(url: str, run_dir: Path, config: Config, preemption: Preemption) -> AbstractContextManager[None]:
+    """Make ``run_dir`` the local copy of the run ``url``; return a context that uploads it. Raise UserError."""
+    timeout_s = config.distributed.init_timeout_s / 2
+    patience_s = timeout_s if is_restart() else 0.0
+    keep_last = config.checkpoint.keep_last
+    upload = open_run(url, run_dir, keep_last, is_intact, patience_s, timeout_s, preemption.request)
+    return closing_upload(upload, timeout_s, preemption)
 
 
 def lock_run_dir(run_dir: Path, init_timeout_s: float) -> FileLock:

@@ -1,4 +1,4 @@
-"""Runs in an object store: ``RunMirror`` copies a run directory, ``fetch`` reads it, ``Lease`` keeps other jobs away.
+"""Runs in an object store: ``stored_run`` opens one to train it, ``fetch`` reads one.
 
-Only this package talks to an object store. The other packages read and write the copy on the local disk.
+Only this package talks to an object store. The other packages read and write the local copy, a directory on the disk.
 """

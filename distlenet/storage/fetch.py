@@ -5,7 +5,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from distlenet.storage.lease import LOCKS
+from distlenet.storage.lock import LOCKS
 from distlenet.storage.objects import Objects
 from distlenet.storage.step_names import in_order
 from distlenet.utils.errors import UserError

@@ -15,10 +15,9 @@ from distlenet.checkpoint.store import CheckpointStore, find_checkpoint
 from distlenet.config.loading import load_config
 from distlenet.distributed.preemption import Preemption
 from distlenet.storage.fetch import fetch_run
-from distlenet.storage.lease import Lease, LeaseLost
-from distlenet.storage.mirror import RunMirror
-from distlenet.storage.mirrored_run import mirrored_run
+from distlenet.storage.lock import LockLost, RunLock
 from distlenet.storage.objects import Objects, StorageError, retry
+from distlenet.storage.stored_run import closing_upload, open_run
 from distlenet.utils.errors import Preempted, UserError
 from distlenet.utils.urls import is_url, local_copy_of, temporary_directory
 
@@ -40,10 +39,10 @@ def url(server, monkeypatch, tmp_path, request):
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()  # it may be of another server
-    monkeypatch.setattr("distlenet.storage.mirror.POLL_S", 3600.0)  # tests say when to upload
+    monkeypatch.setattr("distlenet.storage.upload.POLL_S", 3600.0)  # tests say when to upload
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("distlenet.storage.lease.CHECKED_S", 0.0)  # each check asks the store
+    monkeypatch.setattr("distlenet.storage.lock.CHECKED_S", 0.0)  # each check asks the store
     server.fail()
     yield f"s3://runs/{request.node.name}/run"
     server.fail()
@@ -54,11 +53,9 @@ def refuse_loss(by: str) -> None:
 
 
 def start(url, directory, keep_last=2):
-    """Open a mirror as a job does that does not wait."""
+    """Open a run as a job does that does not wait."""
     directory.mkdir(exist_ok=True)
-    mirror = RunMirror(url, directory, keep_last, is_intact)
-    mirror.open(0.0, WAIT_S, refuse_loss)
-    return mirror
+    return open_run(url, directory, keep_last, is_intact, 0.0, WAIT_S, refuse_loss)
 
 
 def write_run(directory, step, keep_last=2, best=False):
@@ -67,12 +64,12 @@ def write_run(directory, step, keep_last=2, best=False):
     CheckpointStore(directory / "checkpoints", keep_last).write(tiny_state(step), best)
 
 
-def die(mirror):
+def die(upload):
     """End a job as SIGKILL would: nothing more is uploaded, and the lock is not released."""
-    mirror.lease.release = lambda: None
-    mirror.upload = lambda *_: None
-    assert mirror.close(WAIT_S) is None
-    mirror.lease._stop.set()
+    upload.lock.release = lambda: None
+    upload.upload = lambda *_: None
+    assert upload.close(WAIT_S) is None
+    upload.lock._stop.set()
 
 
 def names(url):
@@ -160,29 +157,29 @@ def test_a_store_that_does_not_answer_is_awaited(url, capsys):
 # ---- the lock
 
 
-def lease(url, directory, **times):
-    return Lease(Objects(url), directory, **{"renew_s": 0.05, "expires_s": 60.0, "poll_s": 0.02, **times})
+def run_lock(url, copy, lost=refuse_loss, **times):
+    return RunLock(Objects(url), copy, lost, **{"renew_s": 0.05, "expires_s": 60.0, "poll_s": 0.02, **times})
 
 
 def test_a_run_has_one_writer(url):
-    first = lease(url, "a")
-    first.acquire(0.0, refuse_loss)
+    first = run_lock(url, "a")
+    first.acquire(0.0)
     with pytest.raises(StorageError, match=f"job is writing there, process {os.getpid()}"):
-        lease(url, "b").acquire(0.0, refuse_loss)
+        run_lock(url, "b").acquire(0.0)
     first.check()
     first.release()
-    second = lease(url, "b")
-    second.acquire(0.0, refuse_loss)
+    second = run_lock(url, "b")
+    second.acquire(0.0)
     assert second.number == 2
     second.release()
 
 
 def test_a_dead_job_does_not_keep_the_lock(url):
-    dead = lease(url, "a", renew_s=3600.0)
-    dead.acquire(0.0, refuse_loss)
-    successor = lease(url, "b", expires_s=0.2)
-    successor.acquire(0.0, refuse_loss)
-    with pytest.raises(LeaseLost, match="has taken over this run"):  # if it was only suspended
+    dead = run_lock(url, "a", renew_s=3600.0)
+    dead.acquire(0.0)
+    successor = run_lock(url, "b", expires_s=0.2)
+    successor.acquire(0.0)
+    with pytest.raises(LockLost, match="has taken over this run"):  # if it was only suspended
         dead.check()
     dead.release()  # does not end the lock of the other
     successor.check()
@@ -191,32 +188,30 @@ def test_a_dead_job_does_not_keep_the_lock(url):
 
 def test_lost_is_called_when_another_job_takes_the_run(url):
     lost = threading.Event()
-    first = lease(url, "a")
-    first.acquire(0.0, lambda _: lost.set())
+    first = run_lock(url, "a", lambda _: lost.set())
+    first.acquire(0.0)
     Objects(url).write(".locks/00000002", json.dumps({"nonce": "other", "host": "other"}).encode())
     assert lost.wait(WAIT_S)
     first.release()
 
 
 def test_the_same_directory_needs_not_wait(url):
-    first = lease(url, "a", renew_s=3600.0)
-    first.acquire(0.0, refuse_loss)
-    assert not first.current
-    first.set_current()
-    second = lease(url, "a", renew_s=3600.0)
-    second.acquire(0.0, refuse_loss)  # although the first was not released
-    assert second.current
+    first = run_lock(url, "a", renew_s=3600.0)
+    assert not first.acquire(0.0)
+    first.describe("a", complete=True)
+    second = run_lock(url, "a", renew_s=3600.0)
+    assert second.acquire(0.0)  # although the first was not released
     assert list(Objects(url).list(".locks")) == [".locks/00000002"]
 
 
 def test_two_jobs_that_start_at_once(url):
     barrier, results = threading.Barrier(4), []
 
-    def acquire(directory):
+    def acquire(copy):
         barrier.wait(WAIT_S)
         try:
-            job = lease(url, directory)
-            job.acquire(0.0, refuse_loss)
+            job = run_lock(url, copy)
+            job.acquire(0.0)
             results.append(job)
         except StorageError:
             results.append(None)
@@ -233,7 +228,7 @@ def test_two_jobs_that_start_at_once(url):
     winners[0].release()
 
 
-# ---- the mirror
+# ---- a run
 
 
 def test_another_machine_continues_the_run(url, tmp_path):
@@ -267,17 +262,17 @@ def test_another_machine_continues_the_run(url, tmp_path):
 
 def test_the_store_is_a_consistent_state_at_any_time(server, url, tmp_path):
     """The history is uploaded before its checkpoint; a failure between them leaves the older checkpoint."""
-    mirror = start(url, tmp_path / "a")
+    job = start(url, tmp_path / "a")
     write_run(tmp_path / "a", 1)
-    mirror.upload()
+    job.upload()
     write_run(tmp_path / "a", 2)
     server.fail(kind="wrong_key", method="PUT", path="step-00000002")
     with pytest.raises(StorageError, match=r"step-00000002\.pt"):
-        mirror.upload()
+        job.upload()
     assert [name for name in names(url) if "step" in name] == ["checkpoints/step-00000001.pt"]
     assert Objects(url).read("metrics.jsonl") == b'{"step": 2}\n'
     server.fail()
-    assert mirror.close(WAIT_S) is None
+    assert job.close(WAIT_S) is None
     assert "checkpoints/step-00000002.pt" in names(url)
 
 
@@ -325,10 +320,9 @@ def test_a_download_that_a_kill_interrupted_is_repeated(server, url, tmp_path):
     write_run(tmp_path / "a", 1)
     assert first.close(WAIT_S) is None
     (tmp_path / "b").mkdir()
-    killed = RunMirror(url, tmp_path / "b", 2, is_intact)
     server.fail(kind="wrong_key", method="GET", path="step-")
     with pytest.raises(StorageError):
-        killed.open(0.0, 0.0, refuse_loss)
+        start(url, tmp_path / "b")
     server.fail()
     second = start(url, tmp_path / "b")
     assert (tmp_path / "b" / "checkpoints" / "step-00000001.pt").exists()
@@ -352,21 +346,20 @@ def test_a_damaged_object_is_not_the_newest(url, tmp_path):
 
 
 def test_a_store_that_fails_for_a_while_does_not_stop_training(server, url, tmp_path, capsys):
-    mirror = start(url, tmp_path / "a")
+    job = start(url, tmp_path / "a")
     server.fail(kind="full", method="PUT", path="checkpoints|metrics")
     write_run(tmp_path / "a", 1)
     for _ in range(2):
-        assert not mirror._try_upload()
+        assert not job._try_upload()
     assert capsys.readouterr().err.count("training continues") == 1
     server.fail()
-    assert mirror.close(WAIT_S) is None
+    assert job.close(WAIT_S) is None
     assert "checkpoints/step-00000001.pt" in names(url)
 
 
 def train(url, directory, server, fault, error=None):
     """Train as a job does: write a checkpoint when the store begins to fail, and end with ``error``."""
-    directory.mkdir()
-    with mirrored_run(RunMirror(url, directory, 2, is_intact), 0.0, 0.5, Preemption(0.2)):
+    with closing_upload(start(url, directory), 0.5, Preemption(0.2)):
         write_run(directory, 1)
         server.fail(**fault)
         if error is not None:
@@ -391,7 +384,7 @@ def test_a_job_that_lost_the_run_uploads_nothing_more(url, tmp_path):
     first = start(url, tmp_path / "a")
     Objects(url).write(".locks/00000002", json.dumps({"nonce": "other", "host": "other"}).encode())
     write_run(tmp_path / "a", 1)
-    assert isinstance(first.close(WAIT_S), LeaseLost)
+    assert isinstance(first.close(WAIT_S), LockLost)
     assert names(url) == []
 
 
@@ -409,9 +402,9 @@ def test_missing_runs(url):
 
 def test_a_file_that_is_gone_before_it_is_uploaded_does_not_count(server, url, tmp_path, monkeypatch):
     """A newer checkpoint has replaced it on the disk: the store keeps the older one until that is uploaded."""
-    mirror = start(url, tmp_path / "a", keep_last=1)
+    job = start(url, tmp_path / "a", keep_last=1)
     write_run(tmp_path / "a", 1, keep_last=1)
-    mirror.upload()
+    job.upload()
     write_run(tmp_path / "a", 2, keep_last=1)
 
     def fail(path, name):
@@ -420,25 +413,25 @@ def test_a_file_that_is_gone_before_it_is_uploaded_does_not_count(server, url, t
             raise StorageError("cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(mirror.objects, "upload", fail)
-        mirror.upload()
+        patch.setattr(job.objects, "upload", fail)
+        job.upload()
     assert "checkpoints/step-00000001.pt" in names(url)
-    assert mirror.close(WAIT_S) is None
+    assert job.close(WAIT_S) is None
     assert [name for name in names(url) if "step-" in name] == ["checkpoints/step-00000003.pt"]
 
 
 def test_the_store_keeps_checkpoints_that_are_in_it(url, tmp_path):
     """Checkpoints that only the disk has, because uploads are slower than writes, replace none of the store."""
-    mirror = start(url, tmp_path / "a")
+    job = start(url, tmp_path / "a")
     for step in (1, 2):
         write_run(tmp_path / "a", step)
-        mirror.upload()
+        job.upload()
     for step in (3, 4, 5):
         write_run(tmp_path / "a", step)
-    mirror.upload()
+    job.upload()
     steps = [name for name in names(url) if "step-" in name]
     assert steps == ["checkpoints/step-00000002.pt", "checkpoints/step-00000005.pt"]
-    assert mirror.close(WAIT_S) is None
+    assert job.close(WAIT_S) is None
 
 
 def test_a_job_that_loses_the_run_during_an_upload_stops_uploading(url, tmp_path):
@@ -451,7 +444,7 @@ def test_a_job_that_loses_the_run_during_an_upload_stops_uploading(url, tmp_path
         Objects(url).write(".locks/00000002", json.dumps({"nonce": "other", "host": "other"}).encode())
 
     first.objects.upload = suspended
-    assert isinstance(first.close(WAIT_S), LeaseLost)
+    assert isinstance(first.close(WAIT_S), LockLost)
     assert names(url) == ["metrics.jsonl"]
 
 
@@ -466,8 +459,8 @@ def test_a_lock_that_somebody_removed_is_not_a_lost_run(url, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"[1]"])
 def test_a_damaged_lock_expires(url, content):
     Objects(url).write(".locks/00000007", content)
-    job = lease(url, "a", expires_s=0.1)
-    job.acquire(0.0, refuse_loss)
+    job = run_lock(url, "a", expires_s=0.1)
+    job.acquire(0.0)
     assert job.number == 8
     job.release()
 
@@ -475,9 +468,9 @@ def test_a_damaged_lock_expires(url, content):
 def test_a_directory_that_two_stores_share_is_set_aside(url, tmp_path, capsys):
     """For example s3://b/x and s3://b//x, or a bucket of the same name on two servers."""
     for number, where in enumerate((url, f"{url}-other"), 1):
-        mirror = start(where, tmp_path / "a")
+        job = start(where, tmp_path / "a")
         write_run(tmp_path / "a", number)
-        assert mirror.close(WAIT_S) is None
+        assert job.close(WAIT_S) is None
     again = start(url, tmp_path / "a")
     steps = [path.name for path in (tmp_path / "a" / "checkpoints").glob("step-*")]
     assert steps == ["step-00000001.pt"]
@@ -490,11 +483,11 @@ def test_objects_that_others_put_there_are_not_downloaded(server, url, tmp_path)
     import boto3
 
     client, key = boto3.client("s3"), url.removeprefix("s3://runs/")
-    for name in ("", "checkpoints/", "a/../../outside", ".mirror.json"):
+    for name in ("", "checkpoints/", "a/../../outside", ".local_copy.json"):
         client.put_object(Bucket="runs", Key=f"{key}/{name}", Body=b"" if name.endswith("/") else b"x")
-    mirror = start(url, tmp_path / "a")
+    job = start(url, tmp_path / "a")
     write_run(tmp_path / "a", 1)
-    assert mirror.close(WAIT_S) is None
+    assert job.close(WAIT_S) is None
     assert not (tmp_path / "outside").exists()
     second = start(url, tmp_path / "b")
     assert second.close(WAIT_S) is None
@@ -505,7 +498,7 @@ def test_a_local_directory_that_is_full_is_an_error(url, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distlenet.storage.mirror.replace_text", full)
+    monkeypatch.setattr("distlenet.storage.local_copy.replace_text", full)
     with pytest.raises(UserError, match="No space left on device"):
         start(url, tmp_path / "a")
 
@@ -514,11 +507,10 @@ def test_a_stop_request_ends_the_last_upload(server, url, tmp_path):
     """A scheduler that ends the job while it waits for the store does not wait long."""
     preemption = Preemption(0.2)
     preemption.handle_signal(signal.SIGINT)
-    mirror = RunMirror(url, tmp_path / "a", 2, is_intact)
-    (tmp_path / "a").mkdir()
+    job = start(url, tmp_path / "a")
     with (
         pytest.raises(Preempted, match="the complete run is in") as stopped,
-        mirrored_run(mirror, 0.0, 10 * WAIT_S, preemption),
+        closing_upload(job, 10 * WAIT_S, preemption),
     ):
         server.fail(kind="slow", seconds=20.0)
     assert stopped.value.status == 130  # no script requeues a Ctrl-C

@@ -25,50 +25,47 @@ RENEW_S, EXPIRES_S, POLL_S = 10.0, 45.0, 3.0
 CHECKED_S = 2.0  # a check is valid for so long: a request costs CPU time, and another job needs EXPIRES_S to take over
 
 
-class LeaseLost(StorageError):
+class LockLost(StorageError):
     """Another job writes to the run now."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, permanent=True)
 
-
-class Lease:
+class RunLock:
     """The lock of one job on the run ``objects``.
 
-    ``directory`` identifies the local copy that the job writes. A job with the same one does not wait: the lock on
-    that directory shows that the earlier job has ended. ``current``, in the lock object, is whether the directory has
-    everything that is in the store.
+    ``copy`` identifies the local copy that the job writes. A job with the same one does not wait: the lock on its
+    directory shows that the earlier job has ended. ``complete``, in the lock object, is whether the local copy has
+    everything that is in the store. From ``acquire`` on, a thread renews the lock; it calls ``lost`` with the cause if
+    another job takes it.
     """
 
     def __init__(
         self,
         objects: Objects,
-        directory: str,
+        copy: str,
+        lost: Callable[[str], None],
         renew_s: float = RENEW_S,
         expires_s: float = EXPIRES_S,
         poll_s: float = POLL_S,
     ) -> None:
-        self.objects, self.directory = objects, directory
-        self.renew_s, self.expires_s, self.poll_s = renew_s, expires_s, poll_s
+        self.objects, self.copy, self.complete = objects, copy, False
+        self.lost, self.renew_s, self.expires_s, self.poll_s = lost, renew_s, expires_s, poll_s
         self.number, self.nonce, self.renewals = 0, "", 0
-        self.current = False
         self._checked = -math.inf  # the time of the last check
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
 
-    def acquire(self, patience_s: float, lost: Callable[[str], None]) -> None:
-        """Take the lock, and set ``current``.
+    def acquire(self, patience_s: float) -> bool:
+        """Take the lock, and return whether the local copy has everything that is in the store.
 
-        Wait up to ``patience_s`` for a lock that another job renews. From now on a thread renews this one; it calls
-        ``lost`` with the cause if another job takes it. Raise StorageError if another job is writing.
+        Wait up to ``patience_s`` for a lock that another job renews. Raise StorageError if another job is writing.
         """
         deadline = time.monotonic() + patience_s
         while True:
             previous, content = self._newest()
-            own = content.get("directory") == self.directory
+            own = content.get("copy") == self.copy
             if previous and not own and not content.get("released") and not self._expires(previous, content, deadline):
                 continue
-            self.current = own and bool(content.get("current"))
+            self.complete = own and bool(content.get("complete"))
             self.number, self.nonce = previous + 1, secrets.token_hex(8)
             self.objects.create(self._name(), self._content())
             _, content = self._newest()
@@ -79,20 +76,16 @@ class Lease:
         for name in self.objects.list(LOCKS):
             if name < self._name():
                 self.objects.remove(name)
-        self._thread = threading.Thread(target=self._renew, args=(lost,), name="lease", daemon=True)
         self._thread.start()
+        return self.complete
 
-    def set_current(self) -> None:
-        """Record that the directory has everything that is in the store. Raise StorageError."""
-        self.current = True
-        self.renew()
-
-    def renew(self) -> None:
-        """Write the lock object. Raise StorageError."""
-        self.objects.write(self._name(), self._content())
+    def describe(self, copy: str, complete: bool) -> None:
+        """Write to the lock object which local copy this job writes. Raise StorageError."""
+        self.copy, self.complete = copy, complete
+        self._write()
 
     def check(self) -> None:
-        """Raise LeaseLost if another job has taken the run, StorageError if the store cannot be read.
+        """Raise LockLost if another job has taken the run, StorageError if the store cannot be read.
 
         Ask the store only if the last answer is older than ``CHECKED_S``.
         """
@@ -100,20 +93,20 @@ class Lease:
             return
         number, content = self._newest()
         if number and content.get("nonce") != self.nonce:  # 0: somebody removed the lock, the next renewal restores it
-            raise LeaseLost(
+            raise LockLost(
                 f"{self.objects.url}: the job on {content.get('host')} has taken over this run, since this job could "
-                "not reach the store"
+                "not reach the store",
+                permanent=True,
             )
         self._checked = time.monotonic()
 
     def release(self) -> None:
         """Let other jobs take the lock at once, if this job still holds it. Raise StorageError."""
-        if self._thread is not None:
-            self._stop.set()
-            self._thread.join()
-            with contextlib.suppress(LeaseLost):
-                self.check()
-                self.objects.write(self._name(), self._content(released=True))
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(LockLost):
+            self.check()
+            self._write(released=True)
 
     def _newest(self) -> tuple[int, dict[str, Any]]:
         """Return the number and the content of the newest lock object; 0 and nothing if there is none."""
@@ -156,20 +149,22 @@ class Lease:
     def _name(self) -> str:
         return f"{LOCKS}/{self.number:08d}"
 
+    def _write(self, released: bool = False) -> None:
+        self.objects.write(self._name(), self._content(released))
+
     def _content(self, released: bool = False) -> bytes:
         self.renewals += 1
-        content = {"host": socket.gethostname(), "pid": os.getpid(), "directory": self.directory, "nonce": self.nonce}
-        return json.dumps(
-            {**content, "current": self.current, "renewals": self.renewals, "released": released}
-        ).encode()
+        content = {"host": socket.gethostname(), "pid": os.getpid(), "nonce": self.nonce, "renewals": self.renewals}
+        content |= {"copy": self.copy, "complete": self.complete, "released": released}
+        return json.dumps(content).encode()
 
-    def _renew(self, lost: Callable[[str], None]) -> None:
+    def _renew(self) -> None:
         while not self._stop.wait(self.renew_s):
             try:
                 self.check()
-                self.renew()
-            except LeaseLost:
-                lost("another job, which has taken over the run,")
+                self._write()
+            except LockLost:
+                self.lost("another job, which has taken over the run,")
                 return
             except StorageError:
                 continue  # the upload of a checkpoint reports it

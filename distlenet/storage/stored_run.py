@@ -1,0 +1,115 @@
+"""Train a run that is in an object store."""
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from distlenet.storage.local_copy import LocalCopy, is_needed, signature
+from distlenet.storage.lock import LockLost, RunLock
+from distlenet.storage.objects import Objects, StorageError, retry
+from distlenet.storage.step_names import in_order
+from distlenet.storage.upload import Upload
+from distlenet.utils.errors import Preempted, UserError, warn
+from distlenet.utils.files import convert_io_errors
+
+
+class StopRequest(Protocol):
+    """Whether and until when this job must stop."""
+
+    @property
+    def status(self) -> int:
+        """Exit status after the stop."""
+
+    def seconds_left(self) -> float:
+        """Return the seconds until this job must exit."""
+
+
+def open_run(
+    url: str,
+    directory: Path,
+    keep_last: int,
+    is_intact: Callable[[Path], bool],
+    patience_s: float,
+    timeout_s: float,
+    lost: Callable[[str], None],
+) -> Upload:
+    """Lock the run for this job, make ``directory``, which this job has locked, its newest state, and start the upload.
+
+    Wait up to ``patience_s`` for a run that another job is writing, and up to ``timeout_s`` for a store that does not
+    answer. ``is_intact`` checks a checkpoint. ``lost`` is called with the cause if another job takes over the run.
+    Raise StorageError, or UserError if the directory cannot be written.
+    """
+    objects = Objects(url)
+    with convert_io_errors(directory):
+        copy = LocalCopy(directory)
+        lock = RunLock(objects, copy.id, lost)
+        complete = retry(lambda: lock.acquire(patience_s), timeout_s)
+        try:
+            present = retry(objects.list, timeout_s)
+            copy.uploaded = {name: copy.uploaded.get(name) for name in present}
+            if not (complete and copy.has_all(present)):  # otherwise only this directory has changed since
+                copy.change_id()
+                retry(lambda: lock.describe(copy.id, complete=False), timeout_s)
+                if aside := copy.set_aside(f"before-{lock.number:08d}"):
+                    if any(map(is_needed, present)):
+                        warn(f"{directory}: is older than {url}; the local files are moved to {aside}")
+                    else:
+                        warn(f"{directory}: {url} has no files of this run; the local files are moved to {aside}")
+                retry(lambda: _download(objects, copy, present, is_intact), timeout_s)
+                retry(lambda: lock.describe(copy.id, complete=True), timeout_s)
+            copy.save()
+        except BaseException:
+            with contextlib.suppress(StorageError):
+                lock.release()
+            raise
+    return Upload(objects, copy, lock, keep_last)
+
+
+def _download(objects: Objects, copy: LocalCopy, present: Iterable[str], is_intact: Callable[[Path], bool]) -> None:
+    """Download the run, of the checkpoints the best and the newest undamaged one."""
+
+    def download(name: str) -> Path:
+        path = copy.directory / name
+        objects.download(name, path)
+        copy.uploaded[name] = signature(path)
+        return path
+
+    for name in filter(is_needed, present):
+        download(name)
+    for name in reversed(in_order(present)):
+        if is_intact(download(name)):
+            break
+
+
+@contextmanager
+def closing_upload(upload: Upload, timeout_s: float, stop: StopRequest) -> Iterator[None]:
+    """Upload what the block writes, and release the run.
+
+    The upload at the end may take ``timeout_s``, and never more than ``stop`` leaves, which a stop request shortens;
+    after an exception only that. Raise UserError at the end if not everything is uploaded; Preempted if a stop request
+    is the reason.
+    """
+    copy = f"{upload.copy.directory} on {socket.gethostname()}"
+    try:
+        yield
+    except BaseException:
+        failure = upload.close(stop.seconds_left())
+        if isinstance(failure, LockLost):
+            warn(f"{failure}; steps that only this job took are in {copy}, and are not uploaded")
+        elif failure:
+            warn(f"{failure}; the newest files are in {copy}: if the same command runs there, it resumes from them")
+        raise
+    if failure := upload.close(timeout_s, stop.seconds_left):
+        text = f"{failure}; the complete run is in {copy}: the same command there uploads it"
+        raise UserError(text) if stop.seconds_left() > 0 else Preempted(text, stop.status)
+
+
+def upload_report(url: str, run_dir: Path) -> None:
+    """Upload the report, which is written after the run is released; a failure only warns."""
+    try:
+        Objects(url).upload(run_dir / "report.html", "report.html")
+    except StorageError as error:
+        warn(f"{error}; the report is in {run_dir}")
