@@ -4,7 +4,6 @@ import contextlib
 import filecmp
 import itertools
 import os
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,8 @@ from distlenet.checkpoint.format import (
 from distlenet.checkpoint.host_copy import copy_to_host, memory_for
 from distlenet.storage.fetch import fetch_checkpoint
 from distlenet.utils.errors import UserError, warn
+from distlenet.utils.step_names import in_order, step_name
 from distlenet.utils.urls import is_url
-
-FILE_NAME = re.compile(r"step-\d+\.pt")
 
 
 class CheckpointStore:
@@ -91,7 +89,7 @@ class CheckpointStore:
 
         Raise UserError if a file cannot be written.
         """
-        path = self.directory / f"step-{state['step']:08d}.pt"
+        path = self.directory / step_name(state["step"])
         if best:
             self._unwritten_best = state
         try:
@@ -146,13 +144,12 @@ class CheckpointStore:
     def by_step(self) -> list[Path]:
         """Return the files ordered by step. Raise UserError if the directory cannot be read."""
         try:
-            paths = [path for path in self.directory.iterdir() if FILE_NAME.fullmatch(path.name)]
+            return [self.directory / name for name in in_order(os.listdir(self.directory))]
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             failure = f"cannot be read: {error.strerror or error}"
             raise UserError(f"checkpoint {self.directory}: {failure}; fix its permissions") from error
-        return sorted(paths, key=lambda path: int(path.stem.removeprefix("step-")))
 
 
 def find_checkpoint(path: str | Path) -> Path:

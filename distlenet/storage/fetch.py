@@ -7,8 +7,8 @@ from filelock import FileLock
 
 from distlenet.storage.lock import LOCKS
 from distlenet.storage.objects import Objects
-from distlenet.storage.step_names import in_order
 from distlenet.utils.errors import UserError
+from distlenet.utils.step_names import in_order
 from distlenet.utils.urls import is_url, join_url, local_copy_of, temporary_directory
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distlenet.storage.step_names import in_order, step_of
 from distlenet.utils.files import replace_text
+from distlenet.utils.step_names import in_order, step_of
 
 STATE_FILE = ".local_copy.json"
 STALE = ".stale"

@@ -10,10 +10,10 @@ from typing import Protocol
 from distlenet.storage.local_copy import LocalCopy, is_needed, signature
 from distlenet.storage.lock import LockLost, RunLock
 from distlenet.storage.objects import Objects, StorageError, retry
-from distlenet.storage.step_names import in_order
 from distlenet.storage.upload import Upload
 from distlenet.utils.errors import Preempted, UserError, warn
 from distlenet.utils.files import convert_io_errors
+from distlenet.utils.step_names import in_order
 
 
 class StopRequest(Protocol):

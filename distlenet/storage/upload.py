@@ -10,8 +10,8 @@ from pathlib import Path
 from distlenet.storage.local_copy import LocalCopy, signature
 from distlenet.storage.lock import LockLost, RunLock
 from distlenet.storage.objects import FIRST_DELAY_S, LONGEST_DELAY_S, Objects, StorageError
-from distlenet.storage.step_names import in_order
 from distlenet.utils.errors import warn
+from distlenet.utils.step_names import in_order
 
 POLL_S = 1.0  # seconds between checks of the local copy
 ANNOUNCED_S = 5.0  # a longer upload at the end is announced

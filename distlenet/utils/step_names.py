@@ -1,9 +1,14 @@
-"""The names of checkpoints: ``step-00001234.pt`` is that after 1234 steps."""
+"""The names of checkpoints, as files and as objects of an object store."""
 
 import re
 from collections.abc import Iterable
 
 STEP_NAME = re.compile(r"(?:checkpoints/)?step-(\d+)\.pt")
+
+
+def step_name(step: int) -> str:
+    """Return the name of the file after ``step`` steps, such as ``step-00001234.pt``."""
+    return f"step-{step:08d}.pt"
 
 
 def step_of(name: str) -> int | None:
