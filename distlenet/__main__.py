@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a network, alone or under torchrun, srun or mpirun",
     "evaluate": "evaluate a run or a checkpoint",
     "predict": "classify image files",
+    "export": "write a trained network for other programs: ONNX, torch.export, safetensors",
     "report": "write a page with the curves of runs",
     "preflight": "check whether a job would start here",
     "prove": "check that a task gives the same bits however it is run",

@@ -213,6 +213,25 @@ class Task(ABC):
         """
         return self.loss(model, self.transform(data, None))[1]
 
+    def export_inputs(self, data: Data) -> Tensor | dict[str, Tensor]:
+        """Return what an exported network takes, and so ``predict``, of the collated samples ``data`` of a dataset.
+
+        One tensor or tensors by name, with the samples first. By default the first part of a pair (inputs, targets).
+        Ragged parts are padded here. Raise UserError if the data is no such pair.
+        """
+        match data:
+            case (Tensor() as inputs, _):
+                return inputs
+        name = type(self).__name__
+        raise UserError(
+            f"{name}.export_inputs: the samples are no pair of a tensor and targets; define {name}.export_inputs, "
+            "which returns the tensors that predict takes; see docs/own.md"
+        )
+
+    def postprocess(self, outputs: Any) -> Any:
+        """Return what is served and shown of the outputs of ``predict``, such as probabilities, (n, ...)."""
+        return outputs
+
     def error_analysis(self, device: device) -> ErrorAnalysis | None:
         """Return an empty analysis for the final evaluation, or None.
 

@@ -63,4 +63,4 @@ class Predictor:
                 f"{type(self.task).__name__}.predict: returned outputs of {found} for {len(images)} images; expected "
                 f"[{len(images)}, classes]; {FROM_PYTHON}"
             )
-        return self.task.probabilities(outputs)
+        return self.task.postprocess(outputs)

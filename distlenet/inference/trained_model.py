@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from distlenet.checkpoint.format import evaluation_weights, load_checkpoint, load_task_state
+from distlenet.checkpoint.format import State, evaluation_weights, load_checkpoint, load_task_state
 from distlenet.checkpoint.format import load_model as load_weights
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.loading import check_modules, load_config, warn_of_unused_settings
@@ -41,7 +41,17 @@ def load_model(
     fit the task.
     """
     file = find_checkpoint(checkpoint)
-    state = load_checkpoint(file)
+    return restore_model(evaluation_weights(load_checkpoint(file)), file, task, overrides, files)
+
+
+def restore_model(
+    state: State,
+    file: Path,
+    task: type[Task] | None = None,
+    overrides: Sequence[str] = (),
+    files: Sequence[str] = (),
+) -> TrainedModel:
+    """Return the network of the checkpoint ``state`` with the weights ``state["model"]``; see ``load_model``."""
     names = ["task.name"] if task is None else []
     if task is None or task.model is ImageClassification.model:
         names.append("model.name")
@@ -51,5 +61,5 @@ def load_model(
     made = create_task(task or make_task, config)
     load_task_state(made, state, file)
     model = made.model()
-    load_weights(model, evaluation_weights(state), file)
+    load_weights(model, state, file)
     return TrainedModel(model, made).eval()

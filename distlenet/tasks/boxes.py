@@ -56,4 +56,4 @@ def center_boxes(like: Tensor, size: tuple[int, int], sides: tuple[int, int]) ->
     The position is rounded down: CenterCrop of torchvision rounds some of the halves up.
     """
     top, left = (size[0] - sides[0]) // 2, (size[1] - sides[1]) // 2
-    return Boxes(*(torch.full((len(like),), value, device=like.device) for value in (top, left, *sides)))
+    return Boxes(*(torch.full((like.shape[0],), value, device=like.device) for value in (top, left, *sides)))

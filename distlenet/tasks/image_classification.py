@@ -137,12 +137,15 @@ class ImageClassification(Task):
 
     def predict(self, model: nn.Module, data: Tensor) -> Tensor:
         """Return logits, float32 (n, C), of images as stored: (n, H, W) or (n, C, H, W), through ``transform``."""
-        inputs, _ = self.transform((data, torch.zeros(len(data), dtype=torch.int64, device=data.device)), None)
+        labels = torch.zeros(
+            data.shape[0], dtype=torch.int64, device=data.device
+        )  # torch.export cannot trace len(data)
+        inputs, _ = self.transform((data, labels), None)
         logits: Tensor = model(inputs)
         return logits.float()
 
-    def probabilities(self, outputs: Tensor) -> Tensor:
-        """Return what ``python -m distlenet.predict`` shows of the outputs of ``predict``: a value per class, (n, C).
+    def postprocess(self, outputs: Tensor) -> Tensor:
+        """Return what ``predict`` and a server show of the outputs: a probability per class, (n, C).
 
         By default the softmax. A task with several labels per image replaces it, for example by the sigmoid.
         """

@@ -62,7 +62,8 @@ class ImageTransform:
         if self.images.channels == 1:  # plain numbers: a division by a tensor has other last bits on a GPU
             values.sub_(self.images.mean[0]).div_(self.images.std[0])
         else:
-            self.statistics = self.statistics.to(values.device)
+            if self.statistics.device != values.device:  # no assignment while torch.export traces
+                self.statistics = self.statistics.to(values.device)
             values.sub_(self.statistics[0]).div_(self.statistics[1])
         if plan is not None and plan.erase is not None:
             values = plan.erase.erase(values)

@@ -76,10 +76,21 @@ class Spam(Task):
         differences = score[positive].unsqueeze(1) - score[~positive]
         return {"auc": float((differences > 0).double().mean() + (differences == 0).double().mean() / 2)}
 
-    def predict(self, model: nn.Module, data: Sequence[bytes]) -> Tensor:
-        """Return the probability that each mail is spam, (n,), for ``distlenet.load_model``."""
+    def predict(self, model: nn.Module, data: Sequence[bytes] | Tensor) -> Tensor:
+        """Return the logits, (n,), of mails, or of the numbers of their words, padded (n, length)."""
+        if isinstance(data, Tensor):
+            return model.classify(data).float()
         inputs, _ = self.collate([(words_of(text), 0) for text in data])
-        return model(inputs).sigmoid()
+        return model(inputs).float()
+
+    def export_inputs(self, data: tuple[list[Tensor], Tensor]) -> Tensor:
+        """Return the numbers of the words, int64 (n, length), padded to the length of the longest mail's bucket."""
+        length = bucket_of(max(map(len, data[0])))
+        return torch.stack([pad(text, length) for text in data[0]])
+
+    def postprocess(self, outputs: Tensor) -> Tensor:
+        """Return the probability that each mail is spam, (n,)."""
+        return outputs.sigmoid()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the vocabulary: without it, the weights cannot be used."""
@@ -103,12 +114,11 @@ class TextNet(nn.Module):
 
     def forward(self, texts: list[Tensor]) -> Tensor:
         """Return one logit per text, (n,). The texts of a bucket are padded and computed together."""
-        lengths = [next(length for length in BUCKETS if len(text) <= length) for text in texts]
+        lengths = [bucket_of(len(text)) for text in texts]
         order, logits = [], []
         for length in sorted(set(lengths)):
             members = [index for index, its_length in enumerate(lengths) if its_length == length]
-            padded = [F.pad(texts[index], (0, length - len(texts[index])), value=PADDING) for index in members]
-            logits.append(self.classify(torch.stack(padded)))
+            logits.append(self.classify(torch.stack([pad(texts[index], length) for index in members])))
             order += members
         return torch.cat(logits)[torch.tensor(order, device=logits[0].device).argsort()]
 
@@ -119,6 +129,16 @@ class TextNet(nn.Module):
         maxima = (features * is_word.unsqueeze(1)).amax(2)  # no feature is below 0
         sums = vectors.sum(1) / is_word.sum(1, keepdim=True).clamp(min=1).sqrt()  # the vector of padding is 0
         return self.output(self.dropout(torch.cat([sums, maxima], 1))).squeeze(1)
+
+
+def bucket_of(words: int) -> int:
+    """Return the length to which a mail of so many words is padded."""
+    return next(length for length in BUCKETS if words <= length)
+
+
+def pad(text: Tensor, length: int) -> Tensor:
+    """Return the numbers of words with padding up to ``length``."""
+    return F.pad(text, (0, length - len(text)), value=PADDING)
 
 
 def read_mails(root: Path) -> dict[str, list[Mail]]:

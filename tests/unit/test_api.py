@@ -29,7 +29,7 @@ class Inverted(OwnNet):
 class Sigmoid(OwnNet):
     """Several labels per image."""
 
-    def probabilities(self, outputs):
+    def postprocess(self, outputs):
         return outputs.sigmoid()
 
 

@@ -31,6 +31,7 @@ ALLOWED = {
     "prove": {"commands", "config", "data", "distributed", "reduction", "task", "tasks", "training", "utils"},
     "report": {"config", "distributed", "storage", "tracking", "utils"},
     "launch": {"utils"},
+    "export": {"checkpoint", "config", "data", "distributed", "inference", "task", "tasks", "utils"},
     "inference": {"checkpoint", "config", "distributed", "task", "tasks", "utils"},
     "commands": {
         "checkpoint",

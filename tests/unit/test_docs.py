@@ -25,7 +25,8 @@ NOT_SETTINGS = {"key", "checkpoint"}
 """The placeholder ``key=value``, and the argument ``checkpoint=RUN`` of evaluate and predict."""
 
 CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-SUFFIXES = {"csv", "gz", "html", "json", "jsonl", "md", "pt", "py", "sbatch", "sh", "svg", "txt", "yaml"}
+SUFFIXES = {"csv", "gz", "html", "json", "jsonl", "md", "onnx", "pt", "pt2", "py", "safetensors", "sbatch", "sh", "svg"}
+SUFFIXES |= {"txt", "yaml"}
 """Last parts of names such as ``data.json`` that are files, not settings."""
 
 PLAIN_WORDS = {

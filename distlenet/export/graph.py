@@ -1,0 +1,97 @@
+"""The graph of a network, by ``torch.export``, and the files that hold it."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from distlenet.utils.errors import UserError
+
+OPSET = 18  # of ONNX: torch's exporter writes it without a conversion
+MAX_BYTES = 2**31 - 2**20  # of an ONNX file, whose format has no larger ones
+DIALECTS = ("torch", "onnxscript", "onnx_ir", "onnxruntime", "copyreg", "onnx")
+
+
+def trace(network: nn.Module, example: Mapping[str, Tensor], dynamic: Mapping[str, set[int]]) -> ExportedProgram:
+    """Return the graph of a network for inputs like ``example``, whose dimensions ``dynamic`` may have other sizes.
+
+    The sizes of those dimensions are at least 2 in the example. Raise UserError if the network cannot be exported.
+    """
+    shapes = {name: dict.fromkeys(sorted(dimensions), Dim.DYNAMIC) for name, dimensions in dynamic.items()}
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(network, (), dict(example), dynamic_shapes={"inputs": shapes})
+    except UserError:
+        raise
+    except Exception as error:  # of the user's code or of torch
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise UserError(
+            f"export: torch.export cannot trace the network: {reason}; in predict and forward, branch on no value of a "
+            "tensor, and write x.shape[0] for the number of samples, not len(x)"
+        ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # contains the paths of this machine
+    return program
+
+
+def write_pt2(program: ExportedProgram, file: Path, metadata: str) -> None:
+    """Write the graph for ``torch.export.load``."""
+    with quiet():
+        torch.export.save(program, file, extra_files={"metadata.json": metadata})
+
+
+def write_onnx(program: ExportedProgram, file: Path, metadata: str, outputs: tuple[str, ...]) -> None:
+    """Write the graph as ONNX, with names of inputs and outputs. Raise UserError if that is not possible."""
+    import onnx
+
+    inputs = list(program.graph_signature.user_inputs)
+    try:
+        with quiet():
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=inputs,
+                output_names=list(outputs),
+                verbose=False,
+            )
+        assert converted is not None
+        model = converted.model_proto
+        size = model.ByteSize()
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise UserError(
+            f"export: {file.name}: torch.onnx cannot convert the network: {reason}; use --to pt2"
+        ) from error
+    if size > MAX_BYTES:
+        raise UserError(f"export: {file.name}: has {size / 2**30:.1f} GiB, an ONNX file at most 2; use --to pt2")
+    for graph in (model.graph, *model.functions):
+        for node in graph.node:
+            del node.metadata_props[:]  # contains the paths of this machine
+        for value in graph.value_info:
+            del value.metadata_props[:]
+    onnx.helper.set_model_props(model, {"distlenet": metadata})
+    onnx.checker.check_model(model, full_check=True)
+    file.write_bytes(model.SerializeToString())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the progress and the deprecations of the exporters; warnings of other modules are shown."""
+    loggers = [logging.getLogger(name) for name in DIALECTS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            for name in DIALECTS:
+                warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,101 @@
+"""What an exported file is compared with: inputs, and the outputs of the network, over the whole test set."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distlenet.export.exported_network import ExportedNetwork, Inputs
+from distlenet.export.tolerances import RoundingError
+from distlenet.utils.errors import UserError
+
+MEASURED_PARTS, MEASURED_SAMPLES = 32, 8  # batches whose rounding error is measured, and samples of each
+
+
+@dataclass
+class Reference:
+    """The batches in ``directory``, and what they have in common."""
+
+    directory: Path
+    parts: int = 0
+    samples: int = 0
+    example: Inputs = field(default_factory=dict)  # two samples
+    shapes: dict[str, list[int | None]] = field(default_factory=dict)  # of inputs and outputs; None: dynamic
+    dtypes: dict[str, str] = field(default_factory=dict)
+    tolerances: dict[str, float] = field(default_factory=dict)
+
+    def dynamic(self) -> dict[str, set[int]]:
+        """Return the dimensions of each input that are dynamic."""
+        return {name: {i for i, size in enumerate(self.shapes[name]) if size is None} for name in self.example}
+
+
+@torch.no_grad()
+def write_reference(network: ExportedNetwork, batches: Iterable[Inputs], expected: int, directory: Path) -> Reference:
+    """Compute the outputs for all batches, and write inputs and outputs to ``directory``, one file for each tensor.
+
+    ``expected`` is the number of batches. Raise UserError if the outputs are not finite or of a wrong shape.
+    """
+    reference, error = Reference(directory), RoundingError(network)
+    every = max(1, expected // MEASURED_PARTS)
+    for part, inputs in enumerate(batches):
+        outputs = network(**inputs)
+        count = _check(network, inputs, outputs)
+        if part % every == 0:
+            error.measure({name: tensor[:MEASURED_SAMPLES] for name, tensor in inputs.items()})
+        error.see(outputs)
+        for name, tensor in {**inputs, **outputs}.items():
+            np.save(directory / f"{part:05}.{name}.npy", tensor.numpy())
+            shape = [None, *tensor.shape[1:]]
+            known = reference.shapes.setdefault(name, shape)
+            if len(known) != len(shape):
+                raise UserError(f"export: {name} has {len(known)} dimensions in one batch and {len(shape)} in another")
+            reference.shapes[name] = [a if a == b else None for a, b in zip(known, shape, strict=True)]
+            reference.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+        # An example must have two samples, and no dimension of size 1 that is dynamic.
+        larger = not reference.example or sum(t.numel() for t in inputs.values()) > sum(
+            t.numel() for t in reference.example.values()
+        )
+        reference.example = inputs if larger else reference.example
+        reference.parts, reference.samples = part + 1, reference.samples + count
+    if not reference.samples:
+        raise UserError("export: the test set has no samples; give --check random")
+    reference.example = {n: torch.cat([t, t])[:2].clone() for n, t in reference.example.items()}
+    reference.tolerances = error.tolerances()
+    return reference
+
+
+def _check(network: ExportedNetwork, inputs: Inputs, outputs: dict[str, Tensor]) -> int:
+    """Return the number of samples. Raise UserError for outputs that cannot be compared."""
+    name, count = type(network.task).__name__, len(next(iter(inputs.values())))
+    for key, tensor in {**inputs, **outputs}.items():
+        if tensor.dim() == 0 or len(tensor) != count:
+            raise UserError(
+                f"{name}: {key} has the shape {list(tensor.shape)} for {count} samples; the first dimension must be "
+                "the sample"
+            )
+    if not all(bool(tensor.isfinite().all()) for tensor in outputs.values()):
+        raise UserError(f"{name}: the network's outputs are not finite; give another checkpoint")
+    return count
+
+
+def random_batches(like: Inputs, high: float, low: float = 0.0, samples: int = 256) -> Callable[[], Iterable[Inputs]]:
+    """Return what yields random samples with the dtypes and shapes of ``like``, with values from low to high."""
+
+    def batches() -> Iterable[Inputs]:
+        generator = torch.Generator().manual_seed(0)
+        for size in (samples // 2, samples - samples // 2):
+            yield {
+                name: _random((size, *tensor.shape[1:]), tensor.dtype, low, high, generator)
+                for name, tensor in like.items()
+            }
+
+    return batches
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, low: float, high: float, generator: torch.Generator) -> Tensor:
+    if dtype.is_floating_point:
+        return torch.rand(shape, generator=generator, dtype=dtype) * (high - low) + low
+    return torch.randint(int(low), int(high) + 1, shape, generator=generator, dtype=dtype)

@@ -1,0 +1,104 @@
+"""The versions of a model: directories with an integer as their name, each written completely or not at all."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distlenet.utils.errors import UserError
+
+TEMPORARY = ".exporting-"
+MIN_AGE_S = 60.0  # of a temporary directory that is removed: a younger one may not be locked yet
+
+
+class VersionDirectory:
+    """A version that is being written."""
+
+    def __init__(self, model: Path, path: Path) -> None:
+        self.model, self.path = model, path  # the model's directory, and the temporary one
+
+    def publish(self) -> Path:
+        """Make the files durable and rename the directory to the next integer; return its path."""
+        for directory, _, names in os.walk(self.path):
+            for path in (*(os.path.join(directory, name) for name in names), directory):
+                _sync(Path(path))
+        number = max(versions(self.model), default=0) + 1
+        while True:
+            with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+                try:
+                    # A version has files, and a directory with files is not replaced.
+                    os.rename(self.path, self.model / str(number))
+                    break
+                except OSError as error:
+                    if not (self.model / str(number)).exists():
+                        raise UserError(f"--out {self.model}: cannot be written: {error.strerror}") from error
+            number += 1
+        _sync(self.model)
+        return self.model / str(number)
+
+
+@contextmanager
+def new_version(model: Path) -> Iterator[VersionDirectory]:
+    """Create a temporary directory in ``model``, which is removed at the end unless it was published.
+
+    Raise UserError if it cannot be written.
+    """
+    existed = model.exists()
+    try:
+        model.mkdir(parents=True, exist_ok=True)
+        _remove_stale(model)
+        path = model / f"{TEMPORARY}{secrets.token_hex(8)}"
+        path.mkdir()
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--out {model}: cannot be written: {error.strerror}; give another directory") from error
+    with contextlib.suppress(OSError):  # a file system without locks: then nothing is removed there
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield VersionDirectory(model, path)
+    except OSError as error:
+        raise UserError(f"--out {model}: cannot be written: {error.strerror or error}; check its disk") from error
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
+        if not existed:
+            with contextlib.suppress(OSError):  # it has a version
+                model.rmdir()
+
+
+def versions(model: Path) -> list[int]:
+    """Return the numbers of the versions in a model's directory."""
+    return sorted(int(path.name) for path in model.iterdir() if path.name.isascii() and path.name.isdigit())
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_stale(model: Path) -> None:
+    """Remove the temporary directories of processes that have ended."""
+    for path in model.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):  # it is in use, has become a version, or is of another user
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - path.stat().st_mtime > MIN_AGE_S:
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
