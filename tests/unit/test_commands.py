@@ -45,6 +45,7 @@ ELSEWHERE = {
     r".*benchmarks/\w+\.py.*": "tests/unit/test_benchmarks.py",  # their --help
     r"python -m distlenet\.\w+ .*s3://.*": "tests/ranks/test_object_store.py",
     r"torchrun .* run\.dir=s3://.*": "tests/ranks/test_object_store.py",
+    r"python -m distlenet\.export runs/NAME .*": "tests/unit/test_export.py",
     r"\.venv/bin/pytest .*": ".ci/run",
 }
 """Commands, as regular expressions, and what runs them."""
