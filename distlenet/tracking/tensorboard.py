@@ -1,12 +1,13 @@
 """TensorBoard's event files, rewritten from ``metrics.jsonl`` at each start of a run."""
 
 import importlib.util
-import shutil
+import json
 import time
 from pathlib import Path
 from typing import Any
 
-from distlenet.tracking.base import Record
+from distlenet.tracking.base import NETWORK_GRAPH_FILE, NETWORK_INPUTS_FILE, Record
+from distlenet.tracking.graph_def import encode_graph
 
 
 class TensorBoard:
@@ -14,24 +15,38 @@ class TensorBoard:
 
     Each number of each record is a scalar over optimizer steps, the settings that change the result are
     hyperparameters, and the confusion matrix and the most confident mistakes are images, if matplotlib is installed.
+    The graph of the network and its inputs are files there, which the training has written.
     """
 
     def __init__(self, run_dir: Path, run_info: Record) -> None:
-        """Remove the files of earlier starts: they may contain steps that are trained again."""
+        """Remove the event files of earlier starts: they may contain steps that are trained again."""
         from tensorboard import data_compat
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
         from tensorboard.plugins.scalar.summary_v2 import scalar_pb
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+        directory = run_dir / "tensorboard"
+        for path in directory.glob("events.out.tfevents.*"):
+            path.unlink()
         self.make_event, self.make_scalar, self.make_value = Event, scalar_pb, data_compat.make_summary
-        self.writer = EventFileWriter(str(run_dir / "tensorboard"))
+        self.writer = EventFileWriter(str(directory))
         settings = {key: value for key, value in run_info["settings"].items() if isinstance(value, str | int | float)}
         self._write(hparams_pb(settings, trial_id=run_dir.name), step=0)
+        self._write_network(directory)
 
     def _write(self, summary: Any, step: int, wall_time: float | None = None) -> None:
         self.writer.add_event(self.make_event(wall_time=wall_time or time.time(), step=step, summary=summary))
+
+    def _write_network(self, directory: Path) -> None:
+        from PIL import Image
+
+        if (path := directory / NETWORK_GRAPH_FILE).exists():
+            nodes = json.loads(path.read_text(encoding="utf-8"))
+            self.writer.add_event(self.make_event(wall_time=time.time(), graph_def=encode_graph(nodes)))
+        if (path := directory / NETWORK_INPUTS_FILE).exists():
+            description = "The first training images, changed and normalised; each channel is shown in its range"
+            self._write_image("train/inputs", description, *Image.open(path).size, path.read_bytes(), step=0)
 
     def put(self, record: Record) -> None:
         """Write one record."""
@@ -68,9 +83,6 @@ class TensorBoard:
         self._write(Summary(value=[value]), step=0)
 
     def _write_images(self, step: int, details: Record) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.plugins.image.metadata import create_summary_metadata
-
         from distlenet.tracking.figures import confusion_figure, mistakes_figure, to_png
 
         figures = {"test/confusion": (confusion_figure, "Test images by label and predicted class")}
@@ -78,7 +90,12 @@ class TensorBoard:
             description = "Label → prediction, confidence, index in the test set"
             figures["test/most_confident_mistakes"] = (mistakes_figure, description)
         for tag, (draw, description) in figures.items():
-            width, height, png = to_png(draw, details)
-            metadata = create_summary_metadata("", description)
-            value = self.make_value(tag, metadata, [str(width).encode(), str(height).encode(), png])
-            self._write(Summary(value=[value]), step)
+            self._write_image(tag, description, *to_png(draw, details), step)
+
+    def _write_image(self, tag: str, description: str, width: int, height: int, png: bytes, step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.image.metadata import create_summary_metadata
+
+        metadata = create_summary_metadata("", description)
+        value = self.make_value(tag, metadata, [str(width).encode(), str(height).encode(), png])
+        self._write(Summary(value=[value]), step)

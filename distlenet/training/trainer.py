@@ -24,6 +24,7 @@ from distlenet.task import Batch, Task
 from distlenet.tracking.base import Record, Tracker
 from distlenet.training.evaluator import EvaluationStopped, Evaluator, check_error_analysis
 from distlenet.training.meter import Metrics
+from distlenet.training.network_files import NetworkFiles
 from distlenet.training.nonfinite_report import handle_nonfinite
 from distlenet.training.origin import check_origin, origin_of
 from distlenet.training.profiling import StepProfiler
@@ -71,6 +72,7 @@ class Trainer:
         check_error_analysis(on_device.outline, self.model, next(iter(one)), context)
         if not on_device.outline.predicts:  # else the names are known after the first evaluation
             self.selection.check_names(on_device.outline.metric_names)
+        self.network_files = NetworkFiles(config, context, on_device, datasets, run_dir)
         self.throughput = Throughput(self.device, hosts_of_ranks())
         self.checkpoints = CheckpointManager(
             config, context, run_dir, self.model, blocker=self._unwritten_sample_log, before_write=tracker.sync
@@ -94,6 +96,7 @@ class Trainer:
             self.train_epoch()
             self.finish_epoch()
         self.checkpoints.finish()  # collective
+        self.network_files.write_embeddings()
         return summary(self.state, self.selection, self.throughput, self.start_s, self.context)
 
     @property
@@ -190,6 +193,7 @@ class Trainer:
             if self.env.rank == 0:
                 limit = self.config.checkpoint.max_restarts_without_progress
                 record_start(self.run_dir, self.state.step, self.env.world_size, limit, self.state.run_id, settings)
+            self.network_files.write_inputs(self.loader)
             self.tracker.start(self.run_info())
         if not self.config.model.compile:  # otherwise a step may compile for minutes
             self.watchdog.set_timeout(self.config.distributed.step_timeout_s, "distributed.step_timeout_s")
