@@ -36,7 +36,7 @@ SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
     "images": ("A directory of JPEG images", [["images.py"]]),
     "restarts": ("Restarts of killed ranks", [["restarts.py"]]),
     "size": ("Large datasets: memory and start", [["size.py"]]),
-    "store": ("Runs in an object store", [["object_store.py"]]),
+    "store": ("Runs in an object store", [["object_store.py", "--every", "1000", "--rounds", "4"]]),
     "growth": ("Large networks: checkpoints, replica check, exact sums", [["growth.py"]]),
     "gpu": (
         "On a GPU",

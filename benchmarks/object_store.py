@@ -1,9 +1,9 @@
 """What a run in an object store costs: the speed of training with ``run.dir`` on the disk and in an S3 server.
 
 ``python benchmarks/object_store.py [--rounds 5] [--every 100]``: LeNet on Fashion-MNIST, two ranks, a checkpoint every
-``--every`` steps. In each round, runs alternate: on the disk, in a store that answers at once, in one that takes a
-second for each request, and in one whose bucket is full, so that each upload fails. The server is moto's, on the same
-machine, and takes a part of its CPU time.
+``--every`` steps. In each round, runs alternate, in rotating order: on the disk, in a store that answers at once, in
+one that takes a second for each request, and in one whose bucket is full, so that each upload fails. The server is
+moto's, on the same machine, and takes a part of its CPU time.
 """
 
 import argparse
@@ -13,11 +13,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from pathlib import Path
+from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent
-CASES = {
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from s3_server import S3Server
+
+CASES: dict[str, dict[str, Any] | None] = {
     "disk": None,
     "store": {},
     "store, 1 s per request": {"kind": "slow", "seconds": 1.0},
@@ -54,30 +57,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each case (5)")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints (100)")
     arguments = parser.parse_args()
-    server = subprocess.Popen(
-        [sys.executable, REPO / "tests/s3_server.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert server.stdout is not None
-    environment = {}
-    for line in server.stdout:
-        if not line.startswith("export "):
-            break
-        name, _, value = line.removeprefix("export ").strip().partition("=")
-        environment[name] = value
+    server = S3Server()
     speeds: dict[str, list[float]] = {case: [] for case in CASES}
-    try:
-        for round_ in range(arguments.rounds):
-            for case, faults in CASES.items():
-                request = urllib.request.Request(
-                    f"{environment['AWS_ENDPOINT_URL']}/_faults", json.dumps(faults or {}).encode(), method="PUT"
-                )
-                urllib.request.urlopen(request, timeout=30).close()
-                with tempfile.TemporaryDirectory() as directory:
-                    url = f"s3://runs/{round_}-{len(case)}" if faults is not None else directory
-                    speeds[case].append(train(Path(directory), arguments.every, environment, f"run.dir={url}"))
-    finally:
-        server.terminate()
-        server.wait()
+    for round_ in range(arguments.rounds):
+        first = round_ % len(CASES)
+        for case, faults in [*CASES.items()][first:] + [*CASES.items()][:first]:
+            server.fail(**(faults or {}))
+            with tempfile.TemporaryDirectory() as directory:
+                url = f"s3://runs/{round_}-{len(case)}" if faults is not None else directory
+                speeds[case].append(train(Path(directory), arguments.every, server.environment, f"run.dir={url}"))
     print(f"LeNet on Fashion-MNIST, 2 ranks, a checkpoint every {arguments.every} steps, {arguments.rounds} rounds.\n")
     print("| run.dir | images per second, median (range) | of the disk, paired median |\n| --- | ---: | ---: |")
     for case, values in speeds.items():
