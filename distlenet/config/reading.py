@@ -40,10 +40,23 @@ def _read_override(text: str) -> dict[str, Any]:
         raise UserError(f"{text[:200]!r}: {unknown_key(key[:100])}")
     try:
         value = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([f"value={typed}"])))["value"]
+        comment = "#" in typed and _has_comment(typed)
     except YAML_ERRORS as error:
         raise UserError(f"{text[:200]}: the value is not valid YAML: {one_line(error)}") from error
+    if comment:
+        raise UserError(f"{text[:200]}: YAML reads # as the start of a comment; put the value in quotes: {key}='\"…\"'")
     is_string = key in FIELDS and FIELDS[key].kind is str and not FIELDS[key].choices
     return {key: typed if is_string and isinstance(value, int | float) else value}  # run.name=007 is not 7
+
+
+def _has_comment(text: str) -> bool:
+    """Return whether YAML reads a part of ``text`` as a comment: no token includes it."""
+    end = 0
+    for token in yaml.scan(text):
+        if "#" in text[end : token.start_mark.index]:
+            return True
+        end = token.end_mark.index
+    return False
 
 
 def find_config(name: str) -> str:

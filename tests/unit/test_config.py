@@ -93,6 +93,12 @@ def test_shipped_configs_contain_only_differences_from_the_defaults(name):
         ("data.cache=false", ["data.cache=false: expected auto, off or a directory"]),
         ("run.name=..", ["run.name=..", "run.dir"]),
         ("run.name=a\0b", ["not valid YAML"]),
+        (
+            "run.name=a #b",
+            ["""run.name=a #b: YAML reads # as the start of a comment; put the value in quotes: run.name='"…"'"""],
+        ),
+        ("run.name=#b", ["run.name=#b", "put the value in quotes"]),
+        ("optim.lr=0.1 # high", ["optim.lr=0.1 # high", "the start of a comment"]),
         ("run.name=a\tb", ["run.name=a\\tb", "at most 1,000 printable characters"]),
         ("data.root=" + "a" * 2000, ["at most 1,000 printable characters"]),
         ("seed=???", ["seed=???"]),
@@ -262,6 +268,11 @@ def test_a_string_setting_takes_the_text_as_typed_even_if_yaml_reads_another_typ
     assert load_config([], [f"run.name={text}"]).run.name == text
     (tmp_path / "a.yaml").write_text(f"run: {{name: '{text}'}}")
     assert load_config([str(tmp_path / "a.yaml")]).run.name == text
+
+
+@pytest.mark.parametrize(("typed", "name"), [("a#b", "a#b"), ("'a #b'", "a #b"), ('"#b" ', "#b")])
+def test_a_value_may_contain_a_hash(typed, name):
+    assert load_config([], [f"run.name={typed}"]).run.name == name
 
 
 @pytest.mark.parametrize(("content", "given"), [("run: {name: 007}", "name=7"), ("wandb: {tags: [a, on]}", "tags=")])
