@@ -13,6 +13,7 @@ from distlenet.config.fields import FIELDS, split_mapping_key
 from distlenet.distributed.entry_point import run_entry
 from distlenet.export.export_formats import BUNDLES, NETWORK_FORMATS
 from distlenet.export.exporter import Exported, ExportOptions, export
+from distlenet.export.web import DEFAULT_RUNTIME
 from distlenet.utils.errors import UserError
 from distlenet.utils.parser import Parser
 
@@ -46,6 +47,13 @@ def main() -> None:
     parser.add_argument(
         "--config", metavar="FILE", action="append", default=[], help="YAML file that names your task and network"
     )
+    parser.add_argument(
+        "--onnxruntime-web",
+        metavar="DIR",
+        type=Path,
+        default=DEFAULT_RUNTIME,
+        help=f"the npm package that --to web includes ({DEFAULT_RUNTIME})",
+    )
     arguments = parser.parse_intermixed_args()
     overrides = [text for text in arguments.inputs if split_mapping_key(text.partition("=")[0])[0] in FIELDS]
     checkpoints = [text.removeprefix("checkpoint=") for text in arguments.inputs if text not in overrides]
@@ -62,6 +70,7 @@ def main() -> None:
         arguments.max_drop,
         overrides,
         arguments.config,
+        arguments.onnxruntime_web,
     )
     print_table(export(checkpoints[0], options))
 

@@ -27,6 +27,7 @@ from distlenet.export.model_metadata import header_of, model_json
 from distlenet.export.reference import Reference, random_batches, write_reference
 from distlenet.export.trained_source import RunData, TrainedSource, load_source
 from distlenet.export.version_directory import new_version, sha256_of
+from distlenet.export.web import DEFAULT_RUNTIME, check_runtime
 from distlenet.export.weight_file import write_weights
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.utils.errors import UserError
@@ -49,6 +50,7 @@ class ExportOptions:
     max_drop: float = 0.5  # percentage points
     overrides: Sequence[str] = ()
     files: Sequence[str] = ()
+    onnxruntime_web: Path = DEFAULT_RUNTIME
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def export(checkpoint: str, options: ExportOptions) -> Exported:
     if options.quantize or set(options.formats) & BUNDLES.keys():
         formats.add("onnx")
     require_packages(formats)
+    if "web" in options.formats:
+        check_runtime(options.onnxruntime_web)
     if options.quantize and options.check == "random":
         raise UserError("--quantize int8: needs the data, for the calibration and the accuracy; remove --check random")
     source = load_source(checkpoint, options.weights, options.overrides, options.files)
@@ -99,7 +103,7 @@ def export(checkpoint: str, options: ExportOptions) -> Exported:
         (version.path / "model.json").write_text(json.dumps(metadata, indent=1) + "\n")
         for name in options.formats:
             if name in BUNDLES:
-                BUNDLES[name](version.path, metadata)
+                BUNDLES[name](version.path, metadata, options.onnxruntime_web)
         return Exported(version.publish(), metadata)
 
 
