@@ -10,7 +10,7 @@
 # make gpu-report [ARGS="--only recipe bits"]         on one GPU, 11 minutes: measure and check; write benchmarks/GPU.md
 # make gpu-bundle                                     fetch what gpu-report needs on a machine without a network
 # make test-cluster                                   as root on Debian: install SLURM, test the batch scripts on it
-# make test-browser                                   as root on Debian: install Chromium, test the report and the site in it
+# make test-browser                                   as root on Debian: install Chromium and npm, test the pages and the site
 # make test-container                                 as root on Debian: install buildah, build launch/Containerfile, train in it
 # make lint, format, coverage                         linters and types; format the code; report untested lines
 # make docs                                           build the documentation site in build/docs; warnings are errors
@@ -19,6 +19,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 LOWEST := .venv-lowest
+NODE   := .node
 ARGS   ?=
 # Processes on this machine: one per GPU, or 2 without a GPU.
 NPROC  ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
@@ -75,10 +76,16 @@ test-cluster: $(VENV)/.installed-dev
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM) > /dev/null; }
 	DISTLENET_SLURM=required $(BIN)/pytest --numprocesses=2 --dist=worksteal --timeout=600 tests/cluster
 
-test-browser: $(VENV)/.installed-dev
+test-browser: $(VENV)/.installed-dev $(NODE)/.installed
 	@command -v chromium > /dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; }
 	DISTLENET_BROWSER=required $(BIN)/pytest tests/browser
+
+# ONNX Runtime Web, which the prediction page without a server runs.
+$(NODE)/.installed: Makefile
+	@command -v npm > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends npm > /dev/null; }
+	npm install --silent --no-audit --no-fund --no-save --ignore-scripts --prefix $(NODE) onnxruntime-web@1.30.0
+	@touch $@
 
 test-container: $(VENV)/.installed
 	@{ command -v buildah && command -v debootstrap; } > /dev/null || \
@@ -145,4 +152,4 @@ $(LOWEST)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(NODE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -96,7 +96,7 @@ class Browser:
         """Evaluate JavaScript and return the result as plain values."""
         result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
-        return result["result"]["value"]
+        return result["result"].get("value")  # undefined has none
 
     def screenshot(self) -> bytes:
         """Return the whole page as PNG."""

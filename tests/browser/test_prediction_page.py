@@ -1,0 +1,322 @@
+"""The prediction page in Chromium, with a server and without: it answers as ``distlenet predict`` does."""
+
+import base64
+import io
+import json
+import os
+import random
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from browser import open_browser
+from conftest import REPO
+from forked import run_python
+from PIL import Image
+
+from distlenet.config.loading import load_config
+from distlenet.data.sources import load_data
+from distlenet.images.image_files import read_image
+from distlenet.images.image_format import ImageFormat
+from distlenet.inference.predictor import Predictor
+from distlenet.predict import top_classes
+
+pytestmark = pytest.mark.browser
+
+RUNTIME = REPO / ".node/node_modules/onnxruntime-web"  # make test-browser installs it
+PHONE, DESKTOP = (390, 844), (1400, 900)
+SHIFT = 8  # a modifier of key events
+BY_MOUSE, BY_TOUCH = "mouse", "touch"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
+        browser.send("Page.setInterceptFileChooserDialog", enabled=True)
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A short training on the bundled digits, in ``run``, and its export for the browser, in ``model``."""
+    if not RUNTIME.is_dir() and os.environ.get("DISTLENET_BROWSER") != "required":
+        pytest.skip("no onnxruntime-web: make test-browser installs it")
+    directory = tmp_path_factory.mktemp("page")
+    settings = ("data.name=digits", "train.epochs=4", "optim.lr=0.05", f"run.dir={directory}", "run.name=run")
+    run_python("-m", "distlenet.train", *settings).succeeded()
+    words = ("--to", "web", "--onnxruntime-web", RUNTIME, "--name", "digits", "--out", directory / "model")
+    run_python("-m", "distlenet.export", directory / "run", *words).succeeded()
+    return directory
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture(scope="module")
+def static_host(directory):
+    """The address of a static host of the exported directory."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=directory / "model/1/web")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module", params=["web"])
+def address(request):
+    """The address of the page: with the network in the browser, and with a server."""
+    return request.getfixturevalue({"web": "static_host"}[request.param])
+
+
+@pytest.fixture(scope="module")
+def predictor(directory):
+    return Predictor(directory / "run")
+
+
+@pytest.fixture(scope="module")
+def photo(directory):
+    """A test image as someone could photograph it: dark on light, in color, large, wider than high."""
+    (digit,) = load_data(load_config([], ["data.name=digits"]).data).test.images[:1].numpy()
+    image = Image.new("RGB", (640, 480), (244, 240, 226))
+    ink = Image.fromarray(digit).resize((400, 400), Image.Resampling.BICUBIC).point(lambda value: 2 * value)
+    image.paste((30, 34, 80), (120, 40), ink)
+    image.save(directory / "photo.png")
+    return directory / "photo.png"
+
+
+def expected(predictor: Predictor, file: Path) -> list[list[str]]:
+    """Return the names and percentages of the five most probable classes, as the page shows them."""
+    image = torch.from_numpy(read_image(file, "auto", predictor.images, file))
+    top = top_classes(predictor(image[None])[0], predictor.classes, 5)
+    return [[each["class"], f"{100 * each['probability']:.1f} %"] for each in top]
+
+
+READY = """
+new Promise((resolve, reject) => {
+  const check = () => {
+    const [file, error] = ["file", "error"].map(id => document.getElementById(id));
+    if (!error.hidden) reject(new Error(error.textContent));
+    else if (file.disabled) setTimeout(check, 10);
+    else resolve(true);
+  };
+  check();
+})
+"""
+
+ANSWER = """
+new Promise(resolve => {
+  const element = id => document.getElementById(id);
+  const check = () => {
+    const rows = [...element("classes").children].map(row => [".name", ".value"].map(
+      part => row.querySelector(part).textContent));
+    if (element("answers").ariaBusy == "true") setTimeout(check, 10);
+    else if (!element("error").hidden) resolve({error: element("error").textContent});
+    else if (element("answer").textContent) resolve({top: rows, text: element("answer").textContent});
+    else setTimeout(check, 10);
+  };
+  check();
+})
+"""
+
+
+def open_page(browser, address, size):
+    browser.send("Emulation.setTouchEmulationEnabled", enabled=size == PHONE)
+    browser.open(address, *size)
+    browser.evaluate(READY)
+
+
+def forget(browser):
+    """Remove the answer that is shown, so that the next one is new."""
+    browser.evaluate("for (const id of ['answer', 'error']) document.getElementById(id).textContent = ''")
+    browser.evaluate("document.getElementById('error').hidden = true")
+
+
+def choose(browser, file, chooser="file"):
+    element = browser.send("Runtime.evaluate", expression=f"document.getElementById('{chooser}')")["result"]
+    browser.send("DOM.setFileInputFiles", files=[str(file)], objectId=element["objectId"])
+
+
+def press(browser, key, code=0, modifiers=0, **more):
+    for kind in ("keyDown", "keyUp"):
+        browser.send(
+            "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, modifiers=modifiers, **more
+        )
+
+
+def draw_seven(browser, pointer):
+    """Draw a 7 with two lines, as a hand would, on the drawing area."""
+    left, top, side = browser.evaluate(
+        "(box => [box.left, box.top, box.width])(document.getElementById('drawing').getBoundingClientRect())"
+    )
+    for line in ([(0.25, 0.2), (0.5, 0.2), (0.75, 0.2), (0.6, 0.5), (0.45, 0.85)], [(0.4, 0.5), (0.7, 0.5)]):
+        points = [(left + x * side, top + y * side) for x, y in line]
+        for number, (x, y) in enumerate([*points, points[-1]]):
+            phase = 0 if number == 0 else 2 if number == len(points) else 1
+            if pointer == BY_TOUCH:
+                kind = ("touchStart", "touchMove", "touchEnd")[phase]
+                touches = [] if phase == 2 else [{"x": x, "y": y}]
+                browser.send("Input.dispatchTouchEvent", type=kind, touchPoints=touches)
+            else:
+                kind = ("mousePressed", "mouseMoved", "mouseReleased")[phase]
+                browser.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+
+def save_drawing(browser, file):
+    url = browser.evaluate("document.getElementById('drawing').toDataURL('image/png')")
+    file.write_bytes(base64.b64decode(url.partition(",")[2]))
+
+
+def check_page(browser, address, size, picture):
+    """Check that nothing is too wide, that no other host was asked, and that the console is empty."""
+    picture.write_bytes(browser.screenshot())
+    assert browser.evaluate("document.documentElement.scrollWidth") <= size[0]
+    sent = [event["params"] for event in browser.events if event.get("method") == "Network.requestWillBeSent"]
+    urls = [request["request"]["url"] for request in sent]
+    assert {urlsplit(url).netloc for url in urls if not url.startswith(("data:", "blob:"))} == {
+        urlsplit(address).netloc
+    }
+    methods = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+    assert [event for event in browser.events if event.get("method") in methods] == []
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_a_file_and_a_drawing_are_classified_as_by_predict(browser, address, predictor, photo, size, tmp_path):
+    open_page(browser, address, size)
+    choose(browser, photo, "camera" if size == PHONE else "file")
+    wanted = expected(predictor, photo)
+    assert browser.evaluate(ANSWER) == {"top": wanted, "text": ", ".join(wanted[0])}
+    seen = browser.evaluate("document.getElementById('seen').toDataURL('image/png')")
+    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(seen.partition(",")[2]))).convert("L"))
+    assert np.array_equal(pixels, read_image(photo, "auto", predictor.images, photo))
+    check_page(browser, address, size, tmp_path / "file.png")
+
+    browser.evaluate("document.getElementById('mode-drawing').click()")
+    forget(browser)
+    draw_seven(browser, BY_TOUCH if size == PHONE else BY_MOUSE)
+    answer = browser.evaluate(ANSWER)
+    save_drawing(browser, tmp_path / "drawing.png")
+    wanted = expected(predictor, tmp_path / "drawing.png")
+    assert answer == {"top": wanted, "text": ", ".join(wanted[0])}
+    assert wanted[0][0] == "7"
+    check_page(browser, address, size, tmp_path / "drawn.png")
+
+
+def test_the_keyboard_is_enough(browser, address, predictor, photo, tmp_path):
+    open_page(browser, address, DESKTOP)
+    focus = "document.activeElement.id"
+    press(browser, "Tab", 9)
+    assert browser.evaluate(focus) == "mode-file"
+    press(browser, "Tab", 9)
+    assert browser.evaluate(focus) == "file"
+    outline = "getComputedStyle(document.activeElement.parentElement).outlineWidth"
+    assert browser.evaluate(outline) == "3px"  # the label that is shown in place of the input
+    browser.events.clear()
+    press(browser, " ", 32, text=" ")
+    while not (opened := [event for event in browser.events if event["method"] == "Page.fileChooserOpened"]):
+        browser.evaluate("1")
+    browser.send("DOM.setFileInputFiles", files=[str(photo)], backendNodeId=opened[0]["params"]["backendNodeId"])
+    assert browser.evaluate(ANSWER)["top"] == expected(predictor, photo)
+    press(browser, "Tab", 9, SHIFT)
+    press(browser, "ArrowRight", 39)
+    assert browser.evaluate(focus) == "mode-drawing"
+    press(browser, "Tab", 9)
+    assert browser.evaluate(focus) == "drawing"
+    forget(browser)
+    browser.send("Input.dispatchKeyEvent", type="keyDown", key="Shift", windowsVirtualKeyCode=16, modifiers=SHIFT)
+    for _ in range(10):
+        press(browser, "ArrowUp", 38, SHIFT)
+    browser.send("Input.dispatchKeyEvent", type="keyUp", key="Shift", windowsVirtualKeyCode=16)
+    answer = browser.evaluate(ANSWER)
+    save_drawing(browser, tmp_path / "drawing.png")
+    assert answer["top"] == expected(predictor, tmp_path / "drawing.png")
+    press(browser, "Delete", 46)
+    assert browser.evaluate("document.getElementById('answer').textContent") == ""
+
+
+PASTE = """{
+const data = new DataTransfer();
+const bytes = Uint8Array.from(atob("%s"), character => character.charCodeAt(0));
+data.items.add(new File([bytes], "image.png", {type: "image/png"}));
+document.body.dispatchEvent(new %s);
+}"""
+
+
+EVENTS = {
+    "paste": "ClipboardEvent('paste', {clipboardData: data, bubbles: true})",
+    "drop": "DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})",
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_pasted_or_dropped_image_is_classified(browser, address, predictor, photo, event):
+    open_page(browser, address, DESKTOP)
+    browser.evaluate(PASTE % (base64.b64encode(photo.read_bytes()).decode(), EVENTS[event]))
+    assert browser.evaluate(ANSWER)["top"] == expected(predictor, photo)
+
+
+def test_the_setting_inverts(browser, address, predictor, photo):
+    open_page(browser, address, DESKTOP)
+    choose(browser, photo)
+    first = browser.evaluate(ANSWER)
+    forget(browser)
+    browser.evaluate(
+        "{const e = document.getElementById('invert'); e.value = 'no'; e.dispatchEvent(new Event('change'))}"
+    )
+    second = browser.evaluate(ANSWER)
+    image = torch.from_numpy(read_image(photo, "no", predictor.images, photo))
+    (top,) = top_classes(predictor(image[None])[0], predictor.classes, 1)
+    assert second["top"][0] == [top["class"], f"{100 * top['probability']:.1f} %"] != first["top"][0]
+
+
+def test_errors_are_sentences(browser, address, tmp_path):
+    open_page(browser, address, PHONE)
+    (tmp_path / "notes.png").write_text("no image")
+    choose(browser, tmp_path / "notes.png")
+    error = browser.evaluate(ANSWER)["error"]
+    assert "image" in error
+    Image.new("L", (20_000, 1)).save(tmp_path / "wide.png")
+    choose(browser, tmp_path / "wide.png")
+    browser.evaluate("new Promise(resolve => setTimeout(resolve, 0))")
+    error = browser.evaluate(ANSWER)["error"]
+    assert "20000 × 1 pixels" in error
+
+
+MODES = ("L", "RGB", "RGBA")
+PORT = """
+import(new URL("image_reading.js", document.baseURI)).then(({ readImage, toPlanes }) => {
+  const toBytes = text => Uint8ClampedArray.from(atob(text), c => c.charCodeAt(0));
+  return %s.map(({ width, height, rgba, invert, format }) => btoa(String.fromCharCode(
+    ...toPlanes(readImage({ width, height, data: toBytes(rgba) }, invert, format)))));
+})
+"""
+
+
+def test_images_are_read_to_the_byte_as_from_python(browser, static_host):
+    generator, cases, wanted = random.Random(0), [], []
+    noise = np.random.default_rng(0)
+    for _ in range(100):
+        sides = [generator.choice([generator.randint(1, 9), generator.randint(10, 60), 28]) for _ in range(4)]
+        width, height, *size = sides
+        channels = generator.choice([1, 3])
+        image = noise.integers(0, 256, (height, width, 4), dtype=np.uint8)
+        if generator.random() < 0.5:  # large contrasts: bicubic results below 0 and above 255
+            image = (image > generator.randint(50, 250)).astype(np.uint8) * 255
+        mode, resized = generator.choice(MODES), generator.random() < 0.3
+        statistics = ((0.0,) * channels, (1.0,) * channels, 0.0, 255.0)
+        form = ImageFormat(channels, (size[0], size[1]), resized, *statistics, generator.random() < 0.5)
+        picture, invert = Image.fromarray(image).convert(mode), generator.choice(["auto", "yes", "no"])
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        wanted.append(read_image(file, invert, form, "image"))
+        rgba = base64.b64encode(picture.convert("RGBA").tobytes()).decode()
+        cases.append({"width": width, "height": height, "rgba": rgba, "invert": invert, "format": form.to_dict()})
+    open_page(browser, static_host, DESKTOP)
+    results = browser.evaluate(PORT % json.dumps(cases))
+    for case, result, image in zip(cases, results, wanted, strict=True):
+        assert base64.b64decode(result) == image.tobytes(), {**case, "rgba": "..."}
