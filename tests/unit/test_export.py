@@ -23,7 +23,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(run):
     """All formats, and what was printed."""
-    words = ("--to", "pt2", "onnx", "safetensors", "--split", "--quantize", "int8", "--max-drop", "5")
+    words = ("--to", "pt2", "onnx", "safetensors", "triton", "--split", "--quantize", "int8", "--max-drop", "5")
     ended = run_python("-m", "distlenet.export", run / "run", *words, "--out", run / "model").succeeded()
     return ended, json.loads((run / "model/1/model.json").read_text())
 
@@ -44,7 +44,7 @@ def test_the_files_are_those_that_were_checked(run, exported):
     for name, entry in exported[1]["files"].items():
         content = (version / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
-    assert {path.name for path in version.iterdir()} == {*exported[1]["files"], "model.json"}
+    assert {path.name for path in version.iterdir()} == {*exported[1]["files"], "model.json", "triton"}
     assert [path.name for path in (run / "model").iterdir()] == ["1"]
 
 
@@ -53,3 +53,15 @@ def test_nothing_but_the_table_is_printed(exported):
     assert ended.stderr == ""
     lines = ended.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["file", *metadata["files"], "Version:"]
+
+
+def test_triton_gets_the_network_as_it_is(run, exported):
+    import onnxruntime
+    from test_triton import read_config
+
+    model = run / "model/1/triton/run"
+    config, session = read_config(model), onnxruntime.InferenceSession(model / "1/model.onnx")
+    for given, found in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [tensor.name for tensor in given] == [tensor.name for tensor in found]
+        assert [list(tensor.dims) for tensor in given] == [tensor.shape[1:] for tensor in found]
+        assert all(isinstance(tensor.shape[0], str) for tensor in found)  # any number of samples
