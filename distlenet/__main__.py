@@ -17,6 +17,7 @@ COMMANDS = {
     "ledger": "check that each epoch used each sample once",
     "data": "locate or download a data set",
     "config": "print the reference of all settings",
+    "serve": "answer predictions of an exported model over HTTP",
     "scripts": "write the launch scripts and the batch scripts to a directory",
 }
 

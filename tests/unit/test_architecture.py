@@ -33,6 +33,7 @@ ALLOWED = {
     "launch": {"utils"},
     "export": {"checkpoint", "config", "data", "distributed", "inference", "task", "tasks", "utils"},
     "inference": {"checkpoint", "config", "distributed", "task", "tasks", "utils"},
+    "serve": {"images", "utils"},
     "commands": {
         "checkpoint",
         "config",

@@ -1,0 +1,182 @@
+"""``python -m distlenet.serve DIR_OR_RUN``: answer predictions over HTTP."""
+
+import argparse
+import gc
+import ipaddress
+import os
+import re
+import resource
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+from distlenet.utils.errors import UserError, printable, warn
+from distlenet.utils.parser import Parser, positive_int
+
+try:
+    from distlenet.serve.application import Application
+    from distlenet.serve.batching import Batcher
+    from distlenet.serve.connections import make_config
+    from distlenet.serve.draining import DrainingServer
+    from distlenet.serve.endpoints import Endpoints
+    from distlenet.serve.exporting import export_run, is_model
+    from distlenet.serve.request_metrics import RequestMetrics
+    from distlenet.serve.static_files import page_table
+    from distlenet.serve.versions import Versions
+except ModuleNotFoundError as error:
+    MISSING: ModuleNotFoundError | None = error
+else:
+    MISSING = None
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+
+
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser("python -m distlenet.serve", description="Answer predictions over HTTP, without PyTorch.")
+    parser.add_argument(
+        "model", metavar="DIR_OR_RUN", help="an exported model, one of its versions, or a run to export"
+    )
+    parser.add_argument("--name", help="the name of the model in paths (the one in model.json)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (127.0.0.1)")
+    parser.add_argument("--port", type=port, default=8000, help="0: any free port (8000)")
+    parser.add_argument("--int8", action="store_true", help="serve model.int8.onnx")
+    parser.add_argument("--token-file", metavar="FILE", type=Path, help="requests need the token in this file")
+    parser.add_argument("--max-batch", metavar="N", type=positive_int, default=64, help="samples per batch (64)")
+    parser.add_argument(
+        "--max-wait-ms", metavar="MS", type=seconds, default=2.0, help="the longest wait for others when idle (2)"
+    )
+    parser.add_argument(
+        "--max-queue", metavar="N", type=positive_int, help="samples that wait before others get 503 (16 batches)"
+    )
+    parser.add_argument("--max-body-mb", metavar="MB", type=positive_int, default=16, help="largest body (16)")
+    parser.add_argument(
+        "--drain-s", metavar="S", type=seconds, default=0.5, help="time to listen further after SIGTERM (0.5)"
+    )
+    parser.add_argument("--grace-s", metavar="S", type=seconds, default=30.0, help="time to finish after that (30)")
+    parser.add_argument("--threads", metavar="N", type=positive_int, help="threads per batch (usable cores)")
+    parser.add_argument(
+        "--poll-s", metavar="S", type=seconds, default=2.0, help="interval of the search for new versions (2)"
+    )
+    return parser
+
+
+def port(text: str) -> int:
+    """Return a port number, for argparse."""
+    if text.isascii() and text.isdecimal() and len(text) < 6 and int(text) < 65536:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected an integer from 0 to 65535")
+
+
+def seconds(text: str) -> float:
+    """Return a time of at least 0, for argparse."""
+    if re.fullmatch(r"\d{1,6}(\.\d{1,6})?|\.\d{1,6}", text, re.ASCII):
+        return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected a number, at least 0")
+
+
+def main() -> None:
+    """Read the arguments, export a run if one is given, and serve until a signal. Raise UserError."""
+    if MISSING is not None:
+        raise UserError(f'the package {MISSING.name} is missing; pip install "distlenet[serve]"')
+    arguments = make_parser().parse_args()
+    path = Path(arguments.model)
+    with tempfile.TemporaryDirectory(prefix="distlenet-") as temporary:
+        if not path.is_dir() or not is_model(path):
+            if not path.exists() and "://" not in arguments.model:
+                raise UserError(f"{path}: does not exist; expected an exported model, a run or a checkpoint")
+            export_run(arguments.model, Path(temporary), arguments.int8)
+            path = Path(temporary)
+        serve(path, arguments)
+
+
+def serve(path: Path, arguments: argparse.Namespace) -> None:
+    """Serve the versions in a directory until SIGTERM or SIGINT."""
+    token = read_token(arguments.token_file) if arguments.token_file else None
+    threads = arguments.threads or len(os.sched_getaffinity(0))
+    versions = Versions(path, "model.int8.onnx" if arguments.int8 else "model.onnx", threads)
+    versions.start()
+    name = arguments.name or versions.newest().name
+    if not NAME.fullmatch(name):
+        raise UserError(f"the name {name[:100]!r} does not fit a path; give another one with --name")
+    metrics = RequestMetrics()
+    max_queue = arguments.max_queue or 16 * arguments.max_batch
+    batcher = Batcher(arguments.max_batch, arguments.max_wait_ms / 1000, max_queue, metrics.observe_batch)
+    metrics.watch(batcher, versions)
+    endpoints = Endpoints(name, versions, batcher, metrics)
+    table = endpoints.table() | page_table(name, versions, token is not None)
+    max_body = arguments.max_body_mb * 2**20
+    application = Application(table, metrics, max_body=max_body, token=token)
+    listener = listen(arguments.host, arguments.port)
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    if not is_loopback(arguments.host) and token is None:
+        warn(f"--host {arguments.host}: anyone who reaches this port can send requests; consider --token-file")
+    allow_many_connections()
+    gc.freeze()  # what exists now stays: collections need not look at it
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    line = printable(f"Serving {name}, version {versions.newest().version}, at {url}")
+    server = DrainingServer(
+        make_config(application, max_body),
+        arguments.drain_s,
+        arguments.grace_s,
+        on_start=lambda: print(line, flush=True),
+        on_drain=endpoints.start_draining,
+    )
+    server.run_with([listener], batcher.run(), versions.poll(arguments.poll_s))
+
+
+def read_token(file: Path) -> bytes:
+    """Return the token in a file. Raise UserError."""
+    try:
+        token = file.read_bytes().strip()
+    except OSError as error:
+        raise UserError(f"--token-file {file}: cannot be read: {error.strerror}") from error
+    if not token or not token.isascii() or any(byte <= 32 for byte in token):
+        raise UserError(f"--token-file {file}: expected one word of ASCII characters")
+    return token
+
+
+def listen(host: str, number: int) -> socket.socket:
+    """Return a bound socket. Raise UserError if the address cannot be used."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)  # a second server on this port fails now, not later
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {number}: {reason}; choose another address or port") from error
+    return listener
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def allow_many_connections() -> None:
+    """Raise the limit of open files to what the system permits."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def run_command() -> NoReturn:
+    """Run the command and exit: 0 stopped, 2 user error, 130 Ctrl-C before the start. It imports no PyTorch."""
+    try:
+        main()
+    except UserError as error:
+        warn(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    run_command()

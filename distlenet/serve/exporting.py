@@ -1,0 +1,34 @@
+"""Export a run to a temporary directory, in a child process: only the export needs PyTorch."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from distlenet.utils.errors import UserError
+from distlenet.utils.process import exit_with_parent
+
+PACKAGES = ("torch", "onnx", "onnxscript")
+
+
+def is_model(path: Path) -> bool:
+    """Return whether a path is a directory of versions, or one version."""
+    if (path / "model.json").is_file():
+        return True
+    return path.is_dir() and any(child.name.isdecimal() and child.is_dir() for child in path.iterdir())
+
+
+def export_run(run: str, out: Path, quantize: bool) -> None:
+    """Export a run or a checkpoint file to the directory ``out``. Raise UserError if that fails."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{run}: is no exported model, and an export needs {', '.join(missing)}; install them with "
+            'pip install "distlenet[export]", or export elsewhere: python -m distlenet.export RUN --to onnx --out DIR'
+        )
+    command = [sys.executable, "-m", "distlenet.export", run, "--to", "onnx", "--check", "random", "--out", str(out)]
+    if quantize:
+        command += ["--quantize", "int8"]
+    ended = subprocess.run(command, stdout=subprocess.DEVNULL, preexec_fn=exit_with_parent)
+    if ended.returncode:
+        raise UserError(f"{run}: the export failed with status {ended.returncode}; its message is above")

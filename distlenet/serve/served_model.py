@@ -1,0 +1,118 @@
+"""One version of an exported model, verified and loaded by ONNX Runtime."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from distlenet.images.image_format import ImageFormat
+
+Arrays = Mapping[str, np.ndarray]
+FORMAT = 1  # of model.json
+ONNX_TYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names that differ from NumPy's
+
+
+class BadVersion(Exception):
+    """A version cannot be served; the text contains the reason."""
+
+
+class CannotCompute(Exception):
+    """The network raises an error for these inputs; the text contains the reason."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output: ``shape`` has None for dimensions that vary; dimension 0 is the sample."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+
+class ServedModel:
+    """A session of ONNX Runtime with the content of ``model.json``. ``run`` may be called in any thread."""
+
+    def __init__(self, directory: Path, version: int, file: str, threads: int) -> None:
+        """Load ``file`` of a version's directory. Raise BadVersion if it is damaged or does not fit ``model.json``."""
+        self.version, self.file = version, file
+        try:
+            self.metadata = json.loads((directory / "model.json").read_text())
+            if self.metadata["format"] != FORMAT:
+                raise BadVersion(f"model.json: format {self.metadata['format']!r}, expected {FORMAT}; export again")
+            if file not in self.metadata["files"]:
+                raise BadVersion(
+                    f"has no {file}; export it with {'--quantize int8' if 'int8' in file else '--to onnx'}"
+                )
+            content = (directory / file).read_bytes()
+            if hashlib.sha256(content).hexdigest() != self.metadata["files"][file]["sha256"]:
+                raise BadVersion(f"{file}: its SHA-256 is not the one in model.json; copy or export it again")
+            self.name = str(self.metadata["name"])
+            self.inputs, self.outputs = (_specs(self.metadata[part]) for part in ("inputs", "outputs"))
+            self.classes = self.metadata["classes"]
+            images = self.metadata["images"]
+            self.images = ImageFormat.from_dict(images) if images else None
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores also serve HTTP
+            options.log_severity_level = 4  # errors are exceptions; they need no second line
+            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self._check_session()
+            self._warm_up()
+        except BadVersion:
+            raise
+        except CannotCompute as error:
+            raise BadVersion(f"{file}: the network does not run on zeros: {error}") from error
+        except Exception as error:  # damaged files cause many; those of ONNX Runtime have no common class
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
+            raise BadVersion(" ".join(reason.split())[:300]) from error
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Return all outputs of a batch. Raise CannotCompute if the network cannot compute them."""
+        try:
+            return dict(zip(self.outputs, self.session.run(list(self.outputs), dict(inputs)), strict=True))
+        except Exception as error:  # those of ONNX Runtime have no common class
+            raise CannotCompute(" ".join(str(error).split())[:300]) from error
+
+    def _check_session(self) -> None:
+        for part, specs, found in (
+            ("input", self.inputs, self.session.get_inputs()),
+            ("output", self.outputs, self.session.get_outputs()),
+        ):
+            nodes = {node.name: node for node in found}
+            if nodes.keys() != specs.keys():
+                raise BadVersion(f"{self.file}: has the {part}s {sorted(nodes)}, model.json has {sorted(specs)}")
+            for name, spec in specs.items():
+                kind = nodes[name].type.removeprefix("tensor(").removesuffix(")")
+                dims = tuple(dim if isinstance(dim, int) else None for dim in nodes[name].shape)
+                same = len(dims) == len(spec.shape) and all(
+                    d in (None, s) for d, s in zip(dims, spec.shape, strict=True)
+                )
+                if ONNX_TYPES.get(kind, kind) != spec.dtype.name or not same:
+                    raise BadVersion(f"{self.file}: {part} {name} is {kind} {dims}, model.json has {spec}")
+        if "predictions" not in self.outputs:
+            raise BadVersion("model.json: has no output predictions")
+
+    def _warm_up(self) -> None:
+        """Run one sample of zeros, if the shapes say how large a sample is, and check the outputs."""
+        shapes = {name: [dim for dim in spec.shape[1:] if dim is not None] for name, spec in self.inputs.items()}
+        if any(len(shapes[name]) + 1 < len(spec.shape) for name, spec in self.inputs.items()):
+            return
+        zeros = {name: np.zeros((1, *shapes[name]), spec.dtype) for name, spec in self.inputs.items()}
+        for name, array in self.run(zeros).items():
+            shape = self.outputs[name].shape
+            if len(array) != 1 or array.ndim != len(shape):
+                raise BadVersion(f"{self.file}: output {name} of one sample has shape {list(array.shape)}")
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise BadVersion(f"{self.file}: output {name} is not finite")
+
+
+def _specs(part: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSpec]:
+    specs = {name: TensorSpec(np.dtype(spec["dtype"]), tuple(spec["shape"])) for name, spec in part.items()}
+    for name, spec in specs.items():
+        if not spec.shape or spec.shape[0] is not None or not all(d is None or type(d) is int for d in spec.shape):
+            raise BadVersion(f"model.json: {name}: shape {list(spec.shape)}; dimension 0 must be null, the sample")
+    return specs

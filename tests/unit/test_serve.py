@@ -1,0 +1,555 @@
+"""The server of exported models: its protocols, limits, versions, batches, and how it stops."""
+
+import asyncio
+import base64
+import io
+import json
+import re
+import shutil
+import socket
+import struct
+import sys
+from contextlib import closing
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import requests
+import tritonclient.http as triton
+from conftest import run_command
+from PIL import Image
+from serve_models import CLASSES, IMAGES, serving, write_text_version, write_version
+from tritonclient.utils import InferenceServerException
+
+from distlenet.images.image_format import ImageFormat
+from distlenet.serve import connections
+from distlenet.serve.application import Application
+from distlenet.serve.batching import Batcher
+from distlenet.serve.connections import LimitedProtocol, make_config
+from distlenet.serve.endpoints import Endpoint, Endpoints
+from distlenet.serve.image_upload import Options, image_file
+from distlenet.serve.instances import read_tensorflow_inputs
+from distlenet.serve.messages import HttpError, Request, json_response
+from distlenet.serve.request_metrics import RequestMetrics
+from distlenet.serve.served_model import CannotCompute, ServedModel
+from distlenet.serve.versions import Versions
+from distlenet.utils.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8)
+BODY_LIMIT = 2**20
+
+
+def png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    write_version(root / "fashion", 1, seed=1)
+    write_version(root / "fashion", 2, seed=2)
+    write_text_version(root / "text")
+    return root
+
+
+@pytest.fixture(scope="module")
+def fashion(models):
+    return ServedModel(models / "fashion/2", 2, "model.onnx", 1)
+
+
+@pytest.fixture(scope="module")
+def server(models):
+    with serving(models / "fashion", "--max-body-mb", "1") as server:
+        yield server
+        status, errors = server.stop()
+    assert (status, errors.count("\n")) == (0, 1), errors  # no request of any test has left a traceback
+
+
+def exchange(server, *parts: bytes) -> bytes:
+    """Send bytes, close the sending side, and return all that the server answers."""
+    with closing(socket.create_connection(("127.0.0.1", server.port), timeout=30)) as client:
+        for part in parts:
+            client.sendall(part)
+        client.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def receive_until(client: socket.socket, end: bytes) -> bytes:
+    data = b""
+    while not data.endswith(end):
+        data += client.recv(65536)
+    return data
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+def test_a_request_of_the_tensorflow_tutorial_is_answered(server, fashion):
+    data = json.dumps({"signature_name": "serving_default", "instances": PIXELS.tolist()})
+    headers = {"content-type": "application/json"}
+    answer = requests.post(f"{server.url}/v1/models/fashion:predict", data=data, headers=headers, timeout=30)
+    expected = fashion.run({"images": PIXELS})["predictions"]
+    assert answer.status_code == 200
+    # the digits identify the float32; another batch may be summed in another order: a few units in the last place
+    np.testing.assert_allclose(np.float32(answer.json()["predictions"]), expected, rtol=1e-6)
+    column = requests.post(f"{server.url}/v1/models/fashion:predict", json={"inputs": PIXELS.tolist()}, timeout=30)
+    assert column.json() == {"outputs": answer.json()["predictions"]}
+
+
+def test_older_versions_and_the_states_of_all(server, models):
+    first = ServedModel(models / "fashion/1", 1, "model.onnx", 1).run({"images": PIXELS})["predictions"]
+    url = f"{server.url}/v1/models/fashion"
+    answer = requests.post(f"{url}/versions/1:predict", json={"instances": PIXELS.tolist()}, timeout=30)
+    np.testing.assert_allclose(np.float32(answer.json()["predictions"]), first, rtol=1e-6)
+    states = requests.get(url, timeout=30).json()["model_version_status"]
+    assert [(state["version"], state["state"]) for state in states] == [("2", "AVAILABLE"), ("1", "AVAILABLE")]
+    assert "model_version_status" in requests.get(f"{url}/versions/1", timeout=30).json()
+    metadata = requests.get(f"{url}/metadata", timeout=30).json()
+    inputs = metadata["metadata"]["signature_def"]["signature_def"]["serving_default"]["inputs"]["images"]
+    assert [dim["size"] for dim in inputs["tensor_shape"]["dim"]] == ["-1", "28", "28"]
+    assert metadata["distlenet"]["classes"] == CLASSES
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritonclient(server, fashion, binary):
+    client = triton.InferenceServerClient(f"127.0.0.1:{server.port}")
+    assert client.is_server_live()
+    assert client.is_model_ready("fashion", "1")
+    assert client.get_model_metadata("fashion")["inputs"] == [
+        {"name": "images", "datatype": "UINT8", "shape": [-1, 28, 28]}
+    ]
+    images = triton.InferInput("images", PIXELS.shape, "UINT8")
+    images.set_data_from_numpy(PIXELS, binary_data=binary)
+    outputs = None if binary else [triton.InferRequestedOutput("outputs", binary_data=False)]
+    result = client.infer("fashion", [images], outputs=outputs, request_id="a")
+    assert result.get_response()["id"] == "a"
+    np.testing.assert_allclose(result.as_numpy("outputs"), fashion.run({"images": PIXELS})["outputs"], rtol=1e-5)
+    assert (result.as_numpy("predictions") is not None) == binary  # all outputs, unless some are requested
+    with pytest.raises(InferenceServerException, match="expected one tensor"):
+        client.infer("fashion", [triton.InferInput("other", [1, 28, 28], "UINT8").set_data_from_numpy(PIXELS[:1])])
+
+
+def test_an_image_file_is_read_as_predict_reads_it(server, fashion):
+    drawing = np.full((100, 60), 255, np.uint8)  # light: is inverted, and padded to a square
+    drawing[20:80, 25:35] = 0
+    answer = requests.post(f"{server.url}/predict?seen=1&top=2", data=png(drawing), timeout=30).json()
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["seen"]))))
+    assert (seen.shape, seen[0, 0], seen[14, 14]) == ((28, 28), 0, 255)
+    expected = fashion.run({"images": seen[None]})["predictions"][0]
+    best = int(expected.argmax())
+    assert answer["top"][0] == {
+        "class": CLASSES[best],
+        "label": best,
+        "probability": pytest.approx(expected[best], 1e-6),
+    }
+    assert len(answer["top"]) == 2
+    files = {"image": ("drawing.png", png(drawing))}
+    form = requests.post(f"{server.url}/predict", files=files, data={"other": "x"}, timeout=30).json()
+    assert form["top"][:2] == answer["top"]
+    kept = requests.post(f"{server.url}/predict?invert=no&seen=1", data=png(drawing), timeout=30).json()
+    assert np.asarray(Image.open(io.BytesIO(base64.b64decode(kept["seen"]))))[0, 0] == 255
+
+
+PREDICT = "/v1/models/fashion:predict"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", PREDICT, b"", 405),
+        ("GET", "/v1/models/other", b"", 404),
+        ("GET", "/v1/models/fashion/versions/7", b"", 404),
+        ("POST", "/v1/models/fashion/versions/99999999999999999999:predict", b"{}", 404),
+        ("POST", "/%2e%2e/%2e%2e/etc/passwd", b"", 404),
+        ("POST", PREDICT, b"", 400),
+        ("POST", PREDICT, b"[" * 100_000, 400),
+        ("POST", PREDICT, b'{"instances": [[[0.5]]]}', 400),
+        ("POST", PREDICT, b"\xff\x00" * 10, 400),
+        ("POST", "/v2/models/fashion/infer", b'{"inputs": [{"name": "images"}]}', 400),
+        ("POST", "/predict", b"no image", 400),
+        ("POST", "/predict?top=11", b"", 400),
+        ("POST", PREDICT, bytes(BODY_LIMIT + 1), 413),
+    ],
+)
+def test_errors_of_a_client(server, method, path, body, status):
+    answer = requests.request(method, server.url + path, data=body, timeout=30)
+    assert (answer.status_code, [*answer.json()]) == (status, ["error"])
+    if status == 405:
+        assert answer.headers["allow"] == "POST"
+
+
+def test_a_body_in_chunks_is_refused_when_it_becomes_too_large(server):
+    head = b"POST /predict HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+    with closing(socket.create_connection(("127.0.0.1", server.port), timeout=30)) as client:
+        client.sendall(head + chunk * (BODY_LIMIT // 0x10000 + 1))  # no end: the answer does not wait for it
+        assert status_of(client.recv(65536)) == 413
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nhost: x\r\na: " + b"a" * 70_000, 431),
+        (b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-encoding: gzip\r\ncontent-length: 1\r\n\r\na", 415),
+        (b"POST /predict HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 9999999\r\n\r\n", 413),
+    ],
+)
+def test_requests_that_no_client_library_sends(server, request_, status):
+    assert status_of(exchange(server, request_)) == status
+
+
+def test_a_connection_that_is_cut_within_a_request_disturbs_nobody(server):
+    client = socket.create_connection(("127.0.0.1", server.port))
+    client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nabc")
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets the connection
+    client.close()
+    assert requests.get(f"{server.url}/readyz", timeout=30).json() == {"ready": True}
+
+
+def test_metrics_pages_and_the_description(server):
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    assert "distlenet_model_version 2.0" in text
+    assert 'distlenet_requests_total{endpoint="health",status="200"}' in text
+    described = requests.get(f"{server.url}/openapi.json", timeout=30).json()["paths"]
+    assert described["/v1/models/fashion:predict"]["post"]["requestBody"]
+    assert requests.get(f"{server.url}/page.json", timeout=30).json() == {"backend": "server"}
+    for path in ("/", "/docs", "/docs.js", "/docs.css"):
+        answer = requests.get(server.url + path, timeout=30)
+        assert (answer.status_code, re.findall(r"(?:src|href)=.https?:", answer.text)) == (200, []), path
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+
+
+def test_a_stop_answers_all_that_has_been_accepted(models):
+    """A request that is being sent, one in the kernel's queue, and two on open connections; an idle one is closed."""
+    body = json.dumps({"instances": PIXELS.tolist()}).encode()
+    request = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (PREDICT.encode(), len(body)) + body
+
+    def connect():
+        return socket.create_connection(("127.0.0.1", server.port), timeout=30)
+
+    with serving(models / "fashion", "--drain-s", "0.2") as server:
+        started, kept, idle = connect(), connect(), connect()
+        started.sendall(request[:100])
+        kept.sendall(request)
+        assert b"connection: close" not in receive_until(kept, b"]]}")
+        server.process.send_signal(15)
+        while requests.get(f"{server.url}/readyz", timeout=30).status_code != 503:
+            pass
+        late = connect()  # the listener is still open
+        for client, data in ((late, request), (kept, request + request), (started, request[100:])):
+            client.sendall(data)
+        for client, count in ((late, 1), (kept, 2), (started, 1)):
+            answer = b"".join(iter(lambda client=client: client.recv(65536), b""))
+            assert answer.count(b"HTTP/1.1 200") == answer.count(b'"predictions"') == count
+            assert answer.count(b"connection: close") == 1
+        assert idle.recv(1) == b""
+        assert server.wait()[0] == 0
+        with pytest.raises(ConnectionRefusedError):
+            connect()
+
+
+def test_a_second_signal_ends_the_server_at_once(models):
+    with serving(models / "fashion", "--drain-s", "60") as server:
+        server.process.send_signal(2)
+        while requests.get(f"{server.url}/readyz", timeout=30).status_code != 503:
+            pass
+        server.process.send_signal(15)
+        assert server.wait()[0] == 128 + 15
+
+
+def test_the_server_imports_no_pytorch(models):
+    code = (
+        "import sys\n"
+        "from unittest import mock\n"
+        "import distlenet.serve.__main__ as command\n"
+        "with mock.patch.object(command.DrainingServer, 'run_with', lambda *_: None): command.main()\n"
+        "print(*{'torch', 'torchvision', 'omegaconf', 'wandb', 'onnx'} & sys.modules.keys())"
+    )
+    ended = run_command(sys.executable, "-W", "ignore", "-c", code, models / "text", "--port", "0").succeeded()
+    assert ended.stdout == "\n", str(ended)
+
+
+def read(model, body):
+    try:
+        return read_tensorflow_inputs(body, model)
+    except HttpError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("shape", [(2, 28, 28), (2, 28, 28, 1), (2, 1, 28, 28)])
+def test_layouts_of_grey_images(fashion, shape):
+    images = read(fashion, {"instances": PIXELS[:2].reshape(shape).tolist()})["images"]
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(images, PIXELS[:2])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ([], "expected a JSON object"),
+        ({"instances": [], "inputs": []}, "expected a JSON object"),
+        ({"instances": []}, "at least one sample"),
+        ({"instances": 5}, "at least one sample"),
+        ({"instances": [0], "signature_name": "other"}, "serving_default"),
+        ({"instances": [[[0.5] * 28] * 28]}, "pixels are not scaled to 0..1"),
+        ({"instances": [[[256] * 28] * 28]}, "from 0 to 255"),
+        ({"instances": [[[None] * 28] * 28]}, "from 0 to 255"),
+        ({"instances": [[["a"] * 28] * 28]}, "from 0 to 255"),
+        ({"instances": [[[10**30] * 28] * 28]}, "from 0 to 255"),
+        ({"instances": [[[0] * 28] * 27]}, r"shape \[1, 27, 28\], expected \[N, 28, 28\]"),
+        ({"instances": [[[0] * 28] * 27 + [[0] * 27]]}, "different lengths"),
+        ({"instances": [[[0] * 28] * 28, 3]}, "different lengths"),
+        ({"instances": [[[]]]}, "different lengths, or empty"),
+        ({"instances": [{"other": 0}]}, "input 'other' is unknown"),
+        ({"instances": [{"images": 0}, 1]}, "same keys"),
+        ({"instances": [[[[[[[0]]]]]]]}, "too deep"),
+        ({"inputs": {}}, "input images is missing"),
+    ],
+)
+def test_instances_that_do_not_fit(fashion, body, message):
+    with pytest.raises(HttpError, match=message) as caught:
+        read_tensorflow_inputs(body, fashion)
+    assert caught.value.status == 400
+
+
+def test_inputs_by_name_of_other_types(models):
+    model = ServedModel(models / "text/1", 1, "model.onnx", 1)
+    rows = [{"words": [1, 2], "factor": [0.5]}, {"words": [3, 4], "factor": [1]}]
+    inputs = read(model, {"instances": rows})
+    assert {name: (array.dtype, array.tolist()) for name, array in inputs.items()} == {
+        "words": (np.int64, [[1, 2], [3, 4]]),
+        "factor": (np.float32, [[0.5], [1]]),
+    }
+    assert read(model, {"inputs": {"words": [[1.5]], "factor": [[1]]}}) == "words: expected values of type int64"
+    assert read(model, {"inputs": {"words": [[True]], "factor": [[1]]}}) == "words: expected values of type int64"
+    assert "different numbers" in read(model, {"inputs": {"words": [[1], [2]], "factor": [[1]]}})
+    assert "expected an object" in read(model, {"instances": [1]})
+
+
+def test_layouts_of_color_images():
+    color = ImageFormat.from_dict({**IMAGES, "channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3})
+    spec = SimpleNamespace(dtype=np.dtype(np.uint8), shape=(None, 3, 5, 4))
+    model = SimpleNamespace(inputs={"images": spec}, images=color)
+    pixels = np.arange(60, dtype=np.uint8).reshape(1, 3, 5, 4)
+    for images in (pixels, pixels.transpose(0, 2, 3, 1)):
+        np.testing.assert_array_equal(read(model, {"instances": images.tolist()})["images"], pixels)
+
+
+class Model:
+    """A network that doubles its inputs and cannot compute negative ones."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def run(self, inputs):
+        self.sizes.append(len(inputs["x"]))
+        if (inputs["x"] < 0).any():
+            raise CannotCompute("negative")
+        return {"y": 2 * inputs["x"]}
+
+
+def with_batcher(batcher, *coroutines):
+    """Run coroutines at once with a batcher; return their results or exceptions."""
+
+    async def run():
+        task = asyncio.create_task(batcher.run())
+        results = await asyncio.gather(*coroutines, return_exceptions=True)
+        task.cancel()
+        await asyncio.wait([task])
+        return results
+
+    return asyncio.run(run())
+
+
+def test_requests_that_wait_form_a_batch_and_shapes_are_apart():
+    model, sizes = Model(), []
+    batcher = Batcher(4, 60.0, 100, sizes.append)  # a full batch does not wait
+    values = [np.full((1, 2), i) for i in range(4)] + [np.full((1, 3), 9)]
+    results = with_batcher(batcher, *(batcher.predict(model, {"x": value}) for value in values))
+    for value, result in zip(values, results, strict=True):
+        np.testing.assert_array_equal(result["y"], 2 * value)
+    assert model.sizes == sizes == [4, 1]
+
+
+def test_a_bad_sample_fails_alone():
+    model = Model()
+    batcher = Batcher(4, 0.0, 100, mock.Mock())
+    results = with_batcher(batcher, *(batcher.predict(model, {"x": np.array([i])}) for i in (1, -1, 2)))
+    assert [results[0]["y"].tolist(), results[2]["y"].tolist()] == [[2], [4]]
+    assert isinstance(results[1], HttpError)
+    assert results[1].status == 400
+
+
+def test_a_large_request_is_split_and_a_full_queue_refuses():
+    model = Model()
+    batcher = Batcher(4, 0.0, 4, mock.Mock())
+    large = batcher.predict(model, {"x": np.arange(10)})
+    results = with_batcher(batcher, large, batcher.predict(model, {"x": np.arange(1)}))
+    assert results[0]["y"].tolist() == (2 * np.arange(10)).tolist()
+    assert model.sizes == [4, 4, 2]
+    assert (results[1].status, results[1].headers) == (503, ((b"retry-after", b"1"),))
+
+
+def test_a_sample_does_not_depend_on_its_batch(fashion):
+    alone = np.concatenate([fashion.run({"images": image[None]})["outputs"] for image in PIXELS])
+    # sums of 784 products in another order: at most 784 roundings of 2**-24 of the sum of the absolute products
+    np.testing.assert_allclose(fashion.run({"images": PIXELS})["outputs"], alone, atol=784 * 2**-24 * 10)
+
+
+def test_new_versions_are_served_and_bad_ones_are_not(tmp_path, capsys):
+    write_version(tmp_path, 1, seed=1)
+    versions = Versions(tmp_path, "model.onnx", 1)
+    versions.start()
+    write_version(tmp_path, 3, seed=3)
+    versions.scan()
+    assert (versions.newest().version, sorted(versions.loaded)) == (3, [1, 3])
+    assert capsys.readouterr().err == ""
+    bad = write_version(tmp_path, 4)
+    with (bad / "model.onnx").open("r+b") as file:
+        file.write(b"damage")
+    (tmp_path / "5").mkdir()
+    for _ in range(2):
+        versions.scan()
+    assert versions.newest().version == 3
+    errors = capsys.readouterr().err.splitlines()
+    assert (len(errors), versions.failure_count) == (2, 2)  # once each
+    assert "SHA-256" in errors[1]
+    with pytest.raises(HttpError, match=r"version 4 is not available: model\.onnx: its SHA-256"):
+        versions.get(4)
+    shutil.rmtree(bad)
+    write_version(tmp_path, 4)  # repaired
+    versions.scan()
+    assert sorted(versions.loaded) == [3, 4]
+    shutil.rmtree(tmp_path / "4")  # withdrawn
+    versions.scan()
+    assert sorted(versions.loaded) == [1, 3]
+    shutil.rmtree(tmp_path)
+    versions.scan()
+    assert sorted(versions.loaded) == [1, 3]
+
+
+def test_one_version_and_none(models, tmp_path):
+    versions = Versions(models / "fashion/1", "model.onnx", 1)
+    versions.start()
+    assert sorted(versions.loaded) == [1]
+    with pytest.raises(UserError, match="has no version"):
+        Versions(tmp_path, "model.onnx", 1).start()
+    with pytest.raises(UserError, match=r"has no model\.int8\.onnx; export it with --quantize int8"):
+        Versions(models / "fashion", "model.int8.onnx", 1).start()
+
+
+def call(application, path, headers=(), method="GET", body=b""):
+    """Call an ASGI application; return the status and the body."""
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"method": method, "path": path, "query_string": b"", "headers": list(headers)}
+    asyncio.run(application(scope, receive, send))
+    return sent[0]["status"], sent[1]["body"]
+
+
+def test_a_token(models, capsys):
+    versions = Versions(models / "text", "model.onnx", 1)
+    versions.start()
+    metrics = RequestMetrics()
+    table = Endpoints("text", versions, Batcher(1, 0.0, 1, mock.Mock()), metrics).table()
+    application = Application(table, metrics, max_body=100, token=b"secret")
+    assert call(application, "/v2")[0] == 401
+    assert call(application, "/v2", [(b"authorization", b"Bearer secre")])[0] == 401
+    assert call(application, "/v2", [(b"authorization", b"Basic secret")])[0] == 401
+    assert call(application, "/v2", [(b"authorization", b"bearer secret")])[0] == 200
+    assert call(application, "/healthz")[0] == 200
+
+
+def test_large_bodies_share_a_limit_and_a_bug_is_an_answer(capsys):
+    async def handler(request):
+        return json_response({"size": len(request.body), "name": request.header(b"a").decode()})
+
+    async def bug(request):
+        raise ZeroDivisionError
+
+    table = {"/v1/models/m:predict": {"POST": Endpoint("a", handler), "GET": Endpoint("b", bug)}}
+    application = Application(table, RequestMetrics(), max_body=10**6)
+    size = [(b"content-length", b"100000"), (b"a", b"name")]
+    assert call(application, "/v1/models/m:predict", size, "POST", bytes(10)) == (200, b'{"size":10,"name":"name"}')
+    application.large_bytes = 16 * 10**6
+    assert call(application, "/v1/models/m:predict", size, "POST")[0] == 503
+    assert call(application, "/v1/models/m:predict", [(b"content-length", b"10")], "POST")[0] == 200
+    assert application.large_bytes == 16 * 10**6
+    assert call(application, "/v1/models/m:predict")[0] == 500
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nabc"])
+def test_slow_clients_are_disconnected(sent):
+    async def wait_for_ever(*_):
+        await asyncio.sleep(60)
+
+    async def run():
+        config = make_config(wait_for_ever, 1000)
+        config.load()
+        loop = asyncio.get_running_loop()
+        state = SimpleNamespace(connections=set(), tasks=set(), default_headers=[], total_requests=0)
+        protocol = config.http_protocol_class(config, state, {}, loop)
+        assert isinstance(protocol, LimitedProtocol)
+        transport = mock.Mock(**{"is_closing.return_value": False, "get_extra_info.return_value": None})
+        protocol.connection_made(transport)
+        if sent:
+            protocol.data_received(sent)
+        await asyncio.sleep(0)  # the application starts
+        protocol.check(loop.time() + connections.SILENCE_S - 1)
+        assert not transport.close.called
+        assert not transport.abort.called
+        protocol.check(loop.time() + connections.SILENCE_S + 1)
+        assert transport.close.called or transport.abort.called
+        for task in state.tasks:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"--b\r\n", b'--b\r\ncontent-disposition: form-data; name="a"\r\n\r\nx\r\n--b--\r\n']
+)
+@pytest.mark.parametrize("kind", [b"multipart/form-data; boundary=b", b"multipart/form-data"])
+def test_a_multipart_body_without_a_file(kind, body):
+    with pytest.raises(HttpError, match="multipart"):
+        image_file(Request("POST", "/predict", b"", [(b"content-type", kind)], body))
+
+
+@pytest.mark.parametrize("query", [b"top=0", b"top=x", b"top=11", b"top=%FF", b"invert=maybe", b"\xff"])
+def test_a_wrong_query(query):
+    with pytest.raises(HttpError) as caught:
+        Options.from_query(query, 10)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("DIR", "--port", "70000"), "expected an integer from 0 to 65535"),
+        (("DIR", "--drain-s", "-1"), "expected a number"),
+        (("missing",), "missing: does not exist"),
+        (("DIR", "--name", "a/b"), "does not fit a path"),
+        (("DIR", "--token-file", "missing"), "--token-file missing: cannot be read"),
+        (("DIR", "--host", "203.0.113.1"), "choose another address or port"),
+    ],
+)
+def test_wrong_arguments(fails, models, monkeypatch, words, message):
+    from distlenet.serve.__main__ import main
+
+    words = [str(models / "fashion") if word == "DIR" else word for word in words]
+    monkeypatch.setattr(sys, "argv", ["serve", *words])
+    assert message in fails(main)
