@@ -99,6 +99,7 @@ def make_config(application: Any, max_body: int) -> Config:
     protocol = type("BoundProtocol", (LimitedProtocol,), {"max_body": max_body})
     return Config(
         application,
+        interface="asgi3",
         loop="uvloop",
         http=protocol,
         ws="none",
