@@ -494,7 +494,7 @@ def test_large_bodies_share_a_limit_and_a_bug_is_an_answer(capsys):
 
 @pytest.mark.parametrize("sent", [b"", b"POST / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nabc"])
 def test_slow_clients_are_disconnected(sent):
-    async def wait_for_ever(*_):
+    async def wait_for_ever(scope, receive, send):
         await asyncio.sleep(60)
 
     async def run():
