@@ -8,9 +8,10 @@ export class UserError extends Error {}
 
 // Return an ImageBitmap with the values as stored: no color profile is applied, but the EXIF orientation is.
 export async function decodeFile(file) {
+  const asStored = { colorSpaceConversion: "none", premultiplyAlpha: "none", imageOrientation: "from-image" };
   let bitmap;
   try {
-    bitmap = await createImageBitmap(file, { colorSpaceConversion: "none", imageOrientation: "from-image" });
+    bitmap = await createImageBitmap(file, asStored);
   } catch {
     const name = file.name || "The data";
     throw new UserError(`${name} is not an image that this browser can read. Use a PNG, JPEG, WebP, GIF or BMP file.`);

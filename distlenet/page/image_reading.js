@@ -1,5 +1,6 @@
-// Read decoded images as distlenet.images does: the same bytes for the same pixels. Where a browser decodes a file
-// differently, a byte can differ by a level: 16-bit PNG, half transparent pixels, CMYK, some JPEG decoders.
+// Read decoded images as distlenet.images does: the same bytes for the same pixels. Chromium decodes files to the pixels
+// of Pillow, except 16-bit PNG, which it rounds to 8 bits: a byte can differ by a level. Another browser may differ in
+// JPEG, half transparent pixels and CMYK.
 // An image is {width, height, channels, data}; data holds its rows, with the channels of a pixel together.
 
 import { BICUBIC, BILINEAR, BOX, resize } from "./resampling.js";

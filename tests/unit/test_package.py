@@ -59,6 +59,8 @@ def test_the_wheel_has_the_recipes_and_the_scripts(built):
     for part in ("configs", "launch", "slurm"):
         files = (path for path in (REPO / part).rglob("*") if path.is_file())
         assert {f"distlenet/bundled/{path.relative_to(REPO)}" for path in files} <= {*names}
+    page = (REPO / "distlenet/page").iterdir()
+    assert {f"distlenet/page/{path.name}" for path in page} <= {*names}
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]
 
 
