@@ -44,7 +44,8 @@ def page_table(name: str, versions: Versions, needs_token: bool) -> dict[str, di
         return await table["/index.html"]["GET"].handler(request)
 
     async def backend(_: Request) -> Response:
-        return json_response({"backend": "server", **({"token": True} if needs_token else {})})
+        known = {"token": True} if needs_token else {"classes": versions.newest().classes}
+        return json_response({"backend": "server", "name": name, **known})
 
     async def openapi(_: Request) -> Response:
         return json_response(describe(name, versions.newest(), needs_token))

@@ -219,7 +219,11 @@ def test_metrics_pages_and_the_description(server):
     assert 'distlenet_requests_total{endpoint="health",status="200"}' in text
     described = requests.get(f"{server.url}/openapi.json", timeout=30).json()["paths"]
     assert described["/v1/models/fashion:predict"]["post"]["requestBody"]
-    assert requests.get(f"{server.url}/page.json", timeout=30).json() == {"backend": "server"}
+    assert requests.get(f"{server.url}/page.json", timeout=30).json() == {
+        "backend": "server",
+        "name": "fashion",
+        "classes": CLASSES,
+    }
     for path in ("/", "/docs", "/docs.js", "/docs.css"):
         answer = requests.get(server.url + path, timeout=30)
         assert (answer.status_code, re.findall(r"(?:src|href)=.https?:", answer.text)) == (200, []), path
