@@ -12,7 +12,7 @@ PAGE = Path(__file__).parent.parent / "page"
 DEFAULT_RUNTIME = Path("node_modules/onnxruntime-web")
 RUNTIME_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 """What the page loads of the npm package: for WebAssembly on one thread, without WebGPU."""
-OLDEST = (1, 20)
+OLDEST = (1, 23)
 FIX = "run npm install onnxruntime-web, or give --onnxruntime-web DIR"
 SETTINGS = {"backend": "web", "model": "model.onnx", "metadata": "model.json", "runtime": "ort/"}
 

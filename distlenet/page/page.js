@@ -86,6 +86,7 @@ function hideAnswer() {
 
 function showError(error) {
   hideAnswer();
+  element("empty").hidden = true;
   if (error instanceof TokenNeeded) {
     element("token-form").hidden = false;
     element("token").focus();

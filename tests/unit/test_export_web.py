@@ -56,7 +56,7 @@ def test_a_model_that_reads_no_images_is_an_error(runtime, tmp_path):
         ("[]", "is not the npm package onnxruntime-web"),
         ({**PACKAGE, "name": "onnxruntime-node"}, "is not the npm package onnxruntime-web"),
         ({**PACKAGE, "version": "x"}, "is not the npm package onnxruntime-web"),
-        ({**PACKAGE, "version": "1.19.2"}, "is version 1.19.2, expected 1.20 or later"),
+        ({**PACKAGE, "version": "1.22.2"}, "is version 1.22.2, expected 1.23 or later"),
     ],
 )
 def test_a_wrong_package_is_an_error(runtime, package, problem):
