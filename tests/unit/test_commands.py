@@ -45,7 +45,10 @@ ELSEWHERE = {
     r".*benchmarks/\w+\.py.*": "tests/unit/test_benchmarks.py",  # their --help
     r"python -m distlenet\.\w+ .*s3://.*": "tests/ranks/test_object_store.py",
     r"torchrun .* run\.dir=s3://.*": "tests/ranks/test_object_store.py",
-    r"python -m distlenet\.export runs/NAME .*": "tests/unit/test_export.py",
+    r"(python -m distlenet\.|distlenet )export runs/\w+ .*": "tests/unit/test_export.py",
+    r"python -m http\.server .*": "tests/browser/test_prediction_page.py",
+    r"distlenet serve models/fashion.*": "tests/unit/test_export.py",
+    r"curl .*http://127\.0\.0\.1:8000/.*": "tests/unit/test_export.py",
     r"\.venv/bin/pytest .*": ".ci/run",
 }
 """Commands, as regular expressions, and what runs them."""

@@ -21,8 +21,8 @@ PAGES = sorted(
         *REPO.glob("examples/**/*.md"),
     ]
 )
-NOT_SETTINGS = {"key", "checkpoint"}
-"""The placeholder ``key=value``, and the argument ``checkpoint=RUN`` of evaluate and predict."""
+NOT_SETTINGS = {"key", "checkpoint", "file"}
+"""The placeholder ``key=value``, the argument ``checkpoint=RUN`` of some commands, and ``file=@IMAGE`` of curl."""
 
 CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 SUFFIXES = {"csv", "gz", "html", "json", "jsonl", "md", "onnx", "pt", "pt2", "py", "safetensors", "sbatch", "sh", "svg"}
