@@ -3,12 +3,14 @@
 import argparse
 import gc
 import ipaddress
+import logging
 import os
 import re
 import resource
 import socket
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -114,6 +116,7 @@ def serve(path: Path, arguments: argparse.Namespace) -> None:
     if not is_loopback(arguments.host) and token is None:
         warn(f"--host {arguments.host}: anyone who reaches this port can send requests; consider --token-file")
     allow_many_connections()
+    silence_parsers()
     gc.freeze()  # what exists now stays: collections need not look at it
     url = f"http://{host}:{listener.getsockname()[1]}"
     line = printable(f"Serving {name}, version {versions.newest().version}, at {url}")
@@ -164,6 +167,13 @@ def allow_many_connections() -> None:
     """Raise the limit of open files to what the system permits."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def silence_parsers() -> None:
+    """Let no file of a client print to standard error: an invalid one is an answer with status 400."""
+    warnings.filterwarnings("ignore", module="PIL")
+    for name in ("PIL", "python_multipart"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def run_command() -> NoReturn:
