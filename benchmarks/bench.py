@@ -37,6 +37,7 @@ SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
     "restarts": ("Restarts of killed ranks", [["restarts.py"]]),
     "size": ("Large datasets: memory and start", [["size.py"]]),
     "store": ("Runs in an object store", [["object_store.py", "--every", "1000", "--rounds", "4"]]),
+    "serving": ("Predictions over HTTP", [["serving.py"], ["serving_soak.py"]]),
     "growth": ("Large networks: checkpoints, replica check, exact sums", [["growth.py"]]),
     "gpu": (
         "On a GPU",
