@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import resource
+import signal
 import socket
 import sys
 import tempfile
@@ -178,6 +179,7 @@ def silence_parsers() -> None:
 
 def run_command() -> NoReturn:
     """Run the command and exit: 0 stopped, 2 user error, 130 Ctrl-C before the start. It imports no PyTorch."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # before the start: removes the export
     try:
         main()
     except UserError as error:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, warn
 from distlenet.utils.process import exit_with_parent
 
 PACKAGES = ("torch", "onnx", "onnxscript")
@@ -29,6 +29,7 @@ def export_run(run: str, out: Path, quantize: bool) -> None:
     command = [sys.executable, "-m", "distlenet.export", run, "--to", "onnx", "--check", "random", "--out", str(out)]
     if quantize:
         command += ["--quantize", "int8"]
+    warn(f"exporting {run} to a temporary directory")
     ended = subprocess.run(command, stdout=subprocess.DEVNULL, preexec_fn=exit_with_parent)
     if ended.returncode:
         raise UserError(f"{run}: the export failed with status {ended.returncode}; its message is above")
