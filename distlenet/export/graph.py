@@ -1,9 +1,11 @@
 """The graph of a network, by ``torch.export``, and the files that hold it."""
 
+import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from inspect import Parameter, Signature
 from pathlib import Path
 
 import torch
@@ -24,8 +26,8 @@ def trace(network: nn.Module, example: Mapping[str, Tensor], dynamic: Mapping[st
     """
     shapes = {name: dict.fromkeys(sorted(dimensions), Dim.DYNAMIC) for name, dimensions in dynamic.items()}
     try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(network, (), dict(example), dynamic_shapes={"inputs": shapes})
+        with quiet(), torch.no_grad(), _named_parameters(network, list(example)):
+            program = torch.export.export(network, (), dict(example), dynamic_shapes=shapes)
     except UserError:
         raise
     except Exception as error:  # of the user's code or of torch
@@ -37,6 +39,24 @@ def trace(network: nn.Module, example: Mapping[str, Tensor], dynamic: Mapping[st
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # contains the paths of this machine
     return program
+
+
+@contextmanager
+def _named_parameters(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Give the method ``forward(**inputs)`` parameters with these names: not all versions can export the other form."""
+    forward = network.forward
+    signature = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+
+    def named(*args: Tensor, **kwargs: Tensor) -> Mapping[str, Tensor]:
+        outputs: Mapping[str, Tensor] = forward(**signature.bind(*args, **kwargs).arguments)
+        return outputs
+
+    named.__signature__ = signature  # type: ignore[attr-defined]
+    network.forward = named
+    try:
+        yield
+    finally:
+        del network.forward
 
 
 def write_pt2(program: ExportedProgram, file: Path, metadata: str) -> None:
@@ -51,7 +71,7 @@ def write_onnx(program: ExportedProgram, file: Path, metadata: str, outputs: tup
 
     inputs = list(program.graph_signature.user_inputs)
     try:
-        with quiet():
+        with quiet(), redirect_stdout(io.StringIO()):
             converted = torch.onnx.export(
                 program,
                 dynamo=True,

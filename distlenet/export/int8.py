@@ -1,16 +1,19 @@
 """A network in 8-bit integers, by the static quantization of ONNX Runtime."""
 
+import io
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from distlenet.export.exported_network import Inputs
 from distlenet.export.graph import quiet
+from distlenet.utils.errors import UserError
 
 CALIBRATION_SAMPLES, TOGETHER = 1024, 64
 QUANTIZED = [
     *("Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool"),
-    *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Concat"),
+    *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Concat", "Gather"),
 ]
 """Not the transform, whose values are exact, and not the softmax: its results would be multiples of 1/256."""
 
@@ -34,7 +37,7 @@ def quantize(source: Path, target: Path, calibration: Iterable[Inputs]) -> None:
 
     prepared = target.with_suffix(".prepared")
     try:
-        with quiet():
+        with quiet(), redirect_stdout(io.StringIO()):
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
             quantize_static(
                 prepared,
@@ -48,5 +51,10 @@ def quantize(source: Path, target: Path, calibration: Iterable[Inputs]) -> None:
                 weight_type=QuantType.QInt8,
                 extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
             )
+    except UserError:  # of the data
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise UserError(f"--quantize int8: ONNX Runtime cannot quantize the network: {reason}; remove it") from error
     finally:
         prepared.unlink(missing_ok=True)

@@ -46,10 +46,10 @@ class FileResult:
 def measure_metrics(data: RunData, reference: Reference, results: Mapping[str, FileResult]) -> None:
     """Add the metrics of the outputs of each file: means over the test set."""
     sums: dict[str, dict[str, float]] = {name: {} for name in results}
-    for part, batch in enumerate(data.test_batches()):
+    for label, batch in zip(reference.parts, data.test_batches(), strict=True):
         targets = data.task.transform(batch, None)
         for name in results:
-            (outputs,) = read_part(reference.directory, part, ["outputs"], f"{name}.").values()
+            (outputs,) = read_part(reference.directory, label, ["outputs"], f"{name}.").values()
             for metric, values in data.task.metrics(torch.from_numpy(outputs), targets).items():
                 sums[name][metric] = sums[name].get(metric, 0.0) + float(values.double().sum())
     for name, result in results.items():

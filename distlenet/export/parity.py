@@ -1,13 +1,13 @@
 """``python -m distlenet.export.parity DIRECTORY``: run exported files in a fresh process and compare their outputs.
 
 ``export`` writes the inputs and the outputs of the network over the whole test set to ``DIRECTORY``: for each batch
-``00000.NAME.npy`` for each input and output, and ``job.json``. This program adds ``00000.FILE.outputs.npy`` and
-``results.json``. It imports PyTorch only for files that need it.
+``00000.NAME.npy`` for each input and output, and ``job.json``. This program adds ``00000.FILE.NAME.npy`` for each
+output, and ``results.json``. It imports PyTorch only for files that need it.
 """
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,24 +82,25 @@ def margins_of(outputs: Arrays, tolerances: Mapping[str, float]) -> np.ndarray:
 
 
 def compare(directory: Path, job: Mapping[str, Any], name: str, run: Runner) -> Parity:
-    """Run a network over all batches, keep its outputs, and compare them. Also its result for a single sample."""
-    parity = Parity()
-    for part in range(job["parts"]):
-        inputs, expected = (read_part(directory, part, job[kind]) for kind in ("inputs", "outputs"))
-        if part == 0:
-            single = run({key: array[:1] for key, array in inputs.items()})
-            Parity().add(single, {key: array[:1] for key, array in expected.items()}, job["tolerances"])
-            parity.largest_difference = largest_difference(single["outputs"], expected["outputs"][:1])
+    """Run a network over all batches, keep its outputs, and compare them. Then on single samples."""
+    parity, singles = Parity(), Parity()
+    for label in job["parts"]:
+        inputs, expected = (read_part(directory, label, job[kind]) for kind in ("inputs", "outputs"))
         found = run(inputs)
         parity.add(found, expected, job["tolerances"])
         for key in job["outputs"]:
-            np.save(directory / f"{part:05}.{name}.{key}.npy", found[key])
+            np.save(directory / f"{label}.{name}.{key}.npy", found[key])
+    for label in job["singles"]:
+        inputs, expected = (read_part(directory, label, job[kind]) for kind in ("inputs", "outputs"))
+        singles.add(run(inputs), expected, job["tolerances"])
+    for field in ("largest_difference", "largest_difference_of_predictions"):
+        setattr(parity, field, worse(getattr(parity, field), getattr(singles, field)))
     return parity
 
 
-def read_part(directory: Path, part: int, names: list[str], prefix: str = "") -> Arrays:
+def read_part(directory: Path, label: str, names: Sequence[str], prefix: str = "") -> Arrays:
     """Return the arrays of a batch by name; those of a file with ``prefix`` ``FILE.``."""
-    return {name: np.load(directory / f"{part:05}.{prefix}{name}.npy") for name in names}
+    return {name: np.load(directory / f"{label}.{prefix}{name}.npy") for name in names}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What an exported file is compared with: inputs, and the outputs of the network, over the whole test set."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +20,10 @@ class Reference:
     """The batches in ``directory``, and what they have in common."""
 
     directory: Path
-    parts: int = 0
+    parts: list[str] = field(default_factory=list)  # the labels of the batches, with which their files' names begin
+    singles: list[str] = field(default_factory=list)  # those of batches of one sample, which the parts contain, too
     samples: int = 0
-    example: Inputs = field(default_factory=dict)  # two samples
+    example: Inputs = field(default_factory=dict)  # two samples, of the largest shape
     shapes: dict[str, list[int | None]] = field(default_factory=dict)  # of inputs and outputs; None: dynamic
     dtypes: dict[str, str] = field(default_factory=dict)
     tolerances: dict[str, float] = field(default_factory=dict)
@@ -31,40 +32,56 @@ class Reference:
         """Return the dimensions of each input that are dynamic."""
         return {name: {i for i, size in enumerate(self.shapes[name]) if size is None} for name in self.example}
 
+    def add(self, label: str, inputs: Inputs, outputs: Inputs) -> None:
+        """Write a batch, and note its shapes."""
+        for name, tensor in {**inputs, **outputs}.items():
+            np.save(self.directory / f"{label}.{name}.npy", tensor.numpy())
+            shape = [None, *tensor.shape[1:]]
+            known = self.shapes.setdefault(name, shape)
+            if len(known) != len(shape):
+                raise UserError(f"export: {name} has {len(known)} dimensions in one batch and {len(shape)} in another")
+            self.shapes[name] = [a if a == b else None for a, b in zip(known, shape, strict=True)]
+            self.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+        if not self.example or _sample_size(inputs) > _sample_size(self.example):
+            self.example = {name: torch.cat([tensor, tensor])[:2].clone() for name, tensor in inputs.items()}
+
 
 @torch.no_grad()
-def write_reference(network: ExportedNetwork, batches: Iterable[Inputs], expected: int, directory: Path) -> Reference:
+def write_reference(
+    network: ExportedNetwork,
+    batches: Iterable[Inputs],
+    expected: int,
+    singles: Iterable[Inputs],
+    directory: Path,
+) -> Reference:
     """Compute the outputs for all batches, and write inputs and outputs to ``directory``, one file for each tensor.
 
-    ``expected`` is the number of batches. Raise UserError if the outputs are not finite or of a wrong shape.
+    ``expected`` is the number of batches; ``singles`` are batches of one sample each, whose shapes may differ. Raise
+    UserError if the outputs are not finite or of a wrong shape.
     """
     reference, error = Reference(directory), RoundingError(network)
     every = max(1, expected // MEASURED_PARTS)
     for part, inputs in enumerate(batches):
         outputs = network(**inputs)
-        count = _check(network, inputs, outputs)
+        reference.samples += _check(network, inputs, outputs)
         if part % every == 0:
             error.measure({name: tensor[:MEASURED_SAMPLES] for name, tensor in inputs.items()})
         error.see(outputs)
-        for name, tensor in {**inputs, **outputs}.items():
-            np.save(directory / f"{part:05}.{name}.npy", tensor.numpy())
-            shape = [None, *tensor.shape[1:]]
-            known = reference.shapes.setdefault(name, shape)
-            if len(known) != len(shape):
-                raise UserError(f"export: {name} has {len(known)} dimensions in one batch and {len(shape)} in another")
-            reference.shapes[name] = [a if a == b else None for a, b in zip(known, shape, strict=True)]
-            reference.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
-        # An example must have two samples, and no dimension of size 1 that is dynamic.
-        larger = not reference.example or sum(t.numel() for t in inputs.values()) > sum(
-            t.numel() for t in reference.example.values()
-        )
-        reference.example = inputs if larger else reference.example
-        reference.parts, reference.samples = part + 1, reference.samples + count
+        reference.parts.append(f"{part:05}")
+        reference.add(reference.parts[-1], inputs, outputs)
     if not reference.samples:
         raise UserError("export: the test set has no samples; give --check random")
-    reference.example = {n: torch.cat([t, t])[:2].clone() for n, t in reference.example.items()}
+    for number, inputs in enumerate(singles):
+        outputs = network(**inputs)
+        _check(network, inputs, outputs)
+        reference.singles.append(f"single{number}")
+        reference.add(reference.singles[-1], inputs, outputs)
     reference.tolerances = error.tolerances()
     return reference
+
+
+def _sample_size(inputs: Inputs) -> int:
+    return sum(tensor[0].numel() for tensor in inputs.values())
 
 
 def _check(network: ExportedNetwork, inputs: Inputs, outputs: dict[str, Tensor]) -> int:
@@ -81,18 +98,14 @@ def _check(network: ExportedNetwork, inputs: Inputs, outputs: dict[str, Tensor])
     return count
 
 
-def random_batches(like: Inputs, high: float, low: float = 0.0, samples: int = 256) -> Callable[[], Iterable[Inputs]]:
-    """Return what yields random samples with the dtypes and shapes of ``like``, with values from low to high."""
-
-    def batches() -> Iterable[Inputs]:
-        generator = torch.Generator().manual_seed(0)
-        for size in (samples // 2, samples - samples // 2):
-            yield {
-                name: _random((size, *tensor.shape[1:]), tensor.dtype, low, high, generator)
-                for name, tensor in like.items()
-            }
-
-    return batches
+def random_batches(like: Inputs, low: float, high: float, sizes: Sequence[int]) -> Iterator[Inputs]:
+    """Yield batches of random samples with the dtypes and shapes of ``like``, with values from low to high."""
+    generator = torch.Generator().manual_seed(0)
+    for size in sizes:
+        yield {
+            name: _random((size, *tensor.shape[1:]), tensor.dtype, low, high, generator)
+            for name, tensor in like.items()
+        }
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, low: float, high: float, generator: torch.Generator) -> Tensor:

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from distlenet.utils.errors import UserError
+
 SAFETY = 16.0
 ROUNDINGS = 4.0
 UNIT = 2.0**-24  # the largest relative error of a float32 rounding
@@ -56,13 +58,20 @@ class RoundingError:
         self.values: dict[str, float] = {}
 
     def measure(self, inputs: Mapping[str, Tensor]) -> None:
-        """Compute outputs in float32 and in float64."""
+        """Compute outputs in float32 and in float64. Raise UserError if that is not possible."""
         outputs = self.network(**inputs)
-        with InFloat64():
-            exact = self.network(**inputs)
+        try:
+            with InFloat64():
+                exact = self.network(**inputs)
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(
+                f"export: the network cannot be computed in float64, to measure its rounding error: {reason}; in "
+                "predict and forward, convert types by x.float() or x.to(torch.float32)"
+            ) from error
         for name, value in outputs.items():
-            error = (value.double() - exact[name].double()).abs().max()
-            self.errors[name] = max(self.errors.get(name, 0.0), float(error))
+            largest = float((value.double() - exact[name].double()).abs().max())
+            self.errors[name] = max(self.errors.get(name, 0.0), largest)
 
     def see(self, outputs: Mapping[str, Tensor]) -> None:
         """Note the size of the outputs for other samples."""

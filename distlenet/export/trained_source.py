@@ -109,12 +109,18 @@ class RunData:
             yield self.read(self.datasets.test, torch.arange(start, min(start + size, count)))
 
     def training_samples(self, count: int, together: int) -> Iterator[Data]:
-        """Yield about ``count`` evenly spaced samples of the training set, ``together`` in a batch."""
-        total = len(self.datasets.train)
-        wanted = min(count, total)
-        rows = torch.tensor([k * (total - 1) // max(wanted - 1, 1) for k in range(wanted)])
+        """Yield up to ``count`` evenly spaced samples of the training set, ``together`` in a batch."""
+        return self._spaced(self.datasets.train, count, together)
+
+    def single_test_samples(self, count: int) -> Iterator[Data]:
+        """Yield up to ``count`` evenly spaced samples of the test set, one in a batch."""
+        return self._spaced(self.datasets.test, count, 1)
+
+    def _spaced(self, dataset: AnyDataset, count: int, together: int) -> Iterator[Data]:
+        wanted = min(count, len(dataset))
+        rows = torch.tensor([k * (len(dataset) - 1) // max(wanted - 1, 1) for k in range(wanted)])
         for part in rows.split(together):
-            yield self.read(self.datasets.train, part)
+            yield self.read(dataset, part)
 
     def read(self, dataset: AnyDataset, indices: Tensor) -> Data:
         """Return the samples at ``indices``, on the CPU."""

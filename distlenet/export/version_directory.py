@@ -1,8 +1,10 @@
 """The versions of a model: directories with an integer as their name, each written completely or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import secrets
 import shutil
@@ -28,19 +30,16 @@ class VersionDirectory:
         for directory, _, names in os.walk(self.path):
             for path in (*(os.path.join(directory, name) for name in names), directory):
                 _sync(Path(path))
-        number = max(versions(self.model), default=0) + 1
-        while True:
-            with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
-                try:
-                    # A version has files, and a directory with files is not replaced.
-                    os.rename(self.path, self.model / str(number))
-                    break
-                except OSError as error:
-                    if not (self.model / str(number)).exists():
-                        raise UserError(f"--out {self.model}: cannot be written: {error.strerror}") from error
-            number += 1
+        for number in itertools.count(max(versions(self.model), default=0) + 1):
+            target = self.model / str(number)
+            try:
+                os.rename(self.path, target)  # replaces no directory with files, as each version is
+                break
+            except OSError:
+                if not target.exists():  # another export has not taken the number
+                    raise
         _sync(self.model)
-        return self.model / str(number)
+        return target
 
 
 @contextmanager
@@ -63,7 +62,9 @@ def new_version(model: Path) -> Iterator[VersionDirectory]:
     try:
         yield VersionDirectory(model, path)
     except OSError as error:
-        raise UserError(f"--out {model}: cannot be written: {error.strerror or error}; check its disk") from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        raise UserError(f"--out {model}: cannot be written: {error.strerror}; check its disk") from error
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(descriptor)

@@ -44,8 +44,8 @@ class Cropping:
         ``mirrored``, bool (n,) or None, selects images that are mirrored too. No host sync.
         """
         shape = like.shape[-2], like.shape[-1]
-        if draws is None:
-            boxes = center_boxes(like, shape, self._center(shape))
+        if draws is None:  # in an exported network, one box for all images
+            boxes = center_boxes(like[:1] if torch.compiler.is_exporting() else like, shape, self._center(shape))
         else:
             boxes = random_boxes(draws, shape, self.scale, self.ratio, shape, _inside(shape, *self.ratio))
         rows = _taps(boxes.top, boxes.height, shape[0], self.size[0], None)
@@ -96,6 +96,9 @@ def resample(images: Tensor, taps: Taps) -> Tensor:
     the result depend on neither the batch nor the device.
     """
     n, channels, height, width = images.shape
+    if torch.compiler.is_exporting():  # a smaller graph, with other last bits
+        rows, columns = _matrix(taps.rows, taps.row_weights, height), _matrix(taps.columns, taps.column_weights, width)
+        return rows @ images.float() @ columns.T
     uint8 = images.dtype == torch.uint8
     size = taps.rows.shape[-1], taps.columns.shape[-1]
     planes = torch.arange(0, n * channels * height, height, device=images.device).view(n, channels, 1)
@@ -114,10 +117,15 @@ def resample(images: Tensor, taps: Taps) -> Tensor:
     return reduce(Tensor.add_, parts)
 
 
+def _matrix(positions: Tensor, weights: Tensor, total: int) -> Tensor:
+    """Return the taps of one image, (1, taps, size), as a matrix (size, total), whose products are the sums."""
+    selected = positions[0].unsqueeze(2) == torch.arange(total, device=positions.device)
+    return (selected * weights[0].unsqueeze(2)).sum(0)
+
+
 def _used(positions: Tensor, weights: Tensor, finite: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each tap; on the CPU not the last ones if no image needs them: with 0 more, a sum has the same bits."""
-    skip = finite and weights.device.type == "cpu" and not torch.compiler.is_exporting()
     for position, weight in zip(positions.unbind(1), weights.unbind(1), strict=True):
-        if skip and not weight.any():
+        if finite and weight.device.type == "cpu" and not weight.any():
             return
         yield position, weight

@@ -1,23 +1,44 @@
-"""Exported files compute what the network computes; a file that does not, or a killed export, leaves nothing."""
+"""Exported files compute what the network computes; a file that does not, or a killed export, leaves no version."""
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, run_command
 from forked import run_python
 from PIL import Image
 from serve_models import serving
 
-from distlenet.config.loading import load_config
-from distlenet.data.sources import load_images
+from distlenet import ImageClassification, UserError, load_config, load_model
+from distlenet.checkpoint.format import load_checkpoint, write_atomically
+from distlenet.checkpoint.store import find_checkpoint
+from distlenet.data.sources import load_data, load_images
+from distlenet.export.__main__ import main
+from distlenet.export.measured import FileResult, check_int8
+from distlenet.export.tolerances import RoundingError
+from distlenet.export.trained_source import load_source
+from distlenet.export.version_directory import new_version
+from distlenet.tasks.registry import make_task
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 SAMPLES = 360  # of the test set of digits
+
+TORCH_FREE = """
+import sys
+sys.modules["torch"] = None  # an import of torch fails
+from distlenet.export import parity
+parity.main()
+assert not {"omegaconf", "torchvision", "distlenet.config", "distlenet.task"} & set(sys.modules)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -25,27 +46,58 @@ def run(tmp_path_factory):
     """A short training on the bundled digits."""
     directory = tmp_path_factory.mktemp("export")
     settings = ("data.name=digits", "train.epochs=4", "optim.lr=0.05", f"run.dir={directory}", "run.name=run")
-    run_python("-m", "distlenet.train", *settings).succeeded()
+    run_python("-m", "distlenet.train", *settings, "device=cpu", "precision=fp32").succeeded()
     return directory
 
 
 @pytest.fixture(scope="module")
 def exported(run):
-    """All formats, and what was printed."""
-    words = ("--to", "pt2", "onnx", "safetensors", "triton", "--split", "--quantize", "int8", "--max-drop", "5")
+    """All formats of LeNet, and what was printed."""
+    words = ("--to", "pt2", "onnx", "safetensors", "triton", "--quantize", "int8", "--max-drop", "5")
     ended = run_python("-m", "distlenet.export", run / "run", *words, "--out", run / "model").succeeded()
     return ended, json.loads((run / "model/1/model.json").read_text())
 
 
+@pytest.fixture
+def export(monkeypatch):
+    """Run the command in this process; return model.json of the first version."""
+
+    def run(*words: object) -> dict:
+        monkeypatch.setattr(sys, "argv", ["distlenet.export", *map(str, words)])
+        main()
+        out = Path(words[words.index("--out") + 1])
+        return json.loads((out / "1/model.json").read_text())
+
+    monkeypatch.syspath_prepend(str(REPO / "tests"))
+    monkeypatch.setenv("PYTHONPATH", f"{REPO / 'tests'}{os.pathsep}{REPO}")
+    return run
+
+
+def write_checkpoint(path: Path, *settings: str, **more: object) -> Path:
+    """Write the checkpoint of a network that was not trained, but has seen a batch of the training set."""
+    config = load_config([], [*settings, "device=cpu"])
+    torch.manual_seed(0)
+    task = make_task(config)
+    samples = [task.datasets().train[index] for index in range(9)]
+    model = task.model()
+    with torch.no_grad():
+        task.loss(model, task.transform(task.collate(samples), None))
+    state = {"model": model.state_dict(), "config": config.to_dict(), "task": task.state_dict(), "step": 1, "epoch": 0}
+    write_atomically({**state, **more}, path)
+    return path
+
+
 def test_each_file_gives_the_classes_of_the_network_over_the_whole_test_set(run, exported):
     files = exported[1]["files"]
-    names = {f"{part}.{suffix}" for part in ("model", "transform", "network") for suffix in ("onnx", "pt2")}
-    assert files.keys() == names | {"model.safetensors", "model.int8.onnx"}
+    assert files.keys() == {"model.onnx", "model.pt2", "model.safetensors", "model.int8.onnx"}
+    accuracy = json.loads((run / "run/summary.json").read_text())["test_accuracy"]
     for name in files.keys() - {"model.int8.onnx"}:
         entry = files[name]
         assert (entry["samples"], entry["same_classes"] + entry["close"]) == (SAMPLES, SAMPLES)
         assert entry["largest_difference"] <= entry["tolerance"] < 1e-4
-    assert exported[1]["format"] == 1
+        assert entry["metrics"]["accuracy"] == pytest.approx(accuracy, abs=entry["close"] / SAMPLES + 1e-12)
+    assert files["model.int8.onnx"]["metrics"]["accuracy"] > accuracy - 0.05
+    assert files["model.int8.onnx"]["bytes"] < files["model.onnx"]["bytes"] / 3
 
 
 def test_the_files_are_those_that_were_checked(run, exported):
@@ -53,14 +105,27 @@ def test_the_files_are_those_that_were_checked(run, exported):
     for name, entry in exported[1]["files"].items():
         content = (version / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
+        assert str(REPO).encode() not in content
     assert {path.name for path in version.iterdir()} == {*exported[1]["files"], "model.json", "triton"}
     assert [path.name for path in (run / "model").iterdir()] == ["1"]
+
+
+def test_model_json_describes_the_network(run, exported):
+    metadata = exported[1]
+    size = metadata["images"]["size"]
+    file = find_checkpoint(run / "run")
+    assert (metadata["format"], metadata["name"], metadata["check"]) == (1, "run", "test")
+    assert metadata["inputs"] == {"images": {"dtype": "uint8", "shape": [None, *size]}}
+    assert metadata["outputs"]["predictions"] == {"dtype": "float32", "shape": [None, 10]}
+    assert metadata["classes"] == [str(digit) for digit in range(10)]
+    assert metadata["checkpoint"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert metadata["checkpoint"]["step"] == load_checkpoint(file)["step"]
 
 
 def test_nothing_but_the_table_is_printed(exported):
     ended, metadata = exported
     assert ended.stderr == ""
-    lines = ended.stdout.splitlines()
+    lines = [line for line in ended.stdout.splitlines() if not line.startswith("[Gloo]")]  # torch 2.10 prints it
     assert [line.split()[0] for line in lines] == ["file", *metadata["files"], "Version:"]
 
 
@@ -74,6 +139,188 @@ def test_triton_gets_the_network_as_it_is(run, exported):
         assert [tensor.name for tensor in given] == [tensor.name for tensor in found]
         assert [list(tensor.dims) for tensor in given] == [tensor.shape[1:] for tensor in found]
         assert all(isinstance(tensor.shape[0], str) for tensor in found)  # any number of samples
+
+
+def test_onnx_is_compared_without_pytorch_and_a_difference_is_found(run, exported, tmp_path):
+    images = load_data(load_config([], ["data.name=digits"]).data).test.images[:20]
+    with torch.no_grad():
+        logits = load_model(run / "run")(images)
+    arrays = {"images": images, "outputs": logits, "predictions": logits.softmax(1)}
+    for name, tensor in arrays.items():
+        np.save(tmp_path / f"00000.{name}.npy", tensor.numpy())
+    wrong = logits.clone()
+    wrong[3] = logits[3].roll(1)
+    for name, tensor in {**arrays, "outputs": wrong, "predictions": wrong.softmax(1)}.items():
+        np.save(tmp_path / f"00001.{name}.npy", tensor.numpy())
+    tolerances = {"outputs": 1e-4, "predictions": 1e-5}  # as the test above allows
+    for parts, same in ((["00000"], 20), (["00000", "00001"], 39)):
+        job = {"parts": parts, "singles": parts[:1], "inputs": ["images"], "outputs": ["outputs", "predictions"]}
+        networks = {"model.onnx": [str(run / "model/1/model.onnx")]}
+        job |= {"tolerances": tolerances, "networks": networks, "network": {}}
+        (tmp_path / "job.json").write_text(json.dumps(job))
+        run_command(sys.executable, "-c", TORCH_FREE, tmp_path).succeeded()
+        result = json.loads((tmp_path / "results.json").read_text())["model.onnx"]
+        assert (result["same_classes"], result["samples"], result["close"]) == (same, 20 * len(parts), 0)
+        assert (result["largest_difference"] < 1e-4) == (same == 20)
+
+
+def test_batchnorm_a_center_crop_and_shared_weights(export, tmp_path):
+    names = ("data.name=export_tasks:colors", "model.name=export_tasks:SmallResNet")
+    file = write_checkpoint(tmp_path / "net.pt", *names, "data.crop=8", "data.flip=0.5")
+    metadata = export(file, *names, "--to", "onnx", "safetensors", "--out", tmp_path / "model", "--name", "net")
+    assert [entry["same_classes"] + entry["close"] for entry in metadata["files"].values()] == [40] * 2
+    assert metadata["inputs"]["images"]["shape"] == [None, 3, 12, 10]
+    stored = (tmp_path / "model/1/model.safetensors").read_bytes()
+    assert b'first.weight\\":' not in stored.replace(b" ", b"") or b"second.weight" in stored
+    header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
+    assert json.loads(header["__metadata__"]["tied"]) == {"second.weight": "first.weight", "second.bias": "first.bias"}
+    assert "second.weight" not in header
+
+
+def test_inputs_by_name_of_several_lengths(export, tmp_path):
+    file = write_checkpoint(tmp_path / "pairs.pt", "task.name=export_tasks:Pairs")
+    words = ("--to", "onnx", "pt2", "--out", tmp_path / "model")
+    metadata = export(file, "task.name=export_tasks:Pairs", *words)
+    assert metadata["inputs"]["values"] == {"dtype": "float32", "shape": [None, 2, None]}
+    assert metadata["inputs"]["lengths"] == {"dtype": "int64", "shape": [None]}
+    assert metadata["name"] == "pairs"
+    assert metadata["images"] is metadata["classes"] is None
+    assert metadata["files"]["model.onnx"]["metrics"].keys() == {"error"}
+
+
+def test_a_file_that_computes_something_else_is_not_published(export, fails, run, tmp_path):
+    name = "task.name=export_tasks:WrongWhenExported"
+    line = fails(lambda: export(run / "run", name, "--to", "onnx", "--out", tmp_path / "a/model"))
+    assert "model.onnx: does not compute what the network computes: outputs differ by up to 0.01" in line
+    assert not (tmp_path / "a/model").exists()
+
+
+def test_weights_without_a_part_of_the_network_are_not_published(export, fails, run, tmp_path):
+    names = ("data.name=export_tasks:colors", "model.name=export_tasks:Unsaved")
+    file = write_checkpoint(tmp_path / "net.pt", *names, "data.args.count=12")
+    (tmp_path / "model/1").mkdir(parents=True)
+    line = fails(lambda: export(file, *names, "--to", "safetensors", "--out", tmp_path / "model"))
+    assert "model.safetensors: does not compute what the network computes" in line
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["1"]
+
+
+def test_without_the_data_random_samples_are_compared_if_requested(export, fails, run, tmp_path):
+    """Also the transform and the network apart."""
+    data = ("data.name=mnist", f"data.root={tmp_path}")
+    words = (run / "run", *data, "--to", "onnx", "--out", tmp_path / "model")
+    assert "; or give --check random" in fails(lambda: export(*words))
+    assert not (tmp_path / "model").exists()
+    metadata = export(*words, "--check", "random", "--split")
+    assert metadata["check"] == "random"
+    assert metadata["files"].keys() == {"model.onnx", "transform.onnx", "network.onnx"}
+    for entry in metadata["files"].values():
+        assert (entry["samples"], entry["same_classes"] + entry["close"], entry["metrics"]) == (256, 256, {})
+
+
+def test_a_killed_export_leaves_no_version_and_the_next_one_cleans_up(run, tmp_path):
+    words = ("-m", "distlenet.export", run / "run", "task.name=export_tasks:KilledWhenExported", "--to", "onnx")
+    env = {"PYTHONPATH": str(REPO / "tests")}
+    assert run_python(*words, "--out", tmp_path / "model", env=env).status == -9
+    (left,) = (tmp_path / "model").iterdir()
+    assert left.name.startswith(".exporting-")
+    with new_version(tmp_path / "model"):
+        assert left.exists()  # it is young: its process may be about to lock it
+    os.utime(left, (0, 0))
+    with new_version(tmp_path / "model") as running:
+        os.utime(running.path, (0, 0))
+        with new_version(tmp_path / "model"):
+            assert running.path.exists()  # it is old, but locked
+        assert not left.exists()
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_two_exports_at_once_get_two_numbers(tmp_path):
+    model = tmp_path / "model"
+    with new_version(model) as first, new_version(model) as second:
+        for version, content in ((first, "first"), (second, "second")):
+            (version.path / "file").write_text(content)
+        assert [second.publish(), first.publish()] == [model / "1", model / "2"]
+    assert [(model / number / "file").read_text() for number in ("1", "2")] == ["second", "first"]
+    (model / "10").mkdir()
+    (model / "10/file").touch()
+    with new_version(model) as third:
+        (third.path / "file").touch()
+        assert third.publish() == model / "11"
+
+
+def test_a_number_that_is_taken_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    with new_version(tmp_path / "model") as version:
+        (version.path / "file").touch()
+        other = tmp_path / "model/1"
+        monkeypatch.setattr("distlenet.export.version_directory.versions", lambda _: [])  # seen before the other export
+        other.mkdir()
+        (other / "other").touch()
+        assert version.publish() == tmp_path / "model/2"
+    assert (other / "other").exists()
+
+
+def test_the_weights_that_are_named_are_exported(run, tmp_path):
+    state = load_checkpoint(find_checkpoint(run / "run"))
+    shutil.copytree(run / "run", tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    with pytest.raises(UserError, match=r"--weights best: .* has no checkpoints/best\.pt"):
+        load_source(str(tmp_path / "run"), "best", (), ())
+    with pytest.raises(UserError, match=r"--weights ema: .* has no average, see train\.ema_decay"):
+        load_source(str(tmp_path / "run"), "ema", (), ())
+    scaled = {number: {key: number * value for key, value in state["model"].items()} for number in (2, 3)}
+    write_atomically({**state, "ema": scaled[2]}, find_checkpoint(tmp_path / "run"))
+    write_atomically({**state, "model": scaled[3]}, checkpoints / "best.pt")
+    for weights, expected, name in (("last", 1, "last"), ("ema", 2, "ema"), (None, 2, "ema"), ("best", 3, "best")):
+        source = load_source(str(tmp_path / "run"), weights, (), ())
+        found = source.trained.model.state_dict()["fc3.bias"]
+        assert torch.equal(found, expected * state["model"]["fc3.bias"])
+        assert (source.weights, source.name) == (name, "run")
+
+
+def test_a_loss_of_accuracy_by_int8_is_refused():
+    exact, quantized = (FileResult(1000, 0.0, 0.0, 990, 0, {"accuracy": value}) for value in (0.9, 0.894))
+    check_int8(exact, quantized, 0.7)
+    with pytest.raises(
+        UserError, match=r"the accuracy falls from 90.00% to 89.40%, by more than --max-drop 0.5 points"
+    ):
+        check_int8(exact, quantized, 0.5)
+    exact.metrics, quantized.metrics = {}, {}
+    with pytest.raises(UserError, match=r"the agreement with the network falls from 100.00% to 99.00%"):
+        check_int8(exact, quantized, 0.5)
+
+
+def test_the_rounding_error_is_that_of_float32():
+    error = RoundingError(lambda x: {"outputs": x.float() / 3})
+    error.measure({"x": torch.ones(1, 1, dtype=torch.uint8)})
+    assert error.errors["outputs"] == abs(float(np.float32(1) / np.float32(3)) - 1 / 3) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--to", "onnx"], "the following arguments are required: --out"),
+        (["--to", "bmp", "--out", "x"], "invalid choice: 'bmp'"),
+        (["--to", "onnx", "--out", "x", "--name", "a/b"], "a/b: expected letters, digits"),
+        (["--to", "onnx", "--out", "x", "--max-drop", "many"], "many: expected percentage points"),
+        (["--to", "onnx", "--out", "x", "--quantize", "int8", "--check", "random"], "--quantize int8: needs the data"),
+        (["another", "--to", "onnx", "--out", "x"], "expected one run or checkpoint file, not 2"),
+    ],
+)
+def test_usage_errors_are_one_line(export, fails, words, message):
+    assert message in fails(lambda: export("run", *words))
+
+
+def test_a_missing_package_is_named(export, fails, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    line = fails(lambda: export("run", "--to", "onnx", "--out", tmp_path / "x"))
+    assert "onnxscript: not installed; pip install 'distlenet[export]'" in line
+
+
+def test_a_task_without_a_pair_is_asked_for_its_inputs():
+    task = ImageClassification(load_config([], ["data.name=digits"]))
+    assert torch.equal(task.export_inputs((torch.ones(2), torch.zeros(2))), torch.ones(2))
+    with pytest.raises(UserError, match=r"define ImageClassification\.export_inputs, which returns the tensors"):
+        task.export_inputs({"a": torch.ones(2)})
 
 
 COUNT, DIGITS = 3, 10
