@@ -46,10 +46,13 @@ test: $(VENV)/.installed-dev lint
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/ranks
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/fake_cuda
 
-# Without the tests of the site, which need the extra docs, and the fuzz tests, a quarter of the time.
+# Of the slow tests, those that call other packages in ways that no fast test does. The others start processes, measure
+# or repeat what the fast tests call: kills, downloads, builds, memory, fuzz. The site needs the extra docs.
+SLOW_LOWEST := $(patsubst %,tests/unit/test_%.py,api_page commands export image_sources mlflow predict prometheus report serve sinks storage)
 test-lowest: $(LOWEST)/.installed
-	DISTLENET_VERSIONS=lowest $(LOWEST)/bin/pytest --numprocesses=2 --dist=worksteal tests/unit \
-	  --ignore=tests/unit/test_site.py --ignore=tests/unit/test_fuzz.py
+	DISTLENET_VERSIONS=lowest $(LOWEST)/bin/pytest --numprocesses=2 --dist=worksteal -m "not slow" tests/unit \
+	  --ignore=tests/unit/test_site.py
+	DISTLENET_VERSIONS=lowest $(LOWEST)/bin/pytest --numprocesses=2 --dist=worksteal -m slow $(SLOW_LOWEST)
 
 chaos: $(VENV)/.installed
 	@$(BIN)/python benchmarks/chaos.py $(ARGS)
