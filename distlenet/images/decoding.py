@@ -1,5 +1,6 @@
 """Decode image files: the same way for training and for prediction, within limits, and without external programs."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +12,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".ti
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # not all of Pillow's: some start external programs
 MAX_PIXELS = 50_000_000  # checked before decoding: a small file can hold a very large image
 MAX_SIDE = 16_384  # pixels; images are padded to squares for a prediction
+BLOCK_ROWS = 64
 SIZE_LIMITS = f"expected at most {MAX_PIXELS:,}, and {MAX_SIDE:,} per side; scale it down"
 GREY_MODES = {"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L"}
 
@@ -54,16 +56,37 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
     """Convert to mode L or RGB, of 8 bits; transparent pixels become white, or black if the visible ones are light."""
     mode = "L" if channels == GREY else "RGB"
     if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        limit = 255.0 if values.max(initial=0) <= 255 else 65535.0
-        return Image.fromarray((values.clip(0, limit) * (255 / limit)).astype(np.uint8)).convert(mode)
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert(mode)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        opacity, values = np.asarray(rgba.getchannel("A"), dtype=np.float64), np.asarray(rgba.convert("L"))
-        is_light = opacity.sum() > 0 and np.average(values, weights=opacity) > 127
-        background = Image.new("RGBA", rgba.size, "black" if is_light else "white")
-        return Image.alpha_composite(background, rgba).convert(mode)
+        background = Image.new("RGBA", rgba.size, "black" if _is_light(rgba) else "white")
+        background.alpha_composite(rgba)
+        return background.convert(mode)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scale values (H, W) of 16 bits, or larger ones, to uint8; values up to 255 stay."""
+    limit = 255.0 if values.max(initial=0) <= 255 else 65535.0
+    result = np.empty(values.shape, np.uint8)
+    for rows in _row_blocks(len(values)):
+        result[rows] = values[rows].astype(np.float64).clip(0, limit) * (255 / limit)
+    return result
+
+
+def _is_light(rgba: Image.Image) -> bool:
+    """Return whether the mean of the pixels, weighted by their opacity, is above 127."""
+    opacity, values = np.asarray(rgba.getchannel("A")), np.asarray(rgba.convert("L"))
+    excess = 0
+    for rows in _row_blocks(len(values)):
+        excess += int((opacity[rows] * (values[rows].astype(np.int64) - 127)).sum())
+    return excess > 0
+
+
+def _row_blocks(height: int) -> Iterator[slice]:
+    """Yield slices of rows: 8 bytes per pixel of a whole image could be more memory than a server has."""
+    for start in range(0, height, BLOCK_ROWS):
+        yield slice(start, start + BLOCK_ROWS)
 
 
 def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -7,8 +7,10 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps
 
-from distlenet.images.decoding import GREY, IMAGE_SUFFIXES, UnreadableImage, open_image, resize_image
+from distlenet.images.decoding import GREY, IMAGE_SUFFIXES, MAX_PIXELS, UnreadableImage, open_image, resize_image
 from distlenet.images.image_format import ImageFormat
+
+MAX_PADDED_PIXELS = 2 * MAX_PIXELS  # of an image that is padded to the proportions of the training images
 
 
 def read_images(
@@ -71,6 +73,8 @@ def read_image(file: Path | IO[bytes], invert: str, expected: ImageFormat, name:
     elif image.size != (width, height):
         scale = max(image.width / width, image.height / height)  # pixels of the file per pixel of the result
         padded_size = (max(image.width, round(width * scale)), max(image.height, round(height * scale)))
+        if padded_size[0] * padded_size[1] > MAX_PADDED_PIXELS:
+            raise UnreadableImage(f"{name}: is too long and narrow; crop it")
         padded = Image.new(image.mode, padded_size, border[0] if len(border) == 1 else tuple(border))
         padded.paste(image, ((padded.width - image.width) // 2, (padded.height - image.height) // 2))
         image = padded.resize((width, height), Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC)

@@ -18,7 +18,7 @@ from distlenet.serve.served_model import ServedModel, TensorSpec
 from distlenet.serve.v2_protocol import model_metadata, parse_json, read_request, write_response
 from distlenet.serve.versions import Versions
 
-DECODERS = 2  # threads that decode images; each may need memory for an image of 50 million pixels
+DECODERS = 1  # threads that decode images: one may need 0.8 GB for an image of 50 million pixels
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,8 @@ def export_run(run: str, out: Path, quantize: bool) -> None:
             f"{run}: is no exported model, and an export needs {', '.join(missing)}; install them with "
             'pip install "distlenet[export]", or export elsewhere: python -m distlenet.export RUN --to onnx --out DIR'
         )
-    command = [sys.executable, "-m", "distlenet.export", run, "--to", "onnx", "--check", "random", "--out", str(out)]
-    if quantize:
-        command += ["--quantize", "int8"]
+    command = [sys.executable, "-m", "distlenet.export", run, "--to", "onnx", "--out", str(out)]
+    command += ["--quantize", "int8"] if quantize else ["--check", "random"]  # int8 needs the data anyway
     warn(f"exporting {run} to a temporary directory")
     ended = subprocess.run(command, stdout=subprocess.DEVNULL, preexec_fn=exit_with_parent)
     if ended.returncode:
