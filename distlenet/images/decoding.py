@@ -1,5 +1,6 @@
 """Decode image files: the same way for training and for prediction, within limits, and without external programs."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -31,8 +32,9 @@ def open_image(file: Path | IO[bytes], name: object, channels: int | None = None
     try:
         with Image.open(file, formats=FORMATS) as image:
             _check_size(image, name)
-            ImageOps.exif_transpose(image, in_place=True)
             image.load()
+            with contextlib.suppress(Exception):  # damaged EXIF, for which Pillow raises many types
+                ImageOps.exif_transpose(image, in_place=True)
             return convert(image, channels or channels_of(image))
     except FileNotFoundError as error:
         raise UnreadableImage(f"{name}: no such file") from error

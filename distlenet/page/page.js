@@ -1,4 +1,4 @@
-// The page: it takes an image or a drawing, asks the backend, and shows the answer.
+// The page: it takes an image or a drawing, sends it to the backend, and shows the answer.
 
 import { openBackend, TokenNeeded } from "./backend.js";
 import { makeDrawing } from "./drawing.js";
@@ -10,8 +10,8 @@ const element = (id) => document.getElementById(id);
 const percent = (probability) => `${(100 * probability).toFixed(1)} %`;
 
 let backend, drawing;
-let lastFile = null; // is asked again after a change of the settings, or with a token
-let request = null; // the AbortController of the newest question; older answers are dropped
+let lastFile = null; // classified again after a change of the settings, or with a token
+let request = null; // the AbortController of the newest request; older answers are dropped
 
 // Classify a file, or the file that a promise resolves to.
 async function classify(source) {

@@ -1,4 +1,4 @@
-// Resize images as Pillow's Image.resize does, in the same integers: the network then gets the same bytes as in
+// Resize images as Pillow's Image.resize does, in the same integers: the network then receives the same bytes as in
 // `distlenet predict`. A pixel of the result is a weighted mean of pixels of the source. The weights are computed in
 // doubles, and rounded to integers in units of 2 ** -22. One axis is resized after the other; each result is rounded
 // to 8 bits, so the order counts. This is the order of Pillow 13; earlier versions always begin with the width.

@@ -30,7 +30,7 @@ HTML = b"text/html; charset=utf-8"
 def page_table(name: str, versions: Versions, needs_token: bool) -> dict[str, dict[str, Endpoint]]:
     """Return {path: {"GET": endpoint}} of the page, its files, and the description of the interface.
 
-    They need no token: they are the same for every model, except the list of inputs and outputs.
+    They need no token. They contain the name, inputs and outputs of the model, but no class names.
     """
     files = {f"/{path.name}": path for path in PAGE.glob("*.*") if path.suffix in SUFFIXES}
     table = {path: _file(file) for path, file in files.items()}
@@ -82,7 +82,7 @@ def example_body(model: ServedModel) -> str:
 
 
 def _plain_page(name: str, model: ServedModel) -> str:
-    """Return a page for a model that is not asked with images: what it takes and returns, and how to ask it."""
+    """Return a page for a model without image input: its inputs, its outputs, and a request."""
     rows = "".join(
         f"<tr><td>{part}</td><td>{html.escape(key)}</td><td>{spec.dtype}</td><td>{list(spec.shape)}</td></tr>"
         for part, specs in (("input", model.inputs), ("output", model.outputs))

@@ -45,7 +45,7 @@ class TensorBoard:
             nodes = json.loads(path.read_text(encoding="utf-8"))
             self.writer.add_event(self.make_event(wall_time=time.time(), graph_def=encode_graph(nodes)))
         if (path := directory / NETWORK_INPUTS_FILE).exists():
-            description = "The first training images, changed and normalised; each channel is shown in its range"
+            description = "The first training images, augmented and normalized; each channel is scaled to its own range"
             self._write_image("train/inputs", description, *Image.open(path).size, path.read_bytes(), step=0)
 
     def put(self, record: Record) -> None:

@@ -1,4 +1,4 @@
-"""Small pictures of the images in a batch."""
+"""Small versions of the images in a batch."""
 
 from typing import Any
 
@@ -46,17 +46,17 @@ def make_thumbnails(images: list[Tensor], largest: int, enlarge: bool = False) -
     thumbnails = []
     for image in images:
         pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-        picture = Image.fromarray(pixels.contiguous().numpy())
-        longest = max(picture.size)
+        thumbnail = Image.fromarray(pixels.contiguous().numpy())
+        longest = max(thumbnail.size)
         factor = max(1, largest // longest) if enlarge else 1
-        width, height = (max(1, side * factor * largest // max(largest, longest)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BOX)
-        thumbnails.append(picture)
+        width, height = (max(1, side * factor * largest // max(largest, longest)) for side in thumbnail.size)
+        thumbnail = thumbnail.resize((width, height), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BOX)
+        thumbnails.append(thumbnail)
     return thumbnails
 
 
 def make_sheet(thumbnails: list[Image.Image], columns: int, cell: int, gap: int = 0) -> Image.Image:
-    """Return one picture with a thumbnail in each cell, row by row."""
+    """Return one image with a thumbnail in each cell, row by row."""
     rows, step = -(-len(thumbnails) // columns), cell + gap
     sheet = Image.new(thumbnails[0].mode, (columns * step - gap, rows * step - gap))
     for number, thumbnail in enumerate(thumbnails):

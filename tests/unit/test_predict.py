@@ -1,3 +1,5 @@
+import base64
+import io
 import json
 import os
 from pathlib import Path
@@ -11,7 +13,7 @@ from PIL import Image
 from distlenet.checkpoint.archive import to_bytes
 from distlenet.checkpoint.format import load_checkpoint
 from distlenet.checkpoint.store import find_checkpoint
-from distlenet.images.decoding import MAX_PIXELS, UnreadableImage
+from distlenet.images.decoding import MAX_PIXELS, UnreadableImage, open_image
 from distlenet.images.image_files import find_image_files, read_image
 from distlenet.images.image_format import ImageFormat
 from distlenet.inference.predictor import Predictor
@@ -252,3 +254,18 @@ def test_weights_that_are_not_finite_are_refused(run, tmp_path):
     )
     with pytest.raises(UserError, match="outputs are not finite"):
         Predictor(path)
+
+
+def test_damaged_exif_is_no_error():
+    # A WebP image of 9×7 pixels. Pillow raises struct.error when it writes the EXIF of the turned image.
+    file = (
+        "UklGRmQAAABXRUJQVlA4WAoAAAAIAAAACAAABgAAVlA4IBgAAAAwAQCdASoJAAcAAUAmJaQAA3AB/v02aABFWElGJgAAAE1NACoAAAAIAAIBEgAD"
+        "AAAAAQAGAAABAQACAAAAAngAAAAAAAAA"
+    )
+    assert open_image(io.BytesIO(base64.b64decode(file)), "photo").size in ((9, 7), (7, 9))
+
+
+def test_an_image_whose_padding_would_need_much_memory_is_refused(tmp_path):
+    Image.new("1", (16_384, 3_000)).save(tmp_path / "strip.png")
+    with pytest.raises(UnreadableImage, match=r"strip\.png: is too long and narrow; crop it"):
+        read_image(tmp_path / "strip.png", "no", GREY_28, "strip.png")
