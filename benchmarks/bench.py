@@ -36,6 +36,7 @@ SECTIONS: dict[str, tuple[str, list[list[str]]]] = {
     "images": ("A directory of JPEG images", [["images.py"]]),
     "restarts": ("Restarts of killed ranks", [["restarts.py"]]),
     "size": ("Large datasets: memory and start", [["size.py"]]),
+    "exports": ("Exported files", [["exports.py"]]),
     "store": ("Runs in an object store", [["object_store.py", "--every", "1000", "--rounds", "4"]]),
     "serving": ("Predictions over HTTP", [["serving.py"], ["serving_soak.py"]]),
     "growth": ("Large networks: checkpoints, replica check, exact sums", [["growth.py"]]),

@@ -21,6 +21,9 @@ COMMANDS = {
     "scripts": "write the launch scripts and the batch scripts to a directory",
 }
 
+PACKAGES = ("torch", "torchvision", "omegaconf", "filelock", "rich", "yaml", "wandb", "psutil")
+"""What a server without PyTorch does not install, and the other commands import."""
+
 
 def usage() -> str:
     """Return the help text."""
@@ -39,7 +42,15 @@ def main() -> None:
         print(f"distlenet {__version__}")
     elif name in COMMANDS:
         del sys.argv[1]
-        runpy.run_module(f"distlenet.{name}", run_name="__main__", alter_sys=True)
+        try:
+            runpy.run_module(f"distlenet.{name}", run_name="__main__", alter_sys=True)
+        except ModuleNotFoundError as error:
+            if error.name not in PACKAGES:
+                raise
+            print(
+                f"distlenet: {name}: the package {error.name} is not installed; pip install distlenet", file=sys.stderr
+            )
+            sys.exit(2)
     else:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"

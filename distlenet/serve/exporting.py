@@ -31,4 +31,7 @@ def export_run(run: str, out: Path, quantize: bool) -> None:
     warn(f"exporting {run} to a temporary directory")
     ended = subprocess.run(command, stdout=subprocess.DEVNULL, preexec_fn=exit_with_parent)
     if ended.returncode:
-        raise UserError(f"{run}: the export failed with status {ended.returncode}; its message is above")
+        raise UserError(
+            f"{run}: the export failed with status {ended.returncode}; its message is above. Export a run of your own "
+            "task or network first: distlenet export RUN model.name=... --to onnx --out DIR, then distlenet serve DIR"
+        )

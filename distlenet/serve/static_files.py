@@ -8,7 +8,7 @@ from pathlib import Path
 from distlenet.serve.endpoints import Endpoint
 from distlenet.serve.messages import Request, Response, json_response
 from distlenet.serve.openapi import describe
-from distlenet.serve.served_model import ServedModel
+from distlenet.serve.served_model import ServedModel, TensorSpec
 from distlenet.serve.versions import Versions
 
 PAGE = Path(__file__).parent.parent / "page"
@@ -81,19 +81,25 @@ def example_body(model: ServedModel) -> str:
     return json.dumps({"instances": [values if len(values) > 1 else next(iter(values.values()))]})
 
 
+def _shape_text(spec: TensorSpec) -> str:
+    return " × ".join("any" if dim is None else str(dim) for dim in spec.shape)
+
+
 def _plain_page(name: str, model: ServedModel) -> str:
     """Return a page for a model without image input: its inputs, its outputs, and a request."""
     rows = "".join(
-        f"<tr><td>{part}</td><td>{html.escape(key)}</td><td>{spec.dtype}</td><td>{list(spec.shape)}</td></tr>"
+        f"<tr><td>{part}</td><td>{html.escape(key)}</td><td>{spec.dtype}</td><td>{_shape_text(spec)}</td></tr>"
         for part, specs in (("input", model.inputs), ("output", model.outputs))
         for key, spec in specs.items()
     )
     body = example_body(model)
     shown = body if len(body) < 1000 else '{"instances": [...]}'
     line = f"curl -d '{shown}' http://HOST:PORT/v1/models/{name}:predict"
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="icon.svg">'
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{name}</title><h1>{name}, version {model.version}</h1><table><thead><tr><th>tensor</th><th>name</th>"
-        f"<th>type</th><th>shape (None: varies)</th></tr></thead><tbody>{rows}</tbody></table>"
-        f'<p>Send a request:</p><pre><code>{html.escape(line)}</code></pre><p><a href="docs">All paths</a></p></html>'
+        f'<!doctype html><html lang="en">{head}<link rel="stylesheet" href="docs.css"><title>{name}</title>'
+        f"<main><h1>{name}, version {model.version}</h1><div><table><thead><tr><th>tensor</th><th>name</th>"
+        f"<th>type</th><th>shape</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        f'<p>Send a request:</p><pre><code>{html.escape(line)}</code></pre><p><a href="docs">All paths</a></p></main>'
+        "</html>"
     )
