@@ -1,6 +1,12 @@
 """``python -m distlenet.serve DIR_OR_RUN``: answer predictions over HTTP."""
 
+from distlenet.utils.startup import exit_on_ctrl_c
+
+if __name__ == "__main__":
+    exit_on_ctrl_c()  # before the imports that take seconds
+
 import argparse
+import contextlib
 import gc
 import ipaddress
 import logging
@@ -49,19 +55,29 @@ def make_parser() -> Parser:
     parser.add_argument("--token-file", metavar="FILE", type=Path, help="requests need the token in this file")
     parser.add_argument("--max-batch", metavar="N", type=positive_int, default=64, help="samples per batch (64)")
     parser.add_argument(
-        "--max-wait-ms", metavar="MS", type=seconds, default=2.0, help="the longest wait for others when idle (2)"
+        "--max-wait-ms",
+        metavar="MS",
+        type=non_negative_float,
+        default=2.0,
+        help="the longest wait for others when idle (2)",
     )
     parser.add_argument(
         "--max-queue", metavar="N", type=positive_int, help="samples that wait before others get 503 (16 batches)"
     )
     parser.add_argument("--max-body-mb", metavar="MB", type=positive_int, default=16, help="largest body (16)")
     parser.add_argument(
-        "--drain-s", metavar="S", type=seconds, default=0.5, help="time to listen further after SIGTERM (0.5)"
+        "--drain-s",
+        metavar="S",
+        type=non_negative_float,
+        default=0.5,
+        help="time to listen further after SIGTERM (0.5)",
     )
-    parser.add_argument("--grace-s", metavar="S", type=seconds, default=30.0, help="time to finish after that (30)")
+    parser.add_argument(
+        "--grace-s", metavar="S", type=non_negative_float, default=30.0, help="time to finish after that (30)"
+    )
     parser.add_argument("--threads", metavar="N", type=positive_int, help="threads per batch (usable cores)")
     parser.add_argument(
-        "--poll-s", metavar="S", type=seconds, default=2.0, help="interval of the search for new versions (2)"
+        "--poll-s", metavar="S", type=positive_float, default=2.0, help="interval of the search for new versions (2)"
     )
     return parser
 
@@ -73,11 +89,18 @@ def port(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text}: expected an integer from 0 to 65535")
 
 
-def seconds(text: str) -> float:
-    """Return a time of at least 0, for argparse."""
+def non_negative_float(text: str) -> float:
+    """Return a number of at least 0, for argparse."""
     if re.fullmatch(r"\d{1,6}(\.\d{1,6})?|\.\d{1,6}", text, re.ASCII):
         return float(text)
     raise argparse.ArgumentTypeError(f"{text}: expected a number, at least 0")
+
+
+def positive_float(text: str) -> float:
+    """Return a number above 0, for argparse."""
+    if number := non_negative_float(text):
+        return number
+    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
 
 
 def main() -> None:
@@ -125,10 +148,16 @@ def serve(path: Path, arguments: argparse.Namespace) -> None:
         make_config(application, max_body),
         arguments.drain_s,
         arguments.grace_s,
-        on_start=lambda: print(line, flush=True),
+        on_start=lambda: print_start(line),
         on_drain=endpoints.start_draining,
     )
     server.run_with([listener], batcher.run(), versions.poll(arguments.poll_s))
+
+
+def print_start(line: str) -> None:
+    """Print the address. Ignore a failure, such as a full disk."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def read_token(file: Path) -> bytes:
@@ -179,15 +208,15 @@ def silence_parsers() -> None:
 
 def run_command() -> NoReturn:
     """Run the command and exit: 0 stopped, 2 user error, 130 Ctrl-C before the start. It imports no PyTorch."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # before the start: removes the export
+    signal.set_wakeup_fd(-1)  # of exit_on_ctrl_c
+    for each in (signal.SIGTERM, signal.SIGINT):  # before the start: removes the export
+        signal.signal(each, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except UserError as error:
         warn(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+    os._exit(0)  # does not wait for threads that decode an image or load a version
 
 
 if __name__ == "__main__":

@@ -70,9 +70,13 @@ class Application:
         ]
         if response.status >= 400 and request.header(b"expect"):
             headers.append((b"connection", b"close"))  # the client may send the body, or not
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
-        await send({"type": "http.response.body", "body": response.body})
-        self.metrics.observe(name, response.status, time.perf_counter() - started)
+        status = response.status
+        try:
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": response.body})
+        except ClientDisconnected:
+            status = 499
+        self.metrics.observe(name, status, time.perf_counter() - started)
 
     def find(self, request: Request) -> Endpoint:
         """Return the endpoint of a request, and set its version. Raise HttpError 404 or 405."""

@@ -66,21 +66,21 @@ class Batcher:
     async def run(self) -> None:
         """Compute batches until the task is cancelled."""
         loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(1, "inference") as thread:
-            while True:
-                if not self.queued:
-                    await self._arrived.wait()
-                    await self._wait_for_others()
-                model, jobs = self._take()
-                self.observe(sum(job.rows for job in jobs))
-                results = await loop.run_in_executor(thread, compute, model, jobs)
-                for job, result in zip(jobs, results, strict=True):
-                    if job.answer.done():  # cancelled
-                        continue
-                    if isinstance(result, CannotCompute):
-                        job.answer.set_exception(HttpError(400, f"the network cannot compute these inputs: {result}"))
-                    else:
-                        job.answer.set_result(result)
+        thread = ThreadPoolExecutor(1, "inference")  # nothing waits for a batch at the end
+        while True:
+            if not self.queued:
+                await self._arrived.wait()
+                await self._wait_for_others()
+            model, jobs = self._take()
+            self.observe(sum(job.rows for job in jobs))
+            results = await loop.run_in_executor(thread, compute, model, jobs)
+            for job, result in zip(jobs, results, strict=True):
+                if job.answer.done():  # cancelled
+                    continue
+                if isinstance(result, CannotCompute):
+                    job.answer.set_exception(HttpError(400, f"the network cannot compute these inputs: {result}"))
+                else:
+                    job.answer.set_result(result)
 
     async def _wait_for_others(self) -> None:
         if self.max_wait_s > 0 and self.queued < self.max_batch:

@@ -120,6 +120,7 @@ class DrainingServer(uvicorn.Server):
             warn(f"{len(rest)} connections are closed with unfinished requests, after {self.grace_s:g} s")
         for connection in rest:
             connection.transport.abort()
+        await asyncio.sleep(TICK_S)  # their requests end as disconnected
 
 
 def refuse_new_connections(listener: socket.socket) -> None:

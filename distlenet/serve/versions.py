@@ -54,10 +54,13 @@ class Versions:
         """Load what is new, and drop what is no longer one of the newest good versions of the directory.
 
         If the directory holds no good version any more, all loaded ones stay. Runs in a thread: the event loop only
-        reads ``loaded``, which is replaced in one assignment.
+        reads ``loaded`` and ``failures``, which are replaced in one assignment.
         """
         good: dict[int, ServedModel] = {}
-        for version, path in sorted(self._find().items(), reverse=True):
+        found = self._find()
+        self.failures = {version: text for version, text in self.failures.items() if version in found}
+        self._stamps = {version: stamp for version, stamp in self._stamps.items() if version in found}
+        for version, path in sorted(found.items(), reverse=True):
             model = self.loaded.get(version) or self._load(version, path)
             if model is not None:
                 good[version] = model
@@ -69,7 +72,8 @@ class Versions:
 
     def _find(self) -> dict[int, Path]:
         if self.is_single:
-            return {int(self.directory.name) if self.directory.name.isdecimal() else 1: self.directory}
+            name = self.directory.resolve().name  # of the current directory, too
+            return {int(name) if name.isdecimal() else 1: self.directory}
         try:
             return {int(path.name): path for path in self.directory.iterdir() if _is_version(path)}
         except OSError as error:
@@ -82,26 +86,29 @@ class Versions:
         if self._stamps.get(version) == stamp:
             return None
         try:
+            for name in ("model.json", self.file):
+                if (path / name).exists() and not (path / name).is_file():  # to open a pipe may take for ever
+                    raise BadVersion(f"{name}: is not a regular file")
             model = ServedModel(path, version, self.file, self.threads)
         except BadVersion as error:
             self._stamps[version] = stamp
-            self.failures[version] = str(error)
+            self.failures = {**self.failures, version: str(error)}
             self.failure_count += 1
             warn(f"{path}: this version is not served: {error}")
             return None
         self._stamps.pop(version, None)
-        self.failures.pop(version, None)
+        self.failures = {key: text for key, text in self.failures.items() if key != version}
         return model
 
     async def poll(self, interval_s: float) -> None:
         """Scan every ``interval_s`` seconds, until the task is cancelled."""
-        with ThreadPoolExecutor(1, "versions") as thread:
-            while not self.is_single:
-                await asyncio.sleep(interval_s)
-                before = self.newest()
-                await asyncio.get_running_loop().run_in_executor(thread, self.scan)
-                if self.newest() is not before:
-                    warn(f"{self.directory}: version {self.newest().version} is served now")
+        thread = ThreadPoolExecutor(1, "versions")  # the end of the server does not wait for slow storage
+        while not self.is_single:
+            await asyncio.sleep(interval_s)
+            before = self.newest()
+            await asyncio.get_running_loop().run_in_executor(thread, self.scan)
+            if self.newest() is not before:
+                warn(f"{self.directory}: version {self.newest().version} is served now")
 
 
 def _is_version(path: Path) -> bool:

@@ -4,12 +4,17 @@ import asyncio
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import socket
 import struct
+import subprocess
 import sys
-from contextlib import closing
+import threading
+import time
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,7 +22,8 @@ import numpy as np
 import pytest
 import requests
 import tritonclient.http as triton
-from conftest import run_command
+import uvloop
+from conftest import clean_environment, run_command
 from PIL import Image
 from serve_models import CLASSES, IMAGES, serving, write_text_version, write_version
 from tritonclient.utils import InferenceServerException
@@ -83,8 +89,16 @@ def exchange(server, *parts: bytes) -> bytes:
 def receive_until(client: socket.socket, end: bytes) -> bytes:
     data = b""
     while not data.endswith(end):
-        data += client.recv(65536)
+        part = client.recv(65536)
+        assert part, data  # the server has closed the connection
+        data += part
     return data
+
+
+def wait_until_draining(server):
+    deadline = time.monotonic() + 30
+    while requests.get(f"{server.url}/readyz", timeout=30).status_code != 503:
+        assert time.monotonic() < deadline
 
 
 def status_of(answer: bytes) -> int:
@@ -209,6 +223,37 @@ def test_requests_that_no_client_library_sends(server, request_, status):
         assert b"connection: close" in answer
 
 
+def predict_request(headers: bytes = b"") -> bytes:
+    body = json.dumps({"instances": PIXELS.tolist()}).encode()
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\n%scontent-length: %d\r\n\r\n"
+    return head % (PREDICT.encode(), headers, len(body)) + body
+
+
+def test_a_client_that_closes_its_side_receives_its_answers(server):
+    answer = exchange(server, predict_request() * 2)
+    assert answer.count(b"HTTP/1.1 200") == answer.count(b'"predictions"') == 2
+
+
+def test_what_is_not_http_is_refused_after_the_answer_to_the_request_before(server):
+    answer = exchange(server, predict_request() + b"garbage\r\n\r\n")
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"400"]
+    assert answer.count(b'"predictions"') == 1
+
+
+def test_a_request_for_another_protocol_is_answered_as_http_1(server):
+    upgrade = predict_request(b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAM\r\n")
+    cut = upgrade.index(b"\r\n\r\n") + 10
+    answer = exchange(server, upgrade[:50], upgrade[50:cut], upgrade[cut:] + upgrade * 2)
+    assert answer.count(b"HTTP/1.1 200") == answer.count(b'"predictions"') == 3
+    assert status_of(exchange(server, b"CONNECT x:1 HTTP/1.1\r\nhost: x\r\n\r\n")) == 400
+
+
+def test_large_headers_in_one_packet(server):
+    header = b"a: " + b"a" * 40_000 + b"\r\n"
+    assert status_of(exchange(server, b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + header + b"\r\n")) == 200
+    assert status_of(exchange(server, b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + header * 2 + b"\r\n")) == 431
+
+
 def test_a_connection_that_is_cut_within_a_request_disturbs_nobody(server):
     client = socket.create_connection(("127.0.0.1", server.port))
     client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nabc")
@@ -236,20 +281,18 @@ def test_metrics_pages_and_the_description(server):
 
 def test_a_stop_answers_all_that_has_been_accepted(models):
     """A request that is being sent, one in the kernel's queue, and two on open connections; an idle one is closed."""
-    body = json.dumps({"instances": PIXELS.tolist()}).encode()
-    request = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (PREDICT.encode(), len(body)) + body
+    request = predict_request()
 
     def connect():
         return socket.create_connection(("127.0.0.1", server.port), timeout=30)
 
-    with serving(models / "fashion", "--drain-s", "0.2") as server:
+    with serving(models / "fashion", "--drain-s", "2") as server:
         started, kept, idle = connect(), connect(), connect()
         started.sendall(request[:100])
         kept.sendall(request)
         assert b"connection: close" not in receive_until(kept, b"]]}")
         server.process.send_signal(15)
-        while requests.get(f"{server.url}/readyz", timeout=30).status_code != 503:
-            pass
+        wait_until_draining(server)
         late = connect()  # the listener is still open
         for client, data in ((late, request), (kept, request + request), (started, request[100:])):
             client.sendall(data)
@@ -282,10 +325,44 @@ def test_the_kernel_refuses_new_connections_and_keeps_those_that_wait():
 def test_a_second_signal_ends_the_server_at_once(models):
     with serving(models / "fashion", "--drain-s", "60") as server:
         server.process.send_signal(2)
-        while requests.get(f"{server.url}/readyz", timeout=30).status_code != 503:
-            pass
+        wait_until_draining(server)
         server.process.send_signal(15)
         assert server.wait()[0] == 128 + 15
+
+
+def test_the_end_of_the_grace_period_ends_unfinished_requests(models):
+    words = ("--max-wait-ms", "60000", "--drain-s", "0", "--grace-s", "0.1")  # a batch waits for others for a minute
+    with serving(models / "fashion", *words) as server, socket.socket() as client:
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(predict_request())
+        assert requests.get(f"{server.url}/readyz", timeout=30).status_code == 200
+        status, errors = server.stop()
+    assert (status, errors.count("\n")) == (0, 2), errors  # the signal, and one unfinished request
+
+
+def test_the_command_does_not_wait_for_threads_or_fail_for_a_full_disk(models):
+    code = (
+        "import threading\n"
+        "from unittest import mock\n"
+        "import distlenet.serve.__main__ as command\n"
+        "def run(server, *_):\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        "    server.on_start()\n"
+        "with mock.patch.object(command.DrainingServer, 'run_with', run): command.run_command()"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, models / "text", "--port", "0"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, env=clean_environment())
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_ctrl_c_during_the_imports(tmp_path):
+    (tmp_path / "uvloop.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)")
+    environment = clean_environment()
+    environment["PYTHONPATH"] = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "distlenet.serve", tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert (ended.returncode, ended.stderr) == (130, "distlenet: stopped by SIGINT (Ctrl-C)\n")
 
 
 def test_the_server_imports_no_pytorch(models):
@@ -459,6 +536,51 @@ def test_new_versions_are_served_and_bad_ones_are_not(tmp_path, capsys):
     assert sorted(versions.loaded) == [1, 3]
 
 
+def test_a_pipe_is_no_version_and_failures_of_removed_versions_are_forgotten(tmp_path, capsys):
+    write_version(tmp_path, 1)
+    bad = write_version(tmp_path, 2)
+    (bad / "model.onnx").unlink()
+    os.mkfifo(bad / "model.onnx")
+    versions = Versions(tmp_path, "model.onnx", 1)
+    versions.start()
+    assert versions.failures == {2: "model.onnx: is not a regular file"}
+    shutil.rmtree(bad)
+    versions.scan()
+    assert versions.failures == {}
+
+
+def test_a_version_that_is_being_loaded_does_not_delay_the_end(models):
+    versions = Versions(models / "fashion", "model.onnx", 1)
+    versions.start()
+    release, ended = threading.Event(), []
+
+    async def run():
+        loop, started = asyncio.get_running_loop(), asyncio.Event()
+
+        def scan():
+            loop.call_soon_threadsafe(started.set)
+            ended.append(release.wait(30))
+
+        with mock.patch.object(versions, "scan", scan):
+            task = asyncio.create_task(versions.poll(0.001))
+            await started.wait()
+            task.cancel()
+            await asyncio.wait([task], timeout=30)
+            assert (task.cancelled(), ended) == (True, [])
+
+    try:
+        asyncio.run(run())
+    finally:
+        release.set()
+
+
+def test_the_number_of_the_current_directory(models, monkeypatch):
+    monkeypatch.chdir(models / "fashion/2")
+    versions = Versions(Path("."), "model.onnx", 1)
+    versions.start()
+    assert sorted(versions.loaded) == [2]
+
+
 def test_one_version_and_none(models, tmp_path):
     versions = Versions(models / "fashion/1", "model.onnx", 1)
     versions.start()
@@ -530,6 +652,7 @@ def test_slow_clients_are_disconnected(sent):
         protocol = config.http_protocol_class(config, state, {}, loop)
         assert isinstance(protocol, LimitedProtocol)
         transport = mock.Mock(**{"is_closing.return_value": False, "get_extra_info.return_value": None})
+        transport.get_write_buffer_size.return_value = 0
         protocol.connection_made(transport)
         if sent:
             protocol.data_received(sent)
@@ -543,6 +666,81 @@ def test_slow_clients_are_disconnected(sent):
             task.cancel()
 
     asyncio.run(run())
+
+
+REQUEST = b"GET /v1/models/m:predict HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@asynccontextmanager
+async def connected(handler, metrics, request):
+    """Serve a handler; yield the server's protocol and tasks, and a client that has sent a request."""
+    table = {"/v1/models/m:predict": {"GET": Endpoint("a", handler)}}
+    config = make_config(Application(table, metrics, max_body=1000), 1000)
+    config.load()
+    loop = asyncio.get_running_loop()
+    state = SimpleNamespace(connections=set(), tasks=set(), default_headers=[], total_requests=0)
+    made = lambda: config.http_protocol_class(config, state, {}, loop)  # noqa: E731
+    async with asyncio.timeout(30), await loop.create_server(made, "127.0.0.1", 0) as listener:
+        with closing(socket.create_connection(listener.sockets[0].getsockname())) as client:
+            client.setblocking(False)
+            await loop.sock_sendall(client, request)
+            yield state, client
+
+
+async def until(condition):
+    """Wait until a condition of the event loop is true; the caller has a timeout."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def run_uvloop(coroutine):
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(coroutine)
+
+
+def test_a_client_that_leaves_while_its_requests_wait(caplog):
+    metrics = mock.Mock()
+
+    async def run():
+        started, released = [], [asyncio.Event(), asyncio.Event()]
+
+        async def handler(request):
+            started.append(request)
+            await released[len(started) - 1].wait()
+            return json_response({})
+
+        async with connected(handler, metrics, REQUEST * 3) as (state, client):
+            await until(lambda: len(started) == 1)
+            released[0].set()
+            await until(lambda: len(started) == 2)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()  # resets the connection
+            await until(lambda: state.connections == set())
+            released[1].set()
+            await until(lambda: state.tasks == set())
+
+    run_uvloop(run())
+    assert caplog.records == []
+    assert [call.args[:2] for call in metrics.observe.call_args_list] == [("a", 200), ("a", 499)]
+
+
+def test_a_client_that_does_not_read_its_answers_is_disconnected():
+    async def handler(request):
+        return json_response({"a": "a" * 10**6})
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        async with connected(handler, mock.Mock(), REQUEST * 100) as (state, _):
+            await until(lambda: state.connections and next(iter(state.connections)).flow.write_paused)
+            (protocol,) = state.connections
+            protocol.check(loop.time())
+            protocol.write_size += 1  # as if the client had read a byte
+            protocol.check(loop.time() + connections.SILENCE_S + 1)
+            assert not protocol.transport.is_closing()  # it reads slowly
+            protocol.check(loop.time() + 2 * connections.SILENCE_S + 2)
+            assert protocol.transport.is_closing()
+
+    run_uvloop(run())
 
 
 @pytest.mark.parametrize(
@@ -566,6 +764,7 @@ def test_a_wrong_query(query):
     [
         (("DIR", "--port", "70000"), "expected an integer from 0 to 65535"),
         (("DIR", "--drain-s", "-1"), "expected a number"),
+        (("DIR", "--poll-s", "0"), "expected a number above 0"),
         (("missing",), "missing: does not exist"),
         (("DIR", "--name", "a/b"), "does not fit a path"),
         (("DIR", "--token-file", "missing"), "--token-file missing: cannot be read"),
