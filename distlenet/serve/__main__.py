@@ -134,7 +134,7 @@ def serve(path: Path, arguments: argparse.Namespace) -> None:
     endpoints = Endpoints(name, versions, batcher, metrics)
     table = endpoints.table() | page_table(name, versions, token is not None)
     max_body = arguments.max_body_mb * 2**20
-    application = Application(table, metrics, max_body=max_body, token=token)
+    application = Application(name, table, metrics, max_body=max_body, token=token)
     listener = listen(arguments.host, arguments.port)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     if not is_loopback(arguments.host) and token is None:

@@ -4,21 +4,32 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from distlenet import __version__
-from distlenet.serve.batching import Batcher, Outputs
+from distlenet.images.image_format import ImageFormat
+from distlenet.serve.batching import Batcher
 from distlenet.serve.image_upload import Options, answer, decode_image, image_file
 from distlenet.serve.instances import fit, read_tensorflow_inputs
-from distlenet.serve.messages import HttpError, Request, Response, json_response, overloaded
+from distlenet.serve.messages import (
+    SMALL,
+    ClientDisconnected,
+    HttpError,
+    Request,
+    Response,
+    json_response,
+    overloaded,
+)
 from distlenet.serve.request_metrics import RequestMetrics
 from distlenet.serve.served_model import ServedModel, TensorSpec
 from distlenet.serve.v2_protocol import model_metadata, parse_json, read_request, write_response
 from distlenet.serve.versions import Versions
 
 DECODERS = 1  # threads that decode images: one may need 0.8 GB for an image of 50 million pixels
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,9 @@ class Endpoints:
         self.name, self.versions, self.batcher, self.metrics = name, versions, batcher, metrics
         self.is_draining = False
         self._decoders = ThreadPoolExecutor(DECODERS, "image")
+        self._turn = asyncio.Semaphore(DECODERS)
         self._decoding = 0
+        self._reader = ThreadPoolExecutor(1, "reader")  # one large body at a time: parsed, it needs much memory
 
     def table(self) -> dict[str, dict[str, Endpoint]]:
         """Return {path: {method: endpoint}}. A path of a model may also have ``/versions/N`` behind its name."""
@@ -65,14 +78,14 @@ class Endpoints:
     async def v1_predict(self, request: Request) -> Response:
         """Answer TensorFlow Serving's predict request."""
         model = self.versions.get(request.version)
-        body = parse_json(request.body)
-        outputs = await self.batcher.predict(model, read_tensorflow_inputs(body, model))
-        return json_response({"outputs" if "inputs" in body else "predictions": outputs["predictions"]})
+        inputs, key = await self._read(request, read_v1, request, model)
+        outputs = await self.batcher.predict(model, inputs)
+        return json_response({key: outputs["predictions"]})
 
     async def v2_infer(self, request: Request) -> Response:
         """Answer an inference request of KServe v2."""
         model = self.versions.get(request.version)
-        inputs, content = read_request(request, model)
+        inputs, content = await self._read(request, read_request, request, model)
         return write_response(content, await self.batcher.predict(model, inputs), model, self.name)
 
     async def predict(self, request: Request) -> Response:
@@ -82,20 +95,36 @@ class Endpoints:
             raise HttpError(400, f"this model reads no image files; POST JSON to /v1/models/{self.name}:predict")
         name, spec = next(iter(model.inputs.items()))
         options = Options.from_query(request.query, model.outputs["predictions"].shape[-1] or 1)
-        content = image_file(request)
+        content = await self._read(request, image_file, request)
         if self._decoding >= self.batcher.max_queue:
             raise overloaded(f"{self._decoding} images are waiting; send this request again later")
         self._decoding += 1
         try:
-            loop = asyncio.get_running_loop()
-            image = await loop.run_in_executor(self._decoders, decode_image, content, options, model.images)
+            image = await self._decode(request, content, options, model.images)
         finally:
             self._decoding -= 1
-        outputs = await self._one_image(model, name, spec, image)
+        array = fit(name, spec, image[None].astype(spec.dtype), model)
+        outputs = await self.batcher.predict(model, {name: array})
         return json_response(answer(outputs, image, options, model))
 
-    async def _one_image(self, model: ServedModel, name: str, spec: TensorSpec, image: np.ndarray) -> Outputs:
-        return await self.batcher.predict(model, {name: fit(name, spec, image[None], model)})
+    async def _decode(self, request: Request, content: bytes, options: Options, images: ImageFormat) -> np.ndarray:
+        """Decode an image in a thread. If the client disconnects before its turn, raise ClientDisconnected instead."""
+        assert request.receive is not None
+        disconnect = asyncio.ensure_future(request.receive())
+        try:
+            async with self._turn:
+                if disconnect.done():
+                    raise ClientDisconnected
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._decoders, decode_image, content, options, images)
+        finally:
+            disconnect.cancel()
+
+    async def _read(self, request: Request, function: Callable[..., T], *arguments: Any) -> T:
+        """Return what a function reads from a body: in a thread if it is large, so that others are answered."""
+        if len(request.body) <= SMALL:
+            return function(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, _read_large, function, *arguments)
 
     async def v1_status(self, request: Request) -> Response:
         """Answer with the states of the versions, as TensorFlow Serving does."""
@@ -165,3 +194,17 @@ class Endpoints:
     async def show_metrics(self, _: Request) -> Response:
         """Answer with the metrics."""
         return self.metrics.response()
+
+
+def read_v1(request: Request, model: ServedModel) -> tuple[dict[str, np.ndarray], str]:
+    """Return the inputs of a request of TensorFlow Serving, and the key of the answer. Raise HttpError."""
+    body = parse_json(request.body)
+    return read_tensorflow_inputs(body, model), "outputs" if "inputs" in body else "predictions"
+
+
+def _read_large(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function. Its error has no traceback, which would hold millions of values until the loop frees them."""
+    try:
+        return function(*arguments)
+    except HttpError as error:
+        raise error.with_traceback(None) from None

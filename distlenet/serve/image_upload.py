@@ -19,6 +19,7 @@ from distlenet.images.image_format import ImageFormat
 from distlenet.serve.messages import HttpError, Request
 from distlenet.serve.served_model import ServedModel
 
+MAX_PARTS = 100  # of a multipart body
 TOP = 3  # classes, as in distlenet predict
 INVERT = ("auto", "yes", "no")
 
@@ -62,8 +63,14 @@ def image_file(request: Request) -> bytes:
             raise HttpError(400, "expected an image file as the body, or as a part of multipart/form-data")
         return request.body
     parts: list[Part] = []
+
+    def begin_part() -> None:
+        if len(parts) == MAX_PARTS:
+            raise ValueError(f"it has more than {MAX_PARTS} parts")
+        parts.append(Part())
+
     callbacks: dict[str, Any] = {
-        "on_part_begin": lambda: parts.append(Part()),
+        "on_part_begin": begin_part,
         "on_header_field": lambda data, start, end: parts[-1].headers.extend(data[start:end]),
         "on_header_value": lambda data, start, end: parts[-1].headers.extend(data[start:end]),
         "on_part_data": lambda data, start, end: parts[-1].data.extend(data[start:end]),

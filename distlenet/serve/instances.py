@@ -1,6 +1,6 @@
 """Nested lists of JSON as arrays of the types and shapes of a network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from distlenet.serve.messages import HttpError
 from distlenet.serve.served_model import ServedModel, TensorSpec
 
-MAX_EXTRA_DIMENSIONS = 2  # deeper lists are refused before they are read
+Shape = tuple[int | None, ...]
 ALLOWED: dict[str, set[type]] = {
     "b": {bool},
     "i": {int},
@@ -35,19 +35,19 @@ def read_tensorflow_inputs(body: Any, model: ServedModel) -> dict[str, np.ndarra
         if not isinstance(rows, list) or not rows:
             raise HttpError(400, '"instances": expected a list with at least one sample')
         if isinstance(rows[0], dict):
+            _check_names(rows[0], model)
             if any(type(row) is not dict or row.keys() != rows[0].keys() for row in rows):
                 raise HttpError(400, '"instances": expected objects with the same keys')
             tensors = {name: [row[name] for row in rows] for name in rows[0]}
         else:
             tensors = {_only_input(model): rows}
-    return check_inputs({name: (_spec(model, name), value) for name, value in tensors.items()}, model)
+    return check_inputs(tensors, model)
 
 
-def check_inputs(tensors: Mapping[str, tuple[TensorSpec, Any]], model: ServedModel) -> dict[str, np.ndarray]:
+def check_inputs(tensors: Mapping[str, Any], model: ServedModel) -> dict[str, np.ndarray]:
     """Return the tensors as arrays in the order of the model's inputs; values are arrays or nested lists."""
-    if missing := model.inputs.keys() - tensors.keys():
-        raise HttpError(400, f"input {min(missing)} is missing; expected {', '.join(model.inputs)}")
-    arrays = {name: fit(name, *tensors[name], model) for name in model.inputs}
+    _check_names(tensors, model)
+    arrays = {name: fit(name, spec, tensors[name], model) for name, spec in model.inputs.items()}
     counts = {name: len(array) for name, array in arrays.items()}
     if len({*counts.values()}) > 1:
         raise HttpError(400, f"the inputs have different numbers of samples: {counts}")
@@ -60,25 +60,52 @@ def _only_input(model: ServedModel) -> str:
     return next(iter(model.inputs))
 
 
-def _spec(model: ServedModel, name: Any) -> TensorSpec:
-    if name not in model.inputs:
-        raise HttpError(400, f"input {str(name)[:100]!r} is unknown; expected {', '.join(model.inputs)}")
-    return model.inputs[name]
+def _check_names(tensors: Mapping[str, Any], model: ServedModel) -> None:
+    """Raise HttpError unless there is one value for each input."""
+    for name in tensors:
+        if name not in model.inputs:
+            raise HttpError(400, f"input {str(name)[:100]!r} is unknown; expected {', '.join(model.inputs)}")
+    if missing := model.inputs.keys() - tensors.keys():
+        raise HttpError(400, f"input {min(missing)} is missing; expected {', '.join(model.inputs)}")
 
 
-def to_array(name: str, spec: TensorSpec, value: Any) -> np.ndarray:
-    """Return nested lists as an array of the type of ``spec``. Raise HttpError if a value or a length is wrong."""
+def allowed_shapes(spec: TensorSpec, model: ServedModel) -> list[Shape]:
+    """Return the shapes of an input in a request; images may also be (H, W, 1), (1, H, W) or (H, W, C)."""
+    shapes = [spec.shape]
+    if model.images is not None and len(spec.shape) == 3:
+        rows, height, width = spec.shape
+        shapes += [(rows, 1, height, width), (rows, height, width, 1)]
+    elif model.images is not None and len(spec.shape) == 4:
+        rows, channels, height, width = spec.shape
+        shapes += [(rows, height, width, channels)]
+        if channels in (1, None):
+            shapes += [(rows, height, width)]
+    return shapes
+
+
+def to_array(name: str, spec: TensorSpec, value: Any, shapes: Sequence[Shape]) -> np.ndarray:
+    """Return nested lists, which have one of ``shapes``, as an array of the type of ``spec``. Raise HttpError.
+
+    The first sample is checked before the others are read: a large body of another shape costs little.
+    """
     shape: list[int] = []
-    level = [value]
-    while type(level[0]) is list:
-        if len(shape) == len(spec.shape) + MAX_EXTRA_DIMENSIONS:
+    first, rank = value, max(map(len, shapes))
+    while type(first) is list:
+        if len(shape) == rank:
             raise HttpError(400, f"{name}: the lists are too deep; expected shape {shape_text(spec)}")
-        if {*map(type, level)} != {list} or len(lengths := {*map(len, level)}) > 1 or lengths == {0}:
-            raise HttpError(400, f"{name}: has lists of different lengths, or empty ones; expected {shape_text(spec)}")
-        shape += lengths
+        shape.append(len(first))
+        first = first[0] if first else None
+    if 0 in shape:
+        raise HttpError(400, f"{name}: has empty lists; expected {shape_text(spec)}")
+    if not any(fits(shape, expected) for expected in shapes):
+        raise HttpError(400, f"{name}: has shape {shape}, expected {shape_text(spec)}")
+    level = value
+    for length in shape[1:]:
+        if {*map(type, level)} != {list} or {*map(len, level)} != {length}:
+            raise HttpError(400, f"{name}: has lists of different lengths; expected {shape_text(spec)}")
         level = list(chain.from_iterable(level))
     try:
-        if spec.dtype == np.uint8:  # bytes() checks types and limits, four times as fast as NumPy
+        if spec.dtype == np.uint8:  # bytes() checks types and limits, and is faster than NumPy
             return np.frombuffer(bytes(level), np.uint8).reshape(shape)
         if {*map(type, level)} <= ALLOWED.get(spec.dtype.kind, set()):
             return _in_range(np.array(level), spec.dtype).reshape(shape)
@@ -109,16 +136,18 @@ def shape_text(spec: TensorSpec) -> str:
 
 
 def fit(name: str, spec: TensorSpec, value: Any, model: ServedModel) -> np.ndarray:
-    """Return an array, or nested lists, as an array of the shape of ``spec``. Raise HttpError if it has another one.
+    """Return an array, or nested lists, as an array of the shape of ``spec``.
 
-    Images may also be (H, W, 1), (1, H, W) or (H, W, C).
+    Raise HttpError if it does not have one of the allowed shapes, or if a value is not finite.
     """
-    array = value if isinstance(value, np.ndarray) else to_array(name, spec, value)
-    if array.ndim and array.size and _fits(array.shape, spec):
+    array = value if isinstance(value, np.ndarray) else to_array(name, spec, value, allowed_shapes(spec, model))
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise HttpError(400, f"{name}: has values that are not finite, or too large for {spec.dtype}")
+    if array.size and fits(array.shape, spec.shape):
         return array
     if array.size and model.images is not None:
         for other in _layouts(array):
-            if _fits(other.shape, spec):
+            if fits(other.shape, spec.shape):
                 return other
     raise HttpError(400, f"{name}: has shape {list(array.shape)}, expected {shape_text(spec)}")
 
@@ -137,5 +166,6 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...] | None:
     return (*shape[:axis], *shape[axis + 1 :]) if shape[axis] == 1 else None
 
 
-def _fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
-    return len(shape) == len(spec.shape) and all(b in (None, a) for a, b in zip(shape, spec.shape, strict=True))
+def fits(shape: Sequence[int], expected: Shape) -> bool:
+    """Return whether a shape is the expected one, whose None is any length."""
+    return len(shape) == len(expected) and all(b in (None, a) for a, b in zip(shape, expected, strict=True))

@@ -1,19 +1,25 @@
 """Requests and responses as the endpoints see them, and errors that are answered."""
 
 import json
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
 JSON = b"application/json"
+SMALL = 64 * 1024  # bytes; larger bodies share a limit of memory, and are read in a thread
 RETRY_AFTER = ((b"retry-after", b"1"),)
 Headers = tuple[tuple[bytes, bytes], ...]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 @dataclass
 class Request:
-    """A request with its complete body. ``version`` is the number in a path with ``/versions/N``, else None."""
+    """A request with its complete body. ``version`` is the number in a path with ``/versions/N``, else None.
+
+    ``receive`` is the function of ASGI: after the body, it returns when the client disconnects.
+    """
 
     method: str
     path: str
@@ -21,6 +27,8 @@ class Request:
     headers: list[tuple[bytes, bytes]]
     body: bytes = b""
     version: int | None = None
+    receive: Receive | None = None
+    reserved: int = 0  # bytes that the body takes of the limit of all large ones
 
     def header(self, name: bytes) -> bytes:
         """Return the value of a header, or b""; ``name`` is in lower case."""

@@ -53,8 +53,13 @@ class ServedModel:
             self.name = str(self.metadata["name"])
             self.inputs, self.outputs = (_specs(self.metadata[part]) for part in ("inputs", "outputs"))
             self.classes = self.metadata["classes"]
+            if "predictions" not in self.outputs:
+                raise BadVersion("model.json: has no output predictions")
+            shape = self.outputs["predictions"].shape
+            _check_classes(self.classes, shape[-1])
             images = self.metadata["images"]
-            self.images = ImageFormat.from_dict(images) if images else None
+            is_classifier = len(self.inputs) == 1 and len(shape) == 2 and shape[1] is not None
+            self.images = ImageFormat.from_dict(images) if images and is_classifier else None
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores also serve HTTP
@@ -73,9 +78,13 @@ class ServedModel:
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """Return all outputs of a batch. Raise CannotCompute if the network cannot compute them."""
         try:
-            return dict(zip(self.outputs, self.session.run(list(self.outputs), dict(inputs)), strict=True))
+            outputs = dict(zip(self.outputs, self.session.run(list(self.outputs), dict(inputs)), strict=True))
         except Exception as error:  # those of ONNX Runtime have no common class
             raise CannotCompute(" ".join(str(error).split())[:300]) from error
+        for name, array in outputs.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise CannotCompute(f"the output {name} is not finite")
+        return outputs
 
     def _check_session(self) -> None:
         for part, specs, found in (
@@ -93,11 +102,9 @@ class ServedModel:
                 )
                 if ONNX_TYPES.get(kind, kind) != spec.dtype.name or not same:
                     raise BadVersion(f"{self.file}: {part} {name} is {kind} {dims}, model.json has {spec}")
-        if "predictions" not in self.outputs:
-            raise BadVersion("model.json: has no output predictions")
 
     def _warm_up(self) -> None:
-        """Run one sample of zeros, if the shapes say how large a sample is, and check the outputs."""
+        """Run one sample of zeros, if all dimensions of a sample are fixed, and check the outputs."""
         shapes = {name: [dim for dim in spec.shape[1:] if dim is not None] for name, spec in self.inputs.items()}
         if any(len(shapes[name]) + 1 < len(spec.shape) for name, spec in self.inputs.items()):
             return
@@ -106,8 +113,16 @@ class ServedModel:
             shape = self.outputs[name].shape
             if len(array) != 1 or array.ndim != len(shape):
                 raise BadVersion(f"{self.file}: output {name} of one sample has shape {list(array.shape)}")
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise BadVersion(f"{self.file}: output {name} is not finite")
+
+
+def _check_classes(classes: Any, count: int | None) -> None:
+    """Raise BadVersion unless ``classes`` is None or contains a name for each of ``count`` predictions."""
+    if classes is None:
+        return
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise BadVersion("model.json: classes: expected null or a list of strings")
+    if count not in (None, len(classes)):
+        raise BadVersion(f"model.json: has {len(classes)} classes, but the output predictions has {count}")
 
 
 def _specs(part: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorSpec]:

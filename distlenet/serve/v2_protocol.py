@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from distlenet.serve.instances import check_inputs, expected_values, to_array
+from distlenet.serve.instances import allowed_shapes, check_inputs, expected_values, fits, shape_text, to_array
 from distlenet.serve.messages import HttpError, Request, Response, json_response
 from distlenet.serve.served_model import ServedModel, TensorSpec
 
@@ -35,17 +35,25 @@ def read_request(request: Request, model: ServedModel) -> tuple[dict[str, np.nda
     content = parse_json(text)
     if not isinstance(content, dict) or not isinstance(content.get("inputs"), list):
         raise HttpError(400, 'expected a JSON object with "inputs", a list of tensors')
-    tensors: dict[str, tuple[TensorSpec, Any]] = {}
+    _check_outputs(content, model)
+    tensors: dict[str, np.ndarray] = {}
     for tensor in content["inputs"]:
         name = tensor.get("name") if isinstance(tensor, dict) else None
         if not isinstance(name, str) or name not in model.inputs or name in tensors:
             raise HttpError(400, f"inputs: expected one tensor for each of {', '.join(model.inputs)}, by name")
-        spec = model.inputs[name]
-        array, data = _read_tensor(name, tensor, spec, data)
-        tensors[name] = (spec, array)
+        tensors[name], data = _read_tensor(name, tensor, model, data)
     if len(data):
         raise HttpError(400, f"the body has {len(data)} bytes more than the tensors")
     return check_inputs(tensors, model), content
+
+
+def _check_outputs(content: dict[str, Any], model: ServedModel) -> None:
+    """Raise HttpError unless ``outputs`` is missing or a list of different outputs of the model."""
+    wanted = content.get("outputs") or []
+    valid = isinstance(wanted, list) and len(wanted) <= len(model.outputs)
+    names: list[Any] = [part.get("name") if isinstance(part, dict) else None for part in wanted] if valid else [None]
+    if any(not isinstance(name, str) or name not in model.outputs or names.count(name) > 1 for name in names):
+        raise HttpError(400, f"outputs: expected different names of {', '.join(model.outputs)}")
 
 
 def parse_json(text: bytes) -> Any:
@@ -57,21 +65,22 @@ def parse_json(text: bytes) -> Any:
 
 
 def _read_tensor(
-    name: str, tensor: dict[str, Any], spec: TensorSpec, data: memoryview
+    name: str, tensor: dict[str, Any], model: ServedModel, data: memoryview
 ) -> tuple[np.ndarray, memoryview]:
     """Return a tensor, and the rest of the binary data."""
+    spec = model.inputs[name]
     if tensor.get("datatype") != NAMES.get(spec.dtype.name):
         raise HttpError(400, f"{name}: expected datatype {NAMES.get(spec.dtype.name)}")
     shape = tensor.get("shape")
     if not isinstance(shape, list) or not shape or not all(type(dim) is int and 0 < dim < 2**40 for dim in shape):
         raise HttpError(400, f"{name}: shape: expected a list of positive integers")
-    count = math.prod(shape[:16])
+    if not any(fits(shape, expected) for expected in allowed_shapes(spec, model)):
+        raise HttpError(400, f"{name}: has shape {str(shape)[:100]}, expected {shape_text(spec)}")
+    count = math.prod(shape)
     parameters = tensor.get("parameters")
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is None:
-        array = to_array(name, TensorSpec(spec.dtype, (None,) * len(shape[:16])), tensor.get("data"))
-        if array.size != count:
-            raise HttpError(400, f"{name}: has {array.size} values, but shape {shape[:16]}")
+        array = to_array(name, TensorSpec(spec.dtype, tuple(shape)), tensor.get("data"), [(count,), tuple(shape)])
         return array.reshape(shape), data
     if type(size) is not int or size != count * spec.dtype.itemsize or size > len(data):
         raise HttpError(400, f"{name}: binary_data_size {str(size)[:20]} does not fit its shape, type and the body")
@@ -85,13 +94,11 @@ def write_response(
     content: dict[str, Any], outputs: dict[str, np.ndarray], model: ServedModel, model_name: str
 ) -> Response:
     """Return the answer to a request, whose JSON part is ``content``: the outputs that it names, or all."""
-    wanted = content.get("outputs") or [{"name": name} for name in outputs]
+    wanted: list[dict[str, Any]] = content.get("outputs") or [{"name": name} for name in outputs]
     binary = _flag(content, "binary_data_output")
     described, data = [], []
-    for part in wanted if isinstance(wanted, list) else [None]:
-        name = part.get("name") if isinstance(part, dict) else None
-        if not isinstance(name, str) or name not in outputs:
-            raise HttpError(400, f"outputs: expected names of {', '.join(outputs)}")
+    for part in wanted:
+        name = part["name"]
         array = np.ascontiguousarray(outputs[name])
         tensor: dict[str, Any] = {"name": name, "datatype": NAMES[array.dtype.name], "shape": list(array.shape)}
         if _flag(part, "binary_data", binary):

@@ -24,8 +24,9 @@ import requests
 import tritonclient.http as triton
 import uvloop
 from conftest import clean_environment, run_command
+from onnx import helper
 from PIL import Image
-from serve_models import CLASSES, IMAGES, serving, write_text_version, write_version
+from serve_models import CLASSES, IMAGES, serving, write_model, write_text_version, write_version
 from tritonclient.utils import InferenceServerException
 
 from distlenet.images.image_format import ImageFormat
@@ -37,9 +38,10 @@ from distlenet.serve.draining import backlog, refuse_new_connections
 from distlenet.serve.endpoints import Endpoint, Endpoints
 from distlenet.serve.image_upload import Options, image_file
 from distlenet.serve.instances import read_tensorflow_inputs
-from distlenet.serve.messages import HttpError, Request, json_response
+from distlenet.serve.messages import ClientDisconnected, HttpError, Request, json_response
 from distlenet.serve.request_metrics import RequestMetrics
-from distlenet.serve.served_model import CannotCompute, ServedModel
+from distlenet.serve.served_model import BadVersion, CannotCompute, ServedModel
+from distlenet.serve.v2_protocol import read_request
 from distlenet.serve.versions import Versions
 from distlenet.utils.errors import UserError
 
@@ -407,11 +409,13 @@ def test_layouts_of_grey_images(fashion, shape):
         ({"instances": [[[0] * 28] * 27]}, r"shape \[1, 27, 28\], expected \[N, 28, 28\]"),
         ({"instances": [[[0] * 28] * 27 + [[0] * 27]]}, "different lengths"),
         ({"instances": [[[0] * 28] * 28, 3]}, "different lengths"),
-        ({"instances": [[[]]]}, "different lengths, or empty"),
+        ({"instances": [[[]]]}, "has empty lists"),
         ({"instances": [{"other": 0}]}, "input 'other' is unknown"),
         ({"instances": [{"images": 0}, 1]}, "same keys"),
         ({"instances": [[[[[[[0]]]]]]]}, "too deep"),
         ({"inputs": {}}, "input images is missing"),
+        ({"instances": [{}] * 2}, "input images is missing"),
+        ({"inputs": []}, "has empty lists"),
     ],
 )
 def test_instances_that_do_not_fit(fashion, body, message):
@@ -432,6 +436,52 @@ def test_inputs_by_name_of_other_types(models):
     assert read(model, {"inputs": {"words": [[True]], "factor": [[1]]}}) == "words: expected values of type int64"
     assert "different numbers" in read(model, {"inputs": {"words": [[1], [2]], "factor": [[1]]}})
     assert "expected an object" in read(model, {"instances": [1]})
+
+
+def test_values_must_be_finite(models):
+    model = ServedModel(models / "text/1", 1, "model.onnx", 1)
+    for value in (float("nan"), 1e308):  # 1e308 is infinite as float32
+        assert "factor: has values that are not finite" in read(
+            model, {"inputs": {"words": [[1]], "factor": [[value]]}}
+        )
+    inputs = {"words": np.array([[9, 9]]), "factor": np.float32([[1e38]])}
+    with pytest.raises(CannotCompute, match="the output outputs is not finite"):
+        model.run(inputs)
+
+
+def test_a_batch_of_another_shape_is_refused_by_its_first_sample(fashion):
+    class Sample(list):
+        """Not a list of JSON: an error if it is read."""
+
+    for body in ({"instances": [[[0]], Sample()]}, {"inputs": [[[0]], Sample()]}):
+        assert "has shape [2, 1, 1], expected [N, 28, 28]" in read(fashion, body)
+
+
+def v2_status(model, shape, outputs=None, data=None):
+    tensor = {"name": "images", "datatype": "UINT8", "shape": shape, "data": PIXELS[0].ravel().tolist()}
+    tensor |= {} if data is None else {"data": data}
+    body = json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
+    try:
+        read_request(Request("POST", "", b"", [], body), model)
+    except HttpError as error:
+        return error.status
+    return 200
+
+
+@pytest.mark.parametrize(
+    "shape", [[1, 28, 28] + [1] * 97, [1, 28, 28] + [1] * 13 + [5], [1, 784], [2, 28, 14], [0, 28, 28], [784]]
+)
+def test_shapes_of_v2_that_do_not_fit(fashion, shape):
+    assert v2_status(fashion, shape) == 400
+
+
+def test_data_and_outputs_of_v2(fashion):
+    for shape in ([1, 28, 28], [1, 1, 28, 28], [1, 28, 28, 1]):
+        assert v2_status(fashion, shape) == v2_status(fashion, shape, data=PIXELS[:1].reshape(shape).tolist()) == 200
+    assert v2_status(fashion, [1, 28, 28], data=[]) == 400
+    assert v2_status(fashion, [1, 28, 28], [{"name": "outputs"}, {"name": "predictions"}]) == 200
+    for outputs in ([{"name": "outputs"}] * 2, [{"name": "other"}], [{"name": "outputs"}] * 3, [0], {"a": 0}):
+        assert v2_status(fashion, [1, 28, 28], outputs) == 400
 
 
 def test_layouts_of_color_images():
@@ -581,6 +631,28 @@ def test_the_number_of_the_current_directory(models, monkeypatch):
     assert sorted(versions.loaded) == [2]
 
 
+def change(path, **values):
+    """Change values of a model.json; return the version's directory."""
+    file = path / "model.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return path
+
+
+@pytest.mark.parametrize("classes", [CLASSES[:9], "0123456789", [*range(10)], {}])
+def test_classes_that_do_not_fit(tmp_path, classes):
+    with pytest.raises(BadVersion, match="classes"):
+        ServedModel(change(write_version(tmp_path), classes=classes), 1, "model.onnx", 1)
+
+
+def test_only_a_classifier_of_images_reads_image_files(tmp_path):
+    text = write_text_version(tmp_path)  # two inputs
+    assert ServedModel(change(text, images=IMAGES), 1, "model.onnx", 1).images is None
+    inputs, outputs = {"images": ("float32", [None, 28, 28])}, {"predictions": ("float32", [None, 28, 28])}
+    nodes = [helper.make_node("Abs", ["images"], ["predictions"])]
+    mask = write_model(tmp_path, 2, nodes, {}, inputs, outputs, images=IMAGES)
+    assert ServedModel(mask, 2, "model.onnx", 1).images is None
+
+
 def test_one_version_and_none(models, tmp_path):
     versions = Versions(models / "fashion/1", "model.onnx", 1)
     versions.start()
@@ -611,7 +683,7 @@ def test_a_token(models, capsys):
     versions.start()
     metrics = RequestMetrics()
     table = Endpoints("text", versions, Batcher(1, 0.0, 1, mock.Mock()), metrics).table()
-    application = Application(table, metrics, max_body=100, token=b"secret")
+    application = Application("text", table, metrics, max_body=100, token=b"secret")
     assert call(application, "/v2")[0] == 401
     assert call(application, "/v2", [(b"authorization", b"Bearer secre")])[0] == 401
     assert call(application, "/v2", [(b"authorization", b"Basic secret")])[0] == 401
@@ -627,16 +699,114 @@ def test_large_bodies_share_a_limit_and_a_bug_is_an_answer(capsys):
         raise ZeroDivisionError
 
     table = {"/v1/models/m:predict": {"POST": Endpoint("a", handler), "GET": Endpoint("b", bug)}}
-    application = Application(table, RequestMetrics(), max_body=10**6)
+    application = Application("m", table, RequestMetrics(), max_body=10**6)
     size = [(b"content-length", b"100000"), (b"a", b"name")]
     assert call(application, "/v1/models/m:predict", size, "POST", bytes(10)) == (200, b'{"size":10,"name":"name"}')
     assert application.large_bytes == 0
+    assert call(application, "/v1/models/m:predict", method="POST", body=bytes(65537))[0] == 200
+    assert application.large_bytes == 0
     application.large_bytes = 16 * 10**6
     assert call(application, "/v1/models/m:predict", size, "POST")[0] == 503
+    assert call(application, "/v1/models/m:predict", method="POST", body=bytes(65537))[0] == 503  # in chunks
+    assert call(application, "/v1/models/m:predict", method="POST", body=bytes(65536))[0] == 200
     assert call(application, "/v1/models/m:predict", [(b"content-length", b"10")], "POST")[0] == 200
     assert application.large_bytes == 16 * 10**6
     assert call(application, "/v1/models/m:predict")[0] == 500
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_slow_clients_do_not_take_the_memory_of_large_bodies():
+    async def handler(request):
+        return json_response({})
+
+    application = Application("m", {"/p": {"POST": Endpoint("a", handler)}}, RequestMetrics(), max_body=10**6)
+
+    async def run():
+        parts = [{"type": "http.request", "body": b"a", "more_body": True}]
+
+        async def receive():
+            return parts.pop() if parts else await asyncio.Event().wait()
+
+        scope = {"method": "POST", "path": "/p", "query_string": b"", "headers": [(b"content-length", b"1000000")]}
+        slow = asyncio.create_task(application(scope, receive, None))
+        while parts:
+            await asyncio.sleep(0)
+        taken = application.large_bytes
+        slow.cancel()
+        await asyncio.wait([slow])
+        return taken
+
+    assert asyncio.run(run()) == 0
+
+
+def with_endpoints(path, run):
+    """Return the result of ``run(endpoints)`` with the batcher's task."""
+    versions = Versions(path, "model.onnx", 1)
+    versions.start()
+    batcher = Batcher(8, 0.0, 100, mock.Mock())
+    return with_batcher(batcher, run(Endpoints("fashion", versions, batcher, RequestMetrics())))[0]
+
+
+def test_an_image_whose_client_has_gone_is_not_decoded(models):
+    decoded = []
+    is_busy, go_on = threading.Event(), threading.Event()
+
+    def decode(content, options, images):
+        is_busy.set()
+        go_on.wait(30)
+        decoded.append(content)
+        return PIXELS[0]
+
+    async def run(endpoints):
+        async def stays():
+            await asyncio.Event().wait()
+
+        async def goes():
+            return {"type": "http.disconnect"}
+
+        clients = [(b"first", stays), (b"gone", goes), (b"last", stays)]
+        requests = [endpoints.predict(Request("POST", "", b"", [], body, receive=receive)) for body, receive in clients]
+        tasks = [asyncio.create_task(request) for request in requests]
+        await asyncio.to_thread(is_busy.wait, 30)
+        go_on.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with mock.patch("distlenet.serve.endpoints.decode_image", decode):
+        first, gone, last = with_endpoints(models / "fashion", run)
+    assert decoded == [b"first", b"last"]
+    assert first.status == last.status == 200
+    assert isinstance(gone, ClientDisconnected)
+
+
+def test_images_are_converted_to_the_type_of_the_network(tmp_path):
+    nodes = [helper.make_node("ReduceMax", ["images", "axes"], ["predictions"], keepdims=0)]
+    inputs, outputs = {"images": ("float32", [None, 28, 28])}, {"predictions": ("float32", [None, 28])}
+    write_model(tmp_path, 1, nodes, {"axes": np.array([1])}, inputs, outputs, images=IMAGES)
+
+    async def run(endpoints):
+        async def stays():
+            await asyncio.Event().wait()
+
+        return await endpoints.predict(Request("POST", "", b"invert=no", [], png(PIXELS[0]), receive=stays))
+
+    answer = json.loads(with_endpoints(tmp_path, run).body)
+    assert answer["top"][0]["probability"] == PIXELS[0].max()
+
+
+@pytest.mark.parametrize("size", [10, 70_000])
+def test_large_bodies_are_read_in_a_thread(models, size):
+    threads = []
+
+    def read(request, model):
+        threads.append(threading.current_thread())
+        raise HttpError(400, "a")
+
+    async def run(endpoints):
+        await endpoints.v1_predict(Request("POST", "", b"", [], bytes(size)))
+
+    with mock.patch("distlenet.serve.endpoints.read_v1", read):
+        assert with_endpoints(models / "fashion", run).status == 400
+    assert (threads == [threading.main_thread()]) == (size == 10)
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nabc"])
@@ -750,6 +920,14 @@ def test_a_client_that_does_not_read_its_answers_is_disconnected():
 def test_a_multipart_body_without_a_file(kind, body):
     with pytest.raises(HttpError, match="multipart"):
         image_file(Request("POST", "/predict", b"", [(b"content-type", kind)], body))
+
+
+def test_a_multipart_body_has_at_most_100_parts():
+    part = b"--b\r\ncontent-disposition: form-data; name=a; filename=a\r\n\r\nx\r\n"
+    headers = [(b"content-type", b"multipart/form-data; boundary=b")]
+    assert image_file(Request("POST", "/predict", b"", headers, 100 * part + b"--b--\r\n")) == b"x"
+    with pytest.raises(HttpError, match="more than 100 parts"):
+        image_file(Request("POST", "/predict", b"", headers, 101 * part + b"--b--\r\n"))
 
 
 @pytest.mark.parametrize("query", [b"top=0", b"top=x", b"top=11", b"top=%FF", b"invert=maybe", b"\xff"])
