@@ -1,6 +1,7 @@
 """What each path answers."""
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -203,8 +204,14 @@ def read_v1(request: Request, model: ServedModel) -> tuple[dict[str, np.ndarray]
 
 
 def _read_large(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function. Its error has no traceback, which would hold millions of values until the loop frees them."""
+    """Call a function without garbage collections, which would traverse millions of values many times.
+
+    Its error has no traceback, which would hold these values until the event loop frees them.
+    """
+    gc.disable()
     try:
         return function(*arguments)
     except HttpError as error:
         raise error.with_traceback(None) from None
+    finally:
+        gc.enable()

@@ -7,7 +7,7 @@ import numpy as np
 import orjson
 
 from distlenet.serve.instances import allowed_shapes, check_inputs, expected_values, fits, shape_text, to_array
-from distlenet.serve.messages import HttpError, Request, Response, json_response
+from distlenet.serve.messages import SMALL, HttpError, Request, Response, json_response
 from distlenet.serve.served_model import ServedModel, TensorSpec
 
 DATATYPES = {
@@ -22,6 +22,7 @@ DATATYPES = {
     "BOOL": "bool",
 }
 NAMES = {name: datatype for datatype, name in DATATYPES.items()}
+MAX_LISTS = 2**20  # and objects of a body: nothing else runs while orjson parses it
 LENGTH_HEADER = b"inference-header-content-length"
 
 
@@ -58,6 +59,8 @@ def _check_outputs(content: dict[str, Any], model: ServedModel) -> None:
 
 def parse_json(text: bytes) -> Any:
     """Parse the JSON of a body. Raise HttpError."""
+    if len(text) > SMALL and text.count(b"[") + text.count(b"{") > MAX_LISTS:
+        raise HttpError(400, f"the JSON has more than {MAX_LISTS:,} lists; send fewer samples, or binary tensors")
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:

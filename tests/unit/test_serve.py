@@ -41,7 +41,7 @@ from distlenet.serve.instances import read_tensorflow_inputs
 from distlenet.serve.messages import ClientDisconnected, HttpError, Request, json_response
 from distlenet.serve.request_metrics import RequestMetrics
 from distlenet.serve.served_model import BadVersion, CannotCompute, ServedModel
-from distlenet.serve.v2_protocol import read_request
+from distlenet.serve.v2_protocol import parse_json, read_request
 from distlenet.serve.versions import Versions
 from distlenet.utils.errors import UserError
 
@@ -436,6 +436,14 @@ def test_inputs_by_name_of_other_types(models):
     assert read(model, {"inputs": {"words": [[True]], "factor": [[1]]}}) == "words: expected values of type int64"
     assert "different numbers" in read(model, {"inputs": {"words": [[1], [2]], "factor": [[1]]}})
     assert "expected an object" in read(model, {"instances": [1]})
+
+
+@pytest.mark.parametrize("kind", ["[],", '{"a":0},'])
+def test_json_of_a_million_lists_is_not_parsed(kind):
+    body = b"[" + kind.encode() * 2**20 + b"0]"
+    with pytest.raises(HttpError, match="more than 1,048,576 lists"):
+        parse_json(body)
+    assert len(parse_json(body[: 1 + 100_000 * len(kind)] + b"0]")) == 100_001
 
 
 def test_values_must_be_finite(models):
