@@ -853,7 +853,7 @@ REQUEST = b"GET /v1/models/m:predict HTTP/1.1\r\nhost: x\r\n\r\n"
 async def connected(handler, metrics, request):
     """Serve a handler; yield the server's protocol and tasks, and a client that has sent a request."""
     table = {"/v1/models/m:predict": {"GET": Endpoint("a", handler)}}
-    config = make_config(Application(table, metrics, max_body=1000), 1000)
+    config = make_config(Application("m", table, metrics, max_body=1000), 1000)
     config.load()
     loop = asyncio.get_running_loop()
     state = SimpleNamespace(connections=set(), tasks=set(), default_headers=[], total_requests=0)
