@@ -26,7 +26,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from serve_models import write_text_version, write_version
+from model_files import write_text_version, write_version
 
 from distlenet.serve.served_model import ServedModel
 
