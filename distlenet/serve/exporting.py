@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.process import exit_with_parent
+from distlenet.utils.version_names import version_of
 
 PACKAGES = ("torch", "onnx", "onnxscript")
 
@@ -15,7 +16,7 @@ def is_model(path: Path) -> bool:
     """Return whether a path is a directory of versions, or one version."""
     if (path / "model.json").is_file():
         return True
-    return path.is_dir() and any(child.name.isdecimal() and child.is_dir() for child in path.iterdir())
+    return path.is_dir() and any(version_of(child.name) is not None and child.is_dir() for child in path.iterdir())
 
 
 def export_run(run: str, out: Path, quantize: bool) -> None:

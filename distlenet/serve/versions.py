@@ -7,6 +7,7 @@ from pathlib import Path
 from distlenet.serve.messages import HttpError, overloaded
 from distlenet.serve.served_model import BadVersion, ServedModel
 from distlenet.utils.errors import UserError, warn
+from distlenet.utils.version_names import version_of
 
 KEPT = 2  # the newest version and the one before it
 
@@ -112,7 +113,7 @@ class Versions:
 
 
 def _is_version(path: Path) -> bool:
-    return path.name.isascii() and path.name.isdecimal() and len(path.name) < 19 and path.is_dir()
+    return version_of(path.name) is not None and path.is_dir()
 
 
 def _stamp(path: Path, file: str) -> Stamp:
