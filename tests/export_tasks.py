@@ -52,6 +52,18 @@ class KilledWhenExported(ImageClassification):
         return super().predict(model, data)
 
 
+class Mixing(nn.Module):
+    """A network whose outputs for a sample depend on the other samples of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(360, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.layer(x - x.mean(0, keepdim=True))
+
+
 class Unsaved(nn.Module):
     """A network with a number that no checkpoint holds, another one in each process."""
 
@@ -90,3 +102,13 @@ class Pairs(Task):
 
     def metrics(self, outputs: Tensor, data: tuple[list[Tensor], Tensor]) -> dict[str, Tensor]:
         return {"error": (outputs - data[1]).abs()}
+
+
+class ComplexPairs(Pairs):
+    """An input of a type that Triton does not have."""
+
+    def export_inputs(self, data: tuple[list[Tensor], Tensor]) -> dict[str, Tensor]:
+        return {"values": super().export_inputs(data)["values"].to(torch.complex64)}
+
+    def predict(self, model: nn.Module, data: dict[str, Tensor]) -> Tensor:
+        raise AssertionError("computed")

@@ -20,6 +20,12 @@ from distlenet.utils.parser import Parser
 
 def main() -> None:
     """Export, and print what was written and how it compares."""
+    checkpoint, options = options_of(make_parser().parse_intermixed_args())
+    print_table(export(checkpoint, options))
+
+
+def make_parser() -> Parser:
+    """Return the parser of the command."""
     parser = Parser(
         "python -m distlenet.export",
         usage="%(prog)s RUN_OR_FILE --to FORMAT... --out DIR [--config FILE]... [key=value]... [options]",
@@ -39,7 +45,9 @@ def main() -> None:
     parser.add_argument(
         "--max-drop", metavar="POINTS", type=_points, default=0.5, help="accuracy that int8 may lose, in points (0.5)"
     )
-    parser.add_argument("--split", action="store_true", help="also write the transform and the network apart")
+    parser.add_argument(
+        "--split", action="store_true", help="also write the transform and the network as separate files"
+    )
     parser.add_argument("--name", type=_name, help="the name of the model (that of the run)")
     parser.add_argument(
         "--check", choices=("test", "random"), default="test", help="compare on the test set, or on random samples"
@@ -54,25 +62,28 @@ def main() -> None:
         default=DEFAULT_RUNTIME,
         help=f"the npm package that --to web includes ({DEFAULT_RUNTIME})",
     )
-    arguments = parser.parse_intermixed_args()
+    return parser
+
+
+def options_of(arguments: argparse.Namespace) -> tuple[str, ExportOptions]:
+    """Return the checkpoint and the options. Raise UserError unless one checkpoint is named."""
     overrides = [text for text in arguments.inputs if split_mapping_key(text.partition("=")[0])[0] in FIELDS]
     checkpoints = [text.removeprefix("checkpoint=") for text in arguments.inputs if text not in overrides]
     if len(checkpoints) != 1:
         raise UserError(f"expected one run or checkpoint file, not {len(checkpoints)}; see --help")
-    options = ExportOptions(
-        arguments.to,
-        arguments.out,
-        arguments.weights,
-        arguments.quantize is not None,
-        arguments.split,
-        arguments.name,
-        arguments.check,
-        arguments.max_drop,
-        overrides,
-        arguments.config,
-        arguments.onnxruntime_web,
+    return checkpoints[0], ExportOptions(
+        formats=arguments.to,
+        out=arguments.out,
+        weights=arguments.weights,
+        quantize=arguments.quantize is not None,
+        split=arguments.split,
+        name=arguments.name,
+        check=arguments.check,
+        max_drop=arguments.max_drop,
+        overrides=overrides,
+        files=arguments.config,
+        onnxruntime_web=arguments.onnxruntime_web,
     )
-    print_table(export(checkpoints[0], options))
 
 
 def print_table(exported: Exported) -> None:
@@ -82,7 +93,9 @@ def print_table(exported: Exported) -> None:
     rows = [["file", "size", "samples", "same class", "difference", "tolerance", *metrics]]
     for name, entry in files.items():
         same = entry["same_classes"]
-        classes = "-" if same is None else f"{same}" + f" ({entry['close']} close)" * (entry["close"] > 0)
+        classes = (
+            "-" if same is None else f"{same}" + f" ({entry['within_rounding']} close)" * (entry["within_rounding"] > 0)
+        )
         tolerance = "-" if entry["tolerance"] is None else f"{entry['tolerance']:.1e}"
         numbers = [f"{entry['largest_difference']:.1e}", tolerance]
         values = [f"{entry['metrics'][each]:.4f}" if each in entry["metrics"] else "-" for each in metrics]
@@ -106,7 +119,9 @@ def _points(text: str) -> float:
 def _name(text: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
         return text
-    raise argparse.ArgumentTypeError(f"{text[:100]}: expected letters, digits, and . _ - after the first")
+    raise argparse.ArgumentTypeError(
+        f"{text[:100]}: expected letters, digits, '.', '_' and '-', starting with a letter or a digit"
+    )
 
 
 if __name__ == "__main__":

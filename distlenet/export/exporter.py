@@ -1,7 +1,8 @@
 """Export a trained network: write the files, compare them in fresh processes, and publish them as a version."""
 
 import json
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from distlenet.export.exported_network import (
     name_inputs,
 )
 from distlenet.export.fresh_process import compare_in_fresh_processes
-from distlenet.export.int8 import CALIBRATION_SAMPLES, TOGETHER, quantize
+from distlenet.export.int8 import CALIBRATION_BATCH, CALIBRATION_SAMPLES, quantize
 from distlenet.export.measured import FileResult, check_int8, check_parity, measure_metrics
-from distlenet.export.model_metadata import header_of, model_json
-from distlenet.export.reference import Reference, random_batches, write_reference
+from distlenet.export.model_metadata import header_of, image_format, model_json
+from distlenet.export.reference import Reference, Single, random_batches, write_reference
 from distlenet.export.trained_source import RunData, TrainedSource, load_source
+from distlenet.export.triton import check_types
 from distlenet.export.version_directory import new_version, sha256_of
-from distlenet.export.web import DEFAULT_RUNTIME, check_runtime
+from distlenet.export.web import DEFAULT_RUNTIME, check_images, check_runtime
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.utils.errors import UserError
 
@@ -71,6 +73,8 @@ def export(checkpoint: str, options: ExportOptions) -> Exported:
     if options.quantize and options.check == "random":
         raise UserError("--quantize int8: needs the data, for the calibration and the accuracy; remove --check random")
     source = load_source(checkpoint, options.weights, options.overrides, options.files)
+    if "web" in options.formats:
+        check_images(image_format(source))
     task, network = source.trained.task, ExportedNetwork(source.trained.model, source.trained.task).eval()
     if options.split and not isinstance(task, ImageClassification):
         raise UserError("--split: the task is no ImageClassification, which has a transform of images; remove --split")
@@ -81,13 +85,16 @@ def export(checkpoint: str, options: ExportOptions) -> Exported:
         work = version.path / ".check"
         work.mkdir()
         batches, count, singles = _batches(source, data)
+        if "triton" in options.formats:
+            batches = _with_types_of_triton(batches)
         reference = write_reference(network, batches, count, singles, work)
-        header = header_of(source, options, data)
+        header = header_of(source, options.name, data)
         networks = write_networks(version.path, source, network, formats, reference, options.split, json.dumps(header))
         if options.quantize:
             assert data is not None
-            samples = (name_inputs(data.task, each) for each in data.training_samples(CALIBRATION_SAMPLES, TOGETHER))
-            quantize(version.path / NETWORK_FORMATS["onnx"], version.path / INT8, samples)
+            samples = data.training_samples(CALIBRATION_SAMPLES, CALIBRATION_BATCH)
+            inputs = (name_inputs(data.task, each) for each in samples)
+            quantize(version.path / NETWORK_FORMATS["onnx"], version.path / INT8, inputs)
             networks[INT8] = [version.path / INT8]
         results = compare_in_fresh_processes(work, source, reference, networks)
         if data is not None:
@@ -96,9 +103,9 @@ def export(checkpoint: str, options: ExportOptions) -> Exported:
         if options.quantize:
             check_int8(results[NETWORK_FORMATS["onnx"]], results[INT8], options.max_drop)
         metadata = model_json(header, reference, _describe_files(networks, results, reference), options.check)
-        _remove(work)
+        shutil.rmtree(work)
         (version.path / "model.json").write_text(json.dumps(metadata, indent=1) + "\n")
-        for name in options.formats:
+        for name in dict.fromkeys(options.formats):
             if name in BUNDLES:
                 BUNDLES[name](version.path, metadata, options.onnxruntime_web)
         return Exported(version.publish(), metadata)
@@ -113,18 +120,26 @@ def _load_data(source: TrainedSource) -> RunData:
         raise UserError(f"{error}; or give --check random, which compares on random samples") from error
 
 
-def _batches(source: TrainedSource, data: RunData | None) -> tuple[Iterable[Inputs], int, Iterable[Inputs]]:
-    """Return the inputs to compare on, the number of batches, and some of one sample each."""
+def _with_types_of_triton(batches: Iterable[Inputs]) -> Iterator[Inputs]:
+    """Yield the batches. Raise UserError for an input type that Triton does not have, before the network computes."""
+    for inputs in batches:
+        check_types({name: str(tensor.dtype).removeprefix("torch.") for name, tensor in inputs.items()})
+        yield inputs
+
+
+def _batches(source: TrainedSource, data: RunData | None) -> tuple[Iterable[Inputs], int, Iterable[Single]]:
+    """Return the inputs to compare on, the number of batches, and some samples of them, each alone."""
     if data is not None:
         task = data.task
         batches = (name_inputs(task, each) for each in data.test_batches())
-        return batches, data.batch_count, (name_inputs(task, each) for each in data.single_test_samples(SINGLES))
+        singles = ((row, name_inputs(task, each)) for row, each in data.single_test_samples(SINGLES))
+        return batches, data.batch_count, singles
     images = source.trained.task.images  # type: ignore[attr-defined]
     channels = [] if images.channels == 1 else [images.channels]
     integers = (images.low, images.high) == (0.0, 255.0)
     like = {IMAGES: torch.zeros(1, *channels, *images.size, dtype=torch.uint8 if integers else torch.float32)}
-    random = [random_batches(like, images.low, images.high, sizes) for sizes in ([128, 128], [1])]
-    return random[0], 2, random[1]
+    random = list(random_batches(like, images.low, images.high, [128, 128]))
+    return random, 2, ((row, {IMAGES: random[0][IMAGES][row : row + 1]}) for row in range(SINGLES))
 
 
 def _describe_files(
@@ -142,9 +157,3 @@ def _describe_files(
                 **results[name].to_dict(None if name == INT8 else reference.tolerances["outputs"]),
             }
     return entries
-
-
-def _remove(directory: Path) -> None:
-    for path in directory.iterdir():
-        path.unlink()
-    directory.rmdir()

@@ -16,7 +16,7 @@ from distlenet.utils.errors import UserError
 
 OPSET = 18  # of ONNX: torch's exporter writes it without a conversion
 MAX_BYTES = 2**31 - 2**20  # of an ONNX file, whose format has no larger ones
-DIALECTS = ("torch", "onnxscript", "onnx_ir", "onnxruntime", "copyreg", "onnx")
+EXPORTER_MODULES = ("torch", "onnxscript", "onnx_ir", "onnxruntime", "copyreg", "onnx")
 
 
 def trace(network: nn.Module, example: Mapping[str, Tensor], dynamic: Mapping[str, set[int]]) -> ExportedProgram:
@@ -61,8 +61,10 @@ def _named_parameters(network: nn.Module, names: Sequence[str]) -> Iterator[None
 
 def write_pt2(program: ExportedProgram, file: Path, metadata: str) -> None:
     """Write the graph for ``torch.export.load``."""
+    content = io.BytesIO()  # PyTorch's writer aborts the process if the disk is full
     with quiet():
-        torch.export.save(program, file, extra_files={"metadata.json": metadata})
+        torch.export.save(program, content, extra_files={"metadata.json": metadata})
+    file.write_bytes(content.getbuffer())
 
 
 def write_onnx(program: ExportedProgram, file: Path, metadata: str, outputs: tuple[str, ...]) -> None:
@@ -103,13 +105,13 @@ def write_onnx(program: ExportedProgram, file: Path, metadata: str, outputs: tup
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide the progress and the deprecations of the exporters; warnings of other modules are shown."""
-    loggers = [logging.getLogger(name) for name in DIALECTS]
+    loggers = [logging.getLogger(name) for name in EXPORTER_MODULES]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
-            for name in DIALECTS:
+            for name in EXPORTER_MODULES:
                 warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
             yield
     finally:

@@ -10,7 +10,7 @@ from distlenet.export.exported_network import Inputs
 from distlenet.export.graph import quiet
 from distlenet.utils.errors import UserError
 
-CALIBRATION_SAMPLES, TOGETHER = 1024, 64
+CALIBRATION_SAMPLES, CALIBRATION_BATCH = 1024, 64
 QUANTIZED = [
     *("Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool"),
     *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Concat", "Gather"),
@@ -51,7 +51,7 @@ def quantize(source: Path, target: Path, calibration: Iterable[Inputs]) -> None:
                 weight_type=QuantType.QInt8,
                 extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
             )
-    except UserError:  # of the data
+    except (UserError, OSError):  # of the data, of the disk
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]

@@ -22,7 +22,7 @@ class FileResult:
     largest_difference: float
     largest_difference_of_predictions: float
     same_classes: int | None
-    close: int
+    within_rounding: int
     metrics: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self, tolerance: float | None) -> dict[str, Any]:
@@ -32,7 +32,7 @@ class FileResult:
             "largest_difference": self.largest_difference,
             "tolerance": tolerance,
             "same_classes": self.same_classes,
-            "close": self.close,
+            "within_rounding": self.within_rounding,
             "metrics": self.metrics,
         }
 
@@ -68,7 +68,7 @@ def check_parity(results: Mapping[str, FileResult], reference: Reference) -> Non
                 problems.append(
                     f"{output} differ by up to {difference:.3g}, rounding by {reference.tolerances[output]:.3g}"
                 )
-        if result.same_classes is not None and (wrong := result.samples - result.same_classes - result.close):
+        if result.same_classes is not None and (wrong := result.samples - result.same_classes - result.within_rounding):
             problems.append(f"{wrong} of {result.samples} samples have another class")
         if problems:
             raise UserError(

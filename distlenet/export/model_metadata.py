@@ -13,13 +13,13 @@ from distlenet.tasks.image_classification import ImageClassification
 FORMAT = 1
 
 
-def header_of(source: TrainedSource, options: Any, data: RunData | None) -> dict[str, Any]:
+def header_of(source: TrainedSource, name: str | None, data: RunData | None) -> dict[str, Any]:
     """Return what each file holds about its origin, also as its own metadata."""
     task = source.trained.task
     classes = getattr(task, "classes", None) or (data.datasets.classes if data is not None else None)
     return {
         "format": FORMAT,
-        "name": options.name or source.name,
+        "name": name or source.name,
         "distlenet": __version__,
         "torch": str(torch.__version__).partition("+")[0],
         "checkpoint": {
@@ -29,8 +29,8 @@ def header_of(source: TrainedSource, options: Any, data: RunData | None) -> dict
             "step": source.state["step"],
             "weights": source.weights,
         },
-        "classes": None if classes is None else [str(name) for name in classes],
-        "images": _images(source),
+        "classes": None if classes is None else [str(each) for each in classes],
+        "images": image_format(source),
         "task": _plain(task.state_dict()),
     }
 
@@ -52,7 +52,7 @@ def model_json(
     }
 
 
-def _images(source: TrainedSource) -> dict[str, Any] | None:
+def image_format(source: TrainedSource) -> dict[str, Any] | None:
     """Return the format of the images, if they are like image files; else None."""
     task = source.trained.task
     if not isinstance(task, ImageClassification):

@@ -25,7 +25,9 @@ class Parity:
     largest_difference: float = 0.0  # of ``outputs``
     largest_difference_of_predictions: float = 0.0
     same_classes: int | None = None  # samples; None if the outputs are no classes
-    close: int = 0  # samples with another class whose two best classes differ by less than rounding can explain
+    within_rounding: int = (
+        0  # samples with another class whose two best classes differ by less than rounding can explain
+    )
 
     def add(self, found: Arrays, expected: Arrays, tolerances: Mapping[str, float]) -> None:
         """Add a batch."""
@@ -46,7 +48,7 @@ class Parity:
         if classes is not None:
             same = classes == classes_of(found)
             self.same_classes = (self.same_classes or 0) + int(same.sum())
-            self.close += int((~same & (margins_of(expected, tolerances) < 2.0)).sum())
+            self.within_rounding += int((~same & (margins_of(expected, tolerances) < 2.0)).sum())
 
 
 def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:

@@ -12,6 +12,9 @@ from distlenet.export.exported_network import ExportedNetwork, Inputs
 from distlenet.export.tolerances import RoundingError
 from distlenet.utils.errors import UserError
 
+Single = tuple[int, Inputs]
+"""The index of a sample among all, and the sample as a batch of one."""
+
 MEASURED_PARTS, MEASURED_SAMPLES = 32, 8  # batches whose rounding error is measured, and samples of each
 
 
@@ -32,6 +35,12 @@ class Reference:
         """Return the dimensions of each input that are dynamic."""
         return {name: {i for i, size in enumerate(self.shapes[name]) if size is None} for name in self.example}
 
+    def row(self, name: str, index: int) -> Tensor:
+        """Return an input or output of one sample, without the batch dimension."""
+        batch_size = len(np.load(self.directory / f"{self.parts[0]}.{name}.npy", mmap_mode="r"))  # the last has fewer
+        part = np.load(self.directory / f"{self.parts[index // batch_size]}.{name}.npy", mmap_mode="r")
+        return torch.from_numpy(np.array(part[index % batch_size]))
+
     def add(self, label: str, inputs: Inputs, outputs: Inputs) -> None:
         """Write a batch, and note its shapes."""
         for name, tensor in {**inputs, **outputs}.items():
@@ -51,13 +60,13 @@ def write_reference(
     network: ExportedNetwork,
     batches: Iterable[Inputs],
     expected: int,
-    singles: Iterable[Inputs],
+    singles: Iterable[Single],
     directory: Path,
 ) -> Reference:
     """Compute the outputs for all batches, and write inputs and outputs to ``directory``, one file for each tensor.
 
-    ``expected`` is the number of batches; ``singles`` are batches of one sample each, whose shapes may differ. Raise
-    UserError if the outputs are not finite or of a wrong shape.
+    ``expected`` is the number of batches; ``singles`` are some of the samples, each alone, whose shapes may
+    differ. Raise UserError if outputs are not finite or of a wrong shape, or if a sample alone has other outputs.
     """
     reference, error = Reference(directory), RoundingError(network)
     every = max(1, expected // MEASURED_PARTS)
@@ -66,18 +75,34 @@ def write_reference(
         reference.samples += _check(network, inputs, outputs)
         if part % every == 0:
             error.measure({name: tensor[:MEASURED_SAMPLES] for name, tensor in inputs.items()})
-        error.see(outputs)
+        error.observe(outputs)
         reference.parts.append(f"{part:05}")
         reference.add(reference.parts[-1], inputs, outputs)
     if not reference.samples:
         raise UserError("export: the test set has no samples; give --check random")
-    for number, inputs in enumerate(singles):
+    reference.tolerances = error.tolerances()
+    for row, inputs in singles:
         outputs = network(**inputs)
         _check(network, inputs, outputs)
-        reference.singles.append(f"single{number}")
+        _check_alone(network, reference, row, outputs)
+        reference.singles.append(f"single{row}")
         reference.add(reference.singles[-1], inputs, outputs)
-    reference.tolerances = error.tolerances()
     return reference
+
+
+def _check_alone(network: ExportedNetwork, reference: Reference, row: int, outputs: Inputs) -> None:
+    """Raise UserError if a sample has other outputs than in its batch. Those of another shape are not compared."""
+    for key, tensor in outputs.items():
+        in_batch = reference.row(key, row)
+        if in_batch.shape != tensor[0].shape:
+            continue
+        difference = float((tensor[0].double() - in_batch.double()).abs().max())
+        if difference > reference.tolerances[key]:
+            raise UserError(
+                f"{type(network.task).__name__}: {key} of a sample alone and in a batch differ by {difference:.3g}, "
+                f"rounding by {reference.tolerances[key]:.3g}: an answer would depend on the requests of other users; "
+                "in predict and forward, compute each sample from its own values"
+            )
 
 
 def _sample_size(inputs: Inputs) -> int:

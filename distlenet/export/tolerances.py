@@ -73,7 +73,7 @@ class RoundingError:
             largest = float((value.double() - exact[name].double()).abs().max())
             self.errors[name] = max(self.errors.get(name, 0.0), largest)
 
-    def see(self, outputs: Mapping[str, Tensor]) -> None:
+    def observe(self, outputs: Mapping[str, Tensor]) -> None:
         """Note the size of the outputs for other samples."""
         for name, value in outputs.items():
             self.values[name] = max(self.values.get(name, 0.0), float(value.abs().max()))

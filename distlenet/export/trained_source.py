@@ -108,21 +108,23 @@ class RunData:
         for start in range(0, count, size):
             yield self.read(self.datasets.test, torch.arange(start, min(start + size, count)))
 
-    def training_samples(self, count: int, together: int) -> Iterator[Data]:
-        """Yield up to ``count`` evenly spaced samples of the training set, ``together`` in a batch."""
-        return self._spaced(self.datasets.train, count, together)
+    def training_samples(self, count: int, batch_size: int) -> Iterator[Data]:
+        """Yield up to ``count`` evenly spaced samples of the training set, ``batch_size`` in a batch."""
+        for rows in _spaced(self.datasets.train, count).split(batch_size):
+            yield self.read(self.datasets.train, rows)
 
-    def single_test_samples(self, count: int) -> Iterator[Data]:
-        """Yield up to ``count`` evenly spaced samples of the test set, one in a batch."""
-        return self._spaced(self.datasets.test, count, 1)
-
-    def _spaced(self, dataset: AnyDataset, count: int, together: int) -> Iterator[Data]:
-        wanted = min(count, len(dataset))
-        rows = torch.tensor([k * (len(dataset) - 1) // max(wanted - 1, 1) for k in range(wanted)])
-        for part in rows.split(together):
-            yield self.read(dataset, part)
+    def single_test_samples(self, count: int) -> Iterator[tuple[int, Data]]:
+        """Yield up to ``count`` evenly spaced samples of the test set, one in a batch, with their indices."""
+        for row in _spaced(self.datasets.test, count).split(1):
+            yield int(row), self.read(self.datasets.test, row)
 
     def read(self, dataset: AnyDataset, indices: Tensor) -> Data:
         """Return the samples at ``indices``, on the CPU."""
         data: Any = read_samples(dataset, self.task.collate, self.seed, indices)
         return data
+
+
+def _spaced(dataset: AnyDataset, count: int) -> Tensor:
+    """Return the indices of up to ``count`` evenly spaced samples."""
+    wanted = min(count, len(dataset))
+    return torch.tensor([k * (len(dataset) - 1) // max(wanted - 1, 1) for k in range(wanted)])

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,24 @@ def write_triton(version_dir: Path, metadata: dict[str, Any]) -> None:
     (model / "config.pbtxt").write_text(config, encoding="utf-8")
 
 
+def check_types(dtypes: Mapping[str, str]) -> None:
+    """Raise UserError if Triton has not the type of an input, given by names."""
+    for name, dtype in dtypes.items():
+        _type("input", name, dtype)
+
+
+def _type(kind: str, name: str, dtype: str) -> str:
+    if dtype not in TYPES:
+        raise UserError(f"--to triton: {kind} {name}: Triton has no type {dtype}; export another type")
+    return TYPES[dtype]
+
+
 def _tensor(kind: str, name: str, tensor: dict[str, Any], labelled: bool = False) -> str:
     """Return the description of an input or output, without the dimension of the sample."""
-    if tensor["dtype"] not in TYPES:
-        raise UserError(f"--to triton: {kind} {name}: Triton has no type {tensor['dtype']}; export another type")
     dims = ", ".join("-1" if size is None else str(size) for size in tensor["shape"][1:])
     shape = f"dims: [ {dims} ]" if dims else "dims: [ 1 ] reshape { shape: [ ] }"  # one number per sample
     labels = ' label_filename: "labels.txt"' * labelled
-    return f"{kind} [ {{ name: {_quote(name)} data_type: {TYPES[tensor['dtype']]} {shape}{labels} }} ]"
+    return f"{kind} [ {{ name: {_quote(name)} data_type: {_type(kind, name, tensor['dtype'])} {shape}{labels} }} ]"
 
 
 def _quote(text: str) -> str:

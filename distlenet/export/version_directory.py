@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distlenet.utils.errors import UserError
+from distlenet.utils.version_names import version_of
 
 TEMPORARY = ".exporting-"
 MIN_AGE_S = 60.0  # of a temporary directory that is removed: a younger one may not be locked yet
@@ -31,6 +32,8 @@ class VersionDirectory:
             for path in (*(os.path.join(directory, name) for name in names), directory):
                 _sync(Path(path))
         for number in itertools.count(max(versions(self.model), default=0) + 1):
+            if version_of(str(number)) is None:
+                raise UserError(f"--out {self.model}: has version {number - 1}, the largest; give another directory")
             target = self.model / str(number)
             try:
                 os.rename(self.path, target)  # replaces no directory with files, as each version is
@@ -64,7 +67,8 @@ def new_version(model: Path) -> Iterator[VersionDirectory]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             raise
-        raise UserError(f"--out {model}: cannot be written: {error.strerror}; check its disk") from error
+        place = f"--out {model}" if error.filename is None else error.filename
+        raise UserError(f"{place}: cannot be read or written: {error.strerror}; check its disk") from error
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(descriptor)
@@ -75,7 +79,7 @@ def new_version(model: Path) -> Iterator[VersionDirectory]:
 
 def versions(model: Path) -> list[int]:
     """Return the numbers of the versions in a model's directory."""
-    return sorted(int(path.name) for path in model.iterdir() if path.name.isascii() and path.name.isdigit())
+    return sorted(number for path in model.iterdir() if (number := version_of(path.name)) is not None)
 
 
 def sha256_of(path: Path) -> str:

@@ -35,14 +35,19 @@ def check_runtime(runtime: Path) -> None:
             raise UserError(f"--to web: {runtime}: version {version} has no file dist/{file}: {FIX}")
 
 
+def check_images(images: dict[str, Any] | None) -> None:
+    """Raise UserError if the model has no format of images."""
+    if images is None:
+        raise UserError("--to web: the page reads image files, and this model reads none: remove web from --to")
+
+
 def write_web(version_dir: Path, metadata: dict[str, Any], runtime: Path) -> None:
     """Write ``version_dir/web``: the page with ``model.onnx`` of the version, its metadata, and the ``runtime``.
 
     ``runtime`` is the directory of the npm package onnxruntime-web. Raise UserError if it is missing, or if the model
     reads no image files.
     """
-    if metadata["images"] is None:
-        raise UserError("--to web: the page reads image files, and this model reads none: remove web from --to")
+    check_images(metadata["images"])
     check_runtime(runtime)
     web = version_dir / "web"
     shutil.copytree(PAGE, web, copy_function=shutil.copyfile)

@@ -1,13 +1,16 @@
 """Exported files compute what the network computes; a file that does not, or a killed export, leaves no version."""
 
+import errno
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,15 +25,18 @@ from distlenet.checkpoint.format import load_checkpoint, write_atomically
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.data.sources import load_data, load_images
 from distlenet.export.__main__ import main
+from distlenet.export.graph import trace, write_pt2
 from distlenet.export.measured import FileResult, check_int8
 from distlenet.export.tolerances import RoundingError
 from distlenet.export.trained_source import load_source
-from distlenet.export.version_directory import new_version
+from distlenet.export.version_directory import new_version, versions
+from distlenet.serve.exporting import is_model
 from distlenet.tasks.registry import make_task
 
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 SAMPLES = 360  # of the test set of digits
+MAX_DROP = round(0.5 + 100 / SAMPLES, 3)  # points: the default, and one sample
 
 TORCH_FREE = """
 import sys
@@ -53,7 +59,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(run):
     """All formats of LeNet, and what was printed."""
-    words = ("--to", "pt2", "onnx", "safetensors", "triton", "--quantize", "int8", "--max-drop", "5")
+    words = ("--to", "pt2", "onnx", "safetensors", "triton", "triton", "--quantize", "int8", "--max-drop", MAX_DROP)
     ended = run_python("-m", "distlenet.export", run / "run", *words, "--out", run / "model").succeeded()
     return ended, json.loads((run / "model/1/model.json").read_text())
 
@@ -68,22 +74,33 @@ def export(monkeypatch):
         out = Path(words[words.index("--out") + 1])
         return json.loads((out / "1/model.json").read_text())
 
+    def start(command: list, **_: object) -> SimpleNamespace:  # the fixture ``exported`` starts a new interpreter
+        ended = run_python(*command[1:])
+        return SimpleNamespace(returncode=ended.status, stderr=ended.stderr)
+
+    monkeypatch.setattr("distlenet.export.fresh_process.subprocess", SimpleNamespace(run=start))
     monkeypatch.syspath_prepend(str(REPO / "tests"))
     monkeypatch.setenv("PYTHONPATH", f"{REPO / 'tests'}{os.pathsep}{REPO}")
     return run
 
 
-def write_checkpoint(path: Path, *settings: str, **more: object) -> Path:
-    """Write the checkpoint of a network that was not trained, but has seen a batch of the training set."""
+def write_checkpoint(path: Path, *settings: str, steps: int = 0) -> Path:
+    """Write the checkpoint of a network that has seen a batch of the training set, and was trained on it."""
     config = load_config([], [*settings, "device=cpu"])
     torch.manual_seed(0)
     task = make_task(config)
-    samples = [task.datasets().train[index] for index in range(9)]
+    train = task.datasets().train
+    samples = [train[index] for index in range(0, len(train), -(-len(train) // 64))]
     model = task.model()
-    with torch.no_grad():
-        task.loss(model, task.transform(task.collate(samples), None))
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for step in range(steps + 1):
+        loss, _ = task.loss(model, task.transform(task.collate(samples), None))
+        if step < steps:
+            loss.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
     state = {"model": model.state_dict(), "config": config.to_dict(), "task": task.state_dict(), "step": 1, "epoch": 0}
-    write_atomically({**state, **more}, path)
+    write_atomically(state, path)
     return path
 
 
@@ -93,10 +110,10 @@ def test_each_file_gives_the_classes_of_the_network_over_the_whole_test_set(run,
     accuracy = json.loads((run / "run/summary.json").read_text())["test_accuracy"]
     for name in files.keys() - {"model.int8.onnx"}:
         entry = files[name]
-        assert (entry["samples"], entry["same_classes"] + entry["close"]) == (SAMPLES, SAMPLES)
+        assert (entry["samples"], entry["same_classes"] + entry["within_rounding"]) == (SAMPLES, SAMPLES)
         assert entry["largest_difference"] <= entry["tolerance"] < 1e-4
-        assert entry["metrics"]["accuracy"] == pytest.approx(accuracy, abs=entry["close"] / SAMPLES + 1e-12)
-    assert files["model.int8.onnx"]["metrics"]["accuracy"] > accuracy - 0.05
+        assert entry["metrics"]["accuracy"] == pytest.approx(accuracy, abs=entry["within_rounding"] / SAMPLES + 1e-12)
+    assert files["model.int8.onnx"]["metrics"]["accuracy"] >= accuracy - MAX_DROP / 100 - 1e-12
     assert files["model.int8.onnx"]["bytes"] < files["model.onnx"]["bytes"] / 3
 
 
@@ -160,18 +177,20 @@ def test_onnx_is_compared_without_pytorch_and_a_difference_is_found(run, exporte
         (tmp_path / "job.json").write_text(json.dumps(job))
         run_command(sys.executable, "-c", TORCH_FREE, tmp_path).succeeded()
         result = json.loads((tmp_path / "results.json").read_text())["model.onnx"]
-        assert (result["same_classes"], result["samples"], result["close"]) == (same, 20 * len(parts), 0)
+        assert (result["same_classes"], result["samples"], result["within_rounding"]) == (same, 20 * len(parts), 0)
         assert (result["largest_difference"] < 1e-4) == (same == 20)
 
 
 def test_batchnorm_a_center_crop_and_shared_weights(export, tmp_path):
     names = ("data.name=export_tasks:colors", "model.name=export_tasks:SmallResNet")
-    file = write_checkpoint(tmp_path / "net.pt", *names, "data.crop=8", "data.flip=0.5")
-    metadata = export(file, *names, "--to", "onnx", "safetensors", "--out", tmp_path / "model", "--name", "net")
-    assert [entry["same_classes"] + entry["close"] for entry in metadata["files"].values()] == [40] * 2
+    file = write_checkpoint(tmp_path / "net.pt", *names, "data.crop=8", "data.flip=0.5", steps=20)
+    words = ("--to", "onnx", "pt2", "safetensors", "--quantize", "int8", "--max-drop", 2.5)  # one sample of 40
+    metadata = export(file, *names, *words, "--out", tmp_path / "model", "--name", "net")
+    exact = {name: entry for name, entry in metadata["files"].items() if name != "model.int8.onnx"}
+    assert [entry["same_classes"] + entry["within_rounding"] for entry in exact.values()] == [40] * 3
+    assert exact["model.onnx"]["metrics"]["accuracy"] > 0.5  # 1/3 by chance: there is something to lose
     assert metadata["inputs"]["images"]["shape"] == [None, 3, 12, 10]
     stored = (tmp_path / "model/1/model.safetensors").read_bytes()
-    assert b'first.weight\\":' not in stored.replace(b" ", b"") or b"second.weight" in stored
     header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
     assert json.loads(header["__metadata__"]["tied"]) == {"second.weight": "first.weight", "second.bias": "first.bias"}
     assert "second.weight" not in header
@@ -179,13 +198,84 @@ def test_batchnorm_a_center_crop_and_shared_weights(export, tmp_path):
 
 def test_inputs_by_name_of_several_lengths(export, tmp_path):
     file = write_checkpoint(tmp_path / "pairs.pt", "task.name=export_tasks:Pairs")
-    words = ("--to", "onnx", "pt2", "--out", tmp_path / "model")
-    metadata = export(file, "task.name=export_tasks:Pairs", *words)
+    metadata = export(file, "task.name=export_tasks:Pairs", "--to", "onnx", "--out", tmp_path / "model")
     assert metadata["inputs"]["values"] == {"dtype": "float32", "shape": [None, 2, None]}
     assert metadata["inputs"]["lengths"] == {"dtype": "int64", "shape": [None]}
     assert metadata["name"] == "pairs"
     assert metadata["images"] is metadata["classes"] is None
     assert metadata["files"]["model.onnx"]["metrics"].keys() == {"error"}
+
+
+def write_mails(directory: Path) -> None:
+    """Write mails of 5 to 100 words, drawn from overlapping parts of a vocabulary."""
+    draw = random.Random(1)
+    vocabulary = ["".join(draw.choices("abcdefghij", k=5)) for _ in range(60)]
+    for number in range(200):
+        group, words = ("spam-1", vocabulary[:40]) if number % 2 else ("easy-ham-1", vocabulary[20:])
+        path = directory / group / f"{number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"Subject: {words[0]}\n\n{' '.join(draw.choices(words, k=draw.randint(5, 100)))}\n")
+
+
+def test_the_example_spam(export, monkeypatch, tmp_path):
+    """Numbers of words, of several lengths; int8 with an embedding."""
+    monkeypatch.syspath_prepend(str(REPO / "examples/spam"))
+    write_mails(tmp_path / "mails")
+    settings = ("task.name=spam:Spam", f"data.root={tmp_path / 'mails'}")
+    file = write_checkpoint(tmp_path / "spam.pt", *settings, "task.args.max_words=70", steps=20)
+    words = ("--to", "onnx", "pt2", "safetensors", "--quantize", "int8", "--max-drop", 10)
+    metadata = export(file, *settings, *words, "--out", tmp_path / "model")
+    assert metadata["inputs"] == {"inputs": {"dtype": "int64", "shape": [None, None]}}
+    assert metadata["classes"] == ["ham", "spam"]
+    for name in ("model.onnx", "model.pt2", "model.safetensors"):
+        entry = metadata["files"][name]
+        assert entry["same_classes"] + entry["within_rounding"] == entry["samples"] >= 10
+        assert entry["metrics"]["accuracy"] > 0.8
+
+
+def test_a_network_that_mixes_the_samples_of_a_batch_is_refused(export, fails, tmp_path):
+    names = ("data.name=export_tasks:colors", "model.name=export_tasks:Mixing")
+    file = write_checkpoint(tmp_path / "net.pt", *names)
+    for check in ("test", "random"):
+        line = fails(lambda: export(file, *names, "--to", "onnx", "--check", check, "--out", tmp_path / "x"))  # noqa: B023
+        assert "an answer would depend on the requests of other users" in line
+
+
+def test_what_a_format_cannot_hold_is_an_error_before_the_comparison(export, fails, monkeypatch, tmp_path):
+    file = write_checkpoint(tmp_path / "pairs.pt", "task.name=export_tasks:Pairs")
+    words = ("task.name=export_tasks:ComplexPairs", "--out", tmp_path / "x")
+    assert "input values: Triton has no type complex64" in fails(lambda: export(file, *words, "--to", "triton"))
+    monkeypatch.setattr("distlenet.export.exporter.check_runtime", lambda _: None)
+    assert "--to web: the page reads image files" in fails(lambda: export(file, *words, "--to", "web"))
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    program = trace(torch.nn.Linear(2, 2), {"input": torch.zeros(2, 2)}, {"input": {0}})
+    (tmp_path / "model.pt2").symlink_to("/dev/full")
+    message = r"^--out .*/model: cannot be read or written: No space left on device; check its disk$"
+    with pytest.raises(UserError, match=message), new_version(tmp_path / "model"):
+        write_pt2(program, tmp_path / "model.pt2", "{}")
+
+
+def test_a_disk_error_of_another_file_names_it(tmp_path):
+    with pytest.raises(UserError, match=r"^/data/images: cannot be read or written"), new_version(tmp_path / "model"):
+        raise OSError(errno.EIO, "Input/output error", "/data/images")
+
+
+def test_versions_are_directories_with_a_number_that_the_server_accepts(tmp_path):
+    for name in ("01", "\u0663", "\u00b2", "1" + 18 * "0", "-1"):
+        (tmp_path / name).mkdir()
+    assert versions(tmp_path) == []
+    assert not is_model(tmp_path)
+    for number in (9, 10**18 - 1):
+        (tmp_path / str(number)).mkdir()
+    assert versions(tmp_path) == [9, 10**18 - 1]
+    assert is_model(tmp_path)
+    with (
+        pytest.raises(UserError, match=r"has version 999999999999999999, the largest; give another directory"),
+        new_version(tmp_path) as version,
+    ):
+        version.publish()
 
 
 def test_a_file_that_computes_something_else_is_not_published(export, fails, run, tmp_path):
@@ -214,7 +304,7 @@ def test_without_the_data_random_samples_are_compared_if_requested(export, fails
     assert metadata["check"] == "random"
     assert metadata["files"].keys() == {"model.onnx", "transform.onnx", "network.onnx"}
     for entry in metadata["files"].values():
-        assert (entry["samples"], entry["same_classes"] + entry["close"], entry["metrics"]) == (256, 256, {})
+        assert (entry["samples"], entry["same_classes"] + entry["within_rounding"], entry["metrics"]) == (256, 256, {})
 
 
 def test_a_killed_export_leaves_no_version_and_the_next_one_cleans_up(run, tmp_path):
@@ -300,7 +390,10 @@ def test_the_rounding_error_is_that_of_float32():
     [
         (["--to", "onnx"], "the following arguments are required: --out"),
         (["--to", "bmp", "--out", "x"], "invalid choice: 'bmp'"),
-        (["--to", "onnx", "--out", "x", "--name", "a/b"], "a/b: expected letters, digits"),
+        (
+            ["--to", "onnx", "--out", "x", "--name", "a/b"],
+            "a/b: expected letters, digits, '.', '_' and '-', starting with a letter or a digit",
+        ),
         (["--to", "onnx", "--out", "x", "--max-drop", "many"], "many: expected percentage points"),
         (["--to", "onnx", "--out", "x", "--quantize", "int8", "--check", "random"], "--quantize int8: needs the data"),
         (["another", "--to", "onnx", "--out", "x"], "expected one run or checkpoint file, not 2"),
