@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 
 from conftest import REPO, clean_environment
-from model_files import CLASSES, IMAGES, write_text_version, write_version
+from model_files import CLASSES, IMAGES, write_model, write_text_version, write_version
 
-__all__ = ["CLASSES", "IMAGES", "Server", "serving", "write_text_version", "write_version"]
+__all__ = ["CLASSES", "IMAGES", "Server", "serving", "write_model", "write_text_version", "write_version"]
 
 
 class Server:
