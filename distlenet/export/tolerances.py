@@ -11,7 +11,8 @@ another order and fuses operations. Its error has the same distribution except f
 - the difference of two independent errors: sqrt(2).
 
 The product is 9.6; ``SAFETY`` is the next power of two. ``ROUNDINGS`` are those of the last operations, relative to the
-largest value: E may be 0 for a network that only selects or adds small integers.
+largest value: E may be 0 for a network that only selects or adds small integers. For predictions they are relative to
+1 at least: programs approximate the sigmoid with an error relative to 1, also if all probabilities are near 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -80,4 +81,5 @@ class RoundingError:
 
     def tolerances(self) -> dict[str, float]:
         """Return the largest difference that rounding explains, for each output."""
-        return {name: SAFETY * error + ROUNDINGS * UNIT * self.values[name] for name, error in self.errors.items()}
+        largest = {name: max(value, 1.0) if name == "predictions" else value for name, value in self.values.items()}
+        return {name: SAFETY * error + ROUNDINGS * UNIT * largest[name] for name, error in self.errors.items()}

@@ -502,3 +502,12 @@ def test_the_request_of_the_tutorial_of_tensorflow_serving(place, predicted, ser
         exec(code.replace(URL, servers[0]), names)
         for found, expected in zip(names["predictions"], predicted, strict=True):
             assert found == pytest.approx(probabilities(expected), abs=1e-5)
+
+
+def test_probabilities_near_0_may_differ_by_roundings_of_1():
+    # A sigmoid of ONNX Runtime differs from that of PyTorch by 4e-12 at such logits, 1e7 times the probability.
+    error = RoundingError(lambda x: {"outputs": x, "predictions": x.sigmoid()})
+    logits = torch.full((4, 1), -42.0)
+    error.measure({"x": logits})
+    error.observe({"outputs": logits, "predictions": logits.sigmoid()})
+    assert 1e-8 < error.tolerances()["predictions"] < 1e-6
