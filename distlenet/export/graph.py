@@ -81,6 +81,7 @@ def write_onnx(program: ExportedProgram, file: Path, metadata: str, outputs: tup
                 input_names=inputs,
                 output_names=list(outputs),
                 verbose=False,
+                optimize=not _has_tied_weights(program),
             )
         assert converted is not None
         model = converted.model_proto
@@ -98,8 +99,18 @@ def write_onnx(program: ExportedProgram, file: Path, metadata: str, outputs: tup
         for value in graph.value_info:
             del value.metadata_props[:]
     onnx.helper.set_model_props(model, {"distlenet": metadata})
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # its classes have no common one
+        reason = " ".join(str(error).split())[:500]
+        raise UserError(f"export: {file.name}: torch.onnx wrote an invalid file: {reason}; use --to pt2") from error
     file.write_bytes(model.SerializeToString())
+
+
+def _has_tied_weights(program: ExportedProgram) -> bool:
+    """Return whether two names have one tensor: up to 0.6, onnxscript fuses a BatchNorm into all uses of a weight."""
+    addresses = [tensor.data_ptr() for tensor in program.state_dict.values() if tensor.numel()]
+    return len(set(addresses)) < len(addresses)
 
 
 @contextmanager

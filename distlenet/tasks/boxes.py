@@ -56,4 +56,5 @@ def center_boxes(like: Tensor, size: tuple[int, int], sides: tuple[int, int]) ->
     The position is rounded down: CenterCrop of torchvision rounds some of the halves up.
     """
     top, left = (size[0] - sides[0]) // 2, (size[1] - sides[1]) // 2
-    return Boxes(*(torch.full((like.shape[0],), value, device=like.device) for value in (top, left, *sides)))
+    count, device = like.shape[0], like.device
+    return Boxes(*(torch.full((count,), each, dtype=torch.int64, device=device) for each in (top, left, *sides)))
