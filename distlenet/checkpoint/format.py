@@ -14,6 +14,7 @@ import torch
 from distlenet.checkpoint import archive
 from distlenet.checkpoint.archive import Writable, read_state, write_state
 from distlenet.utils.errors import UserError
+from distlenet.utils.files import sync_path
 
 State = dict[str, Any]
 
@@ -43,7 +44,7 @@ def link_atomically(source: Path, path: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()  # after a failure, or if ``path`` was this link already: then replace does nothing
-    _sync(path.parent)
+    sync_path(path.parent)
 
 
 def _replace(path: Path, write: Callable[[Writable], None]) -> None:
@@ -58,20 +59,11 @@ def _replace(path: Path, write: Callable[[Writable], None]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _sync(path.parent)
+    sync_path(path.parent)
 
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(8)}")
-
-
-def _sync(directory: Path) -> None:
-    """Make the names of a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_checkpoint(path: Path) -> State:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distlenet.utils.errors import UserError
+from distlenet.utils.files import sync_path
 from distlenet.utils.version_names import version_of
 
 TEMPORARY = ".exporting-"
@@ -30,7 +31,7 @@ class VersionDirectory:
         """Make the files durable and rename the directory to the next integer; return its path."""
         for directory, _, names in os.walk(self.path):
             for path in (*(os.path.join(directory, name) for name in names), directory):
-                _sync(Path(path))
+                sync_path(Path(path))
         for number in itertools.count(max(versions(self.model), default=0) + 1):
             if version_of(str(number)) is None:
                 raise UserError(f"--out {self.model}: has version {number - 1}, the largest; give another directory")
@@ -41,7 +42,7 @@ class VersionDirectory:
             except OSError:
                 if not target.exists():  # another export has not taken the number
                     raise
-        _sync(self.model)
+        sync_path(self.model)
         return target
 
 
@@ -99,11 +100,3 @@ def _remove_stale(model: Path) -> None:
                     shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

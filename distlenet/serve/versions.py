@@ -73,8 +73,8 @@ class Versions:
 
     def _find(self) -> dict[int, Path]:
         if self.is_single:
-            name = self.directory.resolve().name  # of the current directory, too
-            return {int(name) if name.isdecimal() else 1: self.directory}
+            number = version_of(self.directory.resolve().name)  # of the current directory, too
+            return {1 if number is None else number: self.directory}
         try:
             return {int(path.name): path for path in self.directory.iterdir() if _is_version(path)}
         except OSError as error:

@@ -137,9 +137,8 @@ class ImageClassification(Task):
 
     def predict(self, model: nn.Module, data: Tensor) -> Tensor:
         """Return logits, float32 (n, C), of images as stored: (n, H, W) or (n, C, H, W), through ``transform``."""
-        labels = torch.zeros(
-            data.shape[0], dtype=torch.int64, device=data.device
-        )  # torch.export cannot trace len(data)
+        count = data.shape[0]  # not len(data), which torch.export cannot trace
+        labels = torch.zeros(count, dtype=torch.int64, device=data.device)
         inputs, _ = self.transform((data, labels), None)
         logits: Tensor = model(inputs)
         return logits.float()

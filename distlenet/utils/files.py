@@ -57,6 +57,15 @@ class LineFile:
         os.close(self.descriptor)
 
 
+def sync_path(path: Path) -> None:
+    """Make a file, or the names of a directory, durable. Raise OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file atomically: a reader gets the old or the new text. Raise OSError."""
     temporary = path.with_name(f".{path.name}.writing")
