@@ -188,6 +188,7 @@ def capture(
     generators = MicroBatchGenerators(step.device, eager.micro_batches if eager.draws else ())
     graph = torch.cuda.CUDAGraph()
     with (
+        _reset_on_error(graph),
         no_buffer_replaced(step.model),
         generators.capturing(graph) as seed,
         _release_pool_on_error(step.device, pool),
@@ -197,6 +198,16 @@ def capture(
         assert loaded is not None
         result = step.compute(loaded, seed, kind.with_grad_norm)
     return CapturedStep(graph, static, generators, result)
+
+
+@contextmanager
+def _reset_on_error(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Release ``graph`` if the block fails: the error's traceback would keep it longer than NCCL's communicators."""
+    try:
+        yield
+    except BaseException:
+        graph.reset()
+        raise
 
 
 @contextmanager
