@@ -58,17 +58,24 @@ def start_training(directory: Path, every: int, environment: dict[str, str], *wo
     )
 
 
-def train_with_faults(server: S3Server, every: int, cycles: int, window_s: float) -> dict[str, list[float]]:
-    """Return, for each fault, the speed while it lasts, relative to the mean of before and after."""
+def train_with_faults(
+    server: S3Server, every: int, faults: list[str], cycles: int, window_s: float
+) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """Return, for each fault, the speeds while it lasts, relative to the mean of before and after; and the requests.
+
+    Requests are also counted without a fault.
+    """
     windows: list[Window] = []
+    requests: dict[str, list[int]] = {fault: [] for fault in ["", *faults]}
     with tempfile.TemporaryDirectory() as directory:
         words = (f"run.dir=s3://{BUCKET}/faults", "train.epochs=100000")
         process = start_training(Path(directory), every, server.environment, *words)
         history = wait_for_history(Path(directory), process)
-        for fault in ["", *[name for each in [*FAULTS] * cycles for name in (each, "")]]:
+        for fault in ["", *[name for each in faults * cycles for name in (each, "")]]:
             server.fail(**FAULTS.get(fault, {}))
             start_s = time.time()
             time.sleep(window_s)
+            requests[fault].append(sum(server.fail(**FAULTS.get(fault, {})).values()))
             windows.append(Window(fault, start_s + SETTLING_S, time.time()))
         process.terminate()  # it saves and uploads
         _, stderr = process.communicate(timeout=START_S)
@@ -78,11 +85,11 @@ def train_with_faults(server: S3Server, every: int, cycles: int, window_s: float
         if stored(server, key) != newest.read_bytes():
             sys.exit(f"{key} is not in the store:\n{stderr}")
     speeds = [speed(records, window) for window in windows]
-    ratios: dict[str, list[float]] = {fault: [] for fault in FAULTS}
+    ratios: dict[str, list[float]] = {fault: [] for fault in faults}
     for number in range(1, len(windows), 2):
         around = (speeds[number - 1] + speeds[number + 1]) / 2
         ratios[windows[number].fault].append(speeds[number] / around)
-    return ratios
+    return ratios, requests
 
 
 def wait_for_history(directory: Path, process: subprocess.Popen[str]) -> Path:
@@ -139,16 +146,20 @@ def main() -> None:
     parser.add_argument("--window", type=float, default=15.0, help="seconds of a window (15)")
     parser.add_argument("--rounds", type=int, default=4, help="trainings on the disk, and in the store (4)")
     parser.add_argument("--every", type=int, default=1000, help="steps between checkpoints (1000)")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=[*FAULTS], help="default: all of them")
     arguments = parser.parse_args()
     server = S3Server()
     every = arguments.every
     print(f"LeNet on Fashion-MNIST, 2 ranks, a checkpoint every {every} steps.\n")
     if arguments.cycles:
         print(f"One training; each fault {arguments.cycles} times for {arguments.window:g} s:\n")
-        print("| the server | speed compared with before and after, mean ± standard error |\n| --- | ---: |")
-        for fault, ratios in train_with_faults(server, every, arguments.cycles, arguments.window).items():
-            error = statistics.stdev(ratios) / len(ratios) ** 0.5
-            print(f"| {fault} | {statistics.mean(ratios):.3f} ± {error:.3f} |")
+        ratios, requests = train_with_faults(server, every, arguments.faults, arguments.cycles, arguments.window)
+        print("| fault | speed compared with before and after, mean ± standard error | requests, mean |")
+        print(f"| --- | ---: | ---: |\n| none | 1 | {statistics.mean(requests['']):.0f} |")
+        for fault, values in ratios.items():
+            error = statistics.stdev(values) / len(values) ** 0.5
+            count = statistics.mean(requests[fault])
+            print(f"| {fault} | {statistics.mean(values):.3f} ± {error:.3f} | {count:.0f} |")
     speeds: dict[str, list[float]] = {"disk": [], "store": []}
     for round_ in range(arguments.rounds):
         for case in ("disk", "store") if round_ % 2 else ("store", "disk"):
