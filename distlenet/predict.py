@@ -30,32 +30,7 @@ Prediction = list[dict[str, Any]]
 
 def main() -> None:
     """Predict, then raise UserError if an image could not be read."""
-    parser = Parser(
-        "python -m distlenet.predict",
-        usage="%(prog)s checkpoint=RUN_OR_FILE [--config FILE]... [key=value]... IMAGE_OR_DIRECTORY... [--top K] "
-        "[--invert ...] [--json] [--save FILE]",
-        description="Classify images of any size, grey or color, light or dark.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "inputs",
-        metavar="checkpoint=RUN IMAGE",
-        nargs="+",
-        help="a run or checkpoint file; images, directories; settings",
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", action="append", default=[], help="YAML file that names your task and network"
-    )
-    parser.add_argument("--top", metavar="K", type=positive_int, default=3, help="classes to show per image (3)")
-    parser.add_argument(
-        "--invert",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="invert light and dark; auto: if the border is light, because the training images have dark borders",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    parser.add_argument("--save", metavar="FILE.png", type=Path, help="write a figure of all images with predictions")
-    arguments = parser.parse_intermixed_args()
+    arguments = make_parser().parse_intermixed_args()
     checkpoints = [text for text in arguments.inputs if text.startswith("checkpoint=")]
     overrides = [text for text in arguments.inputs if split_mapping_key(text.partition("=")[0])[0] in FIELDS]
     names = [text for text in arguments.inputs if text not in (*checkpoints, *overrides)]
@@ -82,6 +57,36 @@ def main() -> None:
             save_figure(arguments.save, images, paths, predictions)
     if failures:
         raise UserError("; ".join(failures))
+
+
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        "python -m distlenet.predict",
+        usage="%(prog)s checkpoint=RUN_OR_FILE [--config FILE]... [key=value]... IMAGE_OR_DIRECTORY... [--top K] "
+        "[--invert ...] [--json] [--save FILE]",
+        description="Classify images of any size, grey or color, light or dark.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "inputs",
+        metavar="checkpoint=RUN IMAGE",
+        nargs="+",
+        help="a run or checkpoint file; images, directories; settings",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="YAML file that names your task and network"
+    )
+    parser.add_argument("--top", metavar="K", type=positive_int, default=3, help="classes to show per image (3)")
+    parser.add_argument(
+        "--invert",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="invert light and dark; auto: if the border is light, because the training images have dark borders",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--save", metavar="FILE.png", type=Path, help="write a figure of all images with predictions")
+    return parser
 
 
 def top_classes(probabilities: Tensor, classes: Sequence[str], count: int) -> Prediction:

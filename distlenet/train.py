@@ -104,17 +104,8 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
         locks = stack.enter_context(ExitStack())  # released after everything is written, the log of this rank, too
         sidecar = stack.enter_context(closing(make_sidecar(config, run_dir, preemption)))
         context = stack.enter_context(init_distributed(config, run_dir))
-        rank_0 = context.env.rank == 0
-        micro_batch_size(config, context.env.world_size)  # before the data: it is the most frequent mistake
-        if config.data.ledger and url is not None and context.env.local_world_size < context.env.world_size:
-            raise UserError(
-                "data.ledger=true: several nodes need a run.dir on a shared disk, not in an object store; give such a "
-                "run.dir, or data.ledger=false"
-            )
-        with raise_on_all_ranks():
-            if rank_0 and config.checkpoint.resume not in ("auto", "never"):
-                find_checkpoint(config.checkpoint.resume)
-        task = create_task(make_task, config)
+        check_job(config, context, url)  # before the data: a wrong batch size is frequent
+        task, rank_0 = create_task(make_task, config), context.env.rank == 0
         with raise_on_all_ranks():
             if rank_0:
                 locks.callback(lock_run_dir(run_dir, config.distributed.init_timeout_s).release)
@@ -137,6 +128,19 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
         summary |= {"wall_s": process_age_s(), "run_dir": str(run_dir), "run_url": url}
         tracker.finish(summary)
     return {**summary, "rank": context.env.rank}
+
+
+def check_job(config: Config, context: DistributedContext, url: str | None) -> None:
+    """Raise UserError, on every rank, for settings that do not fit the job's ranks or nodes. A collective."""
+    micro_batch_size(config, context.env.world_size)
+    if config.data.ledger and url is not None and context.env.local_world_size < context.env.world_size:
+        raise UserError(
+            "data.ledger=true: several nodes need a run.dir on a shared disk, not in an object store; give such a "
+            "run.dir, or data.ledger=false"
+        )
+    with raise_on_all_ranks():
+        if context.env.rank == 0 and config.checkpoint.resume not in ("auto", "never"):
+            find_checkpoint(config.checkpoint.resume)
 
 
 def make_sidecar(config: Config, run_dir: Path, preemption: Preemption) -> Sidecar:

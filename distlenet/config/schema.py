@@ -204,6 +204,7 @@ class TrainConfig:
         "A:B: trace the steps A to B - 1 of each job, counted from 0, on rank 0, and its GPU's memory, to RUN/profile; "
         "null: none.",
     )
+    profile_all_ranks: bool = setting(False, "With train.profile_steps: trace all ranks, each to a file.")
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,11 @@ class DistributedConfig:
     )
     init_timeout_s: float = setting(300.0, "Seconds in which all ranks must reach the first step.", ge=1, lt=10**6)
     step_timeout_s: float = setting(120.0, "Seconds in which a step must end; else the job ends.", ge=1, lt=10**6)
+    heartbeat_file: str | None = setting(
+        None,
+        "File on each node that is touched after each step, at most once a second, and removed at the end, for a "
+        "liveness probe; null: none.",
+    )
     threads: int | None = setting(None, "CPU threads per rank; null: OMP_NUM_THREADS if set, else 1.", ge=1, lt=1000)
 
 

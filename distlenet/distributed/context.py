@@ -64,6 +64,7 @@ def init_distributed(
     environment is invalid.
     """
     env = read_environment(os.environ)
+    heartbeat_file = check_heartbeat_file(config.distributed.heartbeat_file)
     set_threads(config.distributed.threads)
     tune_malloc()
     init_s, step_s = config.distributed.init_timeout_s, config.distributed.step_timeout_s
@@ -89,7 +90,7 @@ def init_distributed(
     with (
         _process_group(store, env, backend, device, max(init_s, step_s) + BACKEND_MARGIN_S),
         closing(RankLog(env, device)) as log,
-        run_watchdog(store, env, init_s, trace_dir) as watchdog,
+        run_watchdog(store, env, init_s, trace_dir, heartbeat_file if env.local_rank == 0 else None) as watchdog,
         report_failures(store, env, log),
     ):
         yield DistributedContext(env, device, backend, precision, watchdog, log)
@@ -126,6 +127,15 @@ def _process_group(
         # Gloo's threads end with the last reference to the group, which DistributedDataParallel holds in a cycle. A
         # thread that outlives the interpreter aborts it: exit status 134 after a successful run.
         gc.collect()
+
+
+def check_heartbeat_file(path: str | None) -> Path | None:
+    """Return ``distributed.heartbeat_file``. Raise UserError if its directory cannot be written."""
+    if path is None:
+        return None
+    if not os.access(Path(path).absolute().parent, os.W_OK) or Path(path).is_dir():
+        raise UserError(f"distributed.heartbeat_file={path}: cannot be written; give a file in a writable directory")
+    return Path(path)
 
 
 def set_flight_recorder_size(environ: MutableMapping[str, str]) -> None:

@@ -36,16 +36,26 @@ def restart_time_limit() -> None:
 
 
 class Watchdog:
-    """End this process if ``heartbeat`` is not called for ``limit_s`` seconds; NCCL's trace goes to ``trace_dir``."""
+    """End this process if ``heartbeat`` is not called for ``limit_s`` seconds; NCCL's trace goes to ``trace_dir``.
 
-    def __init__(self, store: Store, env: DistributedEnvironment, limit_s: float, trace_dir: Path | None) -> None:
+    The time of the last change of ``heartbeat_file`` is that of the last call, to within a second.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        env: DistributedEnvironment,
+        limit_s: float,
+        trace_dir: Path | None,
+        heartbeat_file: Path | None = None,
+    ) -> None:
         # A separate connection: the main thread may be waiting on the first.
         self.store = store.clone() if env.master_addr else store
-        self.env, self.trace_dir = env, trace_dir
+        self.env, self.trace_dir, self.heartbeat_file = env, trace_dir, heartbeat_file
         self.master_host = host_of(self.store, 0)  # read now: later the store may not respond
         self.ended = threading.Event()
         self.limit_s, self.setting = limit_s, "distributed.init_timeout_s"
-        self.step, self.last_heartbeat = 0, time.monotonic()
+        self.step, self.last_heartbeat, self.last_touch = 0, time.monotonic(), 0.0
 
     def set_timeout(self, limit_s: float, setting: str) -> None:
         """Set another time limit, the value of ``setting``."""
@@ -60,6 +70,7 @@ class Watchdog:
         """Check the time until ``ended`` is set; after the limit, report and end the process."""
         last_check = time.monotonic()
         while not self.ended.wait(min(1.0, self.limit_s / 10)):
+            self.touch_file()
             now = time.monotonic()
             if now - last_check > SUSPENDED_S:
                 self.last_heartbeat += now - last_check
@@ -69,6 +80,14 @@ class Watchdog:
                     self.report()
                 finally:
                     os._exit(HUNG)  # without cleanup: the main thread is blocked
+
+    def touch_file(self) -> None:
+        """Touch the heartbeat file if there was a heartbeat since the last time."""
+        last_heartbeat = self.last_heartbeat
+        if self.heartbeat_file is not None and last_heartbeat > self.last_touch:
+            self.last_touch = last_heartbeat
+            with contextlib.suppress(OSError):  # the probe that reads it then reports it
+                self.heartbeat_file.touch()
 
     def report(self) -> None:
         """Print, on one rank, which ranks do not respond."""
@@ -115,10 +134,14 @@ class Watchdog:
 
 @contextmanager
 def run_watchdog(
-    store: Store, env: DistributedEnvironment, limit_s: float, trace_dir: Path | None
+    store: Store,
+    env: DistributedEnvironment,
+    limit_s: float,
+    trace_dir: Path | None,
+    heartbeat_file: Path | None = None,
 ) -> Iterator[Watchdog]:
-    """Yield a Watchdog whose thread runs until the end of the block."""
-    watchdog = Watchdog(store, env, limit_s, trace_dir)
+    """Yield a Watchdog whose thread runs until the end of the block, which removes ``heartbeat_file``."""
+    watchdog = Watchdog(store, env, limit_s, trace_dir, heartbeat_file)
     thread = threading.Thread(target=watchdog.watch, name="watchdog", daemon=True)
     thread.start()
     _running.append(watchdog)
@@ -128,6 +151,9 @@ def run_watchdog(
         _running.remove(watchdog)
         watchdog.ended.set()
         thread.join(timeout=1.0)
+        if heartbeat_file is not None:
+            with contextlib.suppress(OSError):
+                heartbeat_file.unlink(missing_ok=True)
 
 
 def _format_hosts(hosts: dict[int, str]) -> str:

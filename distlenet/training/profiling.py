@@ -22,23 +22,26 @@ def phase(name: str) -> AbstractContextManager[Any]:
 
 
 class StepProfiler:
-    """Write a trace of some steps of a job to ``RUN/profile``, on rank 0. On a GPU, write a memory snapshot too.
+    """Write a trace of some steps of a job to ``RUN/profile``. On a GPU, write a memory snapshot, too.
 
     The snapshot has the allocations during these steps, with their stacks in Python.
     Source: https://docs.pytorch.org/docs/stable/torch_cuda_memory.html
     """
 
-    def __init__(self, steps: range, total_steps: int, rank: int, device: torch.device, run_dir: Path) -> None:
+    def __init__(
+        self, steps: range, total_steps: int, rank: int, device: torch.device, run_dir: Path, all_ranks: bool = False
+    ) -> None:
         """Trace ``steps``, counted from the first step of this job, of a run of ``total_steps``.
 
-        Raise UserError if the run has fewer steps.
+        Rank 0 does, and with ``all_ranks`` the others do, too. Raise UserError if the run has fewer steps.
         """
         if steps.stop > total_steps:
             raise UserError(
                 f"train.profile_steps={steps.start}:{steps.stop}: the run has {total_steps} steps; give a range that "
                 f"ends at {total_steps} or before"
             )
-        self.steps = steps if rank == 0 else range(0)  # empty: nothing (more) to trace
+        self.rank = rank
+        self.steps = steps if rank == 0 or all_ranks else range(0)  # empty: nothing (more) to trace
         self.directory = run_dir / "profile"
         self.cuda = device.type == "cuda"
         self.activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda
@@ -76,10 +79,10 @@ class StepProfiler:
         """End the trace and write it, and the snapshot. If that fails, warn: the training continues."""
         trace.stop_trace()  # host sync
         first_step = last_step + 1 - len(self.steps)
-        name = f"steps-{first_step}-{last_step}"
+        name = f"steps-{first_step}-{last_step}.rank-{self.rank}"
         path = self.directory / f"{name}.pt.trace.json.gz"  # as TensorBoard expects
         try:
-            self.directory.mkdir(exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)  # another node may have another disk
             trace.export_chrome_trace(str(path))
             if self.cuda:
                 torch.cuda.memory._dump_snapshot(str(self.directory / f"{name}.memory.pickle"))
@@ -100,7 +103,7 @@ class StepProfiler:
                 self.profile.start_trace()
             self.profile.stop_trace()
             self._end()
-        if self.steps and self.begun:
+        if self.steps and self.begun and self.rank == 0:
             steps = f"train.profile_steps={self.steps.start}:{self.steps.stop}"
             warn(f"{steps}: no trace, since this job took {self.begun} steps; give an earlier range")
 

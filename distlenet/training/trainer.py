@@ -60,7 +60,8 @@ class Trainer:
         epochs_steps = config.train.epochs * self.sampler.steps
         self.total_steps = min(epochs_steps, config.train.max_steps or epochs_steps)
         profiled = profiled_steps(config.train.profile_steps)
-        self.profiler = StepProfiler(profiled, self.total_steps, self.env.rank, self.device, run_dir)
+        all_ranks = config.train.profile_all_ranks
+        self.profiler = StepProfiler(profiled, self.total_steps, self.env.rank, self.device, run_dir, all_ranks)
         check_global_statistics(config, self.env.world_size, self.sampler.global_size(self.sampler.steps - 1))
         example, share = self.loader.sample_batch().inputs(task), len(self.sampler.rank_offsets)
         self.train_step = TrainStep(config, context, task, self.total_steps, example, share)

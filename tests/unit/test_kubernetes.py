@@ -3,7 +3,10 @@
 The package kubeflow-trainer-api has pydantic models of the OpenAPI schemas of Kubernetes and of Kubeflow Trainer.
 """
 
+import os
 import signal
+import subprocess
+import time
 
 import pytest
 import yaml
@@ -48,6 +51,10 @@ JOBS = pytest.mark.parametrize("job", [JOB, GPU_JOB, INNER_JOB], ids=["CPU", "GP
 def container_of(job):
     (container,) = job["spec"]["template"]["spec"]["containers"]
     return container
+
+
+def arguments_of(job):
+    return TRAINJOB["spec"]["trainer"]["args"] if job is INNER_JOB else container_of(job)["args"]
 
 
 def torchrun_arguments(container):
@@ -118,6 +125,28 @@ def test_a_preempted_pod_has_time_to_save_and_is_replaced(job):
     codes = {"containerName": name, "operator": "In", "values": [PREEMPTED, 128 + signal.SIGTERM]}
     assert saved == {"action": "Ignore", "onExitCodes": codes}
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy requires it
+
+
+@JOBS
+def test_the_liveness_probe_fails_when_the_heartbeat_file_is_old(job, tmp_path):
+    (word,) = (word for word in arguments_of(job) if word.startswith("distributed.heartbeat_file="))
+    name = word.partition("=")[2]
+    shell, option, script = container_of(job)["livenessProbe"]["exec"]["command"]
+    file = tmp_path / "heartbeat"
+    assert script.count(name) == 2
+
+    def alive():
+        return subprocess.run([shell, option, script.replace(name, str(file))], check=False).returncode == 0
+
+    assert alive()  # before the first step, which may wait for other pods
+    file.touch()
+    assert alive()
+    limits = load_config().distributed
+    watchdog_s = max(limits.init_timeout_s, limits.step_timeout_s)
+    os.utime(file, times=(0, time.time() - watchdog_s - 60))
+    assert alive()  # the watchdog has not ended yet
+    os.utime(file, times=(0, time.time() - 700))
+    assert not alive()
 
 
 @JOBS

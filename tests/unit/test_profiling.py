@@ -37,7 +37,7 @@ def test_the_trace_has_the_profiled_steps_only_and_the_weights_are_the_same(tmp_
     train.train(config_of(tmp_path / "profiled", "train.profile_steps=2:4"))
     train.train(config_of(tmp_path / "plain"))
     (path,) = (tmp_path / "profiled/run/profile").iterdir()
-    assert path.name == "steps-2-3.pt.trace.json.gz"
+    assert path.name == "steps-2-3.rank-0.pt.trace.json.gz"
     found = events(path)
     steps = [event for event in found if event[0].startswith("ProfilerStep#")]
     assert [name for name, *_ in steps] == ["ProfilerStep#2", "ProfilerStep#3"]
@@ -70,7 +70,7 @@ def test_steps_are_counted_in_this_job_and_named_in_the_run(tmp_path):
         take_steps(profiler, 2, first)
     profiler.close()
     (path,) = (tmp_path / "profile").iterdir()
-    assert path.name == "steps-43-44.pt.trace.json.gz"
+    assert path.name == "steps-43-44.rank-0.pt.trace.json.gz"
     names = [name for name, *_ in events(path) if name.startswith(("Prof", "work"))]
     assert names == ["ProfilerStep#43", "work", "ProfilerStep#44", "work"]
 
@@ -83,6 +83,17 @@ def test_without_steps_and_on_other_ranks_nothing_is_done(tmp_path, steps, rank)
     assert phase("forward") is phase("backward")  # no label is made
     profiler.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_all_ranks_are_traced_if_requested(tmp_path):
+    for rank in (0, 1):
+        profiler = StepProfiler(range(1, 2), 2, rank, CPU, tmp_path, all_ranks=True)
+        take_steps(profiler, 2, 0)
+        profiler.close()
+    paths = sorted((tmp_path / "profile").iterdir())
+    assert [path.name for path in paths] == [f"steps-1-1.rank-{rank}.pt.trace.json.gz" for rank in (0, 1)]
+    for path in paths:
+        assert [name for name, *_ in events(path) if name.startswith(("Prof", "work"))] == ["ProfilerStep#1", "work"]
 
 
 def test_a_range_beyond_the_end_of_the_run_is_an_error(tmp_path):
@@ -108,4 +119,4 @@ def test_a_trace_that_cannot_be_written_does_not_stop_the_training(tmp_path, cap
     profiler = StepProfiler(range(1), 2, 0, CPU, tmp_path)
     take_steps(profiler, 2, 0)
     profiler.close()
-    assert capsys.readouterr().err.count("steps-0-0.pt.trace.json.gz: cannot be written: File exists") == 1
+    assert capsys.readouterr().err.count("steps-0-0.rank-0.pt.trace.json.gz: cannot be written: File exists") == 1

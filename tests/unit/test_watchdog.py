@@ -1,5 +1,6 @@
 """The watchdog reports a hang, and ends the process."""
 
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,9 +9,11 @@ import pytest
 import torch.distributed as dist
 from conftest import run_command
 
+from distlenet.distributed.context import check_heartbeat_file
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rendezvous import host_key
 from distlenet.distributed.watchdog import Watchdog, restart_time_limit, run_watchdog
+from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -84,6 +87,38 @@ def test_the_process_ends_if_no_step_ends_and_not_before():
     assert (ended.status, ended.stdout) == (1, "trained\n"), str(ended)
     limit = "no step ended for 0.5 s (distributed.step_timeout_s) after step 29"
     assert ended.stderr == f"distlenet: {limit}; no answer from rank 0 on host0\n"
+
+
+def test_the_heartbeat_file_is_touched_only_after_a_heartbeat(tmp_path):
+    path, store = tmp_path / "heartbeat", dist.HashStore()
+    store.set(host_key(0), "nonce host0")
+    watchdog = Watchdog(store, DistributedEnvironment(), 60.0, None, path)
+    watchdog.touch_file()  # the start
+    os.utime(path, times=(0, 0))
+    watchdog.touch_file()  # no step has ended
+    assert path.stat().st_mtime == 0
+    watchdog.heartbeat(1)
+    watchdog.touch_file()
+    assert path.stat().st_mtime > 0
+
+
+@pytest.mark.slow
+def test_the_heartbeat_file_exists_until_the_end(tmp_path):
+    path, store = tmp_path / "heartbeat", dist.HashStore()
+    store.set(host_key(0), "nonce host0")
+    with run_watchdog(store, DistributedEnvironment(), 60.0, None, path):
+        deadline = time.monotonic() + 20  # the thread checks once a second
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_a_heartbeat_file_that_cannot_be_written_is_an_error(tmp_path):
+    assert check_heartbeat_file(str(tmp_path / "heartbeat")) == tmp_path / "heartbeat"
+    for path in (tmp_path, tmp_path / "missing/heartbeat"):
+        with pytest.raises(UserError, match=f"heartbeat_file={path}: cannot be written; give a file in a writable dir"):
+            check_heartbeat_file(str(path))
 
 
 def test_progress_outside_of_steps_restarts_the_time_limit():
