@@ -93,7 +93,7 @@ class Host:
         return ["nsenter", *namespaces, "env", f"--chdir={cwd}", *(str(word) for word in command)]
 
     def stop(self) -> None:
-        """Close the pipe and wait until the host's processes have result. A second call does nothing."""
+        """Close the pipe and wait until the host's processes have ended. A second call does nothing."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
@@ -321,7 +321,7 @@ class SlurmCluster:
             )
 
     def _wait_for_start(self, condition: Callable[[], bool], description: str) -> None:
-        """Poll, and fail at once if a host or daemon has result."""
+        """Poll, and fail at once if a host or daemon has ended."""
 
         def started() -> bool:
             hosts = (host.process for host in self.hosts.values())
