@@ -212,6 +212,7 @@ def assert_lowest_priority(training: int) -> None:
 LAUNCHES_A_SIDECAR = """
 import math, os, signal, sys, time
 import psutil
+from contextlib import suppress
 from pathlib import Path
 from distlenet.config.loading import load_config
 from distlenet.tracking.sidecar import Sidecar
@@ -220,7 +221,8 @@ sidecar.launch()
 cores, deadline = [], time.monotonic() + 60
 while not cores and time.monotonic() < deadline:
     time.sleep(0.05)
-    cores = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in " ".join(p.cmdline())]
+    with suppress(psutil.Error):  # a process has just exited
+        cores = [p for p in psutil.Process().children(recursive=True) if "wandb-core" in " ".join(p.cmdline())]
 print(sidecar.process.pid, cores[0].pid, flush=True)
 if sys.argv[2] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
