@@ -4,7 +4,8 @@ set -euo pipefail
 usage() {
     cat <<'TEXT'
 launch/node.sh --nodes N|MIN:MAX --head HOST [options] [--config FILE]... [key=value]...
-    Train on several machines: run the same command on each. The run directory (run.dir) is on a disk that all share.
+    Train on several machines: run the same command on each. The run directory (run.dir) is on a disk that all share
+    or in an object store.
     --nodes N         number of machines; MIN:MAX for an elastic job, which continues when machines leave or join
     --head HOST       name or address of the machine that runs the rendezvous; an elastic job ends with it
     --port PORT       port of the rendezvous (29400); different for each job that runs at the same time

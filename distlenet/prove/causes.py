@@ -61,7 +61,7 @@ CAUSES = {
     ),
     "model state": Cause(
         "model",
-        "the network has a state that is no buffer: an attribute that forward changes",
+        "the network has a state that is not a buffer: an attribute that forward changes",
         "register it: self.register_buffer(name, tensor), and change it in place",
     ),
     "loss shape": Cause(
@@ -122,7 +122,7 @@ CAUSES = {
     ),
     "losses": Cause(
         "model",
-        "a state that is no buffer, random numbers of another generator than torch's, or the rank; in Task.model or "
+        "a state that is not a buffer, random numbers of another generator than torch's, or the rank; in Task.model or "
         "Task.loss",
         "register state as buffers; hold no state in the task",
     ),
