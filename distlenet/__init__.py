@@ -1,7 +1,7 @@
 """Exact distributed training with PyTorch, of your network and your data; LeNet on Fashion-MNIST is built in.
 
 The names below are the Python API. They are imported when they are used first: an entry point must not import torch
-before it has looked at its environment.
+before it has read its environment.
 """
 
 import importlib

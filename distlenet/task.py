@@ -197,7 +197,7 @@ class Task(ABC):
         return None
 
     def summary_metrics(self, predictions: dict[str, Any]) -> dict[str, float]:
-        """Return metrics that are no averages over samples, such as AUC, by name.
+        """Return metrics that are not averages over samples, such as AUC, by name.
 
         ``predictions`` holds what ``prediction`` returned for all samples of a set, in the order of the dataset, on
         the CPU: the same on any number of ranks. Rank 0 calls this after each evaluation, and the others wait for at
@@ -217,14 +217,14 @@ class Task(ABC):
         """Return what an exported network takes, and so ``predict``, of the collated samples ``data`` of a dataset.
 
         One tensor or tensors by name, with the samples first. By default the first part of a pair (inputs, targets).
-        Ragged parts are padded here. Raise UserError if the data is no such pair.
+        Ragged parts are padded here. Raise UserError if the data is not such a pair.
         """
         match data:
             case (Tensor() as inputs, _):
                 return inputs
         name = type(self).__name__
         raise UserError(
-            f"{name}.export_inputs: the samples are no pair of a tensor and targets; define {name}.export_inputs, "
+            f"{name}.export_inputs: the samples are not a pair of a tensor and targets; define {name}.export_inputs, "
             "which returns the tensors that predict takes; see docs/own.md"
         )
 

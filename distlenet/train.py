@@ -89,7 +89,7 @@ def dry_run(config: Config, world_size: int, make_task: MakeTask = make_configur
 def train(config: Config, make_task: MakeTask = make_configured_task, trainer_class: MakeTrainer = Trainer) -> Record:
     """Train one run as one rank, and return its summary.
 
-    Raise UserError for every mistake that the user can fix, if possible before the ranks meet.
+    Raise UserError for every mistake that the user can fix, if possible before the ranks connect.
     """
     if config.checkpoint.path is not None:
         raise UserError(
@@ -120,7 +120,7 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
             consoles = [make_console(config.run.console), History(run_dir, to_yaml(config)), sidecar] if rank_0 else []
         tracker = stack.enter_context(closing(Trackers(consoles)))
 
-        def fit() -> Record:  # a function: the trainer must be gone before the process group ends
+        def fit() -> Record:  # a function: the trainer must be released before the process group ends
             with closing(trainer_class(config, context, task, run_dir, tracker, preemption)) as trainer:
                 return trainer.fit()
 

@@ -56,7 +56,7 @@ class RankLog:
             warn(f"{path}: cannot be written: {error.strerror or error}")
             return
         self.handler.name = RANK_LOG
-        self.handler.handleError = lambda _: None  # type: ignore[method-assign,assignment]  # a full disk is no failure
+        self.handler.handleError = lambda _: None  # type: ignore[method-assign,assignment]  # a full disk is not a failure
         formatter = logging.Formatter("%(asctime)s.%(msecs)03d UTC %(message)s", "%Y-%m-%d %H:%M:%S")
         formatter.converter = time.gmtime
         self.handler.setFormatter(formatter)

@@ -71,7 +71,7 @@ def name_inputs(task: Task, data: Any) -> Inputs:
 
 
 def both_outputs(task: Task, outputs: Any) -> dict[str, Tensor]:
-    """Return the outputs and their postprocessing by name. Raise UserError if one is no tensor."""
+    """Return the outputs and their postprocessing by name. Raise UserError if one is not a tensor."""
     predictions = task.postprocess(outputs)
     for method, value in (("predict", outputs), ("postprocess", predictions)):
         if not isinstance(value, Tensor) or value.dim() == 0:

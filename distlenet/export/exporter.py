@@ -77,7 +77,9 @@ def export(checkpoint: str, options: ExportOptions) -> Exported:
         check_images(image_format(source))
     task, network = source.trained.task, ExportedNetwork(source.trained.model, source.trained.task).eval()
     if options.split and not isinstance(task, ImageClassification):
-        raise UserError("--split: the task is no ImageClassification, which has a transform of images; remove --split")
+        raise UserError(
+            "--split: the task is not an ImageClassification, which has a transform of images; remove --split"
+        )
     if options.check == "random" and not isinstance(task, ImageClassification):
         raise UserError("--check random: only the test set of this task shows what it takes; remove --check random")
     data = _load_data(source) if options.check == "test" else None

@@ -24,7 +24,7 @@ class Parity:
     samples: int = 0
     largest_difference: float = 0.0  # of ``outputs``
     largest_difference_of_predictions: float = 0.0
-    same_classes: int | None = None  # samples; None if the outputs are no classes
+    same_classes: int | None = None  # samples; None if the outputs are not classes
     within_rounding: int = (
         0  # samples with another class whose two best classes differ by less than rounding can explain
     )

@@ -37,7 +37,7 @@ def run_agent(words: Sequence[str] | None = None) -> int:
 
 
 def writes_logs(arguments: Namespace) -> bool:
-    """Return whether the user asked torchrun for logs."""
+    """Return whether the user requested logs from torchrun."""
     return arguments.log_dir is not None or arguments.redirects != "0" or arguments.tee != "0"
 
 

@@ -97,7 +97,7 @@ def unsafe_to_fork(allowed: set[int]) -> str:
 
 
 def wait_for_request(connection: "Connection") -> Request:
-    """Fork at each request of the agent, and return the request in the fork. Exit when the agent has gone."""
+    """Fork at each request of the agent, and return the request in the fork. Exit when the agent has exited."""
     agent = os.getppid()
     while True:
         try:

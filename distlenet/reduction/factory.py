@@ -26,7 +26,7 @@ def make_reducer(
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm):
             raise UserError(
-                f"{name} (SyncBatchNorm): waits for all ranks in each forward pass, for ever if one of them has fewer "
+                f"{name} (SyncBatchNorm): waits for all ranks in each forward pass, forever if one of them has fewer "
                 "micro-batches; give model.sync_batchnorm=true, or use BatchNorm"
             )
     size, settings = micro_batch_size(config, env.world_size), config.distributed

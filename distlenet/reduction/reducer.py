@@ -11,8 +11,8 @@
 At the end of the ``with`` block each parameter's ``grad`` is the gradient of the mean loss over the global batch.
 Losses are summed, not averaged, and divided by the size of the global batch: so neither a short last batch, nor a short
 micro-batch, nor a rank with fewer samples changes the gradient. Two more values travel in the same all-reduce: whether
-any rank was asked to stop, and whether the loss of any rank is not finite. With weighted losses, the sum of the weights
-travels there, too, and the gradients are divided by it afterwards: before, no rank knows it.
+any rank has a stop request, and whether the loss of any rank is not finite. With weighted losses, the sum of the
+weights travels there, too, and the gradients are divided by it afterwards: before, no rank knows it.
 """
 
 import math
@@ -46,7 +46,7 @@ class MicroBatch(NamedTuple):
 class ReductionResult:
     """The result of a step, identical on all ranks."""
 
-    # Scalar, positive if any rank was asked to stop. NaN if the step must not be taken: a loss or the change of a
+    # Scalar, positive if any rank has a stop request. NaN if the step must not be taken: a loss or the change of a
     # buffer, or with ``exact`` a gradient, is not finite or too large to sum exactly, or all weights are 0.
     flag: Tensor
     gradient_ready: Mark  # this rank's gradient was complete
@@ -131,6 +131,6 @@ class Reducer(Protocol):
     ) -> AbstractContextManager[ReductionStep]:
         """Reduce the gradients of a global batch of ``global_size`` samples. A collective.
 
-        ``stop`` is a scalar on the device, 1 if this rank was asked to stop. ``time_in_graph``: see ``Clock.mark``. No
+        ``stop`` is a scalar on the device, 1 if this rank has a stop request. ``time_in_graph``: see ``Clock.mark``. No
         host sync.
         """

@@ -110,7 +110,7 @@ def main() -> None:
     arguments = make_parser().parse_args()
     path = Path(arguments.model)
     with tempfile.TemporaryDirectory(prefix="distlenet-") as temporary:
-        if not path.is_dir() or not is_model(path):
+        if not is_model(path):
             if not path.exists() and "://" not in arguments.model:
                 raise UserError(f"{path}: does not exist; expected an exported model, a run or a checkpoint")
             export_run(arguments.model, Path(temporary), arguments.int8)
@@ -141,7 +141,7 @@ def serve(path: Path, arguments: argparse.Namespace) -> None:
         warn(f"--host {arguments.host}: anyone who reaches this port can send requests; consider --token-file")
     allow_many_connections()
     silence_parsers()
-    gc.freeze()  # what exists now stays: collections need not look at it
+    gc.freeze()  # what exists now stays: collections skip it
     url = f"http://{host}:{listener.getsockname()[1]}"
     line = printable(f"Serving {name}, version {versions.newest().version}, at {url}")
     server = DrainingServer(

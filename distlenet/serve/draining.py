@@ -41,7 +41,7 @@ class DrainingServer(uvicorn.Server):
         on_start: Callable[[], None],
         on_drain: Callable[[], None],
     ) -> None:
-        """``on_drain`` is called when draining starts, ``drain_s`` seconds before the server stops to listen."""
+        """``on_drain`` is called when draining starts, ``drain_s`` seconds before the server stops listening."""
         super().__init__(config)
         self.drain_s, self.grace_s, self.on_start, self.on_drain = drain_s, grace_s, on_start, on_drain
 
@@ -93,7 +93,7 @@ class DrainingServer(uvicorn.Server):
         self.on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain: report that the server is not ready, stop to listen, answer all requests, close the connections."""
+        """Drain: report that the server is not ready, stop listening, answer all requests, close the connections."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.drain_s + self.grace_s
         self.on_drain()

@@ -24,7 +24,7 @@ def export_run(run: str, out: Path, quantize: bool) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"{run}: is no exported model, and an export needs {', '.join(missing)}; install them with "
+            f"{run}: is not an exported model, and an export needs {', '.join(missing)}; install them with "
             'pip install "distlenet[export]", or export elsewhere: python -m distlenet.export RUN --to onnx --out DIR'
         )
     command = [sys.executable, "-m", "distlenet.export", run, "--to", "onnx", "--out", str(out)]

@@ -88,7 +88,7 @@ class Versions:
             return None
         try:
             for name in ("model.json", self.file):
-                if (path / name).exists() and not (path / name).is_file():  # to open a pipe may take for ever
+                if (path / name).exists() and not (path / name).is_file():  # opening a pipe may never return
                     raise BadVersion(f"{name}: is not a regular file")
             model = ServedModel(path, version, self.file, self.threads)
         except BadVersion as error:

@@ -39,7 +39,7 @@ def fetch_checkpoint(url: str) -> Path:
 
 
 def fetch_run(url: str) -> Path:
-    """Return a local copy of the run ``url``, without its checkpoints; ``Path(url)`` if it is no URL.
+    """Return a local copy of the run ``url``, without its checkpoints; ``Path(url)`` if it is not a URL.
 
     Raise UserError if it cannot be read.
     """

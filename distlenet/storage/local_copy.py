@@ -83,7 +83,7 @@ class LocalCopy:
 
 
 def is_needed(name: str) -> bool:
-    """Return whether a local copy without this object is incomplete, whatever its checkpoints after a step are."""
+    """Return whether a complete local copy must have this object."""
     return not name.startswith((".", "logs/")) and step_of(name) is None
 
 

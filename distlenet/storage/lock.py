@@ -1,4 +1,4 @@
-"""A lock on a run in an object store, which a job that died does not hold for ever.
+"""A lock on a run in an object store, which a job that died does not hold forever.
 
 Each job creates the next of the objects ``.locks/00000001``, ``.locks/00000002`` and so on, which only one job can.
 It renews the object every ``RENEW_S`` seconds. Another job takes over only if the newest object is released, or does

@@ -17,7 +17,7 @@ TASKS: dict[str, Callable[..., Task]] = {"image_classification": ImageClassifica
 def make_task(config: Config) -> Task:
     """Create the task that ``task.name`` names. A collective.
 
-    Raise UserError if the name cannot be imported, does not accept ``task.args`` or is no complete task.
+    Raise UserError if the name cannot be imported, does not accept ``task.args`` or is not a complete task.
     """
     maker = resolve("task.name", config.task.name, TASKS)
     if missing := ", ".join(sorted(getattr(maker, "__abstractmethods__", ()))):

@@ -25,7 +25,7 @@ NONDETERMINISTIC_KEYS = {
 RESERVED_KEYS = NONDETERMINISTIC_KEYS | {
     *("split", "step", "epoch", "batch", "loss", "count", "lr", "grad_norm", "loss_scale", "skipped_steps"),
 }
-"""Keys of a record that are no metrics of the task; a metric cannot have such a name."""
+"""Keys of a record that are not metrics of the task; a metric cannot have such a name."""
 
 
 def metrics_of(record: Record) -> dict[str, float]:

@@ -65,15 +65,20 @@ class History(Tracker):
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """Yield each complete line of ``metrics.jsonl`` and its record. Raise UserError if a line is no record."""
+    """Yield each complete line of ``metrics.jsonl`` and its record. Raise UserError if a line is not a record."""
     content = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for number, line in enumerate(content.split("\n")[:-1], start=1):  # a kill may have cut the last line short
         try:
             record = json.loads(line)
-            record["step"] + 0, record["split"]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is no record: {line[:40]!r}; remove it") from error
+        except (ValueError, RecursionError):
+            record = None
+        if not _is_record(record):
+            raise UserError(f"{path}: line {number} is not a record: {line[:40]!r}; remove it")
         yield line, record
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("step"), int | float) and "split" in value
 
 
 def to_json(record: Record, indent: int | None = None) -> str:

@@ -1,7 +1,7 @@
 """``python -m distlenet.tracking.sender RUN NAME...``: send a run's records on. ``Sidecar`` starts this process.
 
 Standard input has two lines: what to send (JSON), when the training starts, and its outcome (finished, preempted or
-failed). End of file means that the training process is gone.
+failed). End of file means that the training process has exited.
 """
 
 import importlib

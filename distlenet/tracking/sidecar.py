@@ -124,6 +124,6 @@ class Sidecar(Tracker):
         try:
             process.communicate(self.outcome.encode(), timeout=limit)
         except subprocess.TimeoutExpired:
-            reason = "wandb.finish_timeout_s" if limit == finish_timeout_s else "the job was asked to stop"
+            reason = "wandb.finish_timeout_s" if limit == finish_timeout_s else "a stop was requested"
             return f"was not done within {limit:.3g} s ({reason})"
         return f"ended with status {process.returncode}" if process.returncode else ""

@@ -21,13 +21,13 @@ from distlenet.utils.files import replace_text
 
 
 class EvaluationStopped(Exception):
-    """A rank was asked to stop. Raised on every rank after the same batch."""
+    """A rank has a stop request. Raised on every rank after the same batch."""
 
 
 class Evaluator:
     """Evaluates the splits of a task, ``loaders`` by name, as one rank."""
 
-    stop_check_interval = 16  # batches between two checks whether a rank was asked to stop
+    stop_check_interval = 16  # batches between two checks whether a rank has a stop request
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class Evaluator:
     def evaluate(self, split: str, model: nn.Module, step: int, analyse: bool = False) -> Metrics:
         """Return the metrics of the bare module ``model`` on a split, after ``step`` steps. A collective.
 
-        If ``analyse``, rank 0 also writes the task's error analysis. Raise EvaluationStopped if a rank was asked to
-        stop.
+        If ``analyse``, rank 0 also writes the task's error analysis. Raise EvaluationStopped if a rank has a stop
+        request.
         """
         loader = self.loaders[split]
         analysis = self.outline.task.error_analysis(self.context.device) if analyse else None
@@ -57,7 +57,7 @@ class Evaluator:
         return metrics
 
     def _interruptible(self, loader: EvaluationLoader, step: int) -> Iterator[Batch]:
-        """Yield the batches; now and then raise if a rank was asked to stop. A collective."""
+        """Yield the batches; after every 16 of them, raise if a rank has a stop request. A collective."""
         for number, batch in enumerate(loader):
             self.context.watchdog.heartbeat(step)
             check = number < loader.batches_of_every_rank and (number + 1) % self.stop_check_interval == 0

@@ -1,4 +1,4 @@
-"""Metrics over the predictions of a whole set, such as AUC, which are no averages over samples."""
+"""Metrics over the predictions of a whole set, such as AUC, which are not averages over samples."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ class Predictions:
     def metrics(self) -> dict[str, float]:
         """Return ``Task.summary_metrics`` of all samples, in their order in the dataset. A collective.
 
-        Rank 0 computes them. Raise UserError, on every rank, if they are no dict of numbers with unused names.
+        Rank 0 computes them. Raise UserError, on every rank, if they are not a dict of numbers with unused names.
         """
         gathered = gather_on_rank_0(self.chunks)  # collective
         self.chunks = []

@@ -1,7 +1,7 @@
 """The flags of recent steps, read by the host when they are ready, so that it does not wait for the present step.
 
-A flag is what the all-reduce of a step returned (``ReductionResult.flag``): positive if any rank was asked to stop, NaN
-if something was not finite.
+A flag is what the all-reduce of a step returned (``ReductionResult.flag``): positive if any rank has a stop request,
+NaN if something was not finite.
 """
 
 import math
@@ -51,7 +51,7 @@ class StepFlags:
         self.host.copy_(self.values, non_blocking=True)  # all: a CUDA graph copies between fixed addresses
 
     def poll(self, step: int) -> bool:
-        """Return whether a rank was asked to stop, as far as the flags up to ``step`` - ``DELAY`` show.
+        """Return whether a rank has a stop request, as far as the flags up to ``step`` - ``DELAY`` show.
 
         No host sync, unless the GPU is ``DELAY`` steps behind.
         """

@@ -32,7 +32,7 @@ class StepInputs:
         floats = self.row.view(torch.float32)  # two per integer, of which the first is used
         self.slot = self.row[:1]  # int64 (1,): the number of the step, modulo RECENT_STEPS
         self.epoch = self.row[1]  # int64 scalar
-        self.stop = floats[4]  # float32 scalar: 1 if this rank was asked to stop
+        self.stop = floats[4]  # float32 scalar: 1 if this rank has a stop request
         self.lrs = [floats[2 * (_FIXED + group)] for group in range(groups)]  # float32 scalars
         self.indices = self.row[self.first_index :]
 

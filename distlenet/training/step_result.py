@@ -22,7 +22,7 @@ class DeviceResult:
     """The result of a step on the device; in a CUDA graph, the same tensors in every replay."""
 
     grad_norm: Tensor | None  # scalar; None if not computed
-    stop: bool  # a rank was asked to stop; always False if the host does not wait for the step
+    stop: bool  # a rank has a stop request; always False if the host does not wait for the step
     skipped: bool  # also False if the host does not wait: the optimizer then decides on the device
     taken: bool  # the optimizer was called; False also if the loss scaler skipped the step
     times: StepTimes
@@ -33,7 +33,7 @@ class StepResult:
     """The result of a step for the training loop, identical on all ranks except for the times."""
 
     lr: float
-    stop: bool  # a rank was asked to stop
+    stop: bool  # a rank has a stop request
     skipped: bool  # a loss or gradient is not finite; always False if the host does not wait for the step
     grad_norm: Tensor | None  # scalar on the device, before clipping
     times: StepTimes

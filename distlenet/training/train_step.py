@@ -50,7 +50,7 @@ class TrainStep:
     def __call__(self, batch: Batch | ResidentBatch, step: int, stop: bool, want_grad_norm: bool = False) -> StepResult:
         """Take optimizer step ``step`` (from 0) on this rank's share of a global batch. A collective.
 
-        ``stop`` means that this rank was asked to stop. No host sync on a GPU, except with fp16 or
+        ``stop`` means that this rank has a stop request. No host sync on a GPU, except with fp16 or
         ``train.on_nonfinite=skip``, for the capture of a CUDA graph, and if the GPU is ``DELAY`` steps behind.
         """
         parts, lrs = self.on_device, [float(lr) for lr in self.schedule.get_last_lr()]

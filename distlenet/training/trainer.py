@@ -90,7 +90,7 @@ class Trainer:
     def fit(self) -> Record:
         """Train from the newest checkpoint, or from scratch, to the last step; return the summary.
 
-        Raise Preempted if the job was asked to stop: then a checkpoint holds everything done so far.
+        Raise Preempted if a stop was requested: then a checkpoint holds everything done so far.
         """
         self.start()
         while not self.complete:
@@ -157,7 +157,7 @@ class Trainer:
     def evaluate(self) -> tuple[dict[str, Metrics], TrainState]:
         """Evaluate the model, or its average, on all splits; return metrics by split and the next state. A collective.
 
-        If a rank was asked to stop, save and exit: a resumed run repeats the evaluation.
+        If a rank has a stop request, save and exit: a resumed run repeats the evaluation.
         """
         state, evaluated, best = self.state, {}, self.state.best
         model = self.train_step.on_device.evaluated_model()
@@ -219,7 +219,7 @@ class Trainer:
         self.train_step.check_finite()
 
     def _unwritten_sample_log(self) -> str | None:
-        """Return why no checkpoint may be written: a run resumed from it would miss lines for ever. A collective."""
+        """Return why no checkpoint may be written: a run resumed from it would miss lines forever. A collective."""
         unwritten = self.config.data.ledger and any_rank(self.sample_log.has_unwritten_lines, self.device)
         return "lines of a rank's ledger could not be written" if unwritten else None
 

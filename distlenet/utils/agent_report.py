@@ -32,7 +32,7 @@ def rank_has_failed(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def forbid_restarts() -> None:
-    """Tell ``python -m distlenet.launch`` that a rank ends it because all ranks would fail again."""
+    """Record for ``python -m distlenet.launch`` that a rank ends it because all ranks would fail again."""
     with contextlib.suppress(OSError, KeyError):
         Path(os.environ[NO_RESTARTS_FILE]).touch()
 

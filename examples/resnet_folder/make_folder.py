@@ -1,6 +1,6 @@
 """Write images of Fashion-MNIST as PNG files in color: ``python make_folder.py IMAGES``.
 
-Each image is tinted by a color that depends only on its index, so that the color is no hint of the class.
+Each image is tinted by a color that depends only on its index, so that the color does not reveal the class.
 """
 
 import argparse

@@ -20,7 +20,7 @@ OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden")
 def why_not() -> str | None:
     """Return why this machine cannot have the fake, or None."""
     if torch.version.cuda is None:
-        return "PyTorch is no CUDA build"
+        return "PyTorch is not a CUDA build"
     if shutil.which("g++") is None:
         return "no g++"
     return None if _toolkit() else "no headers of the CUDA runtime beside PyTorch"

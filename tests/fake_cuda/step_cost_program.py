@@ -78,7 +78,7 @@ PHASES = (
 
 
 def mark_calls(trainer: Trainer, task: Marked) -> None:
-    """Let ``task`` note the nodes when the parts of a step end that are no part of the task."""
+    """Let ``task`` note the nodes when the parts of a step end that are not part of the task."""
     step = trainer.train_step.on_device
     assert step.flags is not None
     record, update = step.flags.record, step.meter.update
@@ -127,7 +127,7 @@ def bare_nodes(batch_size: int, precision: str) -> int:
 
 
 def take(trainer: Trainer) -> Iterator[None]:
-    """Take steps for ever, as ``Trainer.train_epoch`` does between two log points."""
+    """Take steps forever, as ``Trainer.train_epoch`` does between two log points."""
     epoch = 0
     while True:
         trainer.state = replace(trainer.state, epoch=epoch, batch=0)

@@ -27,7 +27,7 @@ ONE_RANK = DistributedEnvironment()
 
 
 class Counting(nn.Module):
-    """Adds the mean of its input to ``seen``; ``total`` is replaced; ``mask`` never changes; ``cache`` is no state."""
+    """Adds the mean of its input to ``seen``; ``total`` is replaced; ``mask`` never changes; ``cache`` is not state."""
 
     def __init__(self) -> None:
         super().__init__()

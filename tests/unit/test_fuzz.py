@@ -401,5 +401,5 @@ def test_a_deeply_nested_line_of_json(tmp_path):
     """The JSON parser raises RecursionError for it."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("[" * 100_000 + "\n")
-    with pytest.raises(UserError, match="line 1 is no record"):
+    with pytest.raises(UserError, match="line 1 is not a record"):
         list(read_records(path))

@@ -68,7 +68,7 @@ def test_an_invalid_line_is_an_error(tmp_path, line):
     write(tmp_path, [1]).close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is no record"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is not a record"):
         write(tmp_path, [], start=1)
 
 

@@ -121,7 +121,7 @@ def test_a_process_that_does_not_end_is_killed(tmp_path, use_command, capsys):
     assert time.monotonic() - started < 20  # of 600
     assert process.returncode == -9
     warning = capsys.readouterr().err
-    assert "was not done within 0.25 s (the job was asked to stop); nothing is lost" in warning
+    assert "was not done within 0.25 s (a stop was requested); nothing is lost" in warning
     assert f"python -m distlenet.report {tmp_path} --replay-wandb" in warning
 
 

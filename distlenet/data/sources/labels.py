@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distlenet.utils.errors import UserError
 
-MAX_CLASSES = 2**20  # larger labels are no classes, but numbers such as ids
+MAX_CLASSES = 2**20  # larger labels are not classes, but numbers such as ids
 DIGEST_PARTS, DIGEST_BYTES = 64, 2**20  # of a large tensor, so many parts of so many bytes are in its digest
 
 
