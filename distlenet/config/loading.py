@@ -14,10 +14,10 @@ from distlenet.config.checkpoint_settings import read_base, read_files
 from distlenet.config.fields import FIELDS, GROUPS, flatten, split_mapping_key, to_yaml_value, unknown_key
 from distlenet.config.names import check_module, is_import_name, short_name
 from distlenet.config.profiled_steps import profiled_steps
-from distlenet.config.reading import one_line, read_settings
+from distlenet.config.reading import read_settings
 from distlenet.config.schema import Config
 from distlenet.config.virtual_shards import resolve_virtual_shards, virtual_shards
-from distlenet.utils.errors import UserError, printable, warn
+from distlenet.utils.errors import UserError, one_line, printable, warn
 from distlenet.utils.urls import is_url, join_url, local_copy_of, temporary_directory
 
 VIRTUAL_SHARDS = "distributed.virtual_shards"

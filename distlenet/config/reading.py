@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distlenet.config.fields import FIELDS, flatten, to_yaml_value, unknown_key
 from distlenet.utils.bundled import bundled
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, one_line
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException)
 
@@ -86,8 +86,3 @@ def read_yaml(path: str, name: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{name}: expected a mapping of settings, got a {type(loaded).__name__}")
     return cast(dict[str, Any], loaded)
-
-
-def one_line(error: Exception | str) -> str:
-    """Return the text of an error without line breaks, shortened."""
-    return " ".join(str(error).split())[:300]

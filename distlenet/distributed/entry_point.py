@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
-from distlenet.distributed.failures import format_failure, one_line
+from distlenet.distributed.failures import describe_failure, format_failure
 from distlenet.distributed.rank_log import dump_stacks_on_signal
 from distlenet.utils.agent_report import forbid_restarts, record_failure
 from distlenet.utils.errors import Preempted, RankError, UserError, print_error, warn
@@ -38,7 +38,7 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
             with contextlib.suppress(UserError):
                 env = read_environment(os.environ)
             print_error(format_failure(error, env))
-            record_failure(one_line(error))
+            record_failure(describe_failure(error))
         sys.exit(1)
 
 

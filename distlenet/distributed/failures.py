@@ -12,7 +12,7 @@ from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.tracebacks import format_traceback, is_raised_by_user, user_traceback
 from distlenet.utils.agent_report import record_failure
-from distlenet.utils.errors import Preempted, UserError, print_error
+from distlenet.utils.errors import Preempted, UserError, one_line, print_error
 
 STORE_TIMEOUT_S = 2.0
 MAX_REPORTS = 8  # in a large job all ranks fail after the first
@@ -37,9 +37,9 @@ def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> 
         if failures == 1:
             print_error(format_failure(error, env, log.handler.baseFilename if log.handler else None))
             if not _is_lost_connection(error):
-                record_failure(f"distlenet: {env} failed: {one_line(error)}")
+                record_failure(f"distlenet: {env} failed: {describe_failure(error)}")
         elif failures <= MAX_REPORTS and not _is_lost_connection(error):
-            print_error(f"distlenet: {env} failed after it: {one_line(error)}")
+            print_error(f"distlenet: {env} failed after it: {describe_failure(error)}")
         error.reported = True  # type: ignore[attr-defined]
         raise
 
@@ -53,7 +53,7 @@ def format_failure(error: Exception, env: DistributedEnvironment, log_file: str 
     where = f"; the log is {log_file}" if log_file else ""
     if _is_lost_connection(error):
         return (
-            f"distlenet: {rank}lost a connection: {one_line(error)}; another rank has exited without a report: "
+            f"distlenet: {rank}lost a connection: {describe_failure(error)}; another rank has exited without a report: "
             f"killed, out of memory, or its node is down{where}"
         )
     lines = user_traceback(error) if log_file else format_traceback(error)
@@ -65,6 +65,6 @@ def _is_lost_connection(error: Exception) -> bool:
     return PEER_LOST.search(str(error)) is not None and not is_raised_by_user(error)
 
 
-def one_line(error: Exception) -> str:
-    """Return the type and the text of an exception in one line."""
-    return f"{type(error).__name__}: {SOURCE_LINE.sub('', ' '.join(str(error).split()))[:MAX_CHARACTERS]}"
+def describe_failure(error: Exception) -> str:
+    """Return the type and the text of an exception in one short line, without Gloo's source line."""
+    return f"{type(error).__name__}: {SOURCE_LINE.sub('', one_line(error))[:MAX_CHARACTERS]}"

@@ -24,8 +24,8 @@ from distlenet.tracking.priority import lower_priority, set_session_share
 from distlenet.tracking.prometheus import Prometheus
 from distlenet.tracking.sidecar import EXIT_S, NAMES
 from distlenet.tracking.tensorboard import TensorBoard
-from distlenet.tracking.wandb import Wandb, one_line
-from distlenet.utils.errors import warn
+from distlenet.tracking.wandb import Wandb
+from distlenet.utils.errors import describe_error, warn
 
 POLL_S = 0.5  # between two reads of metrics.jsonl
 
@@ -86,7 +86,7 @@ def drop_on_error(sinks: dict[str, Sink], name: str) -> Iterator[None]:
         yield
     except Exception as error:
         sinks.pop(name, None)
-        warn(f"{NAMES[name]}: {one_line(error)}; nothing more is sent there, metrics.jsonl has everything")
+        warn(f"{NAMES[name]}: {describe_error(error)}; nothing more is sent there, metrics.jsonl has everything")
 
 
 def send(run_dir: Path, sinks: dict[str, Sink], statuses: Iterator[str]) -> None:

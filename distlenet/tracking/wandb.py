@@ -18,7 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from distlenet.tracking.base import SPLITS, Record
-from distlenet.utils.errors import UserError, warn
+from distlenet.utils.errors import UserError, describe_error, warn
 
 INIT_TIMEOUT_S = 30.0  # in which W&B must answer at the start; then the run is kept offline
 MODES = {name: name for name in ("online", "offline", "disabled")} | {"dryrun": "offline", "run": "online"}
@@ -91,7 +91,7 @@ class Wandb:
                 self.run = self._init("online")
             except Exception as error:  # any: a wrong key, no network, an error of the server
                 self.online = False
-                warn(f"W&B: {one_line(error)}; this run is kept offline, wandb sync sends it later")
+                warn(f"W&B: {describe_error(error)}; this run is kept offline, wandb sync sends it later")
                 wandb.teardown()  # the rest of the failed start would keep the run's id
         if not self.online:
             self.run = self._init("offline")
@@ -141,7 +141,7 @@ class Wandb:
                 try:
                     self.run.log({"step": self.last["step"], **self._tables(details)}, step=self.next_row)
                 except Exception as error:  # any: the numbers are more important than the tables
-                    warn(f"W&B: {one_line(error)}; this run has no tables there, report.html has them")
+                    warn(f"W&B: {describe_error(error)}; this run has no tables there, report.html has them")
             self.run.summary.update({k: v for k, v in summary.items() if v is not None})
             kind = "best" if "best_step" in summary else "last"  # without a validation set, there is no best one
             path = self.run_dir / "checkpoints" / f"{kind}.pt"
@@ -169,11 +169,6 @@ class Wandb:
             label, predicted = classes[mistake["label"]], classes[mistake["predicted"]]
             mistakes.add_data(image, label, predicted, mistake["confidence"], mistake["index"])
         return {"test/confusion_matrix": confusion, "test/most_confident_mistakes": mistakes}
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's type and message as one line."""
-    return " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())[:300]
 
 
 def row_number(record: Record) -> int:

@@ -16,7 +16,7 @@ from distlenet.tracking.base import TEST_FILE
 from distlenet.training.evaluation import evaluate
 from distlenet.training.meter import Metrics
 from distlenet.training.outline import TaskOutline
-from distlenet.utils.errors import UserError, warn
+from distlenet.utils.errors import UserError, describe_error, warn
 from distlenet.utils.files import replace_text
 
 
@@ -86,7 +86,7 @@ def check_error_analysis(outline: TaskOutline, model: nn.Module, batch: Batch, c
     try:
         analysis.update(outputs, data, batch.indices)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = describe_error(error)
         raise UserError(
             f"{name}.error_analysis: does not accept the outputs of {name}.loss: {reason}; return None from it"
         ) from error

@@ -35,6 +35,16 @@ class Preempted(Exception):
         self.status = status  # of the command that ends
 
 
+def one_line(error: object, limit: int = 300) -> str:
+    """Return the text of an error without line breaks, cut to ``limit`` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
+def describe_error(error: Exception, limit: int = 300) -> str:
+    """Return the type and the text of an error in one line, cut to ``limit`` characters."""
+    return one_line(f"{type(error).__name__}: {error}".removesuffix(": "), limit)
+
+
 def warn(text: str) -> None:
     """Print one line to standard error and log it to ``LOGGER``."""
     line = printable(" ".join(text.split()))
