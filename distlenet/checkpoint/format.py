@@ -13,7 +13,7 @@ import torch
 
 from distlenet.checkpoint import archive
 from distlenet.checkpoint.archive import Writable, read_state, write_state
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, one_line
 from distlenet.utils.files import sync_path
 
 State = dict[str, Any]
@@ -121,7 +121,7 @@ def load_task_state(task: HasState, state: State, path: Path) -> None:
             raise TypeError(f"it is a {type(saved).__name__}")
         task.load_state_dict(saved)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
         raise UserError(
             f"checkpoint {path}: its task state does not fit {type(task).__name__}: {reason}; give the task that was "
             "trained, or a checkpoint of this version"

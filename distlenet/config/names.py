@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, TypeVar
 
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, describe_error
 
 T = TypeVar("T")
 
@@ -142,4 +142,4 @@ def _reason(error: BaseException) -> str:
     """Return the type, the text and the place of an error, in one line."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300] + place
+    return describe_error(error) + place

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, describe_error, one_line
 
 OPSET = 18  # of ONNX: torch's exporter writes it without a conversion
 MAX_BYTES = 2**31 - 2**20  # of an ONNX file, whose format has no larger ones
@@ -31,7 +31,7 @@ def trace(network: nn.Module, example: Mapping[str, Tensor], dynamic: Mapping[st
     except UserError:
         raise
     except Exception as error:  # of the user's code or of torch
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        reason = describe_error(error, 500)
         raise UserError(
             f"export: torch.export cannot trace the network: {reason}; in predict and forward, branch on no value of a "
             "tensor, and write x.shape[0] for the number of samples, not len(x)"
@@ -87,7 +87,7 @@ def write_onnx(program: ExportedProgram, file: Path, metadata: str, outputs: tup
         model = converted.model_proto
         size = model.ByteSize()
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        reason = describe_error(error, 500)
         raise UserError(
             f"export: {file.name}: torch.onnx cannot convert the network: {reason}; use --to pt2"
         ) from error
@@ -102,7 +102,7 @@ def write_onnx(program: ExportedProgram, file: Path, metadata: str, outputs: tup
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # its classes have no common one
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error, 500)
         raise UserError(f"export: {file.name}: torch.onnx wrote an invalid file: {reason}; use --to pt2") from error
     file.write_bytes(model.SerializeToString())
 

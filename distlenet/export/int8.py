@@ -8,7 +8,7 @@ from typing import Any
 
 from distlenet.export.exported_network import Inputs
 from distlenet.export.graph import quiet
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, describe_error
 
 CALIBRATION_SAMPLES, CALIBRATION_BATCH = 1024, 64
 QUANTIZED = [
@@ -54,7 +54,7 @@ def quantize(source: Path, target: Path, calibration: Iterable[Inputs]) -> None:
     except (UserError, OSError):  # of the data, of the disk
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        reason = describe_error(error, 500)
         raise UserError(f"--quantize int8: ONNX Runtime cannot quantize the network: {reason}; remove it") from error
     finally:
         prepared.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, describe_error
 
 SAFETY = 16.0
 ROUNDINGS = 4.0
@@ -65,7 +65,7 @@ class RoundingError:
             with InFloat64():
                 exact = self.network(**inputs)
         except (RuntimeError, TypeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = describe_error(error)
             raise UserError(
                 f"export: the network cannot be computed in float64, to measure its rounding error: {reason}; in "
                 "predict and forward, convert types by x.float() or x.to(torch.float32)"

@@ -20,7 +20,7 @@ from distlenet.preflight.exchange import Exchange, run_node_checks
 from distlenet.preflight.finding import Finding, PreflightReport
 from distlenet.preflight.node_checks import remove_if_created
 from distlenet.preflight.trial_step import run_collective_checks
-from distlenet.utils.errors import RankError, UserError
+from distlenet.utils.errors import RankError, UserError, one_line
 from distlenet.utils.parser import positive_int
 
 
@@ -65,7 +65,7 @@ def run_checks(config: Config, env: DistributedEnvironment, wait_s: float, all_s
             try:
                 run_collective_checks(report, config, exchange.store, all_sizes)
             except (UserError, RuntimeError, OSError) as error:
-                text, hint = " ".join(str(error).split())[:300], "fix this: training would fail in the same way"
+                text, hint = one_line(error), "fix this: training would fail in the same way"
                 report.findings.append(Finding("training", "FAIL", text, hint))
         report.findings = [Finding(*value) for value in exchange.broadcast("all findings", report.findings, 10)]
         with suppress(RankError):

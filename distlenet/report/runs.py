@@ -12,7 +12,7 @@ from distlenet.config.fields import flatten, to_yaml_value
 from distlenet.config.reading import read_yaml
 from distlenet.tracking.base import TEST_FILE, Record, metrics_of
 from distlenet.tracking.history import read_records
-from distlenet.utils.errors import UserError, printable, warn
+from distlenet.utils.errors import UserError, one_line, printable, warn
 from distlenet.utils.structure import MAX_COUNT, check_same_structure
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def read_run(directory: Path) -> Run:
     try:
         records = [record for _, record in read_records(metrics)]
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UserError(f"{metrics}: cannot be read: {reason}; restore the file, or omit the run") from error
     return Run(
         directory,

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 
 from distlenet.images.image_format import ImageFormat
+from distlenet.utils.errors import one_line
 
 Arrays = Mapping[str, np.ndarray]
 FORMAT = 1  # of model.json
@@ -73,14 +74,14 @@ class ServedModel:
             raise BadVersion(f"{file}: the network does not run on zeros: {error}") from error
         except Exception as error:  # damaged files cause many; those of ONNX Runtime have no common class
             reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
-            raise BadVersion(" ".join(reason.split())[:300]) from error
+            raise BadVersion(one_line(reason)) from error
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """Return all outputs of a batch. Raise CannotCompute if the network cannot compute them."""
         try:
             outputs = dict(zip(self.outputs, self.session.run(list(self.outputs), dict(inputs)), strict=True))
         except Exception as error:  # those of ONNX Runtime have no common class
-            raise CannotCompute(" ".join(str(error).split())[:300]) from error
+            raise CannotCompute(one_line(error)) from error
         for name, array in outputs.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise CannotCompute(f"the output {name} is not finite")

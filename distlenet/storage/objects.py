@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distlenet.utils.errors import UserError, printable, warn
+from distlenet.utils.errors import UserError, one_line, printable, warn
 from distlenet.utils.urls import join_url
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ class Objects:
         try:
             yield
         except Exception as error:  # the packages of the stores raise many types
-            reason = printable(" ".join(str(error).split())[:300]) or type(error).__name__
+            reason = printable(one_line(error)) or type(error).__name__
             permanent = isinstance(error, PERMANENT) or type(error).__name__ in CREDENTIALS
             fix = "; check the URL and the credentials" if permanent else ""
             raise StorageError(f"{join_url(self.url, name)}: {reason}{fix}", permanent) from error

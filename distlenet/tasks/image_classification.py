@@ -19,7 +19,7 @@ from distlenet.tasks.error_analysis import ClassificationErrors
 from distlenet.tasks.image_statistics import measure_images
 from distlenet.tasks.image_transform import ImageTransform
 from distlenet.tasks.mixing import Mixing
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, one_line
 
 ImagesAndLabels = tuple[Tensor, Tensor]
 """Images (n, H, W) or (n, C, H, W) as stored, or (n, C, H, W) float32 as transformed; labels int64 (n,).
@@ -159,7 +159,7 @@ class ImageClassification(Task):
             raise
         except (RuntimeError, ValueError) as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise UserError(
                 f"{name}: does not accept images of shape {shape}: {reason} ({frame.filename}, line {frame.lineno}); "
                 "give another network, model.args, model.channels_last=false, or data.size"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distlenet.checkpoint.archive import from_bytes, to_bytes
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, one_line
 
 
 def required_arguments(function: Callable[..., Any]) -> list[str]:
@@ -20,7 +20,7 @@ def check_savable(given: str, state: dict[str, Any]) -> None:
     try:
         from_bytes(to_bytes({"state": state}))
     except Exception as error:  # pickle raises many types
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        reason = one_line(error.__cause__ or error, 200)
         raise UserError(
             f"{given}: a checkpoint cannot hold its state ({reason}); its state_dict may contain tensors, numbers, "
             "strings, lists and dicts"

@@ -40,7 +40,7 @@ def one_line(error: object, limit: int = 300) -> str:
     return " ".join(str(error).split())[:limit]
 
 
-def describe_error(error: Exception, limit: int = 300) -> str:
+def describe_error(error: BaseException, limit: int = 300) -> str:
     """Return the type and the text of an error in one line, cut to ``limit`` characters."""
     return one_line(f"{type(error).__name__}: {error}".removesuffix(": "), limit)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from distlenet.config.schema import DataConfig
 from distlenet.data.sources.labels import check_images, check_labels, digest_of
 from distlenet.data.sources.opened import OpenedImages, StoredImages
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, one_line
 from distlenet.utils.mapped_file import share_tensors
 
 LAYOUT = "train_images, train_labels, test_images and test_labels, and optionally val_images and val_labels"
@@ -61,5 +61,5 @@ def _read(root: Path, name: str) -> Tensor | None:
         native = array.astype(array.dtype.newbyteorder("="), copy=False)
         return torch.from_numpy(np.ascontiguousarray(native))
     except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+        reason = one_line(getattr(error, "strerror", None) or error, 200)
         raise UserError(f"data {root}: {name} cannot be read: {reason}; give a .npz file, or .npy files") from error

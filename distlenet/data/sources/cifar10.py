@@ -9,7 +9,7 @@ import torch
 from distlenet.config.schema import DataConfig
 from distlenet.data.download import LOCK_TIMEOUT_S, SOCKET_TIMEOUT_S, is_default
 from distlenet.data.sources.opened import OpenedImages, StoredImages
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import UserError, one_line
 from distlenet.utils.mapped_file import share_tensors
 
 DIRECTORY = "cifar-10-batches-py"
@@ -36,7 +36,7 @@ def open_cifar10(config: DataConfig, stack: ExitStack, fetch: bool) -> OpenedIma
                 CIFAR10(str(root), download=True)
         sets = {split: CIFAR10(str(root), train=split == "train") for split in ("train", "test")}
     except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         hint = f"put the published {DIRECTORY} into {root}, or run again with a network"
         raise UserError(f"data.name=cifar10: cannot be read or downloaded: {reason}; {hint}") from error
     finally:
