@@ -3,14 +3,17 @@
 The package kubeflow-trainer-api has pydantic models of the OpenAPI schemas of Kubernetes and of Kubeflow Trainer.
 """
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 
 import pytest
 import yaml
-from conftest import REPO
+from conftest import REPO, Job
 from kubeflow_trainer_api import models
 from torch.distributed import run
 
@@ -207,3 +210,26 @@ def test_kustomization():
     (kustomization,) = objects("kustomization.yaml")
     assert kustomization["resources"] == ["storage.yaml", "job.yaml"]
     assert container_of(JOB)["image"].partition(":")[0] == kustomization["images"][0]["name"]
+
+
+def pytorchjob_variables(pod, pods, port):
+    """Return what Kubeflow's PyTorchJob sets (training-operator, pkg/controller.v1/pytorch/envvar.go, since 1.7)."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sizes = {"PET_NNODES": pods, "PET_NODE_RANK": pod, "PET_NPROC_PER_NODE": 1, "WORLD_SIZE": pods, "RANK": pod}
+    variables = address | {f"PET_{name}": value for name, value in address.items()} | sizes
+    return {name: str(value) for name, value in variables.items()}
+
+
+@pytest.mark.slow
+def test_the_pods_of_a_pytorchjob_train_together(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = ("data.name=digits", "train.epochs=1", f"run.dir={tmp_path}", "run.name=run", "run.report=never")
+    command = (sys.executable, "-m", "distlenet.launch", "-m", "distlenet.train", *settings)
+    with contextlib.ExitStack() as stack:
+        environments = [pytorchjob_variables(pod, 2, port) for pod in range(2)]
+        jobs = [stack.enter_context(Job(tmp_path, *command, env=variables)) for variables in environments]
+        results = [job.wait().succeeded() for job in jobs]
+    assert "world size 2, gloo" in results[0].stdout
+    assert results[1].stdout == ""
