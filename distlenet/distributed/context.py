@@ -1,7 +1,9 @@
 """The start of every command that computes: environment, device, precision, rendezvous and process group."""
 
+import contextlib
 import gc
 import os
+import stat
 from collections.abc import Iterator, MutableMapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -64,7 +66,7 @@ def init_distributed(
     environment is invalid.
     """
     env = read_environment(os.environ)
-    heartbeat_file = check_heartbeat_file(config.distributed.heartbeat_file)
+    heartbeat_file = prepare_heartbeat_file(config.distributed.heartbeat_file)
     set_threads(config.distributed.threads)
     tune_malloc()
     init_s, step_s = config.distributed.init_timeout_s, config.distributed.step_timeout_s
@@ -129,13 +131,21 @@ def _process_group(
         gc.collect()
 
 
-def check_heartbeat_file(path: str | None) -> Path | None:
-    """Return ``distributed.heartbeat_file``. Raise UserError if its directory cannot be written."""
+def prepare_heartbeat_file(path: str | None) -> Path | None:
+    """Return ``distributed.heartbeat_file``. Remove the file of an earlier job, which a probe would take for a hang.
+
+    Raise UserError if it cannot be written, or is anything but an empty file: the end of the job removes it.
+    """
     if path is None:
         return None
-    if not os.access(Path(path).absolute().parent, os.W_OK) or Path(path).is_dir():
+    file = Path(path)
+    if not os.access(file.absolute().parent, os.W_OK):
         raise UserError(f"distributed.heartbeat_file={path}: cannot be written; give a file in a writable directory")
-    return Path(path)
+    with contextlib.suppress(FileNotFoundError):  # another rank of this node may have removed it
+        if not stat.S_ISREG(file.lstat().st_mode) or file.lstat().st_size > 0:
+            raise UserError(f"distributed.heartbeat_file={path}: exists and is not an empty file; give another name")
+        file.unlink()
+    return file
 
 
 def set_flight_recorder_size(environ: MutableMapping[str, str]) -> None:

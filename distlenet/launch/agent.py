@@ -1,5 +1,6 @@
 """torchrun's agent, whose report of a failure is one line: the ranks have printed the reason before."""
 
+import functools
 import logging
 import os
 import signal
@@ -7,8 +8,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch.distributed import run
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -28,12 +31,28 @@ def run_agent(words: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
     agent.addFilter(lambda record: "death signal" not in str(record.msg))
+    report_restarts()
     arguments = run.parse_args(words)
     with TemporaryDirectory(prefix="distlenet-agent-") as directory:
         if not writes_logs(arguments):
             arguments.log_dir = directory  # else torchrun makes a directory that it does not remove
         os.environ[NO_RESTARTS_FILE] = str(Path(directory) / "no-restarts")
         return _run(arguments)
+
+
+def report_restarts() -> None:
+    """Let torchrun's agents print which rank failed before they restart: torchrun's own lines do not say."""
+    monitor = LocalElasticAgent._monitor_workers
+
+    @functools.wraps(monitor)
+    def monitor_and_report(agent: LocalElasticAgent, group: Any) -> Any:
+        result = monitor(agent, group)
+        if result.is_failed() and agent._remaining_restarts > 0 and not restarts_are_forbidden():
+            rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+            warn(f"rank {rank} {_describe_exit(failure)}; restarting the ranks of this node")
+        return result
+
+    LocalElasticAgent._monitor_workers = monitor_and_report  # type: ignore[method-assign]
 
 
 def writes_logs(arguments: Namespace) -> bool:
@@ -46,7 +65,8 @@ def _run(arguments: Namespace) -> int:
         run.run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        restarts = f" after {arguments.max_restarts} restarts" if arguments.max_restarts else ""
+        count = arguments.max_restarts
+        restarts = f" after {count} restart{'s' * (count > 1)}" if count else ""
         warn(f"rank {rank} {_describe_exit(failure)}{restarts}; all ranks of this node have ended")
         return max(failure.exitcode, 1)
     except SignalException as error:

@@ -67,3 +67,12 @@ def test_a_failed_rank_is_named_in_one_line(program, failure, status, lines):
     assert ended.status == status, str(ended)
     lines[-1] += "; all ranks of this node have ended"
     assert ended.stderr.splitlines()[-len(lines) :] == lines, str(ended)
+
+
+def test_the_rank_that_causes_a_restart_is_named(program):
+    ended = run_command(*LAUNCH, "--max-restarts=1", program, "kill", env={"DISTLENET_WARM_START": "0"})
+    assert ended.status == 1, str(ended)
+    assert ended.stderr.splitlines() == [
+        "distlenet: rank 1 was killed by SIGKILL; restarting the ranks of this node",
+        "distlenet: rank 1 was killed by SIGKILL after 1 restart; all ranks of this node have ended",
+    ], str(ended)

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from conftest import run_command
 
-from distlenet.distributed.context import check_heartbeat_file
+from distlenet.distributed.context import prepare_heartbeat_file
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rendezvous import host_key
 from distlenet.distributed.watchdog import Watchdog, restart_time_limit, run_watchdog
@@ -115,10 +115,22 @@ def test_the_heartbeat_file_exists_until_the_end(tmp_path):
 
 
 def test_a_heartbeat_file_that_cannot_be_written_is_an_error(tmp_path):
-    assert check_heartbeat_file(str(tmp_path / "heartbeat")) == tmp_path / "heartbeat"
-    for path in (tmp_path, tmp_path / "missing/heartbeat"):
-        with pytest.raises(UserError, match=f"heartbeat_file={path}: cannot be written; give a file in a writable dir"):
-            check_heartbeat_file(str(path))
+    path = tmp_path / "missing/heartbeat"
+    with pytest.raises(UserError, match=f"heartbeat_file={path}: cannot be written; give a file in a writable dir"):
+        prepare_heartbeat_file(str(path))
+
+
+def test_the_heartbeat_file_of_an_earlier_job_is_removed_and_nothing_else(tmp_path):
+    earlier, notes, link = tmp_path / "heartbeat", tmp_path / "notes", tmp_path / "link"
+    earlier.touch()
+    notes.write_text("mine")
+    link.symlink_to(earlier)
+    for path in (tmp_path, notes, link):
+        with pytest.raises(UserError, match=f"heartbeat_file={path}: exists and is not an empty file; give another"):
+            prepare_heartbeat_file(str(path))
+        assert path.exists()
+    assert prepare_heartbeat_file(str(earlier)) == earlier
+    assert not earlier.exists()
 
 
 def test_progress_outside_of_steps_restarts_the_time_limit():
