@@ -1,4 +1,4 @@
-"""The ranks and sizes of this process, read from the environment variables of torchrun, srun or mpirun."""
+"""The ranks and sizes of this process, read from the variables of torchrun, srun, mpirun or an Indexed Job."""
 
 import re
 import socket
@@ -27,14 +27,15 @@ class DistributedEnvironment:
 
 
 def read_environment(environ: Mapping[str, str]) -> DistributedEnvironment:
-    """Return the environment that torchrun has set, else that of mpirun or srun, else that of a single process.
+    """Return the environment that torchrun has set, else that of mpirun, srun or a pod, else that of a single process.
 
     srun counts only inside a job step: a batch script and an salloc shell have SLURM_NTASKS, but no started tasks.
     Inside a SLURM job, mpirun starts its daemons with srun, so its ranks also have the variables of that step. srun
-    itself sets only PMI_RANK and PMI_SIZE of mpirun's variables (``--mpi=pmi2``).
+    itself sets only PMI_RANK and PMI_SIZE of mpirun's variables (``--mpi=pmi2``). A pod of an Indexed Job always has
+    JOB_COMPLETION_INDEX, also if torchrun starts its ranks; WORLD_SIZE is then that of the pod, without RANK.
     Raise RankError if a variable is missing, is not an integer, or contradicts another one.
     """
-    if "RANK" in environ or "WORLD_SIZE" in environ:
+    if "RANK" in environ or ("WORLD_SIZE" in environ and "JOB_COMPLETION_INDEX" not in environ):
         env = _from_torchrun(environ)
     elif "OMPI_COMM_WORLD_RANK" in environ:
         env = _from_open_mpi(environ)
@@ -44,6 +45,8 @@ def read_environment(environ: Mapping[str, str]) -> DistributedEnvironment:
         env = _from_srun(environ)
     elif "PMI_RANK" in environ:  # another launcher: report what it does not set
         env = _from_hydra(environ)
+    elif "JOB_COMPLETION_INDEX" in environ:
+        env = _from_indexed_job(environ)
     else:
         return DistributedEnvironment()
     if env.rank >= env.world_size:
@@ -116,6 +119,30 @@ def _from_mpirun(environ: Mapping[str, str], names: tuple[str, ...], command: st
         )
     address = environ["MASTER_ADDR"], read_int(environ, "MASTER_PORT", 1, 65535)
     return DistributedEnvironment(rank, local_rank, world_size, local_world_size, rank // local_world_size, *address)
+
+
+def _from_indexed_job(environ: Mapping[str, str]) -> DistributedEnvironment:
+    """Return the environment of a pod of a Kubernetes Indexed Job without a launcher: it is one rank."""
+    rank = read_int(environ, "JOB_COMPLETION_INDEX")
+    given = f"environment: JOB_COMPLETION_INDEX={rank}"
+    if not environ.get("WORLD_SIZE"):
+        if rank == 0:
+            return DistributedEnvironment()  # a Job of one pod
+        raise RankError(
+            f"{given}, but neither a launcher nor WORLD_SIZE is set, so each pod would run alone; start the ranks "
+            "with python -m distlenet.launch, as launch/kubernetes/job.yaml does, or set WORLD_SIZE, "
+            "MASTER_ADDR=NAME-0.SERVICE and MASTER_PORT in the pod; for one run per pod, unset JOB_COMPLETION_INDEX"
+        )
+    world_size = read_int(environ, "WORLD_SIZE", 1)
+    if rank >= world_size:
+        raise RankError(f"{given}, but WORLD_SIZE={world_size}; set WORLD_SIZE to the completions of the Job")
+    if world_size == 1:
+        return DistributedEnvironment()
+    if missing := ", ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)):
+        fix = "set MASTER_ADDR=NAME-0.SERVICE and MASTER_PORT=29500 in the pod"
+        raise RankError(f"{given} and WORLD_SIZE={world_size}, but {missing} is not set; {fix}")
+    address = environ["MASTER_ADDR"], read_int(environ, "MASTER_PORT", 1, 65535)
+    return DistributedEnvironment(rank, 0, world_size, 1, rank, *address)
 
 
 def read_int(environ: Mapping[str, str], name: str, minimum: int = 0, maximum: int = 2**32 - 1) -> int:

@@ -21,7 +21,9 @@ import torch
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.utils.errors import LOGGER, RANK_LOG, warn
 
-LOGGED_VARIABLES = re.compile(r"(LOCAL_)?RANK|WORLD_SIZE|TORCH\w*|(MASTER|SLURM|NCCL|GLOO|CUDA|OMP|MKL|OMPI)_\w+")
+LOGGED_VARIABLES = re.compile(
+    r"(LOCAL_)?RANK|WORLD_SIZE|JOB_COMPLETION_INDEX|TORCH\w*|(MASTER|SLURM|NCCL|GLOO|CUDA|OMP|MKL|OMPI)_\w+"
+)
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|JWT|CRED|AUTH", re.IGNORECASE)
 
 

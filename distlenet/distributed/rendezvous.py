@@ -59,6 +59,8 @@ def wait_for_server(env: DistributedEnvironment, is_server: bool, timeout_s: flo
     Raise RankError if not. torch would retry a wrong name until its timeout, and print C++ stacks for a closed port.
     """
     host, port, started = env.master_addr, env.master_port, time.monotonic()
+    is_pod = "JOB_COMPLETION_INDEX" in os.environ  # the name of the first pod is known when that pod is scheduled
+    resolve_timeout_s = timeout_s if is_pod else RESOLVE_TIMEOUT_S
     for attempt in itertools.count(1):
         try:
             socket.getaddrinfo(host, port)
@@ -66,7 +68,7 @@ def wait_for_server(env: DistributedEnvironment, is_server: bool, timeout_s: flo
                 socket.create_connection((host, port), timeout=min(5.0, timeout_s)).close()
             return
         except (socket.gaierror, UnicodeError) as error:
-            if attempt > 1 and time.monotonic() - started > RESOLVE_TIMEOUT_S:  # a name server may fail once
+            if attempt > 1 and time.monotonic() - started > resolve_timeout_s:  # a name server may fail once
                 raise RankError(
                     f"the host name {host} of rank 0 cannot be resolved on {socket.gethostname()} ({error}); set "
                     "MASTER_ADDR, or on that node torchrun's --local-addr, to an address that all nodes know"

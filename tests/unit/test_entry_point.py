@@ -166,6 +166,9 @@ def test_the_environment(error_of, monkeypatch):
         ({"PMI_RANK": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, UserError, False, True),  # srun started them
         ({"SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, RankError, False, True),  # may concern its node only
         ({"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, RankError, True, False),
+        ({"JOB_COMPLETION_INDEX": "1", "WORLD_SIZE": "2"}, UserError, True, False),
+        ({"JOB_COMPLETION_INDEX": "1", "WORLD_SIZE": "2"}, RankError, False, True),  # a pod is a node
+        ({"JOB_COMPLETION_INDEX": "1"}, UserError, False, True),  # such as the report of a run, once per pod
     ],
 )
 def test_the_first_rank_prints_and_the_others_linger(monkeypatch, capsys, environ, kind, lingers, prints):

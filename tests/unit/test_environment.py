@@ -1,4 +1,4 @@
-"""The environment of torchrun, of srun and of a single process, and its errors."""
+"""The environment of torchrun, srun, mpirun, a pod of Kubernetes and a single process, and its errors."""
 
 import re
 
@@ -205,3 +205,45 @@ def test_a_single_rank_of_mpirun_needs_no_address():
 def test_mpirun_reports_what_is_missing(environ, message):
     with pytest.raises(RankError, match=re.escape(message)):
         read_environment(environ)
+
+
+POD = {"JOB_COMPLETION_INDEX": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "net-0.net", "MASTER_PORT": "29500"}
+"""A pod of a Kubernetes Indexed Job that runs distlenet without torchrun."""
+
+
+def test_a_pod_of_an_indexed_job_is_one_rank():
+    assert read_environment(POD) == DistributedEnvironment(1, 0, 2, 1, 1, "net-0.net", 29500)
+    assert read_environment(POD | {"JOB_COMPLETION_INDEX": "0"}).rank == 0
+
+
+@pytest.mark.parametrize("ranks", [TORCHRUN, OPEN_MPI | ADDRESS, HYDRA | ADDRESS, SRUN])
+def test_ranks_that_a_launcher_starts_in_a_pod_have_its_numbers(ranks):
+    assert read_environment({"JOB_COMPLETION_INDEX": "7", **ranks}) == read_environment(ranks)
+
+
+@pytest.mark.parametrize("size", [{}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}])
+def test_a_job_of_one_pod_is_a_single_process(size):
+    assert read_environment({"JOB_COMPLETION_INDEX": "0", **size}) == DistributedEnvironment()
+
+
+def test_pods_that_would_train_alone_are_an_error():
+    with pytest.raises(RankError, match="JOB_COMPLETION_INDEX=1, but neither a launcher nor WORLD_SIZE") as caught:
+        read_environment({"JOB_COMPLETION_INDEX": "1"})
+    fixes = ("python -m distlenet.launch, as launch/kubernetes/job.yaml", "MASTER_ADDR=NAME-0.SERVICE", "unset JOB_")
+    assert all(fix in str(caught.value) for fix in fixes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"JOB_COMPLETION_INDEX": "2"}, "JOB_COMPLETION_INDEX=2, but WORLD_SIZE=2; set WORLD_SIZE to the completions"),
+        ({"JOB_COMPLETION_INDEX": ""}, "JOB_COMPLETION_INDEX='': expected an integer, 0 to"),
+        ({"WORLD_SIZE": "$(PODS)"}, "WORLD_SIZE='$(PODS)': expected an integer, 1 to"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0': expected an integer, 1 to"),
+        ({"MASTER_ADDR": ""}, "JOB_COMPLETION_INDEX=1 and WORLD_SIZE=2, but MASTER_ADDR is not set; set MASTER_ADDR="),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT='0': expected an integer, 1 to 65535"),
+    ],
+)
+def test_a_pod_reports_what_is_missing(change, message):
+    with pytest.raises(RankError, match=re.escape(message)):
+        read_environment(POD | change)

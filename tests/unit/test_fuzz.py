@@ -363,7 +363,7 @@ SLURM = (
 MPI = "RANK LOCAL_RANK SIZE LOCAL_SIZE"
 HYDRA = "PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS"
 NAMES = [*TORCHRUN.split(), *HYDRA.split(), *(f"OMPI_COMM_WORLD_{name}" for name in MPI.split())]
-NAMES += [f"SLURM_{name}" for name in SLURM.split()]
+NAMES += ["JOB_COMPLETION_INDEX", *(f"SLURM_{name}" for name in SLURM.split())]
 VALUES = """0 1 2 -1 1e3 99999 2(x2) 2(x999999999) n[1-3] n[ (x9) True ²"""
 values = st.text(max_size=8) | st.sampled_from(VALUES.split())
 

@@ -17,11 +17,12 @@ CPU = torch.device("cpu")
 
 def test_the_environment_without_secrets():
     logged = {"LOCAL_RANK": "3", "NCCL_DEBUG": "INFO", "SLURM_JOB_ID": "7", "WORLD_SIZE": "4"}
+    logged["JOB_COMPLETION_INDEX"] = "0"
     hidden = {"MASTER_PASSWORD": "abc", "SLURM_JWT": "def", "TORCH_API_KEY": "ghi"}
     omitted = {"WANDB_API_KEY": "jkl", "AWS_SECRET_ACCESS_KEY": "mno", "HOME": "/home/me"}
     assert format_environment(logged | hidden | omitted) == (
-        "LOCAL_RANK=3 MASTER_PASSWORD=(hidden) NCCL_DEBUG=INFO SLURM_JOB_ID=7 SLURM_JWT=(hidden) "
-        "TORCH_API_KEY=(hidden) WORLD_SIZE=4"
+        "JOB_COMPLETION_INDEX=0 LOCAL_RANK=3 MASTER_PASSWORD=(hidden) NCCL_DEBUG=INFO SLURM_JOB_ID=7 "
+        "SLURM_JWT=(hidden) TORCH_API_KEY=(hidden) WORLD_SIZE=4"
     )
 
 

@@ -56,6 +56,22 @@ def test_a_host_name_that_resolves_at_the_second_attempt(monkeypatch):
     assert next(answers, "used") == "used"
 
 
+def test_a_pod_waits_for_the_name_of_the_first_pod(monkeypatch):
+    """It is known when that pod is scheduled, which may take longer than a failure of a name server."""
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.setattr(rendezvous, "RESOLVE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(rendezvous.time, "sleep", lambda _: None)
+    answers = iter([True] * 5 + [False])
+
+    def resolve(*_):
+        if next(answers):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    rendezvous.wait_for_server(environment(1, rank=0, host="net-0.net"), is_server=True, timeout_s=600)
+    assert next(answers, "used") == "used"
+
+
 def test_a_server_that_is_not_a_store(listener, monkeypatch):
     monkeypatch.setattr(rendezvous, "CONNECT_MARGIN_S", 0.2)
     with pytest.raises(RankError, match=f":{listener} is not rank 0; set MASTER_PORT to a free port"):
