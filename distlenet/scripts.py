@@ -10,6 +10,8 @@ from distlenet.utils.errors import UserError
 from distlenet.utils.parser import Parser
 
 PARTS = ("launch", "slurm")
+IMAGES = ("Containerfile", "distlenet.def")
+"""Definitions of images in ``launch/``, which copy the checkout: they cannot be built elsewhere."""
 
 
 def main() -> None:
@@ -21,13 +23,13 @@ def main() -> None:
 
 
 def write_scripts(directory: Path) -> list[Path]:
-    """Write ``launch/`` and ``slurm/`` to ``directory``; return the files. Raise UserError rather than overwrite one.
+    """Write ``launch/`` and ``slurm/`` to ``directory``, without ``IMAGES``; return the files.
 
-    The second line of a file has the version.
+    Raise UserError rather than overwrite one. The second line of a file has the version.
     """
     targets: dict[Path, Path] = {}
     for source in map(bundled, PARTS):
-        files = sorted(path for path in source.rglob("*") if path.is_file())
+        files = sorted(path for path in source.rglob("*") if path.is_file() and path.name not in IMAGES)
         targets |= {path: directory / source.name / path.relative_to(source) for path in files}
     if exists := next((target for target in targets.values() if target.exists()), None):
         raise UserError(f"{exists}: exists already; give another directory, or move it away to get a new one")

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import REPO, run_command
 
+from distlenet import __version__
 from distlenet.__main__ import COMMANDS
 from distlenet.config.loading import load_config
 from distlenet.scripts import write_scripts
@@ -48,7 +49,9 @@ def installed(built, tmp_path_factory):
 def test_a_build_can_be_repeated_to_the_byte(built, tmp_path):
     again = build(tmp_path)
     assert [path.name for path in again] == [path.name for path in built]
-    assert [path.suffix for path in built] == [".whl", ".gz"]
+    assert [path.name for path in built] == [
+        f"distlenet-{__version__}{end}" for end in ("-py3-none-any.whl", ".tar.gz")
+    ]
     for first, second in zip(built, again, strict=True):
         assert filecmp.cmp(first, second, shallow=False), first.name
 
@@ -84,12 +87,13 @@ def test_an_installed_command_trains_in_an_empty_directory_without_a_home(instal
 def test_the_installed_scripts_are_those_of_the_checkout(installed, tmp_path):
     written = run_command(installed / "distlenet", "scripts", "job", cwd=tmp_path).succeeded().stdout.split()
     names = [Path(path).name for path in written]
-    assert (names.count("train.sbatch"), names.count("job.yaml")) == (1, 1)
+    copied = [path.name for part in ("launch", "slurm") for path in (REPO / part).rglob("*") if path.is_file()]
+    assert sorted([*names, "Containerfile", "distlenet.def"]) == sorted(copied)  # these two build from the checkout
     for path in (tmp_path / path for path in written):
         source = REPO / path.relative_to(tmp_path / "job")
         first, version, *rest = path.read_text().splitlines()
         assert [first, *rest] == source.read_text().splitlines()
-        assert version.startswith("# Written by distlenet 0.")
+        assert version == f"# Written by distlenet {__version__}."
         assert os.access(path, os.X_OK) == os.access(source, os.X_OK)
 
 
