@@ -1,4 +1,4 @@
-"""The versions of docs/versions.md, pyproject.toml, the workflow and this environment agree."""
+"""The versions of docs/versions.md, pyproject.toml, the workflow, this environment, images and the citation agree."""
 
 import os
 import platform
@@ -11,6 +11,8 @@ import yaml
 from conftest import REPO
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from distlenet import __version__
 
 pytestmark = pytest.mark.unit
 
@@ -62,6 +64,28 @@ def test_the_versions_of_python_are_those_of_the_workflow():
     assert "3." + platform.python_version_tuple()[1] in classifiers
     (least,) = [entry["python"] for entry in entries if entry["target"] == "test-lowest"]
     assert least == PROJECT["requires-python"].removeprefix(">=")
+
+
+def test_the_tags_of_images_are_the_version():
+    pages = [REPO / "README.md", *(path for part in ("docs", "launch") for path in (REPO / part).rglob("*.*"))]
+    texts = {
+        path.relative_to(REPO): path.read_text() for path in [*pages, REPO / "launch/Containerfile"] if path.is_file()
+    }
+    tags = {
+        (path, tag) for path, text in texts.items() for tag in re.findall(r"\bdistlenet(?:-serve)?:(\d[\w.]*)", text)
+    }
+    (kustomization,) = [text for path, text in texts.items() if path.name == "kustomization.yaml"]
+    tags.add(("kustomization", yaml.safe_load(kustomization)["images"][0]["newTag"]))
+    assert len(tags) > 5
+    assert {entry for entry in tags if entry[1] != __version__} == set()
+
+
+def test_the_citation_is_of_this_version():
+    """It has the date of a release only if the changelog has that release."""
+    citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    released = re.search(rf"^## {re.escape(__version__)} - (\S+)$", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert str(citation.get("date-released", "")) == (released[1] if released else "")
 
 
 @pytest.mark.parametrize("requirement", requirements() + requirements("test"), ids=lambda requirement: requirement.name)
