@@ -5,6 +5,7 @@ The package kubeflow-trainer-api has pydantic models of the OpenAPI schemas of K
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -48,7 +49,9 @@ GPU_JOB = merge(JOB, objects("gpu.yaml")[0])
 S3_JOB = merge(JOB, objects("s3.yaml")[0])
 RUNTIME, TRAINJOB = objects("trainjob.yaml")
 INNER_JOB = RUNTIME["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]
-JOBS = pytest.mark.parametrize("job", [JOB, GPU_JOB, INNER_JOB], ids=["CPU", "GPU", "TrainJob"])
+JOBS = pytest.mark.parametrize("job", [JOB, GPU_JOB, S3_JOB, INNER_JOB], ids=["CPU", "GPU", "S3", "TrainJob"])
+QUANTITY = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([KMGTPE]i|[mkMGTPE]|[eE][+-]?[0-9]+)?"
+"""<quantity> in https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/"""
 
 
 def container_of(job):
@@ -80,7 +83,17 @@ def refused(manifest):
         parsed = MODELS[manifest["kind"]].from_dict(manifest)
     except ValueError as error:
         return str(error)
-    return differences(manifest, parsed.to_dict())
+    return differences(manifest, parsed.to_dict()) or wrong_quantity(manifest)
+
+
+def wrong_quantity(value, where="", expected=False):
+    """Return the first amount of a resource that Kubernetes cannot parse; the models accept any string."""
+    if isinstance(value, dict):
+        inner = ((name, item, expected or name in ("requests", "limits", "sizeLimit")) for name, item in value.items())
+        return next(filter(None, (wrong_quantity(item, f"{where}.{name}", found) for name, item, found in inner)), "")
+    if isinstance(value, list):
+        return next(filter(None, (wrong_quantity(item, f"{where}[{i}]", expected) for i, item in enumerate(value))), "")
+    return f"{where}: {value!r} is no quantity" if expected and not re.fullmatch(QUANTITY, str(value)) else ""
 
 
 def differences(given, kept, where=""):
@@ -112,10 +125,26 @@ def test_the_schema_accepts_the_manifest(manifest):
             {"template": {"spec": {"containers": [{"name": "a", "arg": []}]}}},
             ".containers[0].arg: [] is not in the schema",
         ),
+        (
+            {"template": {"spec": {"containers": [{"name": "a", "resources": {"requests": {"memory": "4Gb"}}}]}}},
+            ".containers[0].resources.requests.memory: '4Gb' is no quantity",
+        ),
     ],
 )
 def test_a_wrong_manifest_is_refused(change, message):
     assert message in refused(JOB | {"spec": JOB["spec"] | change})
+
+
+@pytest.mark.parametrize("text", ["2", "500m", "4Gi", "1.5", ".5G", "1e3", "-1E-3", "128974848"])
+def test_quantities(text):
+    assert wrong_quantity({"limits": {"memory": text}}) == ""
+
+
+@pytest.mark.parametrize("text", ["", "4Gb", "4GiB", "4 Gi", "4g", "4K", "Gi", ".", "1e", "two"])
+def test_wrong_quantities(text):
+    for name in ("requests", "limits"):
+        assert wrong_quantity([{name: {"memory": text}}]) == f"[0].{name}.memory: {text!r} is no quantity"
+    assert wrong_quantity({"emptyDir": {"sizeLimit": text}}) == f".emptyDir.sizeLimit: {text!r} is no quantity"
 
 
 @JOBS
@@ -158,11 +187,12 @@ def test_volumes(job):
     mounts = {mount["name"]: mount["mountPath"] for mount in container_of(job)["volumeMounts"]}
     assert mounts == {"shared": "/shared", "shm": "/dev/shm"}
     assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
-    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == CLAIM["metadata"]["name"]
+    claim = {"claimName": CLAIM["metadata"]["name"]}
+    assert pod["volumes"][0].get("persistentVolumeClaim") == (None if job is S3_JOB else claim)
     assert CLAIM["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
-@pytest.mark.parametrize("job", [JOB, GPU_JOB], ids=["CPU", "GPU"])
+@pytest.mark.parametrize("job", [JOB, GPU_JOB, S3_JOB], ids=["CPU", "GPU", "S3"])
 def test_the_arguments_agree_with_the_job(job):
     container = container_of(job)
     options = torchrun_arguments(container)
@@ -175,7 +205,7 @@ def test_the_arguments_agree_with_the_job(job):
     assert job["spec"]["template"]["spec"]["subdomain"] == SERVICE["metadata"]["name"]
     assert SERVICE["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     assert options.master_port == container["ports"][0]["containerPort"]
-    assert_trains(options)
+    assert_trains(options, "s3://" if job is S3_JOB else "/shared/")
 
 
 def test_the_patch_for_an_object_store_changes_only_the_directories():
@@ -189,11 +219,11 @@ def test_the_patch_for_an_object_store_changes_only_the_directories():
     assert config.data.root == load_config([], before.training_script_args).data.root
 
 
-def assert_trains(options):
+def assert_trains(options, directory="/shared/"):
     assert (options.rdzv_backend, options.max_restarts, options.module) == ("static", 0, True)
     assert options.training_script == "distlenet.train"
     config = load_config([], options.training_script_args)
-    assert config.run.dir.startswith("/shared/")
+    assert config.run.dir.startswith(directory)
     assert config.data.root.startswith("/shared/")
 
 

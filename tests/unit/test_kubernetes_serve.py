@@ -12,7 +12,7 @@ import tomllib
 import pytest
 from conftest import REPO
 from kubeflow_trainer_api import models
-from test_kubernetes import CLAIM, differences, objects
+from test_kubernetes import CLAIM, differences, objects, wrong_quantity
 
 from distlenet.export.triton import write_triton
 from distlenet.serve.__main__ import make_parser
@@ -48,6 +48,7 @@ def refused(value, schema, where=""):
 @pytest.mark.parametrize("manifest", [DEPLOYMENT, CUSTOM, TRITON], ids=["Deployment", "custom", "Triton"])
 def test_the_schema_accepts_the_manifest(manifest):
     assert refused(manifest, SCHEMAS[manifest["kind"]]) == ""
+    assert wrong_quantity(manifest) == ""
 
 
 @pytest.mark.parametrize(
