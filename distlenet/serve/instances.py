@@ -5,6 +5,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import orjson
 
 from distlenet.serve.messages import HttpError
 from distlenet.serve.served_model import ServedModel, TensorSpec
@@ -106,7 +107,10 @@ def to_array(name: str, spec: TensorSpec, value: Any, shapes: Sequence[Shape]) -
         level = list(chain.from_iterable(level))
     try:
         if spec.dtype == np.uint8:  # bytes() checks types and limits, and is faster than NumPy
-            return np.frombuffer(bytes(level), np.uint8).reshape(shape)
+            pixels = bytes(level)
+            if b"e" in orjson.dumps(level):  # true or false, which bytes() takes for 1 and 0
+                raise TypeError
+            return np.frombuffer(pixels, np.uint8).reshape(shape)
         if {*map(type, level)} <= ALLOWED.get(spec.dtype.kind, set()):
             return _in_range(np.array(level), spec.dtype).reshape(shape)
     except (TypeError, ValueError, OverflowError):

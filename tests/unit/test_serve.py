@@ -405,6 +405,8 @@ def test_layouts_of_grey_images(fashion, shape):
         ({"instances": [[[256] * 28] * 28]}, "from 0 to 255"),
         ({"instances": [[[None] * 28] * 28]}, "from 0 to 255"),
         ({"instances": [[["a"] * 28] * 28]}, "from 0 to 255"),
+        ({"instances": [[[0] * 27 + [True]] * 28]}, "expected integers from 0 to 255"),
+        ({"instances": [[[False] * 28] * 28]}, "expected integers from 0 to 255"),
         ({"instances": [[[10**30] * 28] * 28]}, "from 0 to 255"),
         ({"instances": [[[0] * 28] * 27]}, r"shape \[1, 27, 28\], expected \[N, 28, 28\]"),
         ({"instances": [[[0] * 28] * 27 + [[0] * 27]]}, "different lengths"),
