@@ -250,15 +250,26 @@ def pytorchjob_variables(pod, pods, port):
     return {name: str(value) for name, value in variables.items()}
 
 
+def indexed_job_variables(pod, pods, port):
+    """Return the variables of a pod of an Indexed Job without torchrun: its index, and what the manifest sets."""
+    names = {"JOB_COMPLETION_INDEX": pod, "WORLD_SIZE": pods, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in names.items()}
+
+
 @pytest.mark.slow
-def test_the_pods_of_a_pytorchjob_train_together(tmp_path):
+@pytest.mark.parametrize(
+    ("variables_of", "launcher"),
+    [(pytorchjob_variables, ("-m", "distlenet.launch")), (indexed_job_variables, ())],
+    ids=["PyTorchJob", "Indexed Job"],
+)
+def test_pods_train_together(tmp_path, variables_of, launcher):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = ("data.name=digits", "train.epochs=1", f"run.dir={tmp_path}", "run.name=run", "run.report=never")
-    command = (sys.executable, "-m", "distlenet.launch", "-m", "distlenet.train", *settings)
+    command = (sys.executable, *launcher, "-m", "distlenet.train", *settings)
     with contextlib.ExitStack() as stack:
-        environments = [pytorchjob_variables(pod, 2, port) for pod in range(2)]
+        environments = [variables_of(pod, 2, port) for pod in range(2)]
         jobs = [stack.enter_context(Job(tmp_path, *command, env=variables)) for variables in environments]
         results = [job.wait().succeeded() for job in jobs]
     assert "world size 2, gloo" in results[0].stdout
