@@ -70,6 +70,13 @@ class LocalCopy:
         newest = in_order(local.union(present))[-1:]
         return local.issuperset(newest) and all((self.directory / name).exists() for name in filter(is_needed, present))
 
+    def has_shrunk(self, name: str) -> bool:
+        """Return whether a history, to which training only appends, is shorter than what was uploaded."""
+        uploaded = self.uploaded.get(name)
+        if uploaded is None or not name.endswith(".jsonl"):
+            return False
+        return (self.directory / name).stat().st_size < int(uploaded.split()[0])
+
     def set_aside(self, name: str) -> Path | None:
         """Move all files to ``name`` in ``.stale``, and return that directory; None if there are no files."""
         files = [path for path in self.directory.iterdir() if path.name not in (".lock", STATE_FILE, STALE)]

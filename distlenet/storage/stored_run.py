@@ -50,7 +50,9 @@ def open_run(
         try:
             present = retry(objects.list, timeout_s)
             copy.uploaded = {name: copy.uploaded.get(name) for name in present}
-            if not (complete and copy.has_all(present)):  # otherwise only this directory has changed since
+            if complete and copy.has_all(present):  # only this directory has changed since
+                retry(lambda: _repair(objects, copy, present, is_intact), timeout_s)
+            else:
                 copy.change_id()
                 retry(lambda: lock.describe(copy.id, complete=False), timeout_s)
                 if aside := copy.set_aside(f"before-{lock.number:08d}"):
@@ -71,17 +73,38 @@ def open_run(
 def _download(objects: Objects, copy: LocalCopy, present: Iterable[str], is_intact: Callable[[Path], bool]) -> None:
     """Download the run, of the checkpoints the best and the newest undamaged one."""
 
+    for name in filter(is_needed, present):
+        _download_file(objects, copy, name)
+    for name in reversed(in_order(present)):
+        if is_intact(_download_file(objects, copy, name)):
+            break
+
+
+def _repair(objects: Objects, copy: LocalCopy, present: Iterable[str], is_intact: Callable[[Path], bool]) -> None:
+    """Download again what is damaged on this disk, since it would replace the undamaged object, or lose steps."""
+
     def download(name: str) -> Path:
-        path = copy.directory / name
-        objects.download(name, path)
-        copy.uploaded[name] = signature(path)
+        path = _download_file(objects, copy, name)
+        warn(f"{path}: is damaged, or older than in {objects.url}; downloaded again")
         return path
 
     for name in filter(is_needed, present):
-        download(name)
-    for name in reversed(in_order(present)):
-        if is_intact(download(name)):
+        if copy.has_shrunk(name) or (name == "checkpoints/best.pt" and not is_intact(copy.directory / name)):
+            download(name)
+    on_disk = set(map(copy.object_name, copy.checkpoints()[1]))
+    for name in reversed(in_order(on_disk.union(present))):
+        if name in on_disk and is_intact(copy.directory / name):
             break
+        if name in present and is_intact(download(name)):
+            break
+
+
+def _download_file(objects: Objects, copy: LocalCopy, name: str) -> Path:
+    """Download one object, and return its path."""
+    path = copy.directory / name
+    objects.download(name, path)
+    copy.uploaded[name] = signature(path)
+    return path
 
 
 @contextmanager
