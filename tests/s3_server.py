@@ -32,6 +32,7 @@ class FaultyApp:
         self.app = DomainDispatcherApplication(create_backend_app)
         self.faults = {}
         self.counts = {}  # requests by method and result, for tests
+        self.hook = lambda _method, _path: None  # called before each request, for tests
         self.lock = threading.Lock()
 
     def __call__(self, environ, start_response):
@@ -43,6 +44,7 @@ class FaultyApp:
                 self.faults = json.loads(body or b"{}")
             start_response("200 OK", [("Content-Type", "application/json")])
             return [json.dumps(counts).encode()]
+        self.hook(method, path)
         kind = self.next_fault(method, path)
         with self.lock:
             key = f"{method} {kind or 'ok'}"

@@ -1,5 +1,7 @@
 """Runs in an object store for tests: the store, and what a job does."""
 
+import json
+
 import pytest
 from checkpoint_states import tiny_state
 from s3_server import S3Server
@@ -33,6 +35,7 @@ def url_fixture(server, monkeypatch, tmp_path, request):
     server.fail()
     yield f"s3://runs/{request.node.name}/run"
     server.fail()
+    server.app.hook = lambda _method, _path: None
 
 
 def refuse_loss(by: str) -> None:
@@ -57,6 +60,11 @@ def die(upload):
     upload.upload = lambda *_: None
     assert upload.close(WAIT_S) is None
     upload.lock._stop.set()
+
+
+def take_over(url):
+    """Take the run from a job that seems to be dead, as another machine does after 45 s."""
+    Objects(url).write(".locks/00000002", json.dumps({"nonce": "other", "host": "other"}).encode())
 
 
 def names(url):

@@ -100,6 +100,14 @@ class RunLock:
             )
         self._checked = time.monotonic()
 
+    def check_age(self) -> None:
+        """Raise StorageError if the last check, which the thread repeats, is so old that another job may have the run.
+
+        This asks the store nothing. The process may have been suspended since; the caller must check and start anew.
+        """
+        if time.monotonic() - self._checked > self.expires_s / 2:
+            raise StorageError(f"{self.objects.url}: the upload was interrupted for too long")
+
     def release(self) -> None:
         """Let other jobs take the lock at once, if this job still holds it. Raise StorageError."""
         self._stop.set()

@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from distlenet.storage.connection import connect
 from distlenet.utils.errors import UserError, one_line, printable, warn
 from distlenet.utils.urls import join_url
 
@@ -28,20 +29,16 @@ class StorageError(UserError):
 class Objects:
     """The objects below ``url``, named by their path relative to it. All methods raise StorageError.
 
-    A write is atomic: a reader gets the old object or the new one. Short failures are repeated by fsspec's package.
+    A write is atomic: a reader gets the old object or the new one. Short failures are repeated by fsspec's package, but
+    not in ``upload``: its caller must first check that the run is still its own.
     """
 
     def __init__(self, url: str) -> None:
         """Connect to nothing yet. Raise UserError if no package for the scheme is installed."""
-        from fsspec.core import url_to_fs  # takes time, and most runs do not need it
-
         self.url = url
         try:
-            # No cache of listings: another job may write. Three attempts: s3fs also retries.
-            # Parts of 50 MB of a file are sent at once: two of them, not ten, because they are in memory.
-            options: dict[str, Any] = {"config_kwargs": {"retries": {"total_max_attempts": 3}}, "max_concurrency": 2}
-            options = options if url.startswith("s3:") else {}
-            self.fs, root = url_to_fs(url, use_listings_cache=False, **options)
+            self.fs, root = connect(url)
+            self.fs_once, _ = connect(url, once=True)
         except ImportError as error:
             fix = "; pip install 'distlenet[s3]'" * url.startswith("s3:")
             raise UserError(f"{url}: a package is missing: {error}{fix}") from error
@@ -85,10 +82,12 @@ class Objects:
                 raise
             return True
 
-    def upload(self, path: Path, name: str) -> None:
-        """Write an object from a file."""
+    def upload(self, path: Path, name: str, check: Callable[[], None] = lambda: None) -> None:
+        """Write an object from a file, in one attempt. Call ``check``, which may raise, after each part of the file."""
+        from fsspec.callbacks import Callback
+
         with self._convert_errors(name):
-            self.fs.put_file(str(path), self._path(name))
+            self.fs_once.put_file(str(path), self._path(name), callback=Callback(hooks={"check": lambda *_: check()}))
 
     def download(self, name: str, path: Path) -> None:
         """Read an object into a file, atomically."""

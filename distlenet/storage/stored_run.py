@@ -15,6 +15,8 @@ from distlenet.utils.errors import Preempted, UserError, warn
 from distlenet.utils.files import convert_io_errors
 from distlenet.utils.step_names import in_order
 
+REPORT_TIMEOUT_S = 10.0
+
 
 class StopRequest(Protocol):
     """Whether and until when this job must stop."""
@@ -113,19 +115,22 @@ def closing_upload(upload: Upload, timeout_s: float, stop: StopRequest) -> Itera
 
     The upload at the end may take ``timeout_s``, and never more than ``stop`` leaves, which a stop request shortens;
     after an exception only that. Raise UserError at the end if not everything is uploaded; Preempted if a stop request
-    is the reason.
+    or another job, which has taken over the run, is the reason.
     """
     copy = f"{upload.copy.directory} on {socket.gethostname()}"
+    lost = f"steps that only this job took are in {copy}, and are not uploaded"
     try:
         yield
     except BaseException:
         failure = upload.close(stop.seconds_left())
         if isinstance(failure, LockLost):
-            warn(f"{failure}; steps that only this job took are in {copy}, and are not uploaded")
+            warn(f"{failure}; {lost}")
         elif failure:
             warn(f"{failure}; the newest files are in {copy}: if the same command runs there, it resumes from them")
         raise
     if failure := upload.close(timeout_s, stop.seconds_left):
+        if isinstance(failure, LockLost):  # the thread of the lock may not have requested a stop yet
+            raise Preempted(f"{failure}; {lost}", stop.status)
         text = f"{failure}; the complete run is in {copy}: the same command there uploads it"
         raise UserError(text) if stop.seconds_left() > 0 else Preempted(text, stop.status)
 
@@ -133,6 +138,6 @@ def closing_upload(upload: Upload, timeout_s: float, stop: StopRequest) -> Itera
 def upload_report(url: str, run_dir: Path) -> None:
     """Upload the report, which is written after the run is released; a failure only warns."""
     try:
-        Objects(url).upload(run_dir / "report.html", "report.html")
+        retry(lambda: Objects(url).upload(run_dir / "report.html", "report.html"), REPORT_TIMEOUT_S)
     except StorageError as error:
         warn(f"{error}; the report is in {run_dir}")

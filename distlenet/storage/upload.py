@@ -14,6 +14,7 @@ from distlenet.utils.errors import warn
 from distlenet.utils.step_names import in_order
 
 POLL_S = 1.0  # seconds between checks of the local copy
+ATTEMPTS, ATTEMPT_DELAY_S = 4, 0.1  # of one file, about as often as fsspec's package repeats other requests
 ANNOUNCED_S = 5.0  # a longer upload at the end is announced
 
 
@@ -103,15 +104,25 @@ class Upload:
         return signature(path) not in (None, self.copy.uploaded.get(self._object_name(path)))
 
     def _upload_file(self, path: Path) -> None:
-        self.lock.check()  # before each file: the job may have been suspended during the one before
-        before, name = signature(path), self._object_name(path)
-        try:
-            self.objects.upload(path, name)
-        except StorageError:
-            if not path.exists():  # a newer one has replaced it
+        """Upload a file in up to ``ATTEMPTS`` attempts, each after a check of the lock.
+
+        A repeated request without a check may overwrite what another job wrote while this one was suspended.
+        """
+        name = self._object_name(path)
+        for attempt in range(1, ATTEMPTS + 1):
+            self.lock.check()
+            before = signature(path)
+            try:
+                self.objects.upload(path, name, self.lock.check_age)
+            except StorageError as error:
+                if not path.exists():  # a newer one has replaced it
+                    return
+                if error.permanent or attempt == ATTEMPTS or time.monotonic() > self._deadline:
+                    raise
+                time.sleep(2**attempt * ATTEMPT_DELAY_S)
+            else:
+                self.copy.uploaded[name] = before
                 return
-            raise
-        self.copy.uploaded[name] = before
 
     def _remove_old(self, steps: list[str]) -> None:
         """Keep the ``keep_last`` newest checkpoints that are in the store; ``steps`` are on this disk.
@@ -123,6 +134,7 @@ class Upload:
         stored = [name for name in ordered if name in self.copy.uploaded]
         undamaged = [name for name in stored if name in before or name in steps]
         for name in set(stored) - set(undamaged[-self.keep_last :]):
+            self.lock.check()
             self.objects.remove(name)
             del self.copy.uploaded[name]
 

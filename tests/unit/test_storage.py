@@ -361,7 +361,7 @@ def test_a_file_that_is_gone_before_it_is_uploaded_does_not_count(server, url, t
     job.upload()
     write_run(tmp_path / "a", 2, keep_last=1)
 
-    def fail(path, name):
+    def fail(path, name, check):
         if "step-" in name:
             write_run(tmp_path / "a", 3, keep_last=1)
             raise StorageError("cut")
@@ -393,8 +393,8 @@ def test_a_job_that_loses_the_run_during_an_upload_stops_uploading(url, tmp_path
     write_run(tmp_path / "a", 1)
     upload = first.objects.upload
 
-    def suspended(path, name):
-        upload(path, name)
+    def suspended(path, name, check):
+        upload(path, name, check)
         Objects(url).write(".locks/00000002", json.dumps({"nonce": "other", "host": "other"}).encode())
 
     first.objects.upload = suspended

@@ -1,11 +1,15 @@
 """What a run in an object store must not lose: faults of the local copy, suspended jobs, full disks."""
 
 import pytest
-from stored_runs import WAIT_S, die, names, server_fixture, start, url_fixture, write_run  # noqa: F401  # fixtures
+from stored_runs import WAIT_S, die, names, server_fixture, start, take_over, url_fixture, write_run  # noqa: F401  # fixtures
 
 from distlenet.checkpoint.format import load_checkpoint
 from distlenet.checkpoint.store import CheckpointStore
+from distlenet.distributed.preemption import Preemption
+from distlenet.storage.lock import LockLost
 from distlenet.storage.objects import Objects
+from distlenet.storage.stored_run import closing_upload
+from distlenet.utils.errors import Preempted
 
 pytestmark = pytest.mark.unit
 
@@ -79,3 +83,95 @@ def test_a_truncated_history_does_not_replace_that_of_the_store(url, tmp_path, c
     assert second.close(WAIT_S) is None
     assert Objects(url).read("metrics.jsonl") == b'{"step": 1}\n{"step": 2}\n'
     assert not (tmp_path / "a" / ".stale").exists()  # nothing else is replaced
+
+
+# ---- a job that lost the run while it was suspended
+
+
+def take_over_at(server, url, method, path, number=1):
+    """Take the run when the server receives the ``number``-th such request, during which the job is suspended."""
+    left = [number]
+
+    def hook(requested, of):
+        if requested == method and of.endswith(path):
+            left[0] -= 1
+            if left[0] == 0:
+                take_over(url)
+
+    server.app.hook = hook
+
+
+@pytest.mark.parametrize("kind", ["busy", "error", "cut"])
+def test_a_request_is_not_repeated_after_the_run_is_lost(server, url, tmp_path, kind):
+    job = start(url, tmp_path / "a")
+    write_run(tmp_path / "a", 1, best=True)
+    server.fail(kind=kind, method="PUT", path="best.pt", times=1)
+    take_over_at(server, url, "PUT", "best.pt")
+    assert isinstance(job.close(WAIT_S), LockLost)
+    assert names(url) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["busy", "error", "cut"])
+def test_uploads_are_repeated(server, url, tmp_path, kind):
+    job = start(url, tmp_path / "a")
+    write_run(tmp_path / "a", 1, best=True)
+    server.fail(kind=kind, method="PUT", path="best.pt", times=2)
+    job.upload()
+    assert server.fail()[f"PUT {kind}"] == 2
+    assert names(url) == ["checkpoints/best.pt", "checkpoints/step-00000001.pt", "metrics.jsonl"]
+    assert job.close(WAIT_S) is None
+
+
+@pytest.fixture
+def large(url, tmp_path, monkeypatch):
+    """A job, which writes a file that is sent in three parts, of the least size that S3 accepts."""
+    monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda *_, **__: 5 * 2**20)
+    job = start(url, tmp_path / "a")
+    (tmp_path / "a" / "large.bin").write_bytes(bytes(11 * 2**20))
+    return job
+
+
+def test_a_large_file_is_not_completed_after_the_run_is_lost(server, url, large):
+    """The job is suspended during a part: its clock shows that the last check is old."""
+
+    def suspend(method, path):
+        if method == "PUT" and path.endswith("large.bin"):
+            server.app.hook = lambda *_: None
+            take_over(url)
+            large.lock._checked -= large.lock.expires_s
+
+    server.app.hook = suspend
+    assert isinstance(large.close(WAIT_S), LockLost)
+    assert names(url) == []
+
+
+def test_parts_of_a_large_file_are_repeated(server, url, large):
+    server.fail(kind="busy", method="PUT", path="large.bin", times=3)
+    large.upload()
+    counts = server.fail()
+    assert (counts["PUT busy"], counts["POST ok"]) == (3, 2)  # the upload began once, and was completed
+    assert names(url) == ["large.bin"]
+    assert large.close(WAIT_S) is None
+
+
+def test_nothing_is_removed_after_the_run_is_lost(server, url, tmp_path):
+    job = start(url, tmp_path / "a", keep_last=1)
+    write_run(tmp_path / "a", 1, keep_last=1)
+    job.upload()
+    write_run(tmp_path / "a", 2, keep_last=1)
+    take_over_at(server, url, "PUT", "step-00000002.pt")
+    assert isinstance(job.close(WAIT_S), LockLost)
+    assert "checkpoints/step-00000001.pt" in names(url)
+
+
+def test_a_run_that_is_lost_at_its_end(url, tmp_path):
+    """The status is that of a stop request, as during training, and the message does not promise an upload."""
+    context = closing_upload(start(url, tmp_path / "a"), WAIT_S, Preemption(0.2))
+    context.__enter__()
+    write_run(tmp_path / "a", 1)
+    take_over(url)
+    with pytest.raises(
+        Preempted, match=r"has taken over this run.*only this job took are in .*, and are not"
+    ) as stopped:
+        context.__exit__(None, None, None)
+    assert stopped.value.status == 75
