@@ -14,7 +14,7 @@ from distlenet.utils.errors import warn
 from distlenet.utils.step_names import in_order
 
 POLL_S = 1.0  # seconds between checks of the local copy
-ATTEMPTS, ATTEMPT_DELAY_S = 4, 0.1  # of one file, about as often as fsspec's package repeats other requests
+ATTEMPTS, ATTEMPT_DELAY_S = 4, 0.05  # of one file, about as often as fsspec's package repeats other requests
 ANNOUNCED_S = 5.0  # a longer upload at the end is announced
 
 
@@ -117,9 +117,10 @@ class Upload:
             except StorageError as error:
                 if not path.exists():  # a newer one has replaced it
                     return
-                if error.permanent or attempt == ATTEMPTS or time.monotonic() > self._deadline:
+                delay = 2**attempt * ATTEMPT_DELAY_S
+                if error.permanent or attempt == ATTEMPTS or time.monotonic() + delay > self._deadline:
                     raise
-                time.sleep(2**attempt * ATTEMPT_DELAY_S)
+                time.sleep(delay)
             else:
                 self.copy.uploaded[name] = before
                 return
