@@ -106,10 +106,11 @@ def export(checkpoint: str, options: ExportOptions) -> Exported:
             check_int8(results[NETWORK_FORMATS["onnx"]], results[INT8], options.max_drop)
         metadata = model_json(header, reference, _describe_files(networks, results, reference), options.check)
         shutil.rmtree(work)
+        bundles = [name for name in dict.fromkeys(options.formats) if name in BUNDLES]
+        for name in bundles:
+            BUNDLES[name](version.path, metadata, options.onnxruntime_web)
+        metadata["bundles"] = _describe_bundles(version.path, bundles)
         (version.path / "model.json").write_text(json.dumps(metadata, indent=1) + "\n")
-        for name in dict.fromkeys(options.formats):
-            if name in BUNDLES:
-                BUNDLES[name](version.path, metadata, options.onnxruntime_web)
         return Exported(version.publish(), metadata)
 
 
@@ -154,8 +155,17 @@ def _describe_files(
     for name, files in networks.items():
         for file in files:
             entries[file.name] = {
-                "bytes": file.stat().st_size,
-                "sha256": sha256_of(file),
+                **_describe(file),
                 **results[name].to_dict(None if name == INT8 else reference.tolerances["outputs"]),
             }
     return entries
+
+
+def _describe_bundles(version: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the entries of ``bundles`` in model.json: of each file in these directories, by its path."""
+    files = sorted(path for name in names for path in (version / name).rglob("*") if path.is_file())
+    return {file.relative_to(version).as_posix(): _describe(file) for file in files}
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}

@@ -127,6 +127,16 @@ def test_the_files_are_those_that_were_checked(run, exported):
     assert [path.name for path in (run / "model").iterdir()] == ["1"]
 
 
+def test_model_json_has_the_sha256_of_each_file_of_a_directory(run, exported):
+    version = run / "model/1"
+    names = [path.relative_to(version).as_posix() for path in version.glob("triton/**/*") if path.is_file()]
+    assert {"triton/run/config.pbtxt", "triton/run/labels.txt", "triton/run/1/model.onnx"} == {*names}
+    assert exported[1]["bundles"].keys() == {*names}
+    for name, entry in exported[1]["bundles"].items():
+        content = (version / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def test_model_json_describes_the_network(run, exported):
     metadata = exported[1]
     size = metadata["images"]["size"]
