@@ -47,7 +47,7 @@ ELSEWHERE = {
     r"torchrun .* run\.dir=s3://.*": "tests/ranks/test_object_store.py",
     r"(python -m distlenet\.|distlenet )export runs/\w+ .*": "tests/unit/test_export.py",
     r"python -m http\.server .*": "tests/browser/test_prediction_page.py",
-    r"distlenet serve models/fashion.*": "tests/unit/test_export.py",
+    r"distlenet serve models/(fashion|spam).*": "tests/unit/test_export.py",
     r"curl .*http://127\.0\.0\.1:8000/.*": "tests/unit/test_export.py",
     r"\.venv/bin/pytest .*": ".ci/run",
 }

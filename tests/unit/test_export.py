@@ -234,13 +234,31 @@ def test_the_example_spam(export, monkeypatch, tmp_path):
     settings = ("task.name=spam:Spam", f"data.root={tmp_path / 'mails'}")
     file = write_checkpoint(tmp_path / "spam.pt", *settings, "task.args.max_words=70", steps=20)
     words = ("--to", "onnx", "pt2", "safetensors", "--quantize", "int8", "--max-drop", 10)
-    metadata = export(file, *settings, *words, "--out", tmp_path / "model")
+    metadata = export(file, *settings, *words, "--out", tmp_path / "model", "--name", "spam")
     assert metadata["inputs"] == {"inputs": {"dtype": "int64", "shape": [None, None]}}
     assert metadata["classes"] == ["ham", "spam"]
     for name in ("model.onnx", "model.pt2", "model.safetensors"):
         entry = metadata["files"][name]
         assert entry["same_classes"] + entry["within_rounding"] == entry["samples"] >= 10
         assert entry["metrics"]["accuracy"] > 0.8
+    check_the_client_of_the_example_spam(file, tmp_path, monkeypatch)
+
+
+def check_the_client_of_the_example_spam(file: Path, directory: Path, monkeypatch) -> None:
+    """Run the client in its README; compare with the prediction of the network for the mails."""
+    from spam import Spam
+
+    (directory / "package").mkdir()
+    (directory / "mails").rename(directory / "package/data")
+    monkeypatch.chdir(directory)
+    *_, code = re.findall(r"^```python\n(.*?)^```", (REPO / "examples/spam/README.md").read_text(), re.M | re.S)
+    mails = [path.read_bytes() for path in sorted(Path("package/data/spam-1").glob("*.txt"))[:3]]
+    for words, tolerance in (((), 1e-5), (("--int8",), 0.1)):
+        names = {"print": lambda values: names.update(printed=values)}  # noqa: B023
+        with serving(directory / "model", *words) as server:
+            exec(code.replace(URL, server.url), names)
+        expected = load_model(file, Spam)(mails).sigmoid().tolist()
+        assert names["printed"] == pytest.approx(expected, abs=tolerance)
 
 
 def test_a_network_that_mixes_the_samples_of_a_batch_is_refused(export, fails, tmp_path):
