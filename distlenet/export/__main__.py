@@ -15,6 +15,7 @@ from distlenet.export.export_formats import BUNDLES, NETWORK_FORMATS
 from distlenet.export.exporter import Exported, ExportOptions, export
 from distlenet.export.web import DEFAULT_RUNTIME
 from distlenet.utils.errors import UserError
+from distlenet.utils.exported_model import INT8
 from distlenet.utils.parser import Parser
 
 
@@ -41,7 +42,7 @@ def make_parser() -> Parser:
         help="ema: the average of the last checkpoint; best: those of best.pt; last: without average (ema if there is "
         "one, else last)",
     )
-    parser.add_argument("--quantize", choices=("int8",), help="also write model.int8.onnx")
+    parser.add_argument("--quantize", choices=("int8",), help=f"also write {INT8}")
     parser.add_argument(
         "--max-drop", metavar="POINTS", type=_points, default=0.5, help="accuracy that int8 may lose, in points (0.5)"
     )

@@ -28,8 +28,8 @@ from distlenet.export.version_directory import new_version, sha256_of
 from distlenet.export.web import DEFAULT_RUNTIME, check_images, check_runtime
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.utils.errors import UserError
+from distlenet.utils.exported_model import INT8
 
-INT8 = "model.int8.onnx"
 SINGLES = 16  # samples that are also computed one by one, because their shapes may differ from those of a batch
 
 

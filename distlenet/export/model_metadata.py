@@ -9,8 +9,7 @@ from distlenet.export.exported_network import OUTPUTS
 from distlenet.export.reference import Reference
 from distlenet.export.trained_source import RunData, TrainedSource
 from distlenet.tasks.image_classification import ImageClassification
-
-FORMAT = 1
+from distlenet.utils.exported_model import MODEL_FORMAT
 
 
 def header_of(source: TrainedSource, name: str | None, data: RunData | None) -> dict[str, Any]:
@@ -18,7 +17,7 @@ def header_of(source: TrainedSource, name: str | None, data: RunData | None) -> 
     task = source.trained.task
     classes = getattr(task, "classes", None) or (data.datasets.classes if data is not None else None)
     return {
-        "format": FORMAT,
+        "format": MODEL_FORMAT,
         "name": name or source.name,
         "distlenet": __version__,
         "torch": str(torch.__version__).partition("+")[0],

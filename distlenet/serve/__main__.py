@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distlenet.utils.errors import UserError, printable, warn
+from distlenet.utils.exported_model import INT8
 from distlenet.utils.parser import Parser, positive_int
 
 try:
@@ -51,7 +52,7 @@ def make_parser() -> Parser:
     parser.add_argument("--name", help="the name of the model in paths (the one in model.json)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (127.0.0.1)")
     parser.add_argument("--port", type=port, default=8000, help="0: any free port (8000)")
-    parser.add_argument("--int8", action="store_true", help="serve model.int8.onnx")
+    parser.add_argument("--int8", action="store_true", help=f"serve {INT8}")
     parser.add_argument("--token-file", metavar="FILE", type=Path, help="requests need the token in this file")
     parser.add_argument("--max-batch", metavar="N", type=positive_int, default=64, help="samples per batch (64)")
     parser.add_argument(
@@ -122,7 +123,7 @@ def serve(path: Path, arguments: argparse.Namespace) -> None:
     """Serve the versions in a directory until SIGTERM or SIGINT."""
     token = read_token(arguments.token_file) if arguments.token_file else None
     threads = arguments.threads or len(os.sched_getaffinity(0))
-    versions = Versions(path, "model.int8.onnx" if arguments.int8 else "model.onnx", threads)
+    versions = Versions(path, INT8 if arguments.int8 else "model.onnx", threads)
     versions.start()
     name = arguments.name or versions.newest().name
     if not NAME.fullmatch(name):

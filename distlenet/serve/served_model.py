@@ -12,9 +12,9 @@ import onnxruntime
 
 from distlenet.images.image_format import ImageFormat
 from distlenet.utils.errors import one_line
+from distlenet.utils.exported_model import INT8, MODEL_FORMAT
 
 Arrays = Mapping[str, np.ndarray]
-FORMAT = 1  # of model.json
 ONNX_TYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names that differ from NumPy's
 
 
@@ -42,12 +42,10 @@ class ServedModel:
         self.version, self.file = version, file
         try:
             self.metadata = json.loads((directory / "model.json").read_text())
-            if self.metadata["format"] != FORMAT:
-                raise BadVersion(f"model.json: format {self.metadata['format']!r}, expected {FORMAT}; export again")
+            if (found := self.metadata["format"]) != MODEL_FORMAT:
+                raise BadVersion(f"model.json: format {found!r}, expected {MODEL_FORMAT}; export again")
             if file not in self.metadata["files"]:
-                raise BadVersion(
-                    f"has no {file}; export it with {'--quantize int8' if 'int8' in file else '--to onnx'}"
-                )
+                raise BadVersion(f"has no {file}; export it with {'--quantize int8' if file == INT8 else '--to onnx'}")
             content = (directory / file).read_bytes()
             if hashlib.sha256(content).hexdigest() != self.metadata["files"][file]["sha256"]:
                 raise BadVersion(f"{file}: its SHA-256 is not the one in model.json; copy or export it again")

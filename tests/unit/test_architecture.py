@@ -148,5 +148,12 @@ def test_each_module_name_has_one_meaning():
     assert [name for name, count in names.items() if count > 1] == []
 
 
+def test_the_export_and_the_server_share_the_names_of_a_model():
+    place = "distlenet/utils/exported_model.py"
+    for pattern in (r"model\.int8\.onnx", r"^\w*FORMAT = \d"):
+        files = [str(path.relative_to(REPO)) for path in FILES if re.search(pattern, path.read_text(), re.M)]
+        assert files == [place], pattern
+
+
 def test_the_root_holds_only_the_interface_and_the_commands():
     assert len(list(ROOT.glob("*.py"))) <= 8
