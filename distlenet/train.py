@@ -31,6 +31,7 @@ from distlenet.distributed.environment import read_environment
 from distlenet.distributed.preemption import Preemption
 from distlenet.distributed.shared_directory import warn_if_not_shared
 from distlenet.reduction.batch_size import micro_batch_size
+from distlenet.report.optional import missing_report_package
 from distlenet.storage.stored_run import closing_upload, open_run, upload_report
 from distlenet.task import Task
 from distlenet.tasks.registry import MakeTask, create_task
@@ -63,6 +64,8 @@ def main(make_task: MakeTask = make_configured_task, trainer_class: MakeTrainer 
     )
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
+    if config.run.report == "always" and (missing := missing_report_package()):
+        raise UserError(f"run.report=always: {missing}, or give run.report=never")
     if arguments.dry_run:
         dry_run(config, arguments.world_size or 1, make_task)
         return
@@ -70,8 +73,8 @@ def main(make_task: MakeTask = make_configured_task, trainer_class: MakeTrainer 
         raise UserError("--world-size: is for --dry-run; torchrun, srun or mpirun sets how many ranks train")
     summary = train(config, make_task, trainer_class)
     if summary["rank"] == 0 and wants_report(config.run.report, summary):
-        write_report(summary["run_dir"])
-        if summary["run_url"] is not None:
+        written = write_report(summary["run_dir"])
+        if written and summary["run_url"] is not None:
             upload_report(summary["run_url"], Path(summary["run_dir"]))
 
 
@@ -198,13 +201,22 @@ def wants_report(wanted: str, summary: Record) -> bool:
     return wanted == "always" or (wanted == "auto" and (sys.stdout.isatty() or summary["wall_s"] >= 60))
 
 
-def write_report(run_dir: str) -> None:
-    """Run ``python -m distlenet.report``. The training is complete: a failure only warns."""
+def write_report(run_dir: str) -> bool:
+    """Run ``python -m distlenet.report``; return its success. The training is complete: a failure only warns."""
+    if missing := missing_report_package():
+        warn(f"no report: {missing}; then python -m distlenet.report {run_dir} writes it")
+        return False
     command = [sys.executable, "-m", "distlenet.report", run_dir]
     try:
-        subprocess.run(command, check=True, timeout=REPORT_TIMEOUT_S)
-    except (OSError, subprocess.SubprocessError) as error:
-        warn(f"no report: {error}; python -m distlenet.report {run_dir} writes it")
+        status = subprocess.run(command, timeout=REPORT_TIMEOUT_S).returncode
+        reason = f"the command ended with status {status}" if status else ""
+    except subprocess.TimeoutExpired:
+        reason = f"the command took more than {REPORT_TIMEOUT_S:.0f} s"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        warn(f"no report: {reason}; python -m distlenet.report {run_dir} writes it")
+    return not reason
 
 
 make_callable(__name__)

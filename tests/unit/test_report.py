@@ -12,6 +12,7 @@ from distlenet.report.__main__ import main
 from distlenet.report.charts import MAX_POINTS, thin
 from distlenet.report.page import write_report
 from distlenet.report.runs import differences, read_run
+from distlenet.train import main as train_main
 from distlenet.train import write_report as write_report_after_training
 from distlenet.utils.errors import UserError
 
@@ -205,16 +206,33 @@ def test_command_prints_the_path_of_the_page(tmp_path, monkeypatch, capsys, fail
 
 
 @pytest.mark.slow
-def test_missing_package_is_one_line_and_a_warning_after_training(tmp_path, monkeypatch, capfd):
+def test_a_report_that_fails_is_one_line_and_a_warning_after_training(tmp_path, monkeypatch, capfd):
     run_dir = make_run(tmp_path / "run")
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    write_report_after_training(str(run_dir))
+    assert not write_report_after_training(str(run_dir))
     install, warning = capfd.readouterr().err.splitlines()
     assert install == "distlenet: matplotlib: not installed; pip install 'distlenet[report]'"
-    assert warning.startswith("distlenet: no report: ")
-    assert "exit status 2" in warning
-    assert warning.endswith(f"python -m distlenet.report {run_dir} writes it")
+    fix = f"python -m distlenet.report {run_dir} writes it"
+    assert warning == f"distlenet: no report: the command ended with status 2; {fix}"
+
+
+def test_a_missing_package_is_one_warning_after_training(monkeypatch, capfd):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert not write_report_after_training("runs/first")
+    (warning,) = capfd.readouterr().err.splitlines()
+    assert warning == (
+        "distlenet: no report: matplotlib: not installed; pip install 'distlenet[report]'; then "
+        "python -m distlenet.report runs/first writes it"
+    )
+
+
+def test_a_missing_package_is_an_error_before_a_training_that_always_writes_a_report(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("distlenet.train.train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(sys, "argv", ["train", "run.report=always"])
+    with pytest.raises(UserError, match=r"run\.report=always: matplotlib: not installed; pip install"):
+        train_main()
 
 
 def test_settings_are_yaml_values(tmp_path):
