@@ -331,7 +331,9 @@ class MlflowConfig:
 
     enabled: bool = setting(False, "Send the records to MLflow.")
     tracking_uri: str | None = setting(
-        None, "Address of the server, or of a store such as sqlite:///mlflow.db; null: MLFLOW_TRACKING_URI."
+        None,
+        "Address of the server, such as http://HOST:5000; or, with the full package mlflow, a database such as "
+        "sqlite:///mlflow.db; null: MLFLOW_TRACKING_URI.",
     )
     experiment: str | None = setting(None, "Experiment of the run; null: MLFLOW_EXPERIMENT_NAME, else distlenet.")
 

@@ -4,6 +4,7 @@ The run is found again by its tag ``distlenet.run_id``. The metric ``SPLIT/step`
 Source: https://mlflow.org/docs/latest/api_reference/python_api/mlflow.client.html
 """
 
+import importlib.util
 import os
 import re
 import time
@@ -18,6 +19,7 @@ from distlenet.utils.errors import UserError
 RUN_ID_TAG = "distlenet.run_id"
 MAX_METRICS = 1000  # of one request; https://mlflow.org/docs/latest/api_reference/rest-api.html#log-batch
 MAX_PARAMS = 100
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # begin the URI of a database
 STATUSES = {"finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
 CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # W&B and TensorBoard wait meanwhile, and by default for many minutes
@@ -30,16 +32,21 @@ CLIENT_DEFAULTS = {
 
 def mlflow_tracking_uri(given: str | None, environ: Mapping[str, str]) -> str:
     """Resolve ``mlflow.tracking_uri``: null follows MLFLOW_TRACKING_URI. Raise UserError if neither is usable."""
+    source = "mlflow.tracking_uri" if given else "MLFLOW_TRACKING_URI"
     uri = given or environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise UserError(
             "mlflow.enabled=true: no server is given; set MLFLOW_TRACKING_URI, or give mlflow.tracking_uri, such as "
-            "http://HOST:5000 or sqlite:///mlflow.db"
+            "http://HOST:5000"
         )
     if given and re.search(r"://[^/@]*:[^/@]*@", given):
         raise UserError(
             "mlflow.tracking_uri: contains a password, and settings are saved and sent; set MLFLOW_TRACKING_URI instead"
         )
+    if "://" not in uri and not uri.startswith(("file:", "databricks")):  # MLflow takes HOST:PORT for a directory
+        raise UserError(f"{source}: contains no ://; expected http://HOST:PORT")
+    if uri.startswith(DATABASES) and not all(map(importlib.util.find_spec, ("sqlalchemy", "alembic"))):
+        raise UserError(f"{source}: a database needs more than the package mlflow-skinny; pip install mlflow")
     return uri
 
 

@@ -104,12 +104,31 @@ def test_a_name_with_other_characters_is_replaced(tmp_path, store):
 def test_the_address_is_given_or_that_of_the_environment():
     environ = {"MLFLOW_TRACKING_URI": "http://user:password@server"}
     assert mlflow_tracking_uri(None, environ) == environ["MLFLOW_TRACKING_URI"]
-    assert mlflow_tracking_uri("sqlite:///a.db", environ) == "sqlite:///a.db"
+    for uri in ("https://server", "file:/mlruns", "databricks", "databricks://profile"):
+        assert mlflow_tracking_uri(uri, environ) == uri
     with pytest.raises(UserError, match="no server is given; set MLFLOW_TRACKING_URI"):
         mlflow_tracking_uri(None, {})
     with pytest.raises(UserError, match=r"mlflow\.tracking_uri: contains a password.*set MLFLOW_TRACKING_URI") as error:
         mlflow_tracking_uri("http://user:secret@server", {})
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("uri", ["127.0.0.1:5999", "localhost:5000", "server", "user:secret@server"])
+def test_an_address_without_a_scheme_is_an_error(uri):
+    in_environment = {"MLFLOW_TRACKING_URI": uri}
+    for given, environ, source in ((uri, {}, "mlflow.tracking_uri"), (None, in_environment, "MLFLOW_TRACKING_URI")):
+        with pytest.raises(UserError, match=rf"^{source}: contains no ://; expected http://HOST:PORT") as error:
+            mlflow_tracking_uri(given, environ)
+        assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "postgresql+psycopg2://server/mlflow"])
+def test_a_database_needs_the_full_package(monkeypatch, uri):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    assert mlflow_tracking_uri(uri, {}) == uri
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sqlalchemy" else object())
+    with pytest.raises(UserError, match=r"mlflow\.tracking_uri: a database needs .*; pip install mlflow$"):
+        mlflow_tracking_uri(uri, {})
 
 
 def test_a_training_is_a_run_of_mlflow(tmp_path, store, capfd):
