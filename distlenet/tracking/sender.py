@@ -86,7 +86,9 @@ def drop_on_error(sinks: dict[str, Sink], name: str) -> Iterator[None]:
         yield
     except Exception as error:
         sinks.pop(name, None)
-        warn(f"{NAMES[name]}: {describe_error(error)}; nothing more is sent there, metrics.jsonl has everything")
+        later = "python -m distlenet.report RUN --replay-wandb" if name == "wandb" else "a later start of the run"
+        unless = "" if name == "wandb" else ", unless it is complete"
+        warn(f"{NAMES[name]}: {describe_error(error)}; nothing more is sent there now; {later} sends the rest{unless}")
 
 
 def send(run_dir: Path, sinks: dict[str, Sink], statuses: Iterator[str]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import sys
 import traceback
 
@@ -36,8 +37,11 @@ class Preempted(Exception):
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """Return the text of an error without line breaks, cut to ``limit`` characters."""
-    return " ".join(str(error).split())[:limit]
+    """Return the text of an error without line breaks, of at most ``limit`` characters; "…" stands for the rest."""
+    text = " ".join(str(error).split())
+    if len(text) <= limit:
+        return text
+    return re.sub(r"\s\S{0,40}$", "", text[: limit - 1]) + "…"  # cut at a word, unless that is very long
 
 
 def describe_error(error: BaseException, limit: int = 300) -> str:

@@ -194,7 +194,7 @@ def test_a_sink_that_fails_is_dropped_and_the_others_get_everything(tmp_path, ca
     assert good.calls == [1, "replayed", 2, 3, 4]
     assert good.end == ("finished", {"steps": 4}, {})
     assert (bad.calls, bad.end) == ([1, "replayed"], None)
-    assert capsys.readouterr().err.count("W&B: ConnectionError: gone for good; nothing more is sent there") == 1
+    assert capsys.readouterr().err.count("W&B: ConnectionError: gone for good; nothing more is sent there now") == 1
 
 
 def test_a_sink_that_cannot_be_created_is_dropped(tmp_path, capsys):
@@ -203,8 +203,8 @@ def test_a_sink_that_cannot_be_created_is_dropped(tmp_path, capsys):
     assert make_sinks(tmp_path, job) == {}
     warnings = capsys.readouterr().err.splitlines()
     assert [re.sub("Error.*;", "Error;", line) for line in warnings] == [
-        "distlenet: W&B: KeyError; nothing more is sent there, metrics.jsonl has everything",
-        "distlenet: TensorBoard: FileExistsError; nothing more is sent there, metrics.jsonl has everything",
+        "distlenet: W&B: KeyError; python -m distlenet.report RUN --replay-wandb sends the rest",
+        "distlenet: TensorBoard: FileExistsError; a later start of the run sends the rest, unless it is complete",
     ]
 
 
