@@ -50,10 +50,9 @@ def check_node(config: Config, info: RankInfo, num_nodes: int, store: Store, tok
     except UserError as user_error:
         error = str(user_error)
     unreachable = try_peers(store, peers_of(info.node_rank, num_nodes))
-    if is_url(config.run.dir):
-        os.makedirs(runs_directory(config), exist_ok=True)
-        token = ""  # each node has a separate copy
-    return NodeReport(info.host, unreachable, check_run_dir(runs_directory(config), token), source, error)
+    separate = is_url(config.run.dir)  # each node has a copy
+    run_dir_error = check_run_dir(runs_directory(config), "" if separate else token, separate or info.node_rank == 0)
+    return NodeReport(info.host, unreachable, run_dir_error, source, error)
 
 
 def check_images(config: DataConfig) -> str:
@@ -66,13 +65,15 @@ def check_images(config: DataConfig) -> str:
         return data.source
 
 
-def check_run_dir(run_dir: Path, token: str) -> str:
+def check_run_dir(run_dir: Path, token: str, create: bool) -> str:
     """Wait for rank 0's file ``token`` in the run directory, then write there. Return the error, or ""."""
     path = os.path.join(run_dir, token)
     deadline = time.monotonic() + TOKEN_TIMEOUT_S
-    while not os.path.exists(path) and time.monotonic() < deadline:
-        time.sleep(0.1)
     try:
+        if create:
+            os.makedirs(run_dir, exist_ok=True)
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            time.sleep(0.1)
         TemporaryFile(dir=run_dir).close()
     except OSError as error:
         return f"{run_dir} cannot be written: {error.strerror or error}"

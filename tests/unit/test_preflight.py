@@ -18,7 +18,7 @@ from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.preflight import __main__ as preflight
 from distlenet.preflight import trial_step
 from distlenet.preflight.allreduce import fit_line, tournament_rounds
-from distlenet.preflight.node_checks import remove_if_created
+from distlenet.preflight.node_checks import check_run_dir, remove_if_created
 from distlenet.preflight.ports import ALL_PAIRS_LIMIT, peers_of, publish_listener, try_peers
 from distlenet.preflight.rank_info import collect_rank_info, own_address, route_to
 from distlenet.preflight.rules import apply_rules
@@ -194,6 +194,16 @@ def test_created_directories_are_removed_if_empty(tmp_path):
         run_dir.mkdir(parents=True)
         (run_dir / "file").touch()
     assert (run_dir / "file").exists()
+
+
+def test_a_run_directory_that_cannot_be_created_is_reported_with_the_reason(monkeypatch, tmp_path):
+    def refuse(path, exist_ok):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.makedirs", refuse)
+    run_dir = tmp_path / "runs"
+    assert check_run_dir(run_dir, "", create=True) == f"{run_dir} cannot be written: Permission denied"
+    assert check_run_dir(tmp_path, "", create=False) == ""
 
 
 def run(monkeypatch, *arguments):
