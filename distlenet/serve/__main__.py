@@ -107,7 +107,7 @@ def positive_float(text: str) -> float:
 def main() -> None:
     """Read the arguments, export a run if one is given, and serve until a signal. Raise UserError."""
     if MISSING is not None:
-        raise UserError(f'the package {MISSING.name} is missing; pip install "distlenet[serve]"')
+        raise UserError(f"{MISSING.name}: not installed; pip install 'distlenet[serve]'")
     arguments = make_parser().parse_args()
     path = Path(arguments.model)
     with tempfile.TemporaryDirectory(prefix="distlenet-") as temporary:

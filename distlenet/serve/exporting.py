@@ -25,7 +25,7 @@ def export_run(run: str, out: Path, quantize: bool) -> None:
     if missing:
         raise UserError(
             f"{run}: is not an exported model, and an export needs {', '.join(missing)}; install them with "
-            'pip install "distlenet[export]", or export elsewhere: python -m distlenet.export RUN --to onnx --out DIR'
+            "pip install 'distlenet[export]', or export elsewhere: python -m distlenet.export RUN --to onnx --out DIR"
         )
     command = [sys.executable, "-m", "distlenet.export", run, "--to", "onnx", "--out", str(out)]
     command += ["--quantize", "int8"] if quantize else ["--check", "random"]  # int8 needs the data anyway

@@ -25,7 +25,7 @@ from distlenet.utils.errors import Preempted, UserError, warn
 
 NAMES = {"prometheus": "Prometheus", "wandb": "W&B", "mlflow": "MLflow", "tensorboard": "TensorBoard"}
 """Names in messages. All but the first are packages."""
-INSTALLED_BY = {"mlflow": "mlflow-skinny"}  # if pip knows a package by another name
+INSTALLED_BY = {"mlflow": "'distlenet[mlflow]'", "tensorboard": "'distlenet[tensorboard]'"}  # else the package itself
 TURNED_OFF_BY = {
     "wandb": "wandb.mode=disabled",
     "mlflow": "mlflow.enabled=false",

@@ -22,6 +22,8 @@ from distlenet.utils.errors import Preempted, UserError
 
 pytestmark = pytest.mark.unit
 
+NO_WANDB = ["wandb.mode=disabled"]
+MLFLOW = ["mlflow.enabled=true", "mlflow.tracking_uri=http://localhost:5000"]
 RECORD = {"split": "train", "step": 50, "epoch": 2}
 
 
@@ -44,7 +46,8 @@ def use_command(monkeypatch):
     ("settings", "message"),
     [
         (["wandb.mode=online"], r"package wandb: is not installed; pip install wandb, or give wandb\.mode=disabled"),
-        (["wandb.mode=disabled", "tracking.tensorboard=true"], r"package tensorboard: .*tracking\.tensorboard=false"),
+        ([*NO_WANDB, "tracking.tensorboard=true"], r"pip install 'distlenet\[tensorboard\]', or give tracking\."),
+        ([*NO_WANDB, *MLFLOW], r"package mlflow: is not installed; pip install 'distlenet\[mlflow\]', or"),
     ],
 )
 def test_a_missing_package_is_an_error_before_training(tmp_path, monkeypatch, settings, message):
