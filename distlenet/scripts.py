@@ -40,7 +40,8 @@ def write_scripts(directory: Path) -> list[Path]:
             target.write_text(f"{first}\n# Written by distlenet {__version__}.\n{rest}")
             shutil.copymode(source, target)
     except OSError as error:
-        raise UserError(f"{error.filename or directory}: cannot be written: {error.strerror or error}") from error
+        reason = f"cannot be written: {error.strerror or error}"
+        raise UserError(f"{error.filename or directory}: {reason}; give another directory") from error
     return list(targets.values())
 
 

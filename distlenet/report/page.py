@@ -13,7 +13,7 @@ from distlenet.utils.files import convert_io_errors, replace_text
 def write_report(runs: list[Run], page: Path) -> None:
     """Write the page, and its charts as PNG files into a directory of the same name. Raise UserError on failure."""
     png_directory = page.with_suffix("")
-    with convert_io_errors(page.parent):
+    with convert_io_errors(page.parent, "check its disk and permissions, or give --output FILE.html"):
         png_directory.mkdir(parents=True, exist_ok=True)
         # Markup: matplotlib escapes all text in its SVG. The template escapes everything else.
         charts = [(title, Markup(svg)) for title, svg in draw_charts(runs, png_directory)]

@@ -76,10 +76,10 @@ def replace_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def convert_io_errors(run_dir: Path) -> Iterator[None]:
+def convert_io_errors(run_dir: Path, fix: str = "check its disk and permissions") -> Iterator[None]:
     """Convert an OSError to a UserError that names the run directory."""
     try:
         yield
     except OSError as error:
         failure = f"cannot be written: {error.strerror or error}"
-        raise UserError(f"run directory {run_dir}: {failure}; check its disk and permissions") from error
+        raise UserError(f"run directory {run_dir}: {failure}; {fix}") from error

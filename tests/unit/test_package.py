@@ -106,6 +106,12 @@ def test_scripts_are_never_overwritten(tmp_path):
     assert (tmp_path / "slurm/lib.sh").read_text() == "mine"
 
 
+def test_a_directory_that_cannot_be_written_is_an_error_with_a_fix(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/launch\S*: cannot be written: Not a directory; give another directory$"):
+        write_scripts(tmp_path / "file")
+
+
 def test_help_and_a_wrong_command_do_not_import_pytorch():
     code = "import sys; from distlenet.__main__ import main; main(); assert 'torch' not in sys.modules"
     shown = run_command(sys.executable, "-c", code, "--help").succeeded().stdout

@@ -203,6 +203,9 @@ def test_command_prints_the_path_of_the_page(tmp_path, monkeypatch, capsys, fail
     assert "is not a run directory" in fails(lambda: report(tmp_path))
     assert "page.txt: expected a name that ends in .html" in fails(lambda: report(run_dir, "--output", "page.txt"))
     assert "the following arguments are required: RUN" in fails(lambda: report())
+    (tmp_path / "file").touch()
+    message = fails(lambda: report(run_dir, "--output", tmp_path / "file/page.html"))
+    assert message.endswith("check its disk and permissions, or give --output FILE.html")
 
 
 @pytest.mark.slow
