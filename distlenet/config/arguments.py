@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from distlenet.config.fields import FIELDS, to_yaml_value
+from distlenet.config.fields import FIELDS, nearest_key, to_yaml_value
 from distlenet.utils.parser import Parser
 
 
@@ -19,6 +19,13 @@ class SettingsParser(Parser):
             if "=" in word and word.partition("=")[0] not in self._option_string_actions:
                 words[index] = word.removeprefix("--")
         return super().parse_known_intermixed_args(words, namespace)
+
+    def nearest(self, name: str) -> str:
+        """Return the option or the setting that ``--name`` may stand for, or an empty string."""
+        if option := super().nearest(name):
+            return option
+        key = nearest_key(name.replace("-", "_"))
+        return key and f"{key}=VALUE"
 
 
 def settings_parser(prog: str, description: str) -> SettingsParser:

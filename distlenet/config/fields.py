@@ -153,7 +153,9 @@ FIELDS: dict[str, Field] = dict(_read_schema(Config))
 
 MAPPINGS = tuple(key for key, field in FIELDS.items() if field.kind is dict)
 
-RENAMED = {  # former names of settings: unknown keys, for which the message suggests the present name
+RENAMED = {  # former and usual names of settings: unknown keys, for which the message suggests the present name
+    "train.batch_size": "train.global_batch_size",
+    "optim.learning_rate": "optim.lr",
     "train.clip_norm": "train.max_grad_norm",
     "train.skip_at_most": "train.max_skipped_steps",
     "data.workers": "data.num_workers",
@@ -169,13 +171,19 @@ RENAMED = {  # former names of settings: unknown keys, for which the message sug
 
 
 def unknown_key(key: str) -> str:
-    """Return the message for an unknown key. It suggests the nearest key, by the whole key or by its last part."""
+    """Return the message for an unknown key."""
+    nearest = nearest_key(key)
+    return f"unknown key {key!r}; " + (f"did you mean {nearest}?" if nearest else "--help lists all keys")
+
+
+def nearest_key(key: str) -> str:
+    """Return the nearest key, by the whole key or by its last part, or an empty string if none is similar."""
     spellings = RENAMED | {known: known for known in FIELDS}
     leaves = {spelling.rpartition(".")[2]: known for spelling, known in spellings.items()}
     for name, known in ((key, spellings), (key.rpartition(".")[2], leaves)):
         if close := difflib.get_close_matches(name, known, n=1):
-            return f"unknown key {key!r}; did you mean {known[close[0]]}?"
-    return f"unknown key {key!r}; --help lists all keys"
+            return known[close[0]]
+    return ""
 
 
 def split_mapping_key(key: str) -> tuple[str, list[str]]:

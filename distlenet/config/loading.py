@@ -120,7 +120,8 @@ def _check_combinations(config: Config) -> None:
     project = config.wandb.project
     if project is not None and (not 0 < len(project) <= 128 or set("/\\#?%:") & set(project)):
         raise UserError(f"wandb.project={project[:200]}: expected 1 to 128 characters, without /\\#?%:")
-    profiled_steps(config.train.profile_steps)
+    if not profiled_steps(config.train.profile_steps) and config.train.profile_all_ranks:
+        raise UserError("train.profile_all_ranks=true: needs train.profile_steps=A:B")
     prometheus = config.tracking.prometheus
     if prometheus is not None and not Path(prometheus).name.endswith(".prom"):
         raise UserError(f"tracking.prometheus={prometheus}: node_exporter reads only files *.prom; give such a name")

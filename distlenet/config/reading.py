@@ -34,7 +34,8 @@ def read_settings(files: Iterable[str], overrides: Iterable[str]) -> Read:
 def _read_override(text: str) -> dict[str, Any]:
     key, equals, typed = text.partition("=")
     if not (equals and key):
-        hint = f"; settings in a file: --config {text}; a run: checkpoint={text}" if os.path.exists(text) else ""
+        hint = f"; write {text}=VALUE" if text in FIELDS else ""
+        hint = f"; settings in a file: --config {text}; a run: checkpoint={text}" if os.path.exists(text) else hint
         raise UserError(f"{text[:200]}: expected key=value{hint}")
     if not re.fullmatch(r"\w+(\.\w+)*", key):  # OmegaConf reads brackets as more keys
         raise UserError(f"{text[:200]!r}: {unknown_key(key[:100])}")

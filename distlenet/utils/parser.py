@@ -1,6 +1,7 @@
 """Command-line arguments."""
 
 import argparse
+import difflib
 import re
 from typing import NoReturn
 
@@ -12,9 +13,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
-        match = re.search(r"unrecognized arguments: --([\w.]+)", message)
-        hint = f"; a setting is written {match[1]}=VALUE or --{match[1]}=VALUE" if match else ""
+        match = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+        nearest = self.nearest(match[1]) if match else ""
+        hint = f"; did you mean {nearest}?" if nearest else "; --help lists all" if match else ""
         raise UserError(f"{self.prog}: {message.removeprefix('argument ')}{hint}")
+
+    def nearest(self, name: str) -> str:
+        """Return the option that ``--name`` may stand for, or an empty string."""
+        options = {option.lstrip("-"): option for option in self._option_string_actions}
+        return next((options[close] for close in difflib.get_close_matches(name, options, n=1)), "")
 
 
 def positive_int(text: str) -> int:

@@ -23,8 +23,13 @@ def test_two_hyphens_before_a_setting_are_accepted():
     [
         (["--foo=1"], "foo=1: unknown key 'foo'"),
         (["--train.epoch=1"], "train.epoch=1: unknown key 'train.epoch'; did you mean train.epochs?"),
-        (["--foo"], "unrecognized arguments: --foo; a setting is written foo=VALUE or --foo=VALUE"),
-        (["--train.epochs", "3"], "a setting is written train.epochs=VALUE or --train.epochs=VALUE"),
+        (["--foo"], "unrecognized arguments: --foo; --help lists all"),
+        (["--train.epochs", "3"], "unrecognized arguments: --train.epochs; did you mean train.epochs=VALUE?"),
+        (["--epochs", "3"], "unrecognized arguments: --epochs; did you mean train.epochs=VALUE?"),
+        (["--batch-size", "64"], "--batch-size; did you mean train.global_batch_size=VALUE?"),
+        (["--confg", "ci"], "unrecognized arguments: --confg; did you mean --config?"),
+        (["--dryrun"], "did you mean --dry-run?"),
+        (["train.epochs", "3"], "train.epochs: expected key=value; write train.epochs=VALUE"),
         (["--dry=1"], "unknown key 'dry'"),  # not an abbreviation of --dry-run
         (["--dry-run=1"], "--dry-run: ignored explicit argument '1'"),
         (["--world-size=0", "--dry-run"], "--world-size: 0: expected an integer"),
