@@ -245,12 +245,15 @@ def test_the_example_spam(export, monkeypatch, tmp_path):
 
 
 def check_the_client_of_the_example_spam(file: Path, directory: Path, monkeypatch) -> None:
-    """Run the client in its README; compare with the prediction of the network for the mails."""
+    """Run the client in its README; compare with the prediction of the network for mails with words of both classes."""
     from spam import Spam
 
-    (directory / "package").mkdir()
-    (directory / "mails").rename(directory / "package/data")
     monkeypatch.chdir(directory)
+    Path("package/data/spam-1").mkdir(parents=True)
+    ham, spam = (sorted(Path("mails", group).glob("*.txt")) for group in ("easy-ham-1", "spam-1"))
+    for number, pair in enumerate(zip(ham, spam, strict=True)):
+        words = [word for path in pair for word in path.read_text().split()[2 : 10 + 10 * number]]
+        Path(f"package/data/spam-1/{number:03}.txt").write_text(f"Subject: unknown\n\n{' '.join(words)}\n")
     *_, code = re.findall(r"^```python\n(.*?)^```", (REPO / "examples/spam/README.md").read_text(), re.M | re.S)
     mails = [path.read_bytes() for path in sorted(Path("package/data/spam-1").glob("*.txt"))[:3]]
     for words, tolerance in (((), 1e-5), (("--int8",), 0.1)):
@@ -258,6 +261,7 @@ def check_the_client_of_the_example_spam(file: Path, directory: Path, monkeypatc
         with serving(directory / "model", *words) as server:
             exec(code.replace(URL, server.url), names)
         expected = load_model(file, Spam)(mails).sigmoid().tolist()
+        assert any(0.01 < each < 0.99 for each in expected)  # wrong numbers of words would show
         assert names["printed"] == pytest.approx(expected, abs=tolerance)
 
 
