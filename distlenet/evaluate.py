@@ -35,6 +35,7 @@ from distlenet.training.meter import Metrics
 from distlenet.training.outline import outline_of
 from distlenet.utils.callable_module import make_callable
 from distlenet.utils.errors import UserError, warn
+from distlenet.utils.urls import is_url
 
 
 def main() -> None:
@@ -76,8 +77,8 @@ def evaluate(
 
     The settings are those of the checkpoint, unless ``overrides`` give others; ``files`` give names, and settings that
     do not change the result. The user's code must be named again, or ``make_task`` creates the task. ``split`` is test
-    or val. Return ``checkpoint``, ``step``, and metrics by name: ``test_loss``, ``test_count`` and so on. Raise
-    UserError if the checkpoint does not fit task or data.
+    or val. Return ``checkpoint``, the ``url`` if one was given, ``step``, and metrics by name: ``test_loss``,
+    ``test_count`` and so on. Raise UserError if the checkpoint does not fit task or data.
     """
     given = load_config(files, overrides)
     path = find_checkpoint(checkpoint)
@@ -99,7 +100,8 @@ def evaluate(
         require_local_data(config.data)
     config = replace(config, data=replace(config.data, build_cache=False))  # it reads a part of the images
     metrics, path, state = _evaluate(config, state, path, split, make_task)
-    return {"checkpoint": str(path), "step": state["step"], **metrics.to_dict(f"{split}_")}
+    url = {"url": checkpoint} if is_url(checkpoint) else {}  # the path is of a temporary copy
+    return {"checkpoint": str(path), **url, "step": state["step"], **metrics.to_dict(f"{split}_")}
 
 
 def _evaluate(config: Config, state: State, path: Path, split: str, make_task: MakeTask) -> tuple[Metrics, Path, State]:

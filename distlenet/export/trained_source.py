@@ -65,9 +65,10 @@ def load_source(checkpoint: str, weights: str | None, overrides: Sequence[str], 
 
 
 def _best_of(checkpoint: str) -> str:
-    if is_url(checkpoint):
-        return checkpoint if checkpoint.endswith("best.pt") else join_url(checkpoint, "checkpoints", "best.pt")
     path = Path(checkpoint)
+    if is_url(checkpoint) and (path.name == "best.pt" or path.suffix != ".pt"):
+        names = {"best.pt": [], "checkpoints": ["best.pt"]}.get(path.name, ["checkpoints", "best.pt"])
+        return join_url(checkpoint, *names)
     candidates = [path] if path.name == "best.pt" else [path / "checkpoints/best.pt", path / "best.pt"]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:

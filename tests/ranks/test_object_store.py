@@ -30,7 +30,9 @@ def test_the_commands_accept_urls(environment, tmp_path):
     assert f"Files of this run: {RUN}\n" in trained.stdout
     accuracy = trained.stdout.partition("test images: ")[2].split("%")[0]
     evaluated = run_python("-m", "distlenet.evaluate", f"checkpoint={RUN}", "--json", env=environment).succeeded()
-    assert f"{100 * json.loads(evaluated.stdout)['test_accuracy']:.1f} " == accuracy
+    result = json.loads(evaluated.stdout)
+    assert f"{100 * result['test_accuracy']:.1f} " == accuracy
+    assert result["url"] == RUN
     page = (
         run_python("-m", "distlenet.report", RUN, env=environment).succeeded().stdout.removeprefix("Report: ").strip()
     )
