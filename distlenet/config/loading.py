@@ -18,7 +18,7 @@ from distlenet.config.reading import read_settings
 from distlenet.config.schema import Config
 from distlenet.config.virtual_shards import resolve_virtual_shards, virtual_shards
 from distlenet.utils.errors import UserError, one_line, printable, warn
-from distlenet.utils.urls import is_url, join_url, local_copy_of, temporary_directory
+from distlenet.utils.urls import is_url, join_url, local_copy_of, temporary_directory, url_problem
 
 VIRTUAL_SHARDS = "distributed.virtual_shards"
 
@@ -117,6 +117,9 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"run.name={name}: expected the name of one directory; its parent is run.dir")
     if re.match(r"\w+:/", config.run.dir) and not is_url(config.run.dir):
         raise UserError(f"run.dir={config.run.dir}: expected a directory, or a URL such as s3://bucket/prefix")
+    url = join_url(config.run.dir, name or "")
+    if is_url(config.run.dir) and (problem := url_problem(url)):
+        raise UserError(f"run.dir and run.name: {url}: {problem}")
     project = config.wandb.project
     if project is not None and (not 0 < len(project) <= 128 or set("/\\#?%:") & set(project)):
         raise UserError(f"wandb.project={project[:200]}: expected 1 to 128 characters, without /\\#?%:")

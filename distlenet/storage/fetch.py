@@ -5,8 +5,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from distlenet.storage.lock import LOCKS
-from distlenet.storage.objects import Objects
+from distlenet.storage.objects import LOCKS, Objects
 from distlenet.utils.errors import UserError
 from distlenet.utils.step_names import in_order
 from distlenet.utils.urls import is_url, join_url, local_copy_of, temporary_directory
@@ -18,7 +17,8 @@ def fetch_checkpoint(url: str) -> Path:
     Raise UserError if there is none, or it cannot be read. Processes of one machine download it once.
     """
     if not url.endswith(".pt"):
-        names = in_order(Objects(url).list("checkpoints"))
+        objects = Objects(url)
+        names = in_order(objects.list("checkpoints") or objects.list())  # of a run, or of its directory checkpoints
         if not names:
             raise UserError(
                 f"checkpoint {url}: has no checkpoints/step-*.pt; give a checkpoint file or a run directory"
@@ -27,6 +27,8 @@ def fetch_checkpoint(url: str) -> Path:
     parent, _, name = url.rpartition("/")
     objects = Objects(parent)
     versions = objects.list(name)
+    if not versions and name == "last.pt":
+        raise UserError(f"checkpoint {url}: an object store has no last.pt; give the URL of the run")
     if not versions:
         raise UserError(f"checkpoint {url}: no such object; give a checkpoint file or a run directory")
     version = hashlib.sha256(versions[min(versions)].encode()).hexdigest()[:16]
@@ -49,9 +51,19 @@ def fetch_run(url: str) -> Path:
     names = [name for name in objects.list() if not name.startswith((f"{LOCKS}/", "checkpoints/"))]
     if not names:
         raise UserError(f"run {url}: has no files; give the URL of a run, run.dir and run.name joined by /")
-    for name in names:
-        objects.download(name, directory / name)
+    with FileLock(directory / ".lock"):  # other commands may read the same run
+        for name in names:
+            objects.download(name, directory / name)
+        for path in directory.rglob("*"):
+            name = path.relative_to(directory).as_posix()
+            if path.is_file() and name not in names and not _is_local(path.relative_to(directory)):
+                path.unlink()  # of an earlier run of this URL
     return directory
+
+
+def _is_local(path: Path) -> bool:
+    """Return whether a command wrote a file, which is not of the store: a report, a lock, a checkpoint."""
+    return path.name.startswith(".") or path.name == "report.html" or "checkpoints" in path.parts
 
 
 def _cache(url: str) -> Path:

@@ -17,10 +17,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from distlenet.storage.objects import Objects, StorageError
+from distlenet.storage.objects import LOCKS, Objects, StorageError
 from distlenet.utils.errors import warn
 
-LOCKS = ".locks"
 RENEW_S, EXPIRES_S, POLL_S = 10.0, 45.0, 3.0
 CHECKED_S = 2.0  # a check is valid for so long: a request costs CPU time, and another job needs EXPIRES_S to take over
 

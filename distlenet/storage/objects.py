@@ -1,5 +1,6 @@
 """The objects below one URL, through fsspec."""
 
+import errno
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -9,12 +10,14 @@ from typing import TypeVar
 
 from distlenet.storage.connection import connect
 from distlenet.utils.errors import UserError, one_line, printable, warn
-from distlenet.utils.urls import join_url
+from distlenet.utils.urls import join_url, url_problem
 
 T = TypeVar("T")
 
+LOCKS = ".locks"  # the objects of locks, which messages do not name: users know only the run
 PERMANENT = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError, ValueError)
 CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 FIRST_DELAY_S, LONGEST_DELAY_S = 1.0, 60.0
 
 
@@ -36,6 +39,8 @@ class Objects:
     def __init__(self, url: str) -> None:
         """Connect to nothing yet. Raise UserError if no package for the scheme is installed."""
         self.url = url
+        if problem := url_problem(url):
+            raise UserError(f"{url}: {problem}")
         try:
             self.fs, root = connect(url)
             self.fs_once, _ = connect(url, once=True)
@@ -94,8 +99,11 @@ class Objects:
         temporary = path.with_name(f".{path.name}.downloading")
         with self._convert_errors(name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.fs.get_file(self._path(name), str(temporary))
-            temporary.replace(path)
+            try:
+                self.fs.get_file(self._path(name), str(temporary))
+                temporary.replace(path)
+            finally:  # on a full disk, a part of a file would stay
+                temporary.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         """Remove an object; do nothing if there is none."""
@@ -113,10 +121,21 @@ class Objects:
         try:
             yield
         except Exception as error:  # the packages of the stores raise many types
-            reason = printable(one_line(error)) or type(error).__name__
-            permanent = isinstance(error, PERMANENT) or type(error).__name__ in CREDENTIALS
-            fix = "; check the URL and the credentials" if permanent else ""
-            raise StorageError(f"{join_url(self.url, name)}: {reason}{fix}", permanent) from error
+            reason = (printable(one_line(error)) or type(error).__name__).rstrip(".")
+            fix = _fix(error)
+            url = self.url if name.startswith(LOCKS) else join_url(self.url, name)
+            raise StorageError(f"{url}: {reason}{fix}", permanent=fix != "") from error
+
+
+def _fix(error: Exception) -> str:
+    """Return how to fix an error that the same request would meet again; "" for others."""
+    if isinstance(error, OSError) and (error.errno in FULL_DISK or (error.errno == errno.EACCES and error.filename)):
+        return "; this is the local disk: check its space and permissions, or set TMPDIR or run.local_dir"
+    if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
+        return "; create the bucket, or correct the URL"
+    if type(error).__name__ in CREDENTIALS:
+        return "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    return "; check the URL and the credentials" if isinstance(error, PERMANENT) else ""
 
 
 def retry(operation: Callable[[], T], seconds: float) -> T:

@@ -15,6 +15,11 @@ def is_url(path: str | Path) -> bool:
     return isinstance(path, str) and URL.fullmatch(path) is not None
 
 
+def url_problem(url: str) -> str:
+    """Return what prevents the use of a URL; "" if nothing does. fsspec would read these as its own syntax."""
+    return next((f"{text} cannot be a part of a URL; remove it" for text in ("::", "?versionId=") if text in url), "")
+
+
 def join_url(url: str, *names: str) -> str:
     """Append names to a URL."""
     return "/".join([url.rstrip("/"), *names])

@@ -90,7 +90,7 @@ def test_an_object_is_created_once(server, url):
 
 def test_a_wrong_key_fails_at_once_with_a_message(server, url):
     server.fail(kind="wrong_key")
-    with pytest.raises(StorageError, match=r"does not exist in our records\.; check the URL and the credentials"):
+    with pytest.raises(StorageError, match=r"run: .* does not exist in our records; check the URL and the credentials"):
         retry(Objects(url).list, 60.0)
     assert server.fail() == {"GET wrong_key": 1}
 

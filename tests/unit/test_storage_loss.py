@@ -1,15 +1,23 @@
-"""What a run in an object store must not lose: faults of the local copy, suspended jobs, full disks."""
+"""What a run in an object store must not lose, and the messages of mistakes and of local faults."""
+
+import contextlib
+import errno
+import threading
 
 import pytest
-from stored_runs import WAIT_S, die, names, server_fixture, start, take_over, url_fixture, write_run  # noqa: F401  # fixtures
+from s3fs import S3FileSystem
+from stored_runs import WAIT_S, die, names, refuse_loss, server_fixture, start, take_over, url_fixture, write_run  # noqa: F401  # fixtures
 
 from distlenet.checkpoint.format import load_checkpoint
-from distlenet.checkpoint.store import CheckpointStore
+from distlenet.checkpoint.store import CheckpointStore, find_checkpoint
+from distlenet.config.loading import load_config
 from distlenet.distributed.preemption import Preemption
-from distlenet.storage.lock import LockLost
-from distlenet.storage.objects import Objects
+from distlenet.export.trained_source import _best_of
+from distlenet.storage.fetch import fetch_run
+from distlenet.storage.lock import LockLost, RunLock
+from distlenet.storage.objects import Objects, StorageError, retry
 from distlenet.storage.stored_run import closing_upload
-from distlenet.utils.errors import Preempted
+from distlenet.utils.errors import Preempted, UserError
 
 pytestmark = pytest.mark.unit
 
@@ -175,3 +183,102 @@ def test_a_run_that_is_lost_at_its_end(url, tmp_path):
     ) as stopped:
         context.__exit__(None, None, None)
     assert stopped.value.status == 75
+
+
+# ---- mistakes, and local faults
+
+
+def open_lock(url):
+    RunLock(Objects(url), "a", refuse_loss).acquire(0.0)
+
+
+def test_messages_name_the_run_and_the_setting(url, monkeypatch):
+    with pytest.raises(StorageError, match=r"^s3://rnus/a: The specified bucket does not exist; create the bucket, or"):
+        open_lock("s3://rnus/a")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(StorageError, match=r"/run: Unable to locate credentials; set AWS_ACCESS_KEY_ID and") as error:
+        open_lock(url)
+    assert error.value.permanent
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), PermissionError(errno.EACCES, "refused", "/file")])
+def test_a_fault_of_the_local_disk_is_not_one_of_the_network(url, tmp_path, monkeypatch, error):
+    objects = Objects(url)
+    objects.write("x", b"content")
+
+    def fail(_, path):
+        (tmp_path / ".x.downloading").write_bytes(b"con")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objects.fs, "get_file", fail)
+        with pytest.raises(StorageError, match="this is the local disk: check its space and permissions, or"):
+            retry(lambda: objects.download("x", tmp_path / "x"), WAIT_S)
+    assert list(tmp_path.glob(".x*")) == []  # a part of a file would fill the disk
+
+
+@pytest.mark.parametrize("part", ["a::b", "x?versionId=1"])
+def test_names_that_fsspec_would_not_read_as_names(part):
+    with pytest.raises(UserError, match="cannot be a part of a URL; remove it"):
+        Objects(f"s3://runs/{part}")
+    for settings in ([f"run.dir=s3://runs/{part}"], ["run.dir=s3://runs", f"run.name={part}"]):
+        with pytest.raises(UserError, match=r"run.dir and run.name: s3://runs.*cannot be a part of a URL; remove it"):
+            load_config([], settings)
+
+
+# ---- reading a run
+
+
+def test_two_commands_fetch_a_run_at_once(server, url):
+    Objects(url).write("metrics.jsonl", b"content")
+    barrier, failures = threading.Barrier(2, timeout=1.0), []
+
+    def hook(method, path):  # lets two downloads of one file end together, if they are possible
+        if method == "GET" and path.endswith("metrics.jsonl"):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                barrier.wait()
+
+    def fetch():
+        try:
+            fetch_run(url)
+        except UserError as error:
+            failures.append(error)
+
+    server.app.hook = hook
+    threads = [threading.Thread(target=fetch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert failures == []
+
+
+def test_a_fetched_run_has_no_files_of_an_earlier_one(url):
+    objects = Objects(url)
+    for name in ("metrics.jsonl", "summary.json", "diagnosis/a.json"):
+        objects.write(name, b"{}")
+    directory = fetch_run(url)
+    (directory / "report.html").write_text("report")
+    objects.remove("summary.json")
+    objects.remove("diagnosis/a.json")
+    assert fetch_run(url) == directory
+    files = sorted(path.name for path in directory.rglob("*") if path.is_file())
+    assert files == [".lock", "metrics.jsonl", "report.html"]
+
+
+def test_which_checkpoint_a_url_names(url, tmp_path):
+    job = start(url, tmp_path / "a")
+    write_run(tmp_path / "a", 1, best=True)
+    assert job.close(WAIT_S) is None
+    assert find_checkpoint(f"{url}/checkpoints").name == "step-00000001.pt"
+    with pytest.raises(UserError, match=r"an object store has no last\.pt; give the URL of the run"):
+        find_checkpoint(f"{url}/checkpoints/last.pt")
+    best = f"{url}/checkpoints/best.pt"
+    assert [_best_of(each) for each in (url, f"{url}/checkpoints", best)] == [best] * 3
+    with pytest.raises(UserError, match=r"--weights best: .*step-00000001\.pt has no checkpoints/best\.pt"):
+        _best_of(f"{url}/checkpoints/step-00000001.pt")
