@@ -123,7 +123,7 @@ class Objects:
         except Exception as error:  # the packages of the stores raise many types
             reason = (printable(one_line(error)) or type(error).__name__).rstrip(".")
             fix = _fix(error)
-            url = self.url if name.startswith(LOCKS) else join_url(self.url, name)
+            url = self.url if not name or name.startswith(LOCKS) else join_url(self.url, name)
             raise StorageError(f"{url}: {reason}{fix}", permanent=fix != "") from error
 
 

@@ -29,6 +29,7 @@ class Upload:
     def __init__(self, objects: Objects, copy: LocalCopy, lock: RunLock, keep_last: int) -> None:
         self.objects, self.copy, self.lock, self.keep_last = objects, copy, lock, keep_last
         self.failure: StorageError | None = None  # of the last upload
+        self._cause: StorageError | None = None  # of the last attempt, which is being repeated
         self._complete = False  # whether the last upload has ended, with success or not
         self._closing, self._deadline = threading.Event(), math.inf
         self._thread = threading.Thread(target=self._follow, name="upload", daemon=True)
@@ -49,7 +50,11 @@ class Upload:
                 announced = True
                 warn(f"{self.objects.url}: uploading the rest, for up to {left:.0f} s")
         if not self._complete:
-            return self.failure or StorageError(f"{self.objects.url}: not done in {time.monotonic() - start:.3g} s")
+            return (
+                self.failure
+                or self._cause
+                or StorageError(f"{self.objects.url}: not done in {time.monotonic() - start:.3g} s")
+            )
         return self.failure
 
     def upload(self, everything: bool = False) -> None:
@@ -117,12 +122,12 @@ class Upload:
             except StorageError as error:
                 if not path.exists():  # a newer one has replaced it
                     return
-                delay = 2**attempt * ATTEMPT_DELAY_S
+                self._cause, delay = error, 2**attempt * ATTEMPT_DELAY_S
                 if error.permanent or attempt == ATTEMPTS or time.monotonic() + delay > self._deadline:
                     raise
                 time.sleep(delay)
             else:
-                self.copy.uploaded[name] = before
+                self.copy.uploaded[name], self._cause = before, None
                 return
 
     def _remove_old(self, steps: list[str]) -> None:

@@ -90,7 +90,9 @@ def test_an_object_is_created_once(server, url):
 
 def test_a_wrong_key_fails_at_once_with_a_message(server, url):
     server.fail(kind="wrong_key")
-    with pytest.raises(StorageError, match=r"run: .* does not exist in our records; check the URL and the credentials"):
+    with pytest.raises(
+        StorageError, match=r"/run: .* does not exist in our records; check the URL and the credentials"
+    ):
         retry(Objects(url).list, 60.0)
     assert server.fail() == {"GET wrong_key": 1}
 
@@ -313,7 +315,7 @@ def test_a_store_that_fails_for_a_while_does_not_stop_training(server, url, tmp_
 
 def train(url, directory, server, fault, error=None):
     """Train as a job does: write a checkpoint when the store begins to fail, and end with ``error``."""
-    with closing_upload(start(url, directory), 0.5, Preemption(0.2)):
+    with closing_upload(start(url, directory), 2.0, Preemption(0.2)):
         write_run(directory, 1)
         server.fail(**fault)
         if error is not None:
