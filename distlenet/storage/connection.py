@@ -6,8 +6,12 @@ may overwrite what another job wrote in between, so uploads use a connection in 
 
 import asyncio
 import functools
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
+BEFORE_SEND: ContextVar[Callable[[], None]] = ContextVar("before_send", default=lambda: None)
+"""Called, and may raise, immediately before an upload sends a request: preparing it may take a second."""
 PART_DELAYS_S = (0.1, 0.4, 1.6)
 
 
@@ -34,13 +38,17 @@ def connect(url: str, once: bool = False) -> tuple[Any, str]:
 
 @functools.cache  # fsspec compares options
 def _session_options() -> dict[str, Any]:
-    """Return the options with which aiohttp does not repeat a request if the connection breaks."""
+    """Return the options with which aiohttp does not repeat a request, and calls ``BEFORE_SEND``."""
     from aiobotocore.httpsession import AIOHTTPSession
 
     if not hasattr(AIOHTTPSession, "_get_session"):  # an older version, which has no such option
         return {}
 
     class Session(AIOHTTPSession):  # type: ignore[misc]  # has no types
+        async def send(self, request: Any) -> Any:
+            BEFORE_SEND.get()()
+            return await super().send(request)
+
         async def _get_session(self, *args: Any) -> Any:
             session = await super()._get_session(*args)
             session._retry_connection = False

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from distlenet.storage.connection import connect
+from distlenet.storage.connection import BEFORE_SEND, connect
 from distlenet.utils.errors import UserError, one_line, printable, warn
 from distlenet.utils.urls import join_url, url_problem
 
@@ -88,11 +88,19 @@ class Objects:
             return True
 
     def upload(self, path: Path, name: str, check: Callable[[], None] = lambda: None) -> None:
-        """Write an object from a file, in one attempt. Call ``check``, which may raise, after each part of the file."""
+        """Write an object from a file, in one attempt.
+
+        Call ``check``, which may raise, before each request and after each part of the file.
+        """
         from fsspec.callbacks import Callback
 
-        with self._convert_errors(name):
-            self.fs_once.put_file(str(path), self._path(name), callback=Callback(hooks={"check": lambda *_: check()}))
+        token = BEFORE_SEND.set(check)  # fsspec's thread receives the context of this one
+        try:
+            with self._convert_errors(name):
+                callback = Callback(hooks={"check": lambda *_: check()})
+                self.fs_once.put_file(str(path), self._path(name), callback=callback)
+        finally:
+            BEFORE_SEND.reset(token)
 
     def download(self, name: str, path: Path) -> None:
         """Read an object into a file, atomically."""
@@ -120,6 +128,8 @@ class Objects:
     def _convert_errors(self, name: str) -> Iterator[None]:
         try:
             yield
+        except StorageError:  # of ``check``
+            raise
         except Exception as error:  # the packages of the stores raise many types
             reason = (printable(one_line(error)) or type(error).__name__).rstrip(".")
             fix = _fix(error)

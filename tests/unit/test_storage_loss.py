@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import threading
+import time
 
 import pytest
 from s3fs import S3FileSystem
@@ -117,6 +118,24 @@ def test_a_request_is_not_repeated_after_the_run_is_lost(server, url, tmp_path, 
     take_over_at(server, url, "PUT", "best.pt")
     assert isinstance(job.close(WAIT_S), LockLost)
     assert names(url) == ["metrics.jsonl"]
+
+
+def test_a_request_is_not_sent_if_the_job_was_suspended_after_its_check(url, tmp_path):
+    """The request is prepared in between: the file is read, its checksum and the signature are computed."""
+    job = start(url, tmp_path / "a")
+    write_run(tmp_path / "a", 1)
+    take_over(url)
+    job.lock.check, check_age = lambda: None, job.lock.check_age  # the checks were before
+    job.lock._checked = time.monotonic()
+
+    def suspended():
+        check_age()
+        job.lock.check = type(job.lock).check.__get__(job.lock)
+        job.lock._checked -= job.lock.expires_s
+
+    job.lock.check_age = suspended
+    assert isinstance(job.close(WAIT_S), LockLost)
+    assert names(url) == []
 
 
 @pytest.mark.parametrize("kind", ["busy", "error", "cut"])
