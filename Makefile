@@ -48,7 +48,7 @@ test: $(VENV)/.installed-dev lint
 
 # Of the slow tests, those that call other packages in ways that no fast test does. The others start processes, measure
 # or repeat what the fast tests call: kills, downloads, builds, memory, fuzz. The site needs the extra docs.
-SLOW_LOWEST := $(patsubst %,tests/unit/test_%.py,api_page commands export image_sources mlflow predict prometheus report serve sinks storage)
+SLOW_LOWEST := $(patsubst %,tests/unit/test_%.py,api_page commands export image_sources mlflow predict prometheus report serve sinks storage storage_loss)
 test-lowest: $(LOWEST)/.installed
 	DISTLENET_VERSIONS=lowest $(LOWEST)/bin/pytest --numprocesses=2 --dist=worksteal -m "not slow" tests/unit \
 	  --ignore=tests/unit/test_site.py

@@ -150,11 +150,11 @@ def test_uploads_are_repeated(server, url, tmp_path, kind):
 
 
 @pytest.fixture
-def large(url, tmp_path, monkeypatch):
-    """A job, which writes a file that is sent in three parts, of the least size that S3 accepts."""
-    monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda *_, **__: 5 * 2**20)
+def large(url, tmp_path):
+    """A job, which writes a file that s3fs sends in three parts of at most 50 MiB."""
     job = start(url, tmp_path / "a")
-    (tmp_path / "a" / "large.bin").write_bytes(bytes(11 * 2**20))
+    with (tmp_path / "a" / "large.bin").open("wb") as file:
+        file.truncate(101 * 2**20)
     return job
 
 
