@@ -265,8 +265,8 @@ class DistributedConfig:
     step_timeout_s: float = setting(120.0, "Seconds in which a step must end; else the job ends.", ge=1, lt=10**6)
     heartbeat_file: str | None = setting(
         None,
-        "File on each node that is touched at the start and after steps, at most once a second, and removed at the "
-        "end, for a liveness probe; null: none.",
+        "File on each node that a training touches at its start and after steps, at most once a second, and removes at "
+        "its end, for a liveness probe; null: none.",
     )
     threads: int | None = setting(None, "CPU threads per rank; null: OMP_NUM_THREADS if set, else 1.", ge=1, lt=1000)
 

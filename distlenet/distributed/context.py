@@ -60,13 +60,15 @@ class DistributedContext:
 def init_distributed(
     config: Config, run_dir: Path | None = None, store: Store | None = None
 ) -> Iterator[DistributedContext]:
-    """Join the job until the end of the block. NCCL's trace of a hang is written to ``run_dir``.
+    """Join the job until the end of the block.
 
+    Only a training gives ``run_dir``, to which NCCL's trace of a hang is written, and touches the heartbeat file: other
+    commands take the settings of a checkpoint, and may run elsewhere or beside the training.
     ``store`` is the result of ``rendezvous``, if the ranks have met before. Raise UserError before if a setting or the
     environment is invalid.
     """
     env = read_environment(os.environ)
-    heartbeat_file = prepare_heartbeat_file(config.distributed.heartbeat_file)
+    heartbeat_file = prepare_heartbeat_file(config.distributed.heartbeat_file) if run_dir is not None else None
     set_threads(config.distributed.threads)
     tune_malloc()
     init_s, step_s = config.distributed.init_timeout_s, config.distributed.step_timeout_s

@@ -67,4 +67,4 @@ def _is_lost_connection(error: Exception) -> bool:
 
 def describe_failure(error: Exception) -> str:
     """Return the type and the text of an exception in one short line, without Gloo's source line."""
-    return f"{type(error).__name__}: {SOURCE_LINE.sub('', one_line(error))[:MAX_CHARACTERS]}"
+    return f"{type(error).__name__}: {one_line(SOURCE_LINE.sub('', one_line(error)), MAX_CHARACTERS)}"

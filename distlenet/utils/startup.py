@@ -27,7 +27,7 @@ STOPPING = threading.Lock()  # held by the thread that ends the process
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether this process is the first of its job, as far as its launcher has set it."""
     hydra = ("PMI_RANK",) * ("MPI_LOCALRANKID" in environ)  # srun may set PMI_RANK, too
-    pod = ("JOB_COMPLETION_INDEX",) * bool(environ.get("WORLD_SIZE"))  # else the pod is no rank
+    pod = ("JOB_COMPLETION_INDEX",) * bool(environ.get("WORLD_SIZE"))  # else the pod is not a rank
     names = ("RANK", "OMPI_COMM_WORLD_RANK", *hydra, "SLURM_PROCID", *pod)
     return next((environ[name] for name in names if name in environ), "0") == "0"
 

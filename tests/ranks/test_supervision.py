@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import Job
+from forked import run_python
 
 pytestmark = pytest.mark.ranks
 
@@ -25,3 +26,5 @@ def test_heartbeats_and_the_traces_of_all_ranks(tmp_path):
         job.process.send_signal(signal.SIGTERM)
         job.wait()
     assert not heartbeat.exists()
+    heartbeat.mkdir()  # an evaluation, which has the settings of the checkpoint, does not use the file
+    run_python("-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run'}").succeeded()
