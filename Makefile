@@ -151,7 +151,7 @@ $(VENV)/.installed-docs: pyproject.toml $(VENV)/.installed
 $(LOWEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet uv
-	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct -r pyproject.toml --extra test
+	$(LOWEST)/bin/uv pip install --quiet --compile-bytecode --python $(LOWEST) --resolution lowest-direct -r pyproject.toml --extra test
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --no-deps --editable .
 	@touch $@
 

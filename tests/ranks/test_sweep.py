@@ -39,7 +39,7 @@ def test_an_agent_runs_the_trials_of_the_shipped_sweep_on_two_ranks(tmp_path, se
     settings = ["data.name=digits", "device=cpu", "train.max_steps=2", "train.log_every=1", f"run.dir={tmp_path}"]
     assert sweep["command"][0] == "torchrun"
     sweep["command"][:1] = [sys.executable, "-m", "distlenet.launch"]  # starts faster
-    sweep["command"][-1:] = [*settings, "wandb.finish_timeout_s=60", sweep["command"][-1]]
+    sweep["command"][-1:] = [*settings, "wandb.finish_timeout_s=600", sweep["command"][-1]]
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     environ = {**server.environ, "WANDB_AGENT_MAX_INITIAL_FAILURES": "1"}
     server.trials = TRIALS

@@ -134,7 +134,7 @@ def test_a_database_needs_the_full_package(monkeypatch, uri):
 
 def test_a_training_is_a_run_of_mlflow(tmp_path, store, capfd):
     settings = ("data.name=digits", "device=cpu", "train.max_steps=6", "train.log_every=2", "run.name=run")
-    train.train(config_of(store, *settings, f"run.dir={tmp_path}", "wandb.finish_timeout_s=60"))
+    train.train(config_of(store, *settings, f"run.dir={tmp_path}", "wandb.finish_timeout_s=600"))
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     client, (run,) = runs_of(store)
     assert history(client, run, "train/loss") == [(r["step"], r["loss"]) for r in records if r["split"] == "train"]

@@ -119,6 +119,8 @@ def test_unreadable_run_is_refused(tmp_path, file, content, message):
         read_run(run_dir)
 
 
+LARGE_RATE = '{"step": 1, "split": "train", "lr": 1' + "0" * 400 + ', "images_per_s": true}\n'
+LONG_NAMES = {"classes": ["\ud800\x1b" * 5000] * 2, "confusion": [[1] * 2] * 2, "mistakes": []}
 DAMAGED_STARTS = ['{"time": "x"}', '{"time": "2027-01-15T08:00:00Z", "run_id": 3}', "[]"]
 
 
@@ -132,11 +134,7 @@ DAMAGED_STARTS = ['{"time": "x"}', '{"time": "2027-01-15T08:00:00Z", "run_id": 3
         ("test.json", '{"classes": [1], "confusion": [[1]], "mistakes": []}', True),
         ("test.json", json.dumps({"classes": [], "confusion": [], "mistakes": []}), True),
         ("test.json", json.dumps({"classes": ["a"], "confusion": [[1]], "mistakes": []}), False),
-        (
-            "test.json",
-            json.dumps({"classes": ["\ud800\x1b" * 5000] * 2, "confusion": [[1] * 2] * 2, "mistakes": []}),
-            False,
-        ),
+        pytest.param("test.json", json.dumps(LONG_NAMES), False, id="long_names"),
         ("test.json", '{"classes": ["a"], "confusion": [[1]], "mistakes": [{"index": 1}]}', True),
         ("test.json", '{"images": [{"png": 1, "caption": "a"}]}', True),
         ("test.json", '{"images": []}', False),
@@ -145,7 +143,7 @@ DAMAGED_STARTS = ['{"time": "x"}', '{"time": "2027-01-15T08:00:00Z", "run_id": 3
         *(("starts.jsonl", f"{line}\n", False) for line in DAMAGED_STARTS),
         ("starts.jsonl", 0, True),
         ("metrics.jsonl", '{"step": 1, "split": "test", "accuracy": "high", "loss": [2], "time": 1e308}\n', False),
-        ("metrics.jsonl", '{"step": 1, "split": "train", "lr": 1' + "0" * 400 + ', "images_per_s": true}\n', False),
+        pytest.param("metrics.jsonl", LARGE_RATE, False, id="large_rate"),
     ],
 )
 def test_damaged_part_is_left_out(tmp_path, capsys, file, content, warned):
