@@ -130,7 +130,10 @@ class Task(ABC):
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """Return a new network on the CPU, initialised from torch's global generator."""
+        """Return a new network on the CPU, initialised from torch's global generator.
+
+        It is trained in training mode, whatever mode it has; its own ``train`` may keep layers in evaluation mode.
+        """
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups: ``params`` and, if they differ, settings such as ``lr``.

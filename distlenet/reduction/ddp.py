@@ -25,6 +25,7 @@ from distlenet.reduction.wrapped_model import (
 )
 from distlenet.task import Data
 from distlenet.utils.clock import Clock
+from distlenet.utils.eval_mode import eval_mode
 from distlenet.utils.nested import count_samples
 
 
@@ -96,13 +97,11 @@ class DdpReducer(ConsecutiveMicroBatches):
         second forward pass on. With three or more ranks the position in a bucket decides in which order floats are
         added: a resumed run needs the order that an uninterrupted run has by then.
         """
-        self.bare_model.eval()
-        with unchanged_buffers(self.bare_model):
+        with eval_mode(self.bare_model), unchanged_buffers(self.bare_model):
             for _ in range(2):
                 # In evaluation mode, the loss may not depend on all parameters.
                 loss = example_loss(self.model) + self.flag * 0 + (0 if self.find_unused else zero_of(self.bare_model))
                 (loss if self.weight is None else loss + self.weight * 0).backward()
-        self.bare_model.train()
         self.model.zero_grad(set_to_none=True)
 
     def reset(self, example_loss: ExampleLoss) -> None:

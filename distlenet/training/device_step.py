@@ -56,7 +56,7 @@ class DeviceStep:
         self.task, self.device, self.autocast = task, context.device, context.autocast()
         self.seed_value, self.max_grad_norm = config.seed, config.train.max_grad_norm
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.model = task.model().to(self.device)
+        self.model = task.model().to(self.device).train()  # also what a library returns in evaluation mode
         if config.model.sync_batchnorm:
             use_global_statistics(self.model)
         self.example = example

@@ -12,6 +12,7 @@ from distlenet.distributed.context import DistributedContext
 from distlenet.task import Batch
 from distlenet.training.outline import TaskOutline
 from distlenet.training.thumbnails import find_images
+from distlenet.utils.eval_mode import eval_mode
 
 MAX_SAMPLES = 1000
 MIN_DIMENSIONS = 3  # of a vector: TensorBoard draws three
@@ -36,9 +37,7 @@ def embed(
     A vector is the input of the linear layer that returns the network's outputs, or else these outputs. Host syncs.
     """
     result = Embeddings()
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for batch in batches:
             data, count = batch.inputs(outline.task), min(len(batch), limit - len(result.vectors))
             with _last_layer(model) as layer, context.autocast():
@@ -53,8 +52,6 @@ def embed(
             result.images += [image.cpu() for image in find_images(batch.data, count)]
             if len(result.vectors) == limit:
                 break
-    finally:
-        model.train(was_training)
     return result
 
 

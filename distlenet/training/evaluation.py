@@ -11,6 +11,7 @@ from distlenet.task import Batch, ErrorAnalysis
 from distlenet.training.meter import Meter, Metrics
 from distlenet.training.outline import TaskOutline
 from distlenet.training.predictions import Predictions
+from distlenet.utils.eval_mode import eval_mode
 
 
 @torch.no_grad()
@@ -29,8 +30,7 @@ def evaluate(
     """
     task, meter = outline.task, Meter(outline.metric_names, context.device, outline.weighted)
     predictions = Predictions(task, outline.metric_names) if outline.predicts else None
-    model.eval()
-    try:
+    with eval_mode(model):
         for batch in batches:
             data = batch.inputs(task)
             with context.autocast():
@@ -40,8 +40,6 @@ def evaluate(
                 analysis.update(result.outputs, data, batch.indices)
             if predictions is not None:
                 predictions.update(result.outputs, data, batch.indices)  # host sync
-    finally:
-        model.train()
     metrics = meter.total()  # collective, host sync
     if metrics.count != expected:
         raise RuntimeError(f"evaluation counted {metrics.count} samples of a set of {expected}")

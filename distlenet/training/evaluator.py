@@ -17,6 +17,7 @@ from distlenet.training.evaluation import evaluate
 from distlenet.training.meter import Metrics
 from distlenet.training.outline import TaskOutline
 from distlenet.utils.errors import UserError, describe_error, warn
+from distlenet.utils.eval_mode import eval_mode
 from distlenet.utils.files import replace_text
 
 
@@ -78,11 +79,9 @@ def check_error_analysis(outline: TaskOutline, model: nn.Module, batch: Batch, c
     task, name = outline.task, type(outline.task).__name__
     if (analysis := task.error_analysis(context.device)) is None:
         return
-    model.eval()
     data = batch.inputs(task)
-    with context.autocast():
+    with eval_mode(model), context.autocast():
         outputs = outline.loss(model, data).outputs
-    model.train()
     try:
         analysis.update(outputs, data, batch.indices)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:

@@ -22,6 +22,7 @@ from distlenet.training.embeddings import MAX_SAMPLES, Embeddings, embed
 from distlenet.training.network_graph import trace_network
 from distlenet.training.thumbnails import find_images, make_sheet, make_thumbnails
 from distlenet.utils.errors import warn
+from distlenet.utils.eval_mode import eval_mode
 from distlenet.utils.files import replace_text
 
 SHOWN_INPUTS, COLUMNS = 64, 8
@@ -49,12 +50,8 @@ class NetworkFiles:
         parts = self.on_device
         with self._warnings("the graph and the inputs of the network"):
             self.directory.mkdir(exist_ok=True)
-            model = parts.model.eval()
-            try:
-                with parts.autocast:
-                    nodes = trace_network(model, lambda: parts.outline.loss(model, parts.example))
-            finally:
-                model.train()
+            with eval_mode(parts.model), parts.autocast:
+                nodes = trace_network(parts.model, lambda: parts.outline.loss(parts.model, parts.example))
             replace_text(self.directory / NETWORK_GRAPH_FILE, json.dumps(nodes))
             images = find_images(loader.batch(0, 0).inputs(parts.task), SHOWN_INPUTS)
             if images:

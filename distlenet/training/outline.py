@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distlenet.task import Data, Task
 from distlenet.tracking.base import RESERVED_KEYS
 from distlenet.utils.errors import UserError
+from distlenet.utils.eval_mode import eval_mode
 from distlenet.utils.exact_sums import LOSS_BITS
 from distlenet.utils.nested import count_samples, map_tensors
 
@@ -98,9 +99,8 @@ def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractCo
 
     Raise UserError if they are not one number per sample.
     """
-    name, was_training = type(task).__name__, model.training
-    model.eval()
-    try:
+    name = type(task).__name__
+    with eval_mode(model):
         with autocast:
             result = task.loss(model, example)
         if not isinstance(result, tuple) or len(result) != 2:
@@ -113,8 +113,6 @@ def outline_of(task: Task, model: nn.Module, example: Data, autocast: AbstractCo
         if not isinstance(metrics, dict):
             raise UserError(f"{name}.metrics: returned {describe(metrics)}; expected a dict of tensors (n,) by name")
         prediction = task.prediction(outputs, example)
-    finally:
-        model.train(was_training)
     weight_unit = None
     if isinstance(losses, tuple) and len(losses) == 2:
         losses, weights = losses

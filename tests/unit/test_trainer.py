@@ -148,6 +148,28 @@ class Regression(Task):
         return {"median_error": predictions["error"].abs().median()}
 
 
+@pytest.mark.parametrize("shared_memory", ["auto", "off"])  # the reducers differ
+@pytest.mark.parametrize("frozen", ["network", "layer"])
+def test_a_network_is_trained_in_training_mode_even_if_the_task_returns_it_in_another(tmp_path, frozen, shared_memory):
+    """As transformers' ``from_pretrained`` does."""
+    modes = []
+
+    class Pretrained(Regression):
+        def model(self):
+            network = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.0))
+            (network if frozen == "network" else network[1]).eval()
+            return network
+
+        def loss(self, model, data):
+            if len(data[0]) > 1 and torch.is_grad_enabled():  # not the example
+                modes.append({module.training for module in model.modules()})
+            return super().loss(model, data)
+
+    settings = ("device=cpu", "train.global_batch_size=8", "train.epochs=2", f"run.dir={tmp_path}")
+    train.train(load_config([], [*settings, f"distributed.shared_memory={shared_memory}"]), Pretrained)
+    assert modes == 10 * [{True}]
+
+
 @pytest.mark.parametrize("best_by", ["val/absolute_error", "val/median_error"])
 def test_a_task_without_accuracy(tmp_path, capsys, best_by):
     settings = ("device=cpu", "train.global_batch_size=8", "train.epochs=2", "train.log_every=1", "optim.lr=0.001")
