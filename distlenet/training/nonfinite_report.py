@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
-from distlenet.distributed.collectives import broadcast_object
+from distlenet.distributed.collectives import broadcast_object, gather_on_rank_0
 from distlenet.distributed.rendezvous import format_ranks
 from distlenet.task import Batch
 from distlenet.tracking.base import Record
@@ -47,8 +46,7 @@ def diagnose(train_step: TrainStep, batch: Batch, step: int, run_dir: Path) -> s
 
     Steps count from 1 in the report, from 0 in ``step``.
     """
-    ranks: list[Record] = [{}] * dist.get_world_size()
-    dist.all_gather_object(ranks, inspect_rank(train_step, batch, step))
+    ranks = gather_on_rank_0(inspect_rank(train_step, batch, step))
     cause = ""
     if train_step.context.env.rank == 0:
         path = run_dir / "diagnosis" / f"step-{step + 1:08d}.json"
