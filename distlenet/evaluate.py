@@ -18,7 +18,7 @@ from distlenet.config.arguments import settings_parser
 from distlenet.config.fields import flatten
 from distlenet.config.loading import check_modules, load_config, warn_of_unused_settings
 from distlenet.config.schema import Config
-from distlenet.data.loader import EvaluationLoader, evaluation_loaders
+from distlenet.data.loader import evaluation_loaders, first_test_batch
 from distlenet.data.sources import require_local_data
 from distlenet.distributed.collectives import broadcast_object
 from distlenet.distributed.context import init_distributed
@@ -123,9 +123,8 @@ def _evaluate(config: Config, state: State, path: Path, split: str, make_task: M
                 context.watchdog.heartbeat(batch.number)
                 yield batch
 
-        first = EvaluationLoader(datasets.test, 1, 0, 1, context.device, task.collate, config.seed)
-        sample = next(iter(first))
-        outline = outline_of(task, model, sample.inputs(task), context.autocast())
+        example = first_test_batch(config, context.device, datasets, task).inputs(task)
+        outline = outline_of(task, model, example, context.autocast())
         metrics = evaluate_split(outline, model, batches(), loader.samples, context)
     return metrics, path, state
 

@@ -173,6 +173,11 @@ def make_loaders(
     return loader, evaluation_loaders(config, context, datasets, task)
 
 
+def first_test_batch(config: Config, device: torch.device, datasets: Datasets, task: Task) -> Batch:
+    """Return a batch of the first test sample: an example of the data in an evaluation."""
+    return next(iter(EvaluationLoader(datasets.test, 1, 0, 1, device, task.collate, config.seed)))
+
+
 def evaluation_loaders(
     config: Config, context: DistributedContext, datasets: Datasets, task: Task
 ) -> dict[str, EvaluationLoader]:

@@ -13,7 +13,7 @@ from distlenet.config.loading import identity, settings_to_save
 from distlenet.config.profiled_steps import profiled_steps
 from distlenet.config.schema import Config
 from distlenet.data.batched_dataset import ResidentBatch
-from distlenet.data.loader import EvaluationLoader, make_loaders
+from distlenet.data.loader import first_test_batch, make_loaders
 from distlenet.data.sample_log import SampleLog, open_sample_log
 from distlenet.distributed.collectives import any_rank, hosts_of_ranks, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
@@ -30,7 +30,7 @@ from distlenet.training.origin import check_origin, origin_of
 from distlenet.training.profiling import StepProfiler
 from distlenet.training.records import measurements, run_info, summary
 from distlenet.training.selection import Selection
-from distlenet.training.starts import choose_run_id, count_starts, describe_restart, process_age_s, record_start
+from distlenet.training.starts import choose_run_id, count_starts, process_age_s, record_start
 from distlenet.training.state import TrainState
 from distlenet.training.step_result import StepResult
 from distlenet.training.throughput import Throughput
@@ -69,8 +69,8 @@ class Trainer:
         self.model, self.meter, self.reducer = on_device.model, on_device.meter, on_device.reducer
         self.origin = origin_of(config, task, self.model, datasets)
         self.evaluator = Evaluator(on_device.outline, evaluation_loaders, context, preemption, run_dir)
-        one = EvaluationLoader(datasets.test, 1, 0, 1, self.device, task.collate, config.seed)
-        check_error_analysis(on_device.outline, self.model, next(iter(one)), context)
+        test_batch = first_test_batch(config, self.device, datasets, task)
+        check_error_analysis(on_device.outline, self.model, test_batch, context)
         if not on_device.outline.predicts:  # else the names are known after the first evaluation
             self.selection.check_names(on_device.outline.metric_names)
         self.network_files = NetworkFiles(config, context, on_device, datasets, run_dir)
@@ -195,7 +195,7 @@ class Trainer:
                 limit = self.config.checkpoint.max_restarts_without_progress
                 record_start(self.run_dir, self.state.step, self.env.world_size, limit, self.state.run_id, settings)
             self.network_files.write_inputs(self.loader)
-            self.tracker.start(self.run_info())
+            self.tracker.start(run_info(self))
         if not self.config.model.compile:  # otherwise a step may compile for minutes
             self.watchdog.set_timeout(self.config.distributed.step_timeout_s, "distributed.step_timeout_s")
         self.start_s = process_age_s()
@@ -228,22 +228,6 @@ class Trainer:
         record = {"split": split, "step": self.state.step, "epoch": self.state.epoch + 1, "batch": self.state.batch}
         record["time"] = round(time.time(), 3)
         self.tracker.log({**record, **metrics.to_dict(), "lr": self.state.lr, **more})
-
-    def run_info(self) -> Record:
-        """Return what a tracker receives before the first step."""
-        shared = run_info(self.config, self.context, self.task, self.state, self.sampler, self.reducer)
-        return {
-            **shared,
-            "run": self.run_dir.name,
-            "hosts": list(self.throughput.hosts),
-            "restart": describe_restart(),
-            "steps": self.total_steps,
-            "complete": self.complete,
-            "stopped_early": self.selection.stops(self.state.best),
-            "resumed_from": self.resumed_from and str(self.resumed_from),
-            "initialised_from": self.initialised_from and str(self.initialised_from),
-            "data_source": self.data_source,
-        }
 
     def state_dict(self) -> State:
         """Return everything that the rest of the run depends on: tensors and plain values. A collective.

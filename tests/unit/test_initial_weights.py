@@ -16,6 +16,7 @@ from distlenet.distributed.preemption import Preemption
 from distlenet.models.lenet import Net
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tracking.base import Trackers
+from distlenet.training.records import run_info
 from distlenet.training.trainer import Trainer
 from distlenet.utils.errors import UserError
 
@@ -56,7 +57,7 @@ def test_a_run_starts_from_the_evaluated_weights_of_another_and_resumes_without_
     average = load_checkpoint(find_checkpoint(tmp_path / "first"))["ema"]
     settings = ("train.ema_decay=0.9", f"checkpoint.init_from={tmp_path / 'first'}")
     whole, weights, averages = train(tmp_path / "second", *settings)
-    assert whole.run_info()["initialised_from"] == str(tmp_path / "first/checkpoints/step-00000004.pt")
+    assert run_info(whole)["initialised_from"] == str(tmp_path / "first/checkpoints/step-00000004.pt")
     assert_same(weights, average)
     assert_same(averages, average)
     assert capsys.readouterr().err == ""  # all tensors fit
@@ -66,7 +67,7 @@ def test_a_run_starts_from_the_evaluated_weights_of_another_and_resumes_without_
     os.rename(tmp_path / "first", tmp_path / "moved")
     resumed, weights, averages = train(tmp_path / "second", *settings)
     assert resumed.resumed_from is not None
-    assert resumed.run_info()["initialised_from"] is None
+    assert run_info(resumed)["initialised_from"] is None
     assert_same(whole.model.state_dict(), resumed.model.state_dict())
     with pytest.raises(UserError, match=r"made with other settings: checkpoint.init_from \(was "):
         train(tmp_path / "second", "train.ema_decay=0.9")
