@@ -134,7 +134,7 @@ def test_training_continues_if_standard_output_cannot_be_written(tmp_path):
     script = (
         "from distlenet.tracking.text import TextLogger\n"
         "lines = TextLogger()\n"
-        "for number in range(5000): lines.print(f'line {number}')\n"
+        "for number in range(10000): lines.print(f'line {number}')\n"
         "import sys; print('done', file=sys.stderr)\n"
     )
     command = f'{sys.executable} -c "$SCRIPT"'
