@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from distlenet.config.schema import Config
-from distlenet.data.sizing import wanted_size
+from distlenet.data.sources.sizing import wanted_size
 from distlenet.distributed.rendezvous import format_ranks
 from distlenet.preflight.finding import Finding, pluralize
 from distlenet.preflight.rank_info import RankInfo

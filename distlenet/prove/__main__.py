@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", metavar="N", default=["1", "2", "4"], help="numbers of ranks (1 2 4)")
     parser.add_argument("--steps", metavar="N", type=positive_int, default=6, help="optimizer steps of each run (6)")
     arguments = parser.parse_intermixed_args()
-    ranks = [int(word) for word in arguments.ranks if word.isdigit()]
-    overrides = [word for word in arguments.ranks if not word.isdigit()] + arguments.overrides
+    ranks = [int(word) for word in arguments.ranks if is_number(word)]
+    overrides = [word for word in arguments.ranks if not is_number(word)] + arguments.overrides
     config = load_config(arguments.config, overrides)
     if not ranks or min(ranks) < 1:
         raise UserError(f"--ranks {' '.join(arguments.ranks)}: expected integers, at least 1")
@@ -45,6 +45,11 @@ def main() -> None:
         if not (proof.check_hooks() and proof.compare_runs(plan(ranks, arguments.steps, proof.exact))):
             sys.exit(1)
     print("\nEverything that is promised holds.")
+
+
+def is_number(word: str) -> bool:
+    """Return whether a word of the command line is an integer, and not a setting."""
+    return word.isascii() and word.isdecimal()
 
 
 @dataclass

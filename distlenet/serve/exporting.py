@@ -13,10 +13,13 @@ PACKAGES = ("torch", "onnx", "onnxscript")
 
 
 def is_model(path: Path) -> bool:
-    """Return whether a path is a directory of versions, or one version."""
-    if (path / "model.json").is_file():
-        return True
-    return path.is_dir() and any(version_of(child.name) is not None and child.is_dir() for child in path.iterdir())
+    """Return whether a path is a directory of versions, or one version. Raise UserError if it cannot be read."""
+    try:
+        if (path / "model.json").is_file():
+            return True
+        return path.is_dir() and any(version_of(child.name) is not None and child.is_dir() for child in path.iterdir())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def export_run(run: str, out: Path, quantize: bool) -> None:

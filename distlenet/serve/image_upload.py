@@ -62,6 +62,8 @@ def image_file(request: Request) -> bytes:
         if not request.body:
             raise HttpError(400, "expected an image file as the body, or as a part of multipart/form-data")
         return request.body
+    if b"boundary" not in options:
+        raise HttpError(400, "Content-Type: multipart/form-data has no boundary")
     parts: list[Part] = []
 
     def begin_part() -> None:
@@ -79,9 +81,9 @@ def image_file(request: Request) -> bytes:
         parser = MultipartParser(options[b"boundary"], callbacks)  # type: ignore[arg-type]
         parser.write(request.body)
         parser.finalize()
-    except (FormParserError, KeyError, ValueError) as error:
+    except (FormParserError, ValueError) as error:
         raise HttpError(400, f"the multipart body is invalid: {str(error)[:200]}") from error
-    files = [part for part in parts if b"filename=" in part.headers]
+    files = [part for part in parts if b"filename=" in part.headers.lower()]
     if not files:
         raise HttpError(400, "the multipart body contains no file")
     return bytes(files[0].data)

@@ -88,8 +88,7 @@ class Versions:
             return None
         try:
             for name in ("model.json", self.file):
-                if (path / name).exists() and not (path / name).is_file():  # opening a pipe may never return
-                    raise BadVersion(f"{name}: is not a regular file")
+                _check_file(path / name)
             model = ServedModel(path, version, self.file, self.threads)
         except BadVersion as error:
             self._stamps[version] = stamp
@@ -113,7 +112,19 @@ class Versions:
 
 
 def _is_version(path: Path) -> bool:
-    return version_of(path.name) is not None and path.is_dir()
+    try:
+        return version_of(path.name) is not None and path.is_dir()
+    except OSError:
+        return True  # ``_load`` reports the reason
+
+
+def _check_file(path: Path) -> None:
+    """Raise BadVersion if the file cannot be read; a missing one is reported by ServedModel."""
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe may never return
+            raise BadVersion(f"{path.name}: is not a regular file")
+    except OSError as error:
+        raise BadVersion(f"{path.name}: cannot be read: {error.strerror}") from error
 
 
 def _stamp(path: Path, file: str) -> Stamp:

@@ -2,11 +2,12 @@
 
 import ast
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import REPO, run_command
 
 pytestmark = pytest.mark.unit
 
@@ -157,3 +158,30 @@ def test_the_export_and_the_server_share_the_names_of_a_model():
 
 def test_the_root_holds_only_the_interface_and_the_commands():
     assert len(list(ROOT.glob("*.py"))) <= 8
+
+
+IMPORT_EACH_FIRST = """
+import gc, os, sys, traceback
+import filelock, matplotlib.figure, numpy, omegaconf, onnxruntime, PIL.Image, rich.console, tensorboard
+import torch._dynamo, torch.distributed, torchvision, uvicorn
+assert "distlenet" not in sys.modules
+gc.disable()  # a collection would copy most pages of a process
+for name in sys.argv[1:]:
+    if not (child := os.fork()):
+        try:
+            __import__(name)
+        except BaseException:
+            traceback.print_exc(limit=-1)
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(name, flush=True)
+"""
+
+
+@pytest.mark.slow  # 10 s
+def test_each_module_can_be_imported_first():
+    parts = [path.relative_to(REPO).with_suffix("").parts for path in FILES]
+    names = [".".join(part for part in each if part != "__init__") for each in parts]
+    result = run_command(sys.executable, "-c", IMPORT_EACH_FIRST, *names).succeeded()
+    assert result.stdout == "", result

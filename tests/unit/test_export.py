@@ -294,6 +294,12 @@ def test_a_disk_error_of_another_file_names_it(tmp_path):
         raise OSError(errno.EIO, "Input/output error", "/data/images")
 
 
+def test_a_directory_with_a_version_that_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "1").symlink_to(300 * "x")
+    with pytest.raises(UserError, match=r": cannot be read: File name too long$"):
+        is_model(tmp_path)
+
+
 def test_versions_are_directories_with_a_number_that_the_server_accepts(tmp_path):
     for name in ("01", "\u0663", "\u00b2", "1" + 18 * "0", "-1"):
         (tmp_path / name).mkdir()

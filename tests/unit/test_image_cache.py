@@ -108,7 +108,7 @@ def test_cached_images_have_the_same_bits_as_those_decoded_at_start_and_at_read(
     assert cache_files(tmp_path / "cache") == [".images", ".lock"]
     assert same_bits(cached, expected)
     assert cached.train.labels.tolist() == load(images, name=name).train.labels.tolist()
-    monkeypatch.setattr("distlenet.data.sizing.MAX_DECODED_BYTES", 0)
+    monkeypatch.setattr("distlenet.data.sources.sizing.MAX_DECODED_BYTES", 0)
     monkeypatch.setattr(image_cache, "MAX_DECODED_BYTES", 0)
     read, cached = load(images, name=name), load(images, name=name, cache=tmp_path / "cache")
     assert not isinstance(read.train, ImageDataset)

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from distlenet.config.loading import load_config
 from distlenet.distributed.context import init_distributed
+from distlenet.prove.__main__ import main
 from distlenet.prove.causes import CAUSES
 from distlenet.prove.comparison import Promise, compare
 from distlenet.prove.contract import Contract
@@ -259,6 +261,11 @@ def test_runs_are_killed_twice():
     assert plan([1, 2, 4, 8], 47, exact=True)[-1].ranks == (1, 2, 4, 8, 1)
     assert plan([1, 2], 3, exact=True)[-1].kills == (1, 2)
     assert plan([2], 3, exact=True)[-1].ranks == (2, 2, 2)
+
+
+def test_a_number_of_ranks_has_only_decimal_digits(fails, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prove", "--ranks", "\u00b2"])
+    assert "\u00b2" in fails(main)
 
 
 def test_the_documentation_lists_the_causes():

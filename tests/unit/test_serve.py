@@ -609,6 +609,23 @@ def test_a_pipe_is_no_version_and_failures_of_removed_versions_are_forgotten(tmp
     assert versions.failures == {}
 
 
+def test_a_version_that_cannot_be_read_is_not_served(tmp_path):
+    write_version(tmp_path, 1)
+    versions = Versions(tmp_path, "model.onnx", 1)
+    versions.start()
+    unreadable = 300 * "x"  # an error of the file system for every user: ENAMETOOLONG
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2/model.json").symlink_to(unreadable)
+    (tmp_path / "3").symlink_to(unreadable)
+    versions.scan()
+    assert sorted(versions.loaded) == [1]
+    assert versions.failures == dict.fromkeys((2, 3), "model.json: cannot be read: File name too long")
+    (tmp_path / "2/model.json").unlink()
+    shutil.copytree(tmp_path / "1", tmp_path / "2", dirs_exist_ok=True)
+    versions.scan()
+    assert sorted(versions.loaded) == [1, 2]
+
+
 def test_a_version_that_is_being_loaded_does_not_delay_the_end(models):
     versions = Versions(models / "fashion", "model.onnx", 1)
     versions.start()
@@ -926,10 +943,21 @@ def test_a_client_that_does_not_read_its_answers_is_disconnected():
 @pytest.mark.parametrize(
     "body", [b"", b"--b\r\n", b'--b\r\ncontent-disposition: form-data; name="a"\r\n\r\nx\r\n--b--\r\n']
 )
-@pytest.mark.parametrize("kind", [b"multipart/form-data; boundary=b", b"multipart/form-data"])
-def test_a_multipart_body_without_a_file(kind, body):
-    with pytest.raises(HttpError, match="multipart"):
-        image_file(Request("POST", "/predict", b"", [(b"content-type", kind)], body))
+def test_a_multipart_body_without_a_file(body):
+    headers = [(b"content-type", b"multipart/form-data; boundary=b")]
+    with pytest.raises(HttpError, match="multipart body"):
+        image_file(Request("POST", "/predict", b"", headers, body))
+
+
+def test_a_multipart_body_without_a_boundary():
+    with pytest.raises(HttpError, match="^Content-Type: multipart/form-data has no boundary$"):
+        image_file(Request("POST", "/predict", b"", [(b"content-type", b"multipart/form-data")], b"--b\r\n"))
+
+
+def test_names_in_a_part_of_a_multipart_body_are_in_any_case():
+    part = b"--b\r\nCONTENT-DISPOSITION: FORM-DATA; NAME=A; FILENAME=A\r\n\r\nx\r\n--b--\r\n"
+    headers = [(b"content-type", b"multipart/form-data; boundary=b")]
+    assert image_file(Request("POST", "/predict", b"", headers, part)) == b"x"
 
 
 def test_a_multipart_body_has_at_most_100_parts():
@@ -954,6 +982,7 @@ def test_a_wrong_query(query):
         (("DIR", "--drain-s", "-1"), "expected a number"),
         (("DIR", "--poll-s", "0"), "expected a number above 0"),
         (("missing",), "missing: does not exist"),
+        ((300 * "x",), "x: cannot be read: File name too long"),
         (("DIR", "--name", "a/b"), "does not fit a path"),
         (("DIR", "--token-file", "missing"), "--token-file missing: cannot be read"),
         (("DIR", "--host", "203.0.113.1"), "choose another address or port"),

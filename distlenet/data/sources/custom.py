@@ -12,8 +12,8 @@ from torch import Tensor
 from distlenet.config.schema import DataConfig
 from distlenet.data.image_dataset import height_and_width
 from distlenet.data.resizing import resize_images, to_tensor
-from distlenet.data.sizing import wanted_size
 from distlenet.data.sources.custom_cache import cache_samples
+from distlenet.data.sources.sizing import wanted_size
 from distlenet.data.validation import split_validation
 from distlenet.distributed.collectives import raise_on_all_ranks
 from distlenet.distributed.environment import DistributedEnvironment

@@ -16,9 +16,9 @@ from PIL import features
 
 from distlenet.config.schema import DataConfig
 from distlenet.data.cache_file import CacheFile
-from distlenet.data.sizing import MAX_DECODED_BYTES, ResizedImages, first_shape, wanted_size
 from distlenet.data.sources.joined import Joined
 from distlenet.data.sources.opened import ImageFiles, OpenedImages, StoredImages
+from distlenet.data.sources.sizing import MAX_DECODED_BYTES, ResizedImages, first_shape, wanted_size
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.mapped_file import TensorRef, open_shared, share_tensors
 

@@ -13,7 +13,6 @@ from distlenet.config.schema import DataConfig
 from distlenet.data import download, idx
 from distlenet.data.cache_build import Workers, build_cache, is_built
 from distlenet.data.cache_file import CacheFile
-from distlenet.data.sizing import fit_sizes
 from distlenet.data.sources.array import open_array
 from distlenet.data.sources.cifar10 import DIRECTORY, open_cifar10
 from distlenet.data.sources.custom import load_custom
@@ -21,6 +20,7 @@ from distlenet.data.sources.folder import open_folder
 from distlenet.data.sources.idx_sets import open_digits, open_generated, open_published
 from distlenet.data.sources.image_cache import join_images, plan_cache, use_cache
 from distlenet.data.sources.opened import OpenedImages, Source, StoredImages
+from distlenet.data.sources.sizing import fit_sizes
 from distlenet.data.sources.tar import open_tar
 from distlenet.data.validation import split_validation
 from distlenet.distributed.collectives import all_gather_object, broadcast_from_local_rank_0, raise_on_all_ranks
