@@ -39,7 +39,7 @@ def ours(images: Tensor, crop: int, settings: tuple[str, ...]) -> Callable[[], T
     data = load_config([], [f"data.crop={crop}", "data.flip=0.5", *settings]).data
     statistics = (MEAN,) * 3, (STD,) * 3
     stored = ImageFormat(3, (images.shape[-2], images.shape[-1]), False, *statistics, 0.0, 255.0, False)
-    transform = ImageTransform(stored, augmentation=make_augmentation(data))
+    transform = ImageTransform(stored, None, "none", 0, make_augmentation(data))
     mixing = Mixing(data.mixup, data.cutmix, CLASSES) if data.mixup else None
     keys, labels = SampleKeys(0, 0, torch.arange(len(images))), torch.arange(len(images)) % CLASSES
 

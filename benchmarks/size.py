@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import default_collate
 
 from distlenet.config.loading import load_config
 from distlenet.data.cache_file import CHUNK_IMAGES, CacheFile
@@ -46,8 +47,8 @@ from distlenet.data.sampler import GlobalBatchSampler
 class Sized:
     def __len__(self): return int(sys.argv[2])
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-next(iter(GlobalBatchSampler(Sized(), 8, 0, 2, 0)))  # warm up
-if sys.argv[1] == "ours": sampler = GlobalBatchSampler(Sized(), 4096 * 64, 17, 4096, 0)
+next(iter(GlobalBatchSampler(Sized(), 8, 0, 2, 0, drop_last=False, virtual_shards=None)))  # warm up
+if sys.argv[1] == "ours": sampler = GlobalBatchSampler(Sized(), 4096 * 64, 17, 4096, 0, False, None)
 else: sampler = DistributedSampler(Sized(), 4096, 17)
 before, started = peak(), time.perf_counter()
 next(iter(sampler))
@@ -127,8 +128,9 @@ def cached(path: Path, images: int, seconds: float) -> None:
         dataset = broadcast_from_local_rank_0(stored, env).map()
         dist.barrier()
         opened = time.perf_counter()
-        order = GlobalBatchSampler(dataset, BATCH * env.world_size, env.rank, env.world_size, seed=0)
-        batches = chain.from_iterable(map(Loader(dataset, order, 0, context.device).epoch, count()))
+        order = GlobalBatchSampler(dataset, BATCH * env.world_size, env.rank, env.world_size, 0, False, None)
+        loader = Loader(dataset, order, 0, context.device, default_collate, partners=False)
+        batches = chain.from_iterable(map(loader.epoch, count()))
         next(batches)
         first, speeds = time.perf_counter(), list[float]()
         for _ in range(2):

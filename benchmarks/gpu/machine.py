@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from distlenet.data.download import locate_or_download
 torch.cuda.init()
-locate_or_download("fashion_mnist", Path("data"))
+locate_or_download("fashion_mnist", Path("data"), fetch=False)
 print("GPU:", torch.cuda.get_device_name())
 print("CUDA:", torch.version.cuda)
 print("cuDNN:", torch.backends.cudnn.version())

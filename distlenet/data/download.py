@@ -73,7 +73,7 @@ def hint(root: Path) -> str:
     return ""
 
 
-def locate_or_download(name: str, root: Path, fetch: bool = False) -> dict[str, Path]:
+def locate_or_download(name: str, root: Path, fetch: bool) -> dict[str, Path]:
     """Locate the four files, or download them into ``root`` while other processes that share it wait.
 
     Download only into the default ``data.root``, with torchvision, unless ``fetch``: then into any, and also from

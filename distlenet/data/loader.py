@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distlenet.config.schema import Config
 from distlenet.config.virtual_shards import virtual_shards
@@ -57,8 +57,8 @@ class Loader:
         sampler: GlobalBatchSampler,
         num_workers: int,
         device: torch.device,
-        collate: Collate = default_collate,
-        partners: bool = False,
+        collate: Collate,
+        partners: bool,
     ) -> None:
         self.sampler, self.device = sampler, device
         self.batched = BatchedDataset(dataset, collate, sampler.seed, partners)
@@ -131,8 +131,8 @@ class EvaluationLoader:
         rank: int,
         world_size: int,
         device: torch.device,
-        collate: Collate = default_collate,
-        seed: int = 0,
+        collate: Collate,
+        seed: int,
     ) -> None:
         self.batched, self.device = BatchedDataset(dataset, collate, seed), device
         self.samples, self.chunk, self.rank, self.world_size = len(dataset), chunk, rank, world_size

@@ -34,8 +34,8 @@ class GlobalBatchSampler(DistributedSampler[Tensor]):
         rank: int,
         world_size: int,
         seed: int,
-        drop_last: bool = False,
-        virtual_shards: int | None = None,
+        drop_last: bool,
+        virtual_shards: int | None,
     ) -> None:
         """Order ``dataset`` for this rank; ``virtual_shards`` divides B. Raise UserError if an epoch has no step."""
         super().__init__(cast(Dataset[Any], dataset), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)

@@ -47,7 +47,7 @@ class Watchdog:
         env: DistributedEnvironment,
         limit_s: float,
         trace_dir: Path | None,
-        heartbeat_file: Path | None = None,
+        heartbeat_file: Path | None,
     ) -> None:
         # A separate connection: the main thread may be waiting on the first.
         self.store = store.clone() if env.master_addr else store
@@ -138,7 +138,7 @@ def run_watchdog(
     env: DistributedEnvironment,
     limit_s: float,
     trace_dir: Path | None,
-    heartbeat_file: Path | None = None,
+    heartbeat_file: Path | None,
 ) -> Iterator[Watchdog]:
     """Yield a Watchdog whose thread runs until the end of the block, which removes ``heartbeat_file``."""
     watchdog = Watchdog(store, env, limit_s, trace_dir, heartbeat_file)

@@ -58,10 +58,10 @@ class DdpReducer(ConsecutiveMicroBatches):
         env: DistributedEnvironment,
         accumulation_steps: int,
         micro_batch_size: int,
-        all_reduce: AllReduce = dist.all_reduce,
-        compress: bool = False,
-        weighted: bool = False,
-        find_unused: bool = False,
+        all_reduce: AllReduce,
+        compress: bool,
+        weighted: bool,
+        find_unused: bool,
     ) -> None:
         """Wrap ``model``; a rank takes ``accumulation_steps`` micro-batches of up to ``micro_batch_size`` samples.
 

@@ -16,7 +16,7 @@ from distlenet.utils.errors import UserError
 
 
 def make_reducer(
-    config: Config, model: nn.Module, env: DistributedEnvironment, check_finite: bool, weighted: bool = False
+    config: Config, model: nn.Module, env: DistributedEnvironment, check_finite: bool, weighted: bool
 ) -> Reducer:
     """Make the reducer of ``distributed.reduction``. A collective.
 

@@ -53,9 +53,9 @@ class FlatReducer(ConsecutiveMicroBatches):
         env: DistributedEnvironment,
         accumulation_steps: int,
         micro_batch_size: int,
-        all_reduce: AllReduce = dist.all_reduce,
-        weighted: bool = False,
-        find_unused: bool = False,
+        all_reduce: AllReduce,
+        weighted: bool,
+        find_unused: bool,
     ) -> None:
         """Reduce the gradients of ``model``; the arguments are those of ``DdpReducer``."""
         super().__init__(env.rank, accumulation_steps, micro_batch_size)

@@ -19,10 +19,10 @@ class ImageTransform:
     def __init__(
         self,
         images: ImageFormat,
-        input_size: tuple[int, int] | None = None,
-        augment: str = "none",
-        max_shift: int = 2,
-        augmentation: Augmentation | None = None,
+        input_size: tuple[int, int] | None,
+        augment: str,
+        max_shift: int,
+        augmentation: Augmentation | None,
     ) -> None:
         """Take the format of the images. ``input_size`` is at least their size, cropped; None: no padding.
 

@@ -95,7 +95,7 @@ def fake_process_group(config: Config, world_size: int) -> Iterator[DistributedC
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         precision = resolve_precision(config.precision, device, bf16=True)
-        watchdog = Watchdog(store, env, config.distributed.init_timeout_s, None)
+        watchdog = Watchdog(store, env, config.distributed.init_timeout_s, None, None)
         yield DistributedContext(env, device, "fake", precision, watchdog, RankLog(env, device))
     finally:
         dist.destroy_process_group()

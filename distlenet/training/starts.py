@@ -68,8 +68,8 @@ def record_start(
     step: int,
     world_size: int,
     limit: int,
-    run_id: str = "",
-    settings: str = "",
+    run_id: str,
+    settings: str,
     environ: Mapping[str, str] = os.environ,
 ) -> None:
     """Append to ``starts.jsonl`` that a run starts on ``world_size`` ranks, after ``step`` steps. Rank 0 only.

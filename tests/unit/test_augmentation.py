@@ -110,7 +110,7 @@ def test_colors_are_changed_as_by_torchvision(channels):
 
 def test_evaluation_takes_the_center():
     images = make_images(5, 3, 40, 60)
-    keep = ImageTransform(image_format(images))(images)
+    keep = make_transform(images)(images)
     assert torch.equal(make_transform(images, "data.crop=[40,60]", *EVERYTHING[2:])(images), keep)
     assert torch.equal(make_transform(images, "data.crop=20", "data.crop_center=0.5")(images), keep[..., 10:30, 20:40])
     smaller = make_transform(images, "data.crop=[20,10]")(images)
@@ -122,7 +122,7 @@ def test_flips_and_erasing_have_their_probabilities():
     n = 4000
     images = make_images(1, 6, 8).expand(n, -1, -1)
     flipped = make_transform(images, "data.flip=0.2")(images, keys_of(n))
-    plain = ImageTransform(image_format(images))(images)
+    plain = make_transform(images)(images)
     mirrored = (flipped == plain.flip(-1)).flatten(1).all(1)
     assert torch.equal(flipped[~mirrored], plain[~mirrored])
     assert float(mirrored.double().mean()) == pytest.approx(0.2, abs=5 * math.sqrt(0.2 * 0.8 / n))

@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distlenet.config.loading import load_config
@@ -50,9 +51,13 @@ class Counting(nn.Module):
         return x * self.weight
 
 
+def make_ddp(model: nn.Module, accumulation_steps: int, size: int) -> DdpReducer:
+    return DdpReducer(model, ONE_RANK, accumulation_steps, size, dist.all_reduce, False, False, False)
+
+
 def make_reducer(kind: str, model: nn.Module):
     if kind == "ddp":
-        return DdpReducer(model, ONE_RANK, accumulation_steps=3, micro_batch_size=2)
+        return make_ddp(model, accumulation_steps=3, size=2)
     return ExactReducer(model, ONE_RANK, virtual_shards=4, micro_batch_size=2, check_finite=True)
 
 
@@ -131,7 +136,7 @@ def test_one_micro_batch_equals_plain_batchnorm_to_the_bit():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None))
     plain = copy.deepcopy(model)
-    reducer = DdpReducer(model, ONE_RANK, accumulation_steps=1, micro_batch_size=8)
+    reducer = make_ddp(model, accumulation_steps=1, size=8)
     for _ in range(5):
         images = torch.randn(8, 1, 6, 6) * 3 + 1
         take_step(reducer, images)

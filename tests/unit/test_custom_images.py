@@ -12,6 +12,7 @@ from torchvision.datasets import CIFAR10
 from distlenet.config.loading import load_config
 from distlenet.data.sources import load_data
 from distlenet.data.sources.custom import load_custom
+from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.task import Datasets
 from distlenet.tasks.image_statistics import measure_images
 from distlenet.utils.errors import UserError
@@ -19,6 +20,7 @@ from distlenet.utils.errors import UserError
 pytestmark = pytest.mark.unit
 
 CONFIG = load_config([], ["data.name=digits"]).data
+ONE_RANK = DistributedEnvironment()
 
 
 def image(size=(8, 6), mode="RGB"):
@@ -30,12 +32,14 @@ def make(*samples, classes=("a", "b")):
 
 
 def test_pil_images_and_tensors_become_tensors_of_one_shape():
-    data = load_custom(make((image(), 0), (image(), torch.tensor(1))), {}, CONFIG)
+    data = load_custom(make((image(), 0), (image(), torch.tensor(1))), {}, CONFIG, ONE_RANK)
     assert [(tuple(i.shape), i.dtype, label) for i, label in data.train] == [
         ((3, 6, 8), torch.uint8, 0),
         ((3, 6, 8), torch.uint8, 1),
     ]
-    floats = load_custom(make((torch.rand(9, 9), 0)), {}, load_config([], ["data.name=digits", "data.size=5"]).data)
+    floats = load_custom(
+        make((torch.rand(9, 9), 0)), {}, load_config([], ["data.name=digits", "data.size=5"]).data, ONE_RANK
+    )
     assert (floats.train[0][0].shape, floats.train[0][0].dtype) == ((5, 5), torch.float32)
 
 
@@ -43,7 +47,9 @@ def test_the_arguments_are_passed():
     def function(count):
         return Datasets([(image(), 0)] * count, [(image(), 0)])
 
-    split = load_custom(function, {"count": 20}, load_config([], ["data.name=digits", "data.validation=0.25"]).data)
+    split = load_custom(
+        function, {"count": 20}, load_config([], ["data.name=digits", "data.validation=0.25"]).data, ONE_RANK
+    )
     assert (len(split.train), len(split.validation)) == (15, 5)
 
 
@@ -65,14 +71,14 @@ def test_the_directory_is_an_argument():
     ],
 )
 def test_a_wrong_sample_is_named(sample, message):
-    data = load_custom(make((image(), 0), sample), {}, CONFIG)
+    data = load_custom(make((image(), 0), sample), {}, CONFIG, ONE_RANK)
     with pytest.raises(UserError, match=message):
         data.train[1]
 
 
 def test_another_result_than_datasets_is_refused():
     with pytest.raises(UserError, match=r"returned a list; expected distlenet\.Datasets"):
-        load_custom(list, {}, CONFIG)
+        load_custom(list, {}, CONFIG, ONE_RANK)
 
 
 def test_cifar10_is_read_by_torchvision(monkeypatch, tmp_path):
@@ -113,7 +119,7 @@ class Noise:
 
 
 def test_statistics_of_random_transforms_are_the_same_in_every_start():
-    data = load_custom(lambda: Datasets(Noise(), Noise()), {}, CONFIG)
+    data = load_custom(lambda: Datasets(Noise(), Noise()), {}, CONFIG, ONE_RANK)
     first = measure_images(data.train)
     torch.manual_seed(3)
     assert measure_images(data.train) == first

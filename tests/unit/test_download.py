@@ -101,7 +101,7 @@ def test_a_damaged_download_is_not_used(monkeypatch, tmp_path, no_debian, server
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [server.url])
     with pytest.raises(UserError, match="File not found or corrupted"):
-        download.locate_or_download("fashion_mnist", Path("data"))
+        download.locate_or_download("fashion_mnist", Path("data"), fetch=False)
     assert idx.find_files(tmp_path / "data/FashionMNIST/raw") is None
 
 
@@ -109,7 +109,7 @@ def test_without_a_network_the_error_lists_the_ways_to_get_the_data(monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
     with pytest.raises(UserError) as error:
-        download.locate_or_download("fashion_mnist", Path("data"))
+        download.locate_or_download("fashion_mnist", Path("data"), fetch=False)
     message = str(error.value)
     for part in (
         "refused",
@@ -183,7 +183,7 @@ def test_debians_package_is_extracted_without_root(monkeypatch, tmp_path, no_deb
     monkeypatch.chdir(tmp_path)
     root = Path("data")  # relative, as data.root is by default
     with pytest.raises(UserError, match="refused"):
-        download.locate_or_download("fashion_mnist", root)
+        download.locate_or_download("fashion_mnist", root, fetch=False)
     files = download.locate_or_download("fashion_mnist", root, fetch=True)
     assert {path.parent for path in files.values()} == {root / "FashionMNIST/raw"}
 
@@ -204,7 +204,7 @@ def test_a_failed_download_removes_the_directory_that_it_created(monkeypatch, tm
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])
     with pytest.raises(UserError, match="cannot be downloaded"):
-        download.locate_or_download("fashion_mnist", Path("data"))
+        download.locate_or_download("fashion_mnist", Path("data"), fetch=False)
     assert not (tmp_path / "data").exists()
 
 

@@ -3,10 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from loaders import make_evaluation_loader
 from torch import nn
 
 from distlenet.config.schema import Config
-from distlenet.data.loader import EvaluationLoader
 from distlenet.task import Datasets, Task
 from distlenet.training.evaluation import evaluate
 from distlenet.training.outline import TaskOutline
@@ -78,7 +78,7 @@ class Recorder:
 
 
 def load(dataset):
-    return EvaluationLoader(dataset, chunk=4, rank=0, world_size=1, device=CPU)
+    return make_evaluation_loader(dataset, 4)
 
 
 def test_evaluation_counts_each_sample_once():

@@ -515,7 +515,9 @@ class Declared:
 
 def load_declared(tmp_path, train, test, *words, **more):
     config = load_config([], ["data.name=builtins:dict", f"data.cache={tmp_path}", *words]).data
-    return load_custom(lambda: Datasets(train, test, classes=("a", "b", "c"), **more), {}, config)
+    return load_custom(
+        lambda: Datasets(train, test, classes=("a", "b", "c"), **more), {}, config, DistributedEnvironment()
+    )
 
 
 def test_a_dataset_that_declares_to_be_deterministic_is_read_once(tmp_path):

@@ -222,7 +222,7 @@ def test_color_images_are_normalised_per_channel():
     # Histograms of integers: the only roundings are those of a few float64 operations, 1.1e-16 each.
     assert found.mean == pytest.approx(values.mean((0, 2, 3)).tolist(), rel=1e-12)
     assert found.std == pytest.approx(values.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
-    result = ImageTransform(found)(images)
+    result = ImageTransform(found, None, "none", 0, None)(images)
     expected = (values - values.mean((0, 2, 3), keepdim=True)) / values.std((0, 2, 3), correction=0, keepdim=True)
     assert result.shape == (50, 3, 9, 11)
     torch.testing.assert_close(result, expected.float(), rtol=1e-5, atol=1e-6)  # a few roundings of float32
@@ -230,7 +230,7 @@ def test_color_images_are_normalised_per_channel():
     assert floats.mean == pytest.approx(found.mean, rel=1e-12)
     assert floats.std == pytest.approx(found.std, rel=1e-10)  # a difference of sums of squares loses two digits
     before = images.float()
-    ImageTransform(floats)(before)
+    ImageTransform(floats, None, "none", 0, None)(before)
     assert torch.equal(before, images.float())  # the stored images are not changed
 
 
@@ -238,9 +238,9 @@ def test_augmentation_moves_all_channels_of_an_image_together():
     grey, keys = random_images(40, 9, 11), SampleKeys(5, 3, torch.arange(40))
     color = grey.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
     statistics = ((0.0,), (1.0,), 0.0, 255.0, False)
-    one = ImageTransform(ImageFormat(1, (9, 11), False, *statistics), None, "flip_shift", 3)(grey, keys)
+    one = ImageTransform(ImageFormat(1, (9, 11), False, *statistics), None, "flip_shift", 3, None)(grey, keys)
     three = ImageTransform(
-        ImageFormat(3, (9, 11), False, (0.0,) * 3, (1.0,) * 3, 0.0, 255.0, False), None, "flip_shift", 3
+        ImageFormat(3, (9, 11), False, (0.0,) * 3, (1.0,) * 3, 0.0, 255.0, False), None, "flip_shift", 3, None
     )
     assert torch.equal(three(color, keys), one.expand(-1, 3, -1, -1))
     assert not torch.equal(one[:, 0], grey.float())

@@ -15,9 +15,9 @@ def measure(images: torch.Tensor) -> ImageFormat:
     return measure_images(ImageDataset(images, torch.zeros(len(images), dtype=torch.uint8)))
 
 
-def padded(images: torch.Tensor, *options) -> ImageTransform:
+def padded(images: torch.Tensor, augment: str = "none", max_shift: int = 2) -> ImageTransform:
     """Return the transform of a set that is padded to 32 pixels."""
-    return ImageTransform(measure(images), (32, 32), *options)
+    return ImageTransform(measure(images), (32, 32), augment, max_shift, None)
 
 
 def make_images(n: int, size: int = 28) -> torch.Tensor:

@@ -1,12 +1,13 @@
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loaders import make_evaluation_loader, make_loader
 
 from distlenet.config.schema import Config
-from distlenet.data.loader import EvaluationLoader, Loader
 from distlenet.data.placement import place_datasets
-from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.data.sources import ImageDataset
 from distlenet.task import Datasets, Task
 from distlenet.utils.errors import UserError
@@ -23,11 +24,10 @@ def dataset_of(samples: int) -> ImageDataset:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_loader_fetches_the_batches_of_the_sampler(num_workers):
     dataset = dataset_of(21)
-    sampler = GlobalBatchSampler(dataset, 5, rank=1, world_size=2, seed=3)
-    loader = Loader(dataset, sampler, num_workers, CPU)
+    loader = make_loader(dataset, 5, rank=1, world_size=2, num_workers=num_workers)
     for epoch, start in ((0, 0), (1, 3)):
         batches = list(loader.epoch(epoch, start))
-        expected = list(sampler.batches(epoch, start))
+        expected = list(loader.sampler.batches(epoch, start))
         assert [batch.indices.tolist() for batch in batches] == [indices.tolist() for indices in expected]
         for batch, indices in zip(batches, expected, strict=True):
             if not len(indices):
@@ -41,19 +41,15 @@ def test_a_loader_fetches_the_batches_of_the_sampler(num_workers):
 
 
 def test_one_batch_is_loaded_again():
-    loader = make_loader(dataset_of(20))
+    loader = make_loader(dataset_of(20), 5)
     first, again = list(loader.epoch(1))[2], loader.batch(1, 2)
     assert torch.equal(first.indices, again.indices)
     assert torch.equal(first.data[0], again.data[0])
     assert (again.epoch, again.number, again.global_size) == (1, 2, 5)
 
 
-def make_loader(dataset, num_workers: int = 0, device: torch.device = CPU) -> Loader:
-    return Loader(dataset, GlobalBatchSampler(dataset, 5, rank=0, world_size=1, seed=3), num_workers, device)
-
-
 def test_an_epoch_can_stop_early():
-    loader = make_loader(dataset_of(20))
+    loader = make_loader(dataset_of(20), 5)
     whole, part = list(loader.epoch(1)), list(loader.epoch(1, start=1, stop=3))
     assert [batch.number for batch in part] == [1, 2]
     assert [batch.indices.tolist() for batch in part] == [batch.indices.tolist() for batch in whole[1:3]]
@@ -61,13 +57,13 @@ def test_an_epoch_can_stop_early():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_keys_hold_seed_epoch_and_indices(num_workers):
-    for batch in make_loader(dataset_of(12), num_workers).epoch(2):
+    for batch in make_loader(dataset_of(12), 5, num_workers=num_workers).epoch(2):
         assert (batch.keys.seed, batch.keys.epoch) == (3, 2)
         assert batch.keys.indices.tolist() == batch.indices.tolist()
 
 
 def test_a_sample_batch_is_the_first_sample():
-    batch = make_loader(dataset_of(20)).sample_batch()
+    batch = make_loader(dataset_of(20), 5).sample_batch()
     images, labels = batch.data
     assert (len(batch), images.shape, labels.tolist()) == (1, (1, 1, 1), [0])
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
@@ -75,8 +71,8 @@ def test_a_sample_batch_is_the_first_sample():
 
 def test_data_is_on_the_device_and_indices_are_also_on_the_host():
     """The device "meta" stands for a GPU: it copies no values."""
-    loader = make_loader(dataset_of(20), device=torch.device("meta"))
-    batch, on_host = loader.batch(0, 1), make_loader(dataset_of(20)).batch(0, 1)
+    loader = make_loader(dataset_of(20), 5, device=torch.device("meta"))
+    batch, on_host = loader.batch(0, 1), make_loader(dataset_of(20), 5).batch(0, 1)
     devices = {tensor.device.type for tensor in (*batch.data, *loader.sample_batch().data, batch.keys.indices)}
     assert devices == {"meta"}
     assert batch.indices.tolist() == on_host.indices.tolist()
@@ -94,7 +90,7 @@ class Sentences:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_any_nested_data_is_loaded(num_workers):
-    batches = list(make_loader(Sentences(), num_workers).epoch(0))
+    batches = list(make_loader(Sentences(), 5, num_workers=num_workers).epoch(0))
     assert [len(batch) for batch in batches] == [5, 5, 2]
     for batch in batches:
         assert [len(words) for words in batch.data["words"]] == batch.indices.tolist()
@@ -113,9 +109,10 @@ class Squares:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_samples_of_a_map_style_dataset_are_collated(num_workers):
-    dataset = Squares()
-    sampler = GlobalBatchSampler(dataset, 5, rank=0, world_size=1, seed=3)
-    loader = Loader(dataset, sampler, num_workers, CPU, collate=lambda samples: {"ragged": [x for _, x in samples]})
+    def collate(samples):
+        return {"ragged": [x for _, x in samples]}
+
+    loader = make_loader(Squares(), 5, num_workers=num_workers, collate=collate)
     batches = list(loader.epoch(0))
     assert [len(batch) for batch in batches] == [5, 5, 2]
     for batch in batches:
@@ -137,9 +134,8 @@ class Pairs(Squares):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_pairs_arrive_as_tuples(num_workers):
     """The engine takes a list for one item per sample; torch makes lists of tuples in three places."""
-    dataset, task = Pairs(), SmallTask(Config())
-    sampler = GlobalBatchSampler(dataset, 5, rank=0, world_size=1, seed=3)
-    batch = next(Loader(dataset, sampler, num_workers, CPU, task.collate).epoch(0))
+    collate = SmallTask(Config()).collate
+    batch = next(make_loader(Pairs(), 5, num_workers=num_workers, collate=collate).epoch(0))
     numbers, parts = batch.data
     assert isinstance(batch.data, tuple)
     assert isinstance(parts["pair"], tuple)
@@ -149,15 +145,15 @@ def test_pairs_arrive_as_tuples(num_workers):
 
 def test_a_loader_does_not_use_the_global_generator():
     before = torch.get_rng_state()
-    assert len(list(make_loader(dataset_of(20)).epoch(0))) == 4
+    assert len(list(make_loader(dataset_of(20), 5).epoch(0))) == 4
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @given(st.integers(0, 250), st.integers(1, 50), st.integers(1, 9))
 def test_evaluation_has_every_sample_once_in_chunks_that_do_not_depend_on_ranks(samples, chunk, world_size):
     dataset = dataset_of(samples)
-    batches = [batch for rank in range(world_size) for batch in EvaluationLoader(dataset, chunk, rank, world_size, CPU)]
-    one_rank = list(EvaluationLoader(dataset, chunk, 0, 1, CPU))
+    ranks = [make_evaluation_loader(dataset, chunk, rank=rank, world_size=world_size) for rank in range(world_size)]
+    batches, one_rank = list(chain.from_iterable(ranks)), list(make_evaluation_loader(dataset, chunk))
     chunks = [batch.indices.tolist() for batch in one_rank]
     assert sorted(batch.indices.tolist() for batch in batches) == chunks
     assert [index for indices in chunks for index in indices] == list(range(samples))
@@ -167,7 +163,7 @@ def test_evaluation_has_every_sample_once_in_chunks_that_do_not_depend_on_ranks(
 
 @pytest.mark.parametrize(("samples", "expected"), [(22, 2), (8, 0), (9, 1), (24, 2), (25, 2)])
 def test_evaluation_counts_the_batches_that_every_rank_has(samples, expected):
-    loaders = [EvaluationLoader(dataset_of(samples), 4, rank, 3, CPU) for rank in range(3)]
+    loaders = [make_evaluation_loader(dataset_of(samples), 4, rank=rank, world_size=3) for rank in range(3)]
     assert {loader.batches_of_every_rank for loader in loaders} == {expected}
     assert min(len(list(loader)) for loader in loaders) == expected
 
@@ -196,9 +192,8 @@ def test_images_stay_on_the_host_without_a_gpu():
 def test_samples_of_different_shapes_are_a_message_of_one_line(samples, num_workers):
     dataset = [(sample, 0) for sample in samples]
     task = type("Mine", (Task,), {"model": None, "loss": None, "datasets": None})(Config())
-    sampler = GlobalBatchSampler(dataset, 2, rank=0, world_size=1, seed=3)
     with pytest.raises(UserError) as error:
-        next(Loader(dataset, sampler, num_workers, CPU, task.collate).epoch(0))
+        next(make_loader(dataset, 2, num_workers=num_workers, collate=task.collate).epoch(0))
     assert str(error.value) == (
         "Mine.collate: samples have different shapes, which the default cannot combine; define Mine.collate, which "
         "returns a list of tensors; see docs/own.md"

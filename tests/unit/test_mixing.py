@@ -5,12 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from loaders import make_loader
 from torch import nn
 
 from distlenet.config.loading import load_config
 from distlenet.data.image_dataset import ImageDataset
-from distlenet.data.loader import Loader
-from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.task import SampleKeys
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tasks.mixing import TABLE_STEPS, Mixing, box_sides, smaller_share_table
@@ -130,8 +129,8 @@ def test_partners_do_not_depend_on_ranks_or_workers(world_size, num_workers):
         __len__, __getitem__ = dataset.__len__, dataset.__getitem__
 
     def pairs(data, ranks, workers):
-        samplers = (GlobalBatchSampler(data, 16, rank, ranks, seed=5) for rank in range(ranks))
-        loaders = [Loader(data, sampler, workers, CPU, partners=True) for sampler in samplers]
+        options = {"world_size": ranks, "seed": 5, "num_workers": workers, "partners": True}
+        loaders = [make_loader(data, 16, rank=rank, **options) for rank in range(ranks)]
         batches = [batch for loader in loaders for epoch in (0, 1) for batch in loader.epoch(epoch)]
         assert all(torch.equal(batch.data[0][1], batch.indices) for batch in batches)
         own = [(batch.epoch, index) for batch in batches for index in batch.indices.tolist()]

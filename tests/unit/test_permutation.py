@@ -38,7 +38,7 @@ def test_a_part_is_computed_without_the_rest():
         def __len__(self) -> int:
             return 10**15
 
-    batch = next(iter(GlobalBatchSampler(Huge(), 2**16, 5, 4096, seed=0)))
+    batch = next(iter(GlobalBatchSampler(Huge(), 2**16, 5, 4096, 0, drop_last=False, virtual_shards=None)))
     assert torch.equal(batch, huge(torch.arange(5, 2**16, 4096)))
 
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from loaders import make_evaluation_loader
 from torch import nn
 
 from distlenet.config.schema import Config
-from distlenet.data.loader import EvaluationLoader
 from distlenet.task import Datasets, Task
 from distlenet.training.evaluation import evaluate
 from distlenet.training.outline import outline_of
@@ -48,7 +48,7 @@ def run(**methods):
     task = type("Mine", (Scoring,), methods)(Config())
     model = task.model()
     outline = outline_of(task, model, torch.ones(1), nullcontext())
-    loader = EvaluationLoader([3.0, 0.0, 2.0, 7.0, 1.0], chunk=2, rank=0, world_size=1, device=CPU)
+    loader = make_evaluation_loader([3.0, 0.0, 2.0, 7.0, 1.0], 2)
     return task, evaluate(outline, model, loader, 5, CONTEXT)
 
 

@@ -71,6 +71,7 @@ def test_a_rank_without_a_signal_has_the_whole_grace_period():
 
 WORKERS = """
 import os, subprocess, torch
+from torch.utils.data import default_collate
 from distlenet.data import loader
 from distlenet.data.sampler import GlobalBatchSampler
 from distlenet.data.sources import ImageDataset
@@ -83,10 +84,10 @@ def late(worker):  # the second worker is still starting when the signals arrive
     worker_init_fn(worker)
 loader.worker_init_fn = late
 dataset = ImageDataset(torch.zeros(64, 1, 1, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8))
-sampler = GlobalBatchSampler(dataset, 4, rank=0, world_size=1, seed=0)
+sampler = GlobalBatchSampler(dataset, 4, rank=0, world_size=1, seed=0, drop_last=False, virtual_shards=None)
 preemption = Preemption(25)
 preemption.install()
-batches = loader.Loader(dataset, sampler, 2, torch.device("cpu")).epoch(0)
+batches = loader.Loader(dataset, sampler, 2, torch.device("cpu"), default_collate, False).epoch(0)
 samples = len(next(batches))
 # As SLURM does: to all processes of the job, except the shell that sends them.
 subprocess.run("trap '' TERM USR2 INT; kill -TERM 0; kill -USR2 0; kill -INT 0", shell=True, check=True)

@@ -29,16 +29,25 @@ pytestmark = pytest.mark.unit
 ONE_RANK = DistributedEnvironment()
 
 
-def make_ddp(model: nn.Module, accumulation_steps: int = 4, size: int = 4) -> DdpReducer:
-    return DdpReducer(model, ONE_RANK, accumulation_steps, size)
+def make_ddp(
+    model: nn.Module,
+    accumulation_steps: int = 4,
+    size: int = 4,
+    compress: bool = False,
+    weighted: bool = False,
+    find_unused: bool = False,
+) -> DdpReducer:
+    return DdpReducer(model, ONE_RANK, accumulation_steps, size, dist.all_reduce, compress, weighted, find_unused)
 
 
 def make_exact(model: nn.Module, virtual_shards: int = 4, size: int = 4, check_finite: bool = True) -> ExactReducer:
     return ExactReducer(model, ONE_RANK, virtual_shards, size, check_finite)
 
 
-def make_flat(model: nn.Module, accumulation_steps: int = 4, size: int = 4, **options: bool) -> FlatReducer:
-    return FlatReducer(model, ONE_RANK, accumulation_steps, size, **options)
+def make_flat(
+    model: nn.Module, accumulation_steps: int = 4, size: int = 4, weighted: bool = False, find_unused: bool = False
+) -> FlatReducer:
+    return FlatReducer(model, ONE_RANK, accumulation_steps, size, dist.all_reduce, weighted, find_unused)
 
 
 ALL = pytest.mark.parametrize("make", [make_exact, make_ddp, make_flat])
@@ -341,7 +350,7 @@ class Branches(nn.Module):
 def test_other_parameters_in_each_micro_batch(signs, compress, weighted):
     model, plain = Branches(), Branches()
     plain.load_state_dict(model.state_dict())
-    reducer = DdpReducer(model, ONE_RANK, 2, 2, compress=compress, weighted=weighted, find_unused=True)
+    reducer = make_ddp(model, 2, 2, compress, weighted, find_unused=True)
     reducer.warm_up(lambda wrapped: wrapped(torch.ones(1, 1)).sum())
     data = torch.tensor([[1.0], [2.0], [3.0], [4.0]]) * torch.tensor(signs).repeat_interleave(2).unsqueeze(1)
     for stop in (0.0, 1.0):
@@ -385,7 +394,7 @@ def test_unused_parameters_are_refused(signs, message):
 def test_sync_batchnorm_is_refused(reduction):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SyncBatchNorm(4))
     with pytest.raises(UserError, match=r"1 \(SyncBatchNorm\): waits for all ranks .*; give model.sync_batchnorm=true"):
-        make_reducer(load_config([], [f"distributed.reduction={reduction}"]), model, ONE_RANK, check_finite=True)
+        make_reducer(load_config([], [f"distributed.reduction={reduction}"]), model, ONE_RANK, True, weighted=False)
 
 
 def test_other_dtypes_are_refused():
@@ -438,7 +447,7 @@ def test_sizes_that_divide():
     ],
 )
 def test_configured_reducer_is_made(settings, kind):
-    assert type(make_reducer(load_config([], settings), Net(), ONE_RANK, check_finite=True)) is kind
+    assert type(make_reducer(load_config([], settings), Net(), ONE_RANK, True, weighted=False)) is kind
 
 
 @pytest.mark.usefixtures("group")
@@ -505,4 +514,6 @@ def test_uneven_batches_need_a_setting(overrides, size):
 
 def test_exact_sums_of_compressed_gradients_are_refused():
     with pytest.raises(UserError, match=r"distributed\.gradient_compression=bf16: rounds"):
-        make_reducer(load_config([], [EXACT, "distributed.gradient_compression=bf16"]), Net(), ONE_RANK, True)
+        make_reducer(
+            load_config([], [EXACT, "distributed.gradient_compression=bf16"]), Net(), ONE_RANK, True, weighted=False
+        )

@@ -5,9 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-
-from distlenet.data.loader import EvaluationLoader, Loader
-from distlenet.data.sampler import GlobalBatchSampler
+from loaders import make_evaluation_loader, make_loader
 
 pytestmark = pytest.mark.unit
 
@@ -47,15 +45,14 @@ def training_samples(dataset, ranks=1, num_workers=0, seed=3, epoch=1, start=0):
     """Return the samples by index, as all ranks load them."""
     by_index = {}
     for rank in range(ranks):
-        sampler = GlobalBatchSampler(dataset, BATCH_SIZE, rank, ranks, seed)
-        loader = Loader(dataset, sampler, num_workers, CPU)
+        loader = make_loader(dataset, BATCH_SIZE, rank=rank, world_size=ranks, seed=seed, num_workers=num_workers)
         batches = list(loader.epoch(epoch, start))
         by_index |= {int(index): row for batch in batches for index, row in zip(batch.indices, batch.data, strict=True)}
     return by_index
 
 
 def evaluation_samples(dataset, ranks=1, seed=3):
-    loaders = [EvaluationLoader(dataset, 4, rank, ranks, CPU, seed=seed) for rank in range(ranks)]
+    loaders = [make_evaluation_loader(dataset, 4, rank=rank, world_size=ranks, seed=seed) for rank in range(ranks)]
     batches = [batch for loader in loaders for batch in loader]
     return {int(index): row for batch in batches for index, row in zip(batch.indices, batch.data, strict=True)}
 
@@ -77,7 +74,7 @@ def test_samples_do_not_depend_on_ranks_workers_or_restarts(dataset, ranks, num_
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_each_epoch_of_one_loader_has_other_numbers(num_workers):
     """The epoch reaches workers that started in an earlier epoch."""
-    loader = Loader(Noise(), GlobalBatchSampler(Noise(), BATCH_SIZE, 0, 1, seed=3), num_workers, CPU)
+    loader = make_loader(Noise(), BATCH_SIZE, num_workers=num_workers)
     for epoch in (0, 1, 4):
         rows = {int(i): row for batch in loader.epoch(epoch) for i, row in zip(batch.indices, batch.data, strict=True)}
         assert_same(rows, training_samples(Noise(), epoch=epoch))
@@ -101,7 +98,7 @@ def test_every_evaluation_has_the_same_samples_on_any_number_of_ranks():
 
 
 def test_a_batch_that_is_loaded_again_has_the_same_samples():
-    loader = Loader(Noise(), GlobalBatchSampler(Noise(), BATCH_SIZE, 0, 1, seed=3), 0, CPU)
+    loader = make_loader(Noise(), BATCH_SIZE)
     assert torch.equal(loader.batch(1, 2).data, list(loader.epoch(1))[2].data)
     assert_same({0: loader.sample_batch().data[0]}, training_samples(Noise(), epoch=0))
 
@@ -114,7 +111,7 @@ def test_loading_and_the_rest_of_the_process_do_not_disturb_each_other():
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     undisturbed = [global_numbers() for _ in range(4)]
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
-    loader = Loader(Noise(), GlobalBatchSampler(Noise(), BATCH_SIZE, 0, 1, seed=3), 0, CPU)
+    loader = make_loader(Noise(), BATCH_SIZE)
     disturbed, rows = [], {}
     for batch in loader.epoch(1):
         disturbed.append(global_numbers())

@@ -15,17 +15,21 @@ BY_TORCHRUN = {"TORCHELASTIC_RESTART_COUNT": "1"}
 BY_SLURM = {"SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
 
 
+def record(run_dir, step, limit, environ):
+    record_start(run_dir, step, 2, limit, "12345678", "a", environ)
+
+
 @pytest.mark.parametrize("environ", [BY_TORCHRUN, BY_SLURM])
 def test_automatic_restarts_without_progress_are_limited(tmp_path, environ):
-    record_start(tmp_path, 0, 2, 3, environ=BY_HAND)
+    record(tmp_path, 0, limit=3, environ=BY_HAND)
     for _ in range(3):
-        record_start(tmp_path, 40, 2, 3, environ=environ)
+        record(tmp_path, 40, limit=3, environ=environ)
     with pytest.raises(UserError, match="restarted 3 times from step 40"):
-        record_start(tmp_path, 40, 2, 3, environ=environ)
-    record_start(tmp_path, 50, 2, 3, environ=environ)  # progress
+        record(tmp_path, 40, limit=3, environ=environ)
+    record(tmp_path, 50, limit=3, environ=environ)  # progress
     for _ in range(9):
-        record_start(tmp_path, 50, 2, 3, environ=BY_HAND)  # starts by hand are not limited
-    record_start(tmp_path, 50, 2, 3, environ=environ)
+        record(tmp_path, 50, limit=3, environ=BY_HAND)  # starts by hand are not limited
+    record(tmp_path, 50, limit=3, environ=environ)
     starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert len(starts) == 15
     assert (starts[1]["step"], starts[1]["world_size"]) == (40, 2)
@@ -34,12 +38,12 @@ def test_automatic_restarts_without_progress_are_limited(tmp_path, environ):
 
 @pytest.mark.parametrize("torn", ['{"step": 7, "autom\n', '{"step": 7, "autom', '{"step": 7}\n', "[]\n"])
 def test_torn_line_is_ignored(tmp_path, torn):
-    record_start(tmp_path, 7, 2, 1, environ=BY_HAND)
+    record(tmp_path, 7, limit=1, environ=BY_HAND)
     with (tmp_path / "starts.jsonl").open("a") as file:
         file.write(torn)
-    record_start(tmp_path, 7, 2, 1, environ=BY_TORCHRUN)
+    record(tmp_path, 7, limit=1, environ=BY_TORCHRUN)
     with pytest.raises(UserError, match="restarted 1 times"):
-        record_start(tmp_path, 7, 2, 1, environ=BY_TORCHRUN)
+        record(tmp_path, 7, limit=1, environ=BY_TORCHRUN)
 
 
 def test_run_id_without_checkpoint_is_kept_by_the_next_start_of_the_same_job(tmp_path):
@@ -59,7 +63,7 @@ def test_a_restart_is_described_and_counted(tmp_path):
     assert describe_restart({**BY_TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3"}) == "restart 1 of 3"
     assert count_starts(tmp_path) == 0
     for step in (0, 0, 12):
-        record_start(tmp_path, step, 2, 3, environ=BY_HAND)
+        record(tmp_path, step, limit=3, environ=BY_HAND)
     (tmp_path / "starts.jsonl").open("a").write('{"step": 7, "autom')
     assert count_starts(tmp_path) == 3
 

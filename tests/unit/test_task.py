@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from loaders import make_evaluation_loader, make_loader
 from torch import Tensor, nn
 
 from distlenet.config.loading import load_config
 from distlenet.config.schema import Config
-from distlenet.data.loader import EvaluationLoader, Loader
-from distlenet.data.sampler import GlobalBatchSampler
+from distlenet.data.loader import Loader
 from distlenet.distributed.context import DistributedContext, init_distributed
 from distlenet.task import Datasets, Task
 from distlenet.training.evaluation import evaluate
@@ -107,8 +107,7 @@ def make_step(*reduction: str, task: Task = TASK) -> Iterator[tuple[TrainStep, L
     config = load_config([], [*SETTINGS, *reduction])
     with init_distributed(config) as context:
         dataset = TASK.datasets().train
-        sampler = GlobalBatchSampler(dataset, BATCH_SIZE, 0, 1, config.seed)
-        loader = Loader(dataset, sampler, 0, context.device)
+        loader = make_loader(dataset, BATCH_SIZE, seed=config.seed, device=context.device)
         sample = loader.sample_batch()
         example = TASK.transform(sample.data, sample.keys)
         train_step = TrainStep(config, context, task, 100, example, BATCH_SIZE)
@@ -187,7 +186,7 @@ def test_weighted_steps_equal_plain_training(reduction):
         means = train_step.on_device.meter.total().means
         assert [means["loss"], means["absolute_error"]] == pytest.approx([loss / weight, error / 20], rel=1e-4)
         test = TASK.datasets().test
-        evaluation = EvaluationLoader(test, TASK.eval_batch_size, 0, 1, context.device)
+        evaluation = make_evaluation_loader(test, TASK.eval_batch_size, device=context.device)
         metrics = evaluate(train_step.on_device.outline, model, evaluation, len(test), context)
         losses = (model(test.words, test.features) - test.scores).detach().double() ** 2
         weights = torch.tensor([len(words) for words in test.words])
@@ -201,7 +200,7 @@ def _errors(outputs, batch):
 def test_evaluation_equals_means_over_the_set():
     with make_step(*REDUCTIONS[0]) as (train_step, _, context, _):
         test, model = TASK.datasets().test, train_step.on_device.model
-        loader = EvaluationLoader(test, TASK.eval_batch_size, 0, 1, context.device)
+        loader = make_evaluation_loader(test, TASK.eval_batch_size, device=context.device)
         metrics = evaluate(train_step.on_device.outline, model, loader, len(test), context)
         error = (model(test.words, test.features) - test.scores).detach()
     assert metrics.count == 13

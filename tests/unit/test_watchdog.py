@@ -23,7 +23,7 @@ def watchdogs(ranks: int) -> list[Watchdog]:
     store = dist.HashStore()
     for rank in range(ranks):
         store.set(host_key(rank), f"nonce host{rank // 2}")
-    return [Watchdog(store, DistributedEnvironment(rank, 0, ranks), 1.0, None) for rank in range(ranks)]
+    return [Watchdog(store, DistributedEnvironment(rank, 0, ranks), 1.0, None, None) for rank in range(ranks)]
 
 
 def collect(late: list[Watchdog]) -> list[str | None]:
@@ -56,7 +56,7 @@ def test_the_flight_recorder_is_reported_with_its_limit(tmp_path, monkeypatch, c
     monkeypatch.setattr("torch._C._distributed_c10d._dump_nccl_trace", lambda: b"trace", raising=False)
     store = dist.HashStore()
     store.set(host_key(0), "nonce host0")
-    Watchdog(store, DistributedEnvironment(), 1.0, tmp_path).report()
+    Watchdog(store, DistributedEnvironment(), 1.0, tmp_path, None).report()
     assert (tmp_path / "rank_0").read_bytes() == b"trace"
     line = capsys.readouterr().err
     assert f"NCCL's flight recorder is in {tmp_path}, for torchfrtrace; it does not contain collectives that" in line
@@ -71,7 +71,7 @@ from distlenet.distributed.watchdog import run_watchdog
 
 store = dist.HashStore()
 store.set("host/0", "nonce host0")
-with run_watchdog(store, DistributedEnvironment(1, 0, 2), 60, None) as watchdog:
+with run_watchdog(store, DistributedEnvironment(1, 0, 2), 60, None, None) as watchdog:
     watchdog.set_timeout(0.5, "distributed.step_timeout_s")
     for step in range(30):  # 1.5 s
         watchdog.heartbeat(step)
@@ -137,7 +137,7 @@ def test_progress_outside_of_steps_restarts_the_time_limit():
     restart_time_limit()  # without a watchdog
     env, store = DistributedEnvironment(), dist.HashStore()
     store.set(host_key(0), "nonce host0")
-    with run_watchdog(store, env, 60.0, None) as watchdog:
+    with run_watchdog(store, env, 60.0, None, None) as watchdog:
         watchdog.heartbeat(3)
         watchdog.last_heartbeat -= 50
         restart_time_limit()

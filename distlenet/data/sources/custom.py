@@ -63,7 +63,7 @@ def load_custom(
     function: Callable[..., Datasets],
     args: Mapping[str, Any],
     config: DataConfig,
-    env: DistributedEnvironment | None = None,
+    env: DistributedEnvironment,
 ) -> Datasets:
     """Return the datasets of ``function(**args)``, with images of one shape. A collective, if there is a group.
 
@@ -71,7 +71,6 @@ def load_custom(
     ``deterministic = True`` are cached, if their images are uint8.
     """
     datasets: Any = None
-    env = env or DistributedEnvironment()
     if dist.is_initialized() and dist.get_backend() != "fake":
         with raise_on_all_ranks():
             if env.local_rank == 0:

@@ -85,7 +85,7 @@ def map_data(opened: OpenedImages) -> Datasets:
 def load_data(config: DataConfig, fetch: bool = False) -> Datasets:
     """Open and map the configured data set in this process. Raise UserError as ``open_data``."""
     if is_import_name(config.name):
-        return _load_function(config)
+        return _load_function(config, DistributedEnvironment())
     with open_data(config, fetch) as opened:
         return split_validation(map_data(opened), config.validation)
 
@@ -98,7 +98,7 @@ def load_images(config: DataConfig) -> Datasets:
     return _load_function(config, env) if is_import_name(config.name) else load_on_node(config, env)
 
 
-def _load_function(config: DataConfig, env: DistributedEnvironment | None = None) -> Datasets:
+def _load_function(config: DataConfig, env: DistributedEnvironment) -> Datasets:
     function = resolve("data.name", config.name, {})
     if config.root != DataConfig().root:
         raise UserError(
