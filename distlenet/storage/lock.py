@@ -21,7 +21,8 @@ from distlenet.storage.objects import LOCKS, Objects, StorageError
 from distlenet.utils.errors import warn
 
 RENEW_S, EXPIRES_S, POLL_S = 10.0, 45.0, 3.0
-CHECKED_S = 2.0  # a check is valid for so long: a request costs CPU time, and another job needs EXPIRES_S to take over
+# Seconds that a check is valid: a request costs CPU time, and another job needs EXPIRES_S to take over.
+CHECKED_S = 2.0
 
 
 class LockLost(StorageError):
@@ -49,7 +50,7 @@ class RunLock:
         self.objects, self.copy, self.complete = objects, copy, False
         self.lost, self.renew_s, self.expires_s, self.poll_s = lost, renew_s, expires_s, poll_s
         self.number, self.nonce, self.renewals = 0, "", 0
-        self._checked = -math.inf  # the time of the last check
+        self._checked = -math.inf  # the time of the last check's request
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
 
@@ -88,7 +89,8 @@ class RunLock:
 
         Ask the store only if the last answer is older than ``CHECKED_S``.
         """
-        if time.monotonic() - self._checked < CHECKED_S:
+        request_time = time.monotonic()  # the process may be suspended before it reads the answer
+        if request_time - self._checked < CHECKED_S:
             return
         number, content = self._newest()
         if number and content.get("nonce") != self.nonce:  # 0: somebody removed the lock, the next renewal restores it
@@ -97,7 +99,7 @@ class RunLock:
                 "not reach the store",
                 permanent=True,
             )
-        self._checked = time.monotonic()
+        self._checked = request_time
 
     def check_age(self) -> None:
         """Raise StorageError if the last check, which the thread repeats, is so old that another job may have the run.

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 from stored_runs import (  # the fixtures are used by their names
@@ -182,6 +184,28 @@ def test_two_jobs_that_start_at_once(url):
     assert len(winners) == 1
     winners[0].check()
     winners[0].release()
+
+
+def test_an_answer_that_a_suspended_job_reads_late_is_old(server, url, monkeypatch):
+    """The clock advances between the request and the end of the check, as if the job was suspended then."""
+    job = run_lock(url, "a", renew_s=3600.0)
+    job.acquire(0.0)
+    clock = SimpleNamespace(now=time.monotonic())
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr("distlenet.storage.lock.time", clock)
+
+    def suspend(method, path):
+        if method == "GET" and path.endswith(".locks/00000001"):
+            clock.now += job.expires_s
+
+    server.app.hook = suspend
+    job.check()
+    with pytest.raises(StorageError, match="was interrupted for too long"):
+        job.check_age()
+    server.app.hook = lambda *_: None
+    job.check()
+    job.check_age()
+    job.release()
 
 
 # ---- a run
