@@ -2,6 +2,12 @@
 
 import hashlib
 import pickle
+import shutil
+import threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,12 +87,11 @@ def test_another_result_than_datasets_is_refused():
         load_custom(list, {}, CONFIG, ONE_RANK)
 
 
-def test_cifar10_is_read_by_torchvision(monkeypatch, tmp_path):
-    config = load_config([], ["data.name=cifar10", f"data.root={tmp_path}"]).data
-    with pytest.raises(UserError, match=r"is not in .*cifar-10-batches-py; give the data.root .* distlenet.data"):
-        load_data(config)
-    directory = tmp_path / "cifar-10-batches-py"
-    directory.mkdir()
+@pytest.fixture
+def cifar10(monkeypatch, tmp_path):
+    """The pixels of a small CIFAR-10, and the directory with its files, whose archive torchvision downloads."""
+    directory = tmp_path / "published" / "cifar-10-batches-py"
+    directory.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
     files = {
         "data_batch_1": {"data": pixels, "labels": [0, 1, 9, 3]},
@@ -97,15 +102,77 @@ def test_cifar10_is_read_by_torchvision(monkeypatch, tmp_path):
     for name, content in files.items():
         (directory / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((directory / name).read_bytes()).hexdigest()
-    with pytest.raises(UserError, match=r"cannot be read or downloaded: Dataset not found or corrupted"):
-        load_data(config)
+    archive = Path(shutil.make_archive(str(tmp_path / "published"), "gztar", directory.parent, directory.name))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
-    data = load_data(config)
+    yield pixels, directory
+    server.shutdown()
+    server.server_close()
+
+
+def cifar10_in(root):
+    return load_config([], ["data.name=cifar10", f"data.root={root}"]).data
+
+
+def test_cifar10_is_read_by_torchvision(cifar10, tmp_path):
+    pixels, directory = cifar10
+    with pytest.raises(UserError, match=r"is not in .*cifar-10-batches-py; give the data.root .* distlenet.data"):
+        load_data(cifar10_in(tmp_path))
+    data = load_data(cifar10_in(directory.parent))
     assert torch.equal(data.train.images, torch.from_numpy(pixels).view(4, 3, 32, 32))
     assert data.train.labels.tolist() == [0, 1, 9, 3]
     assert data.classes[9] == "class 9"
+    (directory / "test_batch").write_bytes(b"")
+    message = rf"cannot be read: Dataset not found or corrupted.*; remove {directory} and run again"
+    with pytest.raises(UserError, match=message):
+        load_data(cifar10_in(directory.parent))
+
+
+def test_an_interrupted_download_of_cifar10_is_repeated(cifar10, monkeypatch, tmp_path):
+    pixels, directory = cifar10
+    root = tmp_path / "root"
+
+    def unpack_a_part(archive, target, *_):
+        shutil.copytree(directory, Path(target) / directory.name, ignore=shutil.ignore_patterns("test_batch"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torchvision.datasets.utils.extract_archive", unpack_a_part)
+        with pytest.raises(KeyboardInterrupt):
+            load_data(cifar10_in(root), fetch=True)
+    data = load_data(cifar10_in(root), fetch=True)
+    assert torch.equal(data.train.images, torch.from_numpy(pixels).view(4, 3, 32, 32))
+    assert [path.name for path in root.iterdir() if path.name != ".cifar10.lock"] == [directory.name]
+
+
+def test_a_process_that_waited_for_the_download_of_cifar10_uses_it(cifar10, monkeypatch, tmp_path):
+    _, directory = cifar10
+    root = tmp_path / "root"
+
+    @contextmanager
+    def lock_of_another_process(*_, **__):
+        shutil.copytree(directory, root / directory.name)  # before it releases the lock
+        yield
+
+    monkeypatch.setattr("filelock.FileLock", lock_of_another_process)
+    monkeypatch.setattr(CIFAR10, "url", "file:///missing")
+    assert len(load_data(cifar10_in(root), fetch=True).train) == 4
+
+
+@pytest.mark.parametrize(("name", "value"), [("url", "file:///missing"), ("tgz_md5", "0" * 32)])
+@pytest.mark.usefixtures("cifar10")
+def test_a_download_of_cifar10_that_fails(monkeypatch, tmp_path, name, value):
+    root = tmp_path / "root"
+    monkeypatch.setattr(CIFAR10, name, value)
+    with pytest.raises(UserError, match=r"cannot be downloaded: .*; put the published cifar-10-batches-py into "):
+        load_data(cifar10_in(root), fetch=True)
+    assert not (root / "cifar-10-batches-py").exists()
 
 
 class Noise:

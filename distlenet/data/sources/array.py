@@ -1,7 +1,7 @@
 """``data.name=array``: images and labels as NumPy arrays, in one .npz file or in a directory of .npy files."""
 
 import zipfile
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from distlenet.config.schema import DataConfig
 from distlenet.data.sources.labels import check_images, check_labels, digest_of
-from distlenet.data.sources.opened import OpenedImages, StoredImages
+from distlenet.data.sources.opened import OpenedImages, store_images
 from distlenet.utils.errors import UserError, one_line
-from distlenet.utils.mapped_file import share_tensors
 
 LAYOUT = "train_images, train_labels, test_images and test_labels, and optionally val_images and val_labels"
 
@@ -37,11 +36,7 @@ def open_array(config: DataConfig, stack: ExitStack, fetch: bool) -> OpenedImage
         check_images(f"{root} {image_name}", images)
         check_labels(f"{root} {label_name}", labels, len(images), classes or None)
         classes = classes or int(labels.max()) + 1
-        image_file, image_ref = share_tensors([images], len(images))
-        label_file, label_ref = share_tensors([labels], len(labels))
-        stack.enter_context(closing(image_file))
-        stack.enter_context(closing(label_file))
-        splits[split] = StoredImages(image_ref, label_ref)
+        splits[split] = store_images([images], labels, stack)
         fingerprint[split] = f"{len(images)} images {digest_of(images, labels)}"
     names_of_classes = tuple(map(str, range(classes)))
     return OpenedImages(str(root), names_of_classes, splits["train"], splits["test"], splits.get("val"), fingerprint)

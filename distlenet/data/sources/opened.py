@@ -1,17 +1,16 @@
 """What a source of images returns: splits that one process of a node opens and all its ranks map."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
 from distlenet.data.image_dataset import ImageDataset
-from distlenet.utils.mapped_file import TensorRef
+from distlenet.utils.mapped_file import TensorRef, share_tensors
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,13 @@ Raises UserError if the data is unavailable or damaged.
 """
 
 
-def labels_of(split: Split) -> Tensor:
-    """Return the labels of a split, (N,) of an integer type."""
-    return split.labels.map() if isinstance(split, StoredImages) else split.labels
+def store_images(parts: Iterable[Tensor], labels: Tensor, stack: ExitStack) -> StoredImages:
+    """Copy parts of a set, (n, ...) each, and its labels (N,) to memory that all ranks of the node can map.
 
-
-def digest_type(dtype: torch.dtype) -> str:
-    """Return the name of a type as fingerprints and messages contain it: uint8, float32."""
-    return str(dtype).removeprefix("torch.")
+    ``stack`` closes its files.
+    """
+    image_file, image_ref = share_tensors(parts, len(labels))
+    stack.enter_context(closing(image_file))
+    label_file, label_ref = share_tensors([labels], len(labels))
+    stack.enter_context(closing(label_file))
+    return StoredImages(image_ref, label_ref)

@@ -1,7 +1,6 @@
 """Give all images of a data set one size, and keep small sets decoded in memory."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +10,10 @@ from torch import Tensor
 from distlenet.config.schema import DataConfig
 from distlenet.data.image_dataset import height_and_width
 from distlenet.data.resizing import resize_images, to_tensor
-from distlenet.data.sources.opened import EncodedImages, OpenedImages, Split, StoredImages
+from distlenet.data.sources.opened import EncodedImages, OpenedImages, Split, StoredImages, store_images
 from distlenet.images.decoding import resize_image
 from distlenet.images.image_format import size_text
 from distlenet.utils.errors import UserError
-from distlenet.utils.mapped_file import share_tensors
 
 CHUNK_IMAGES = 256  # images resized at a time
 MAX_DECODED_BYTES = 2**28  # image files that decode to no more than this are decoded once, into memory
@@ -58,22 +56,13 @@ def _fit(
         if size is None or split.images.shape[-2:] == size:
             return split
         images, labels = split.images.map(), split.labels.map()
-        return _store((resize_images(part, size) for part in images.split(CHUNK_IMAGES)), labels, stack)
+        return store_images((resize_images(part, size) for part in images.split(CHUNK_IMAGES)), labels, stack)
     resized = ResizedImages(split, split.labels, size, shape)
     if len(split) * torch.Size(shape).numel() <= MAX_DECODED_BYTES:
-        return _store((resized[index][0].unsqueeze(0) for index in range(len(split))), split.labels, stack)
+        return store_images((resized[index][0].unsqueeze(0) for index in range(len(split))), split.labels, stack)
     for number in range(CHECKED_IMAGES):
         resized[number * (len(split) - 1) // (CHECKED_IMAGES - 1)]
     return resized
-
-
-def _store(parts: Iterator[Tensor], labels: Tensor, stack: ExitStack) -> StoredImages:
-    """Write parts of a set, (n, ...) each, into memory that all ranks of the node share."""
-    image_file, images = share_tensors(parts, len(labels))
-    label_file, label_ref = share_tensors([labels], len(labels))
-    stack.enter_context(closing(image_file))
-    stack.enter_context(closing(label_file))
-    return StoredImages(images, label_ref)
 
 
 @dataclass(frozen=True)
