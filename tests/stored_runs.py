@@ -51,7 +51,9 @@ def start(url, directory, keep_last=2):
 def write_run(directory, step, keep_last=2, best=False):
     """Write what training writes until a checkpoint after ``step`` steps."""
     (directory / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
-    CheckpointStore(directory / "checkpoints", keep_last).write(tiny_state(step), best)
+    store = CheckpointStore(directory / "checkpoints", keep_last)
+    store.save(tiny_state(step), best)
+    assert store.wait() is None
 
 
 def die(upload):

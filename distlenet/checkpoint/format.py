@@ -2,23 +2,19 @@
 
 import contextlib
 import os
-import secrets
 import shutil
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 
 from distlenet.checkpoint import archive
-from distlenet.checkpoint.archive import Writable, read_state, write_state
+from distlenet.checkpoint.archive import read_state, write_state
 from distlenet.utils.errors import UserError, one_line
-from distlenet.utils.files import sync_path
+from distlenet.utils.files import replace_atomically, sync_path, temporary_path
 
 State = dict[str, Any]
-
-TEMP_PREFIX = ".writing-"  # of the names of temporary files
 
 
 class CheckpointError(UserError):
@@ -27,17 +23,17 @@ class CheckpointError(UserError):
 
 def write_atomically(state: State, path: Path) -> None:
     """Write ``state``; at any moment, even after a power cut, ``path`` is the old file or the new one."""
-    _replace(path, lambda file: write_state(state, file))
+    replace_atomically(path, lambda file: write_state(state, file))
 
 
 def link_atomically(source: Path, path: Path) -> None:
     """Make ``path`` a hard link to ``source``, or a copy if the file system has no links; as ``write_atomically``."""
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         os.link(source, temporary)
     except OSError:
         with open(source, "rb") as original:
-            _replace(path, lambda file: shutil.copyfileobj(original, file))
+            replace_atomically(path, lambda file: shutil.copyfileobj(original, file))
         return
     try:
         os.replace(temporary, path)
@@ -45,25 +41,6 @@ def link_atomically(source: Path, path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()  # after a failure, or if ``path`` was this link already: then replace does nothing
     sync_path(path.parent)
-
-
-def _replace(path: Path, write: Callable[[Writable], None]) -> None:
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_path(path.parent)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(8)}")
 
 
 def load_checkpoint(path: Path) -> State:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distlenet.checkpoint.format import (
-    TEMP_PREFIX,
     CheckpointError,
     State,
     link_atomically,
@@ -19,6 +18,7 @@ from distlenet.checkpoint.format import (
 from distlenet.checkpoint.host_copy import copy_to_host, memory_for
 from distlenet.storage.fetch import fetch_checkpoint
 from distlenet.utils.errors import UserError, warn
+from distlenet.utils.files import TEMP_PREFIX
 from distlenet.utils.step_names import in_order, step_name
 from distlenet.utils.urls import is_url
 
@@ -84,14 +84,12 @@ class CheckpointStore:
                     return f"not done within {timeout:.3g} s, see checkpoint.preemption_grace_s"
         return self.failure
 
-    def write(self, state: State, best: bool = False) -> Path:
-        """Write a checkpoint, also as ``last.pt`` and, if it is the best, ``best.pt``; remove old ones.
+    def write(self, state: State) -> Path:
+        """Write a checkpoint, also as ``last.pt``, and a best one that ``save`` received; remove old ones.
 
         Raise UserError if a file cannot be written.
         """
         path = self.directory / step_name(state["step"])
-        if best:
-            self._unwritten_best = state
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             # The best first: a job killed between the two writes evaluates again and finds it the best again.

@@ -26,4 +26,5 @@ def write_report(runs: list[Run], page: Path) -> None:
             figures=[row for row in key_figures(runs) if any(value is not None for value in row[1])],
             differences=differences(runs),
         )
-        replace_text(page, content.encode(errors="replace").decode())  # JSON strings may hold lone surrogates
+        content = content.encode(errors="replace").decode()  # JSON strings may hold lone surrogates
+        replace_text(page, content, durable=False)

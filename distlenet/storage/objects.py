@@ -75,17 +75,15 @@ class Objects:
         with self._convert_errors(name):
             self.fs.pipe_file(self._path(name), content)
 
-    def create(self, name: str, content: bytes) -> bool:
-        """Write an object unless it exists; return whether it was written."""
+    def create(self, name: str, content: bytes) -> None:
+        """Write an object unless it exists."""
         with self._convert_errors(name):
             try:
                 self.fs.pipe_file(self._path(name), content, mode="create")
             except OSError as error:
                 answer = getattr(error.__cause__, "response", {}).get("Error", {})  # some servers name no condition
-                if isinstance(error, FileExistsError) or answer.get("Code") == "PreconditionFailed":
-                    return False
-                raise
-            return True
+                if not isinstance(error, FileExistsError) and answer.get("Code") != "PreconditionFailed":
+                    raise
 
     def upload(self, path: Path, name: str, check: Callable[[], None] = lambda: None) -> None:
         """Write an object from a file, in one attempt.

@@ -64,7 +64,7 @@ class Prometheus:
         """Replace the file, if a number changed."""
         text = render(self.samples)
         if text != self.written:
-            replace_text(self.path, text)
+            replace_text(self.path, text, durable=False)  # waiting for the disk would delay training
             self.written = text
 
     def mark_replayed(self) -> None:

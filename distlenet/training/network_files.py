@@ -52,7 +52,7 @@ class NetworkFiles:
             self.directory.mkdir(exist_ok=True)
             with eval_mode(parts.model), parts.autocast:
                 nodes = trace_network(parts.model, lambda: parts.outline.loss(parts.model, parts.example))
-            replace_text(self.directory / NETWORK_GRAPH_FILE, json.dumps(nodes))
+            replace_text(self.directory / NETWORK_GRAPH_FILE, json.dumps(nodes), durable=False)
             images = find_images(loader.batch(0, 0).inputs(parts.task), SHOWN_INPUTS)
             if images:
                 thumbnails = make_thumbnails(images, INPUT_PIXELS, enlarge=True)
@@ -85,7 +85,7 @@ def write_projector(directory: Path, embeddings: Embeddings, classes: Sequence[s
     """Write vectors, their labels and images, and the file that names these. Raise OSError."""
     count, lines = len(embeddings.vectors), ['tensor_name: "test samples"', 'tensor_path: "vectors.tsv"']
     vectors = ("\t".join(f"{value:.6g}" for value in vector.tolist()) for vector in embeddings.vectors)
-    replace_text(directory / "vectors.tsv", "\n".join(vectors) + "\n")
+    replace_text(directory / "vectors.tsv", "\n".join(vectors) + "\n", durable=False)
     columns = {}
     for name, values in (("label", embeddings.labels), ("prediction", embeddings.predictions)):
         if len(values) == count:
@@ -93,14 +93,15 @@ def write_projector(directory: Path, embeddings: Embeddings, classes: Sequence[s
     columns["index"] = [str(index) for index in range(count)]
     header = [list(columns)] if len(columns) > 1 else []  # TensorBoard expects none for a single column
     rows = [*header, *zip(*columns.values(), strict=True)]
-    replace_text(directory / "metadata.tsv", "".join("\t".join(row) + "\n" for row in rows))
+    replace_text(directory / "metadata.tsv", "".join("\t".join(row) + "\n" for row in rows), durable=False)
     lines.append('metadata_path: "metadata.tsv"')
     if len(embeddings.images) == count:
         thumbnails = make_thumbnails(embeddings.images, SPRITE_PIXELS)
         cell = max(max(thumbnail.size) for thumbnail in thumbnails)
         make_sheet(thumbnails, math.ceil(math.sqrt(count)), cell).save(directory / "sprite.png")
         lines.append(f'sprite {{ image_path: "sprite.png" single_image_dim: [{cell}, {cell}] }}')
-    replace_text(directory / PROJECTOR_FILE, "embeddings {\n" + "".join(f"  {line}\n" for line in lines) + "}\n")
+    text = "embeddings {\n" + "".join(f"  {line}\n" for line in lines) + "}\n"
+    replace_text(directory / PROJECTOR_FILE, text, durable=False)
 
 
 def _class_name(value: int, classes: Sequence[str]) -> str:

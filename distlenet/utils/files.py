@@ -1,12 +1,16 @@
-"""Text files that stay consistent through a full disk, a kill or a power cut."""
+"""Files that stay consistent through a full disk, a kill or a power cut."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from distlenet.utils.errors import UserError, warn
+
+TEMP_PREFIX = ".writing-"  # of the names of temporary files
 
 
 class LineFile:
@@ -66,13 +70,35 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader gets the old or the new text. Raise OSError."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.unlink(missing_ok=True)  # left by a killed process, or a link to another file
-    with open(temporary, "x", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+def replace_text(path: Path, text: str, durable: bool = True) -> None:
+    """Write a text file as ``replace_atomically``. Raise OSError."""
+    replace_atomically(path, lambda file: file.write(text.encode()), durable)
+
+
+def replace_atomically(path: Path, write: Callable[[BinaryIO], object], durable: bool = True) -> None:
+    """Write a file with ``write``. A reader gets the old or the new file, also if several processes replace it at once.
+
+    If ``durable``, this is also true after a power cut, but the call waits for the disk. Raise OSError.
+    """
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    if durable:
+        sync_path(path.parent)
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a new path in the directory of ``path``, which begins with ``TEMP_PREFIX``."""
+    return path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(8)}")
 
 
 @contextmanager

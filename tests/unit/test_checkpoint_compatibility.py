@@ -16,13 +16,13 @@ def store_in(run_dir) -> CheckpointStore:
 
 def test_resume_selects_the_newest_a_given_checkpoint_or_none(tmp_path):
     own = store_in(tmp_path / "own")
-    other = store_in(tmp_path / "other").write(lenet_state(5), best=False)
+    other = store_in(tmp_path / "other").write(lenet_state(5))
     auto, never = load_config(), load_config([], ["checkpoint.resume=never"])
     given = load_config([], [f"checkpoint.resume={tmp_path / 'other'}"])
     assert choose_resumable(auto, own, Net()) is None
     assert choose_resumable(never, own, Net()) is None
     assert choose_resumable(given, own, Net())[0] == other
-    newest = own.write(lenet_state(9), best=False)
+    newest = own.write(lenet_state(9))
     assert choose_resumable(auto, own, Net())[0] == newest
     for config in (given, never):
         with pytest.raises(UserError, match=r"already holds step-00000009\.pt"):
@@ -30,9 +30,9 @@ def test_resume_selects_the_newest_a_given_checkpoint_or_none(tmp_path):
 
 
 def test_a_run_started_from_a_checkpoint_resumes_with_the_same_command(tmp_path):
-    other = store_in(tmp_path / "other").write(lenet_state(5), best=False)
+    other = store_in(tmp_path / "other").write(lenet_state(5))
     own = store_in(tmp_path / "own")
-    newest = own.write({**lenet_state(9), "started_from": str(other)}, best=False)
+    newest = own.write({**lenet_state(9), "started_from": str(other)})
     same_command = load_config([], [f"checkpoint.resume={other}"])
     assert choose_resumable(same_command, own, Net())[0] == newest
     another_command = load_config([], [f"checkpoint.resume={tmp_path / 'other'}"])

@@ -21,7 +21,8 @@ def test_the_newest_k_and_the_best_are_kept(tmp_path):
     store = CheckpointStore(tmp_path / "checkpoints", keep_last=2)
     assert store.newest() is None
     for step in (5, 10, 99, 100, 99999999, 123456789):
-        store.write(tiny_state(step), best=step == 10)
+        store.save(tiny_state(step), best=step == 10)
+        assert store.wait() is None
     names = sorted(path.name for path in store.directory.iterdir())
     assert names == ["best.pt", "last.pt", "step-123456789.pt", "step-99999999.pt"]
     assert store.newest().name == "step-123456789.pt"  # by step, not by name
@@ -73,19 +74,21 @@ def test_the_best_is_written_before_the_newest(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(store_module, "write_atomically", lambda _, path: written.append(path.name))
     monkeypatch.setattr(store_module, "link_atomically", lambda _, path: written.append(path.name))
-    CheckpointStore(tmp_path, keep_last=1).write(tiny_state(5), best=True)
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(tiny_state(5), best=True)
+    assert store.wait() is None
     assert written == ["best.pt", "step-00000005.pt", "last.pt"]
 
 
-def test_a_full_disk_raises_and_leaves_the_old_file(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_the_old_file(tmp_path):
     """The error is that of the kernel, from a limit of the file size; torch.save into a file would hide it."""
     store = CheckpointStore(tmp_path, keep_last=1)
-    store.write(lenet_state(1), best=False)
+    store.write(lenet_state(1))
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(UserError, match="cannot be written: File too large"):
-            store.write(lenet_state(2), best=True)
+        store.save(lenet_state(2), best=True)
+        assert "cannot be written: File too large" in store.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -96,22 +99,22 @@ def test_a_full_disk_raises_and_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, failing):
     store = CheckpointStore(tmp_path, keep_last=1)
-    path = store.write(tiny_state(1), best=False)
+    path = store.write(tiny_state(1))
     before = path.read_bytes()
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(failing, fail)
-    with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        store.write(tiny_state(2), best=True)
+    store.save(tiny_state(2), best=True)
+    assert "cannot be written: No space left on device" in store.wait()
     assert set(tmp_path.iterdir()) == {path, tmp_path / "last.pt"}
     assert path.read_bytes() == (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_temporary_files_are_no_checkpoints_and_are_removed(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=3)
-    newest = store.write(tiny_state(1), best=False)
+    newest = store.write(tiny_state(1))
     (tmp_path / ".writing-abc").write_bytes(b"half")
     assert store.by_step() == [newest]
     store.remove_temporary_files()
@@ -133,7 +136,7 @@ def damaged(content: bytes):
 
 def test_the_previous_checkpoint_replaces_a_damaged_newest(tmp_path, capsys):
     store = CheckpointStore(tmp_path, keep_last=2)
-    older, newest = store.write(tiny_state(1), best=False), store.write(tiny_state(2), best=False)
+    older, newest = store.write(tiny_state(1)), store.write(tiny_state(2))
     aside = tmp_path / "step-00000002.pt.corrupt"
     for content in damaged(newest.read_bytes()):
         newest.write_bytes(content)
@@ -154,7 +157,7 @@ def test_the_previous_checkpoint_replaces_a_damaged_newest(tmp_path, capsys):
 def test_without_an_undamaged_checkpoint_a_warning_announces_a_start_from_scratch(tmp_path, capsys):
     store = CheckpointStore(tmp_path, keep_last=2)
     for step in (1, 2):
-        store.write(tiny_state(step), best=False).write_bytes(b"")
+        store.write(tiny_state(step)).write_bytes(b"")
     assert store.load_newest() is None
     assert "no other exists, starting from scratch" in capsys.readouterr().err
 
@@ -166,7 +169,7 @@ import torch
 from distlenet.checkpoint.archive import count_bytes
 from distlenet.checkpoint.store import CheckpointStore
 store = CheckpointStore(Path(sys.argv[1]), keep_last=1)
-state = {"model": torch.nn.Linear(8, 8).state_dict(), "step": 2, "epoch": 0, "config": {}}
+state = {"model": dict(torch.nn.Linear(8, 8).state_dict()), "step": 2, "epoch": 0, "config": {}}
 cuts = [count_bytes(state) * part // 40 for part in range(41)]
 original = builtins.open
 for cut in cuts:
@@ -185,7 +188,8 @@ for cut in cuts:
                         os.kill(os.getpid(), signal.SIGKILL)
             return File()
         builtins.open = open_until_cut
-        store.write(state, best=True)
+        store.save(state, best=True)
+        store.wait()
         os._exit(9)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     path, loaded = store.load_newest()
@@ -199,7 +203,7 @@ print(sorted(path.name for path in store.directory.iterdir()))
 
 @pytest.mark.slow
 def test_a_kill_at_any_byte_of_a_write_leaves_the_old_file(tmp_path):
-    CheckpointStore(tmp_path, keep_last=1).write(tiny_state(1), best=False)
+    CheckpointStore(tmp_path, keep_last=1).write(tiny_state(1))
     ended = run_command(sys.executable, "-c", KILLED_WHILE_WRITING, tmp_path)
     assert ended.succeeded().stdout == "['last.pt', 'step-00000001.pt']\n"
 
@@ -313,8 +317,9 @@ def test_find_checkpoint_accepts_a_file_or_a_run_directory(tmp_path):
     with pytest.raises(UserError, match="has no checkpoints"):
         find_checkpoint(run_dir)
     store = CheckpointStore(run_dir / "checkpoints", keep_last=3)
-    store.write(tiny_state(7), best=True)
-    newest = store.write(tiny_state(8), best=False)
+    store.save(tiny_state(7), best=True)
+    assert store.wait() is None
+    newest = store.write(tiny_state(8))
     assert find_checkpoint(run_dir) == find_checkpoint(store.directory) == newest
     assert find_checkpoint(store.directory / "best.pt") == store.directory / "best.pt"
 

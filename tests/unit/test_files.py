@@ -70,14 +70,47 @@ def test_a_text_is_replaced_completely_or_not_at_all(tmp_path):
     assert os.stat(path).st_size == 3
 
 
-def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path):
+def test_a_link_is_replaced_and_not_followed(tmp_path):
     target = tmp_path / "target"
     target.write_text("content")
-    (tmp_path / ".page.html.writing").symlink_to(target)
+    (tmp_path / "page.html").symlink_to(target)
     replace_text(tmp_path / "page.html", "new")
     assert target.read_text() == "content"
     assert (tmp_path / "page.html").read_text() == "new"
     assert not (tmp_path / "page.html").is_symlink()
+
+
+def test_two_processes_replace_the_same_file(tmp_path, monkeypatch):
+    """The other one writes after this one has written its temporary file."""
+    path, replace = tmp_path / "text", os.replace
+
+    def write_between(*paths):
+        monkeypatch.undo()
+        replace_text(path, "of the other")
+        replace(*paths)
+
+    monkeypatch.setattr("os.replace", write_between)
+    replace_text(path, "own")
+    assert path.read_text() == "own"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, ["fsync", "replace", "fsync"]), ({"durable": False}, ["replace"])]
+)
+def test_a_text_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch, options, expected):
+    calls = []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, n=name, f=function: (calls.append(n), f(*args)))
+    replace_text(tmp_path / "text", "text", **options)
+    assert calls == expected
+
+
+def test_no_temporary_file_stays_after_a_failure(tmp_path):
+    with file_size_limit(100), pytest.raises(OSError, match="File too large"):
+        replace_text(tmp_path / "text", "x" * 1000)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_io_error_becomes_a_user_error_that_names_the_run(tmp_path):

@@ -4,8 +4,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
-import secrets
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from PIL import Image
 
 from distlenet.images.decoding import COLOR, FORMATS, IMAGE_SUFFIXES, channels_of
 from distlenet.utils.errors import UserError
+from distlenet.utils.files import replace_text
 
 INDEX_NAME = ".distlenet-index.json"
 
@@ -100,14 +99,9 @@ def _digest(record: dict[str, Any]) -> str:
 
 
 def _write_index(root: Path, records: dict[str, Any]) -> None:
-    """Replace the index in one step: several jobs may read it, and write it at the same time."""
-    temporary = root / f"{INDEX_NAME}.{secrets.token_hex(8)}"
+    """Replace the index. Several jobs may read and write it at the same time."""
     with contextlib.suppress(OSError):  # the directory may be read-only
-        try:
-            temporary.write_text(json.dumps(records))
-            os.replace(temporary, root / INDEX_NAME)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_text(root / INDEX_NAME, json.dumps(records), durable=False)
 
 
 def _read_shard(shard: Path, stamp: list[int]) -> Shard:
