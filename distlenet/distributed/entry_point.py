@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import select
 import signal
 import sys
 import time
@@ -63,13 +64,23 @@ def _run(main: Callable[[], None]) -> int:
         if should_report():
             warn(str(stopped))
         return stopped.status
-    except BrokenPipeError:  # the reader has exited (``| head``)
+    except BrokenPipeError:
+        if not _is_reader_gone():  # of another pipe or socket
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         if should_report():
             warn(f"stopped by {signal_name(signal.SIGINT)}")
         return INTERRUPTED
     return 0
+
+
+def _is_reader_gone() -> bool:
+    """Return whether the reader of standard output has exited, as with ``| head``."""
+    poll = select.poll()
+    with contextlib.suppress(OSError, ValueError):  # standard output is closed, or not a file
+        poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def should_report(error: Exception | None = None) -> bool:

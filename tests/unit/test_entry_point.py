@@ -1,12 +1,13 @@
 """Exit status and messages of the commands: each user error is status 2 and one line."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import LIMIT_S, clean_environment, run_command
 from filelock import FileLock
 from idx_files import small_set, write_set
 
@@ -202,6 +203,42 @@ def test_any_other_failure_is_a_traceback(monkeypatch, capsys):
     assert lines[:2] == ["distlenet: failed:", "  Traceback (most recent call last):"]
     assert lines[-1] == "  ZeroDivisionError: division by zero"
     assert not any("/entry_point.py" in line for line in lines)
+
+
+BROKEN_PIPE = """
+import os, socket, sys
+from distlenet.distributed.entry_point import run_entry
+
+def print_lines():
+    print("line", flush=True)
+
+def send_to_closed_socket():
+    sender, receiver = socket.socketpair()
+    receiver.close()
+    sender.send(b"x")
+
+os.read(0, 1)  # until the reader of standard output has exited, or may continue
+run_entry(globals()[sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "closed", "status"),
+    [("print_lines", True, 0), ("send_to_closed_socket", True, 0), ("send_to_closed_socket", False, 1)],
+)
+def test_a_broken_pipe_is_success_only_if_the_reader_of_the_output_has_exited(function, closed, status):
+    command = [sys.executable, "-c", BROKEN_PIPE, function]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=clean_environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True) as ended:
+        try:
+            if closed:
+                ended.stdout.close()
+            ended.stdin.close()
+            error = ended.stderr.read()
+            assert ended.wait(LIMIT_S) == status, error
+        finally:
+            ended.kill()
+    assert ("BrokenPipeError" in error) == bool(status)
 
 
 def test_help_lists_every_setting(capsys):
