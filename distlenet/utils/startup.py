@@ -69,7 +69,10 @@ def signal_name(number: int) -> str:
 
 
 class RepeatedCtrlC:
-    """Recognizes that a person has pressed Ctrl-C again: at the second time, torchrun sends SIGTERM to its ranks."""
+    """Recognizes that a person has pressed Ctrl-C again: at the second time, torchrun sends SIGTERM to its ranks.
+
+    Without torchrun, SIGTERM is a request to save, also after Ctrl-C.
+    """
 
     def __init__(self) -> None:
         self.first = math.inf
@@ -77,7 +80,8 @@ class RepeatedCtrlC:
     def __call__(self, number: int) -> bool:
         """Return whether the signal that has arrived means that."""
         now = time.monotonic()
-        if number in (signal.SIGINT, signal.SIGTERM) and now > self.first + REPEAT_S:
+        repeats = number == signal.SIGINT or (number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ)
+        if repeats and now > self.first + REPEAT_S:
             return True
         if number == signal.SIGINT:
             self.first = min(self.first, now)

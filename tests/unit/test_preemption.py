@@ -40,8 +40,9 @@ def test_the_first_signal_is_recorded_and_the_second_has_no_effect(clock, number
 
 @pytest.mark.usefixtures("python_handles_ctrl_c")
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])  # SIGTERM: torchrun sends it to its ranks then
-def test_a_second_ctrl_c_interrupts(clock, second):
+def test_a_second_ctrl_c_interrupts(clock, monkeypatch, second):
     """The first one may arrive twice: from the terminal and from a wrapper that forwards it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with closing(Preemption(grace_s=25)) as preemption:
         preemption.install()
         os.kill(os.getpid(), signal.SIGINT)
@@ -50,6 +51,20 @@ def test_a_second_ctrl_c_interrupts(clock, second):
         clock[0] += 0.2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), second)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
+def test_without_torchrun_sigterm_is_not_a_second_ctrl_c(clock, monkeypatch):
+    """A scheduler sends it: the save that the first Ctrl-C requested continues."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with closing(Preemption(grace_s=25)) as preemption:
+        preemption.install()
+        os.kill(os.getpid(), signal.SIGINT)
+        clock[0] += 5
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.requested_by == signal_name(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_process_that_ignores_ctrl_c_continues_to_ignore_it(monkeypatch):

@@ -118,7 +118,8 @@ os.system("kill -TERM $PPID; exec tail -s 0.1 --pid=$PPID -f /dev/null > /dev/nu
 
 @pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_a_second_ctrl_c_ends_a_process_whose_main_thread_waits(tmp_path):
-    ended = run_command(sys.executable, "-c", SECOND, timeout=30, cwd=tmp_path)
+    env = {"TORCHELASTIC_RUN_ID": "1"}
+    ended = run_command(sys.executable, "-c", SECOND, timeout=30, cwd=tmp_path, env=env)
     assert ended.status == 130, str(ended)
     *_, line = ended.stderr.splitlines()
     assert line == "distlenet: ended by a second Ctrl-C, without a save"
