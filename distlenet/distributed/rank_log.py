@@ -27,12 +27,17 @@ LOGGED_VARIABLES = re.compile(
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|JWT|CRED|AUTH", re.IGNORECASE)
 
 
-def dump_stacks_on_signal(file: TextIO) -> None:
-    """On SIGURG, and in a crash, write all stacks to ``file``. Do nothing if it has no file descriptor."""
+def dump_stacks_on_signal(file: TextIO) -> bool:
+    """On SIGURG, and in a crash, write all stacks to ``file``. Do nothing if it has no file descriptor.
+
+    Return whether those of a crash are: not if a fault handler is enabled already.
+    """
     with contextlib.suppress(OSError, ValueError, AttributeError):
         faulthandler.register(signal.SIGURG, file=file, all_threads=True)
         if not faulthandler.is_enabled():
             faulthandler.enable(file=file)
+            return True
+    return False
 
 
 def format_environment(environ: Mapping[str, str]) -> str:
@@ -47,6 +52,7 @@ class RankLog:
     def __init__(self, env: DistributedEnvironment, device: torch.device) -> None:
         self.env, self.device = env, device
         self.handler: logging.FileHandler | None = None
+        self._handles_crashes = False  # the fault handler writes to the file, and must not outlive it
 
     def open(self, run_dir: Path) -> None:
         """Append to the rank's file in ``run_dir``; only warn if it cannot be written."""
@@ -64,7 +70,7 @@ class RankLog:
         self.handler.setFormatter(formatter)
         LOGGER.addHandler(self.handler)
         if self.handler.stream is not None:  # for mypy: the handler opens its file at once
-            dump_stacks_on_signal(self.handler.stream)
+            self._handles_crashes = dump_stacks_on_signal(self.handler.stream)
         versions = f"Python {platform.python_version()}, torch {torch.__version__}"
         self.write(f"{self.env}, {self.device}, process {os.getpid()}, {versions}\n{format_environment(os.environ)}")
 
@@ -77,6 +83,9 @@ class RankLog:
         """Close the file."""
         if self.handler is not None:
             faulthandler.unregister(signal.SIGURG)
+            if self._handles_crashes:
+                faulthandler.disable()
+                self._handles_crashes = False
             LOGGER.removeHandler(self.handler)
             with contextlib.suppress(OSError):  # the disk may be full
                 self.handler.close()

@@ -1,10 +1,13 @@
 """The log of a rank: its content, and that it never ends a training."""
 
+import faulthandler
 import os
 import signal
+import sys
 
 import pytest
 import torch
+from conftest import run_command
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rank_log import RankLog, format_environment
@@ -48,6 +51,48 @@ def test_warnings_and_stacks_are_logged_while_the_log_is_open(tmp_path, capfd):
     log.open(tmp_path)
     log.close()
     assert path.read_text().startswith(text)  # a later start appends
+
+
+CRASH = """
+import faulthandler, os, sys
+from pathlib import Path
+import torch
+from distlenet.distributed.environment import DistributedEnvironment
+from distlenet.distributed.rank_log import RankLog
+
+log = RankLog(DistributedEnvironment(), torch.device("cpu"))
+log.open(Path("run"))
+if sys.argv[1] == "closed":
+    log.close()
+    print(faulthandler.is_enabled(), flush=True)
+file = open("other", "w")  # has the descriptor of the log, once that is closed
+os.abort()
+"""
+
+
+@pytest.mark.parametrize("state", ["open", "closed"])
+def test_the_stacks_of_a_crash_are_written_only_to_an_open_log(tmp_path, state):
+    """As in a script or notebook that calls ``train``, without PYTHONFAULTHANDLER."""
+    ended = run_command(sys.executable, "-c", CRASH, state, cwd=tmp_path, env={"PYTHONFAULTHANDLER": ""})
+    assert ended.status == -signal.SIGABRT, str(ended)
+    logged = "Fatal Python error" in (tmp_path / "run/logs/rank-00000.log").read_text()
+    assert (logged, ended.stdout) == ((True, "") if state == "open" else (False, "False\n"))
+    assert (tmp_path / "other").read_text() == ""
+
+
+def test_closing_the_log_leaves_an_enabled_fault_handler_as_it_was(tmp_path):
+    with (tmp_path / "stacks").open("w") as file:
+        was_enabled = faulthandler.is_enabled()
+        if not was_enabled:
+            faulthandler.enable(file)
+        try:
+            log = RankLog(DistributedEnvironment(), CPU)
+            log.open(tmp_path)
+            log.close()
+            assert faulthandler.is_enabled()
+        finally:
+            if not was_enabled:
+                faulthandler.disable()
 
 
 def test_a_log_that_cannot_be_opened_is_a_warning(tmp_path, capsys):
