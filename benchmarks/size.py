@@ -61,8 +61,8 @@ from distlenet.train import train
 from distlenet.training.trainer import Trainer
 from distlenet.config.loading import load_config
 class MeasuringTrainer(Trainer):
-    def fit(self):
-        summary = super().fit()
+    def fit(self, *arguments):
+        summary = super().fit(*arguments)
         smaps = open("/proc/self/smaps_rollup").read()
         kilobytes = {key: int(value) for key, value in re.findall(r"^(\\w+): +(\\d+) kB", smaps, re.M)}
         private = (kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]) // 1024

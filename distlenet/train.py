@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
@@ -71,7 +72,7 @@ def main(make_task: MakeTask = make_configured_task, trainer_class: MakeTrainer 
         return
     if arguments.world_size is not None:
         raise UserError("--world-size: is for --dry-run; torchrun, srun or mpirun sets how many ranks train")
-    summary = train(config, make_task, trainer_class)
+    summary = train(config, make_task, trainer_class, process_age_s())
     if summary["rank"] == 0 and wants_report(config.run.report, summary):
         written = write_report(summary["run_dir"])
         if written and summary["run_url"] is not None:
@@ -89,11 +90,18 @@ def dry_run(config: Config, world_size: int, make_task: MakeTask = make_configur
         print(f"{name:18} {text}")
 
 
-def train(config: Config, make_task: MakeTask = make_configured_task, trainer_class: MakeTrainer = Trainer) -> Record:
+def train(
+    config: Config,
+    make_task: MakeTask = make_configured_task,
+    trainer_class: MakeTrainer = Trainer,
+    elapsed_s: float = 0.0,
+) -> Record:
     """Train one run as one rank, and return its summary.
 
-    Raise UserError for every mistake that the user can fix, if possible before the ranks connect.
+    Its times ``start_s`` and ``wall_s`` include ``elapsed_s``, the seconds before the call. Raise UserError for every
+    mistake that the user can fix, if possible before the ranks connect.
     """
+    begin_s = time.monotonic() - elapsed_s
     if config.checkpoint.path is not None:
         raise UserError(
             f"checkpoint.path={config.checkpoint.path}: is for distlenet.evaluate; to resume from a file give "
@@ -125,10 +133,10 @@ def train(config: Config, make_task: MakeTask = make_configured_task, trainer_cl
 
         def fit() -> Record:  # a function: the trainer must be released before the process group ends
             with closing(trainer_class(config, context, task, run_dir, tracker, preemption)) as trainer:
-                return trainer.fit()
+                return trainer.fit(begin_s)
 
         summary = fit()
-        summary |= {"wall_s": process_age_s(), "run_dir": str(run_dir), "run_url": url}
+        summary |= {"wall_s": time.monotonic() - begin_s, "run_dir": str(run_dir), "run_url": url}
         tracker.finish(summary)
     return {**summary, "rank": context.env.rank}
 

@@ -30,7 +30,7 @@ from distlenet.training.origin import check_origin, origin_of
 from distlenet.training.profiling import StepProfiler
 from distlenet.training.records import measurements, run_info, summary
 from distlenet.training.selection import Selection
-from distlenet.training.starts import choose_run_id, count_starts, process_age_s, record_start
+from distlenet.training.starts import choose_run_id, count_starts, record_start
 from distlenet.training.state import TrainState
 from distlenet.training.step_result import StepResult
 from distlenet.training.throughput import Throughput
@@ -87,18 +87,21 @@ class Trainer:
             started_from=resume if resume not in ("auto", "never") else None,
         )
 
-    def fit(self) -> Record:
+    def fit(self, begin_s: float | None = None) -> Record:
         """Train from the newest checkpoint, or from scratch, to the last step; return the summary.
 
-        Raise Preempted if a stop was requested: then a checkpoint holds everything done so far.
+        Its ``start_s`` counts from ``begin_s``, a time of ``time.monotonic``, or from the call. Raise Preempted if a
+        stop was requested: then a checkpoint holds everything done so far.
         """
+        begin_s = time.monotonic() if begin_s is None else begin_s
         self.start()
+        start_s = time.monotonic() - begin_s
         while not self.complete:
             self.train_epoch()
             self.finish_epoch()
         self.checkpoints.finish()  # collective
         self.network_files.write_embeddings()
-        return summary(self.state, self.selection, self.throughput, self.start_s, self.context)
+        return summary(self.state, self.selection, self.throughput, start_s, self.context)
 
     @property
     def complete(self) -> bool:
@@ -124,8 +127,9 @@ class Trainer:
                 )  # collective, host sync
             if result.stop:
                 self.checkpoints.save_and_exit(self, self.state.step, self.preemption)  # collective
-            if self.due(config.checkpoint.every_steps) and self.state.batch < self.sampler.steps:
-                self.checkpoints.save(self, optional=True)  # collective; the end of an epoch is saved below
+            ends = self.state.batch == self.sampler.steps or self.state.step == self.total_steps
+            if self.due(config.checkpoint.every_steps) and not ends:  # the end is saved by finish_epoch
+                self.checkpoints.save(self, optional=True)  # collective
         self.check_finite()  # host sync
         self.throughput.stop()
 
@@ -146,12 +150,14 @@ class Trainer:
         """Log, evaluate and save at the end of an epoch, or of the run. A collective."""
         trained = self.meter.total()  # collective, host sync
         evaluated, state = self.evaluate()  # collective, host sync
-        if complete := self.state.batch == self.sampler.steps:  # otherwise train.max_steps ended it
+        if ends_epoch := self.state.batch == self.sampler.steps:  # otherwise train.max_steps ended it
             self.log("train_epoch", trained)
             self.meter.reset()
         for split, metrics in evaluated.items():
             self.log(split, metrics)
-        self.state = state.next_epoch() if complete else state
+        self.state = state.next_epoch() if ends_epoch else state
+        if self.complete and not self.due(self.config.train.check_replicas_every):  # otherwise just checked
+            check_replicas(self.model)  # collective, host sync
         self.checkpoints.save(self, self.selection.is_best(state.best))  # collective
 
     def evaluate(self) -> tuple[dict[str, Metrics], TrainState]:
@@ -198,12 +204,11 @@ class Trainer:
             self.tracker.start(run_info(self))
         if not self.config.model.compile:  # otherwise a step may compile for minutes
             self.watchdog.set_timeout(self.config.distributed.step_timeout_s, "distributed.step_timeout_s")
-        self.start_s = process_age_s()
         self.preemption.install()  # before, there is nothing to save, and a signal ends the rank (utils/startup.py)
 
     def due(self, interval: int | None) -> bool:
-        """Return whether something is due after this step; without an interval it is due after the last step."""
-        return self.state.step % (interval or self.total_steps) == 0
+        """Return whether something is due after this step; without an interval it never is."""
+        return interval is not None and self.state.step % interval == 0
 
     def logs_after(self, batch: Batch | ResidentBatch) -> bool:
         """Return whether a training record follows the step on ``batch``."""

@@ -37,8 +37,8 @@ class SavingTrainer(Trainer):
         if split == "test" and self.die_after_records and self.env.rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def fit(self):
-        summary = super().fit()
+    def fit(self, *arguments):
+        summary = super().fit(*arguments)
         torch.save(self.model.state_dict(), self.out / f"rank{self.env.rank}.pt")
         return summary
 

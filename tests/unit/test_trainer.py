@@ -1,13 +1,16 @@
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import LIMIT_S
 
 from distlenet import evaluate, train
 from distlenet.checkpoint.store import CheckpointStore
 from distlenet.config.loading import load_config
+from distlenet.reduction.replica_check import ReplicaMismatch
 from distlenet.report.page import write_report
 from distlenet.report.runs import read_run
 from distlenet.task import Datasets, Task
@@ -58,6 +61,41 @@ def test_the_memory_of_checkpoints_is_reserved_once_for_the_whole_state(tmp_path
     assert reserved == [(1, True)]  # the optimizer has its state: a momentum for each weight
 
 
+def test_times_count_from_the_call(tmp_path):
+    before = time.monotonic()
+    summary = train_digits(tmp_path)
+    assert 0 < summary["start_s"] < summary["wall_s"] <= time.monotonic() - before
+
+
+def test_the_times_of_the_command_count_from_the_start_of_its_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("distlenet.train.process_age_s", lambda: 1000.0)
+    settings = ("data.name=digits", "device=cpu", "train.max_steps=2", "run.name=run", f"run.dir={tmp_path}")
+    monkeypatch.setattr("sys.argv", ["distlenet.train", *settings, "run.report=never"])
+    train.main()
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert 1000 < summary["start_s"] < summary["wall_s"] < 1000 + LIMIT_S
+
+
+@pytest.fixture
+def saved_steps(monkeypatch):
+    """The step of each checkpoint that is written, in a list."""
+    steps, save = [], CheckpointStore.save
+
+    def record(self, state, *arguments, **options):
+        steps.append(state["step"])
+        save(self, state, *arguments, **options)
+        self.wait()  # else an optional checkpoint may be skipped
+
+    monkeypatch.setattr(CheckpointStore, "save", record)
+    return steps
+
+
+@pytest.mark.parametrize(("every", "expected"), [("null", [5]), ("2", [2, 4, 5]), ("5", [5])])
+def test_the_last_state_within_an_epoch_is_saved_once(tmp_path, saved_steps, every, expected):
+    train_digits(tmp_path, "train.max_steps=5", f"checkpoint.every_steps={every}")
+    assert saved_steps == expected
+
+
 EPOCHS = ("train.max_steps=null", "train.epochs=4", "optim.schedule=constant")
 
 
@@ -103,6 +141,52 @@ def test_a_run_stops_early_and_is_complete(tmp_path, capsys):
     assert lines(tmp_path) == before
     longer = ("train.stop_patience=2", "checkpoint.allow_changed=[train.stop_patience]")
     assert train_digits(tmp_path, *settings, *stop, *longer)["epochs"] == 3
+
+
+@pytest.fixture
+def replica_checks(monkeypatch):
+    """Whether each check of the replicas succeeds, by number; those that were made are removed."""
+    results = dict.fromkeys(range(10), True)
+
+    def check(_):
+        if not results.pop(min(results)):
+            raise ReplicaMismatch("ranks hold different parameters")
+
+    monkeypatch.setattr("distlenet.training.trainer.check_replicas", check)
+    return results
+
+
+STOPS_EARLY = (
+    *EPOCHS,
+    "data.validation=0.25",
+    "optim.lr=1e-9",
+    "train.stop_when=val/accuracy",
+    "train.stop_patience=1",
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "checks"),
+    [
+        (["train.check_replicas_every=null", "train.max_steps=5"], 2),
+        (["train.check_replicas_every=null", *STOPS_EARLY], 2),
+        (["train.check_replicas_every=2", "train.max_steps=5"], 4),
+        (["train.check_replicas_every=5", "train.max_steps=5"], 2),
+        (["train.check_replicas_every=9", *STOPS_EARLY], 3),
+    ],
+)
+def test_replicas_are_checked_at_start_and_end(tmp_path, replica_checks, settings, checks):
+    train_digits(tmp_path, *settings)
+    assert min(replica_checks) == checks
+
+
+def test_replicas_that_differ_at_the_end_are_not_saved(tmp_path, replica_checks, saved_steps):
+    """Otherwise the next start would find a complete run."""
+    replica_checks[1] = False
+    with pytest.raises(ReplicaMismatch):
+        train_digits(tmp_path, "train.check_replicas_every=null", *STOPS_EARLY)
+    assert saved_steps == [9]
+    assert not (tmp_path / "run/summary.json").exists()
 
 
 def test_a_metric_that_does_not_exist_is_refused_before_the_first_step(tmp_path):
