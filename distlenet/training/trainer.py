@@ -15,7 +15,7 @@ from distlenet.config.schema import Config
 from distlenet.data.batched_dataset import ResidentBatch
 from distlenet.data.loader import first_test_batch, make_loaders
 from distlenet.data.sample_log import SampleLog, open_sample_log
-from distlenet.distributed.collectives import any_rank, hosts_of_ranks, raise_on_all_ranks
+from distlenet.distributed.collectives import any_rank, from_rank_0, hosts_of_ranks, raise_on_all_ranks
 from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import Preemption
 from distlenet.reduction.global_statistics import check_global_statistics
@@ -185,11 +185,12 @@ class Trainer:
         if self.resumed_from is None and self.config.checkpoint.init_from is not None:
             init_from = self.config.checkpoint.init_from
             self.initialised_from = self.train_step.load_initial_weights(init_from)  # collective
-        self.state = replace(self.state, restarts=count_starts(self.run_dir))
         own = self.resumed_from is None or self.run_dir.resolve() in self.resumed_from.resolve().parents
-        settings = f"{identity(self.config)}-{self.origin.digest()}"
-        run_id = choose_run_id(self.run_dir, self.state.run_id if own else "", settings)
-        self.state = replace(self.state, run_id=run_id)
+        saved_id, settings = self.state.run_id if own else "", f"{identity(self.config)}-{self.origin.digest()}"
+        run_id, restarts = from_rank_0(  # collective: other ranks may not see its directory
+            lambda: (choose_run_id(self.run_dir, saved_id, settings), count_starts(self.run_dir))
+        )
+        self.state = replace(self.state, run_id=run_id, restarts=restarts)
         self.train_step.warm_up()  # collective
         check_replicas(self.model)  # collective: all ranks start with the same weights
         if self.config.data.ledger:
