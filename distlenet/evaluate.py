@@ -20,7 +20,7 @@ from distlenet.config.loading import check_modules, load_config, warn_of_unused_
 from distlenet.config.schema import Config
 from distlenet.data.loader import evaluation_loaders, first_test_batch
 from distlenet.data.sources import require_local_data
-from distlenet.distributed.collectives import broadcast_object
+from distlenet.distributed.collectives import broadcast_object, broadcast_state
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
 from distlenet.distributed.environment import read_environment
@@ -90,9 +90,9 @@ def evaluate(
     check_modules(config)
     if read_environment(os.environ).rank == 0:
         warn_of_unused_settings(files, overrides, state["config"])
-    trained_on = dict(flatten(state["config"])).get("data.name")
-    if config.data.name != trained_on:
-        warn(f"data.name={config.data.name}: the checkpoint was trained on {trained_on}, so its accuracy means little")
+        name, trained_on = config.data.name, dict(flatten(state["config"])).get("data.name")
+        if name != trained_on:
+            warn(f"data.name={name}: the checkpoint was trained on {trained_on}, so its accuracy means little")
     if reads_images(config, make_task) and given.data.root == Config().data.root:
         # The checkpoint's data.root is read, but nothing is written there.
         if config.data.name == "synthetic":
@@ -107,7 +107,8 @@ def evaluate(
 def _evaluate(config: Config, state: State, path: Path, split: str, make_task: MakeTask) -> tuple[Metrics, Path, State]:
     """Return the metrics, and the checkpoint that rank 0 found."""
     with init_distributed(config) as context:
-        path, state = broadcast_object((path, state))  # during a run, ranks may have found different ones
+        path = broadcast_object(path)  # during a run, ranks may have found different ones
+        state = broadcast_state(state, context.broadcast_device)
         task = create_task(make_task, config)
         datasets = task.datasets()
         loaders = evaluation_loaders(config, context, datasets, task)

@@ -39,6 +39,11 @@ class DistributedContext:
     watchdog: Watchdog
     log: RankLog
 
+    @property
+    def broadcast_device(self) -> torch.device:
+        """Where the process group communicates; see ``broadcast_state``."""
+        return self.device if self.backend == "nccl" else torch.device("cpu")
+
     def autocast(self) -> torch.autocast:
         """Return autocast for forward pass and loss, disabled for fp32."""
         dtype = DTYPES[self.precision]

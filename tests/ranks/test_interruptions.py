@@ -112,3 +112,11 @@ def test_complete_run_is_not_trained_again_and_evaluates_to_the_same_loss(tmp_pa
     shown = run_python("-m", "distlenet.evaluate", f"checkpoint={tmp_path / 'run'}").succeeded().stdout
     assert f"test loss {results['test_loss']:.4f}  test accuracy {results['test_accuracy']:.2%}" in shown
     assert shown.count("Accuracy of the network on the 360 test samples") == 1
+
+
+def test_a_warning_of_an_evaluation_is_printed_once(tmp_path):
+    settings = ("data.name=digits", "train.max_steps=1", f"run.dir={tmp_path}", "run.name=run")
+    run_python("-m", "distlenet.train", *settings).succeeded()
+    words = (f"checkpoint={tmp_path / 'run'}", "data.name=synthetic", "data.synthetic_test=20")
+    evaluated = run_ranks(2, "-m", "distlenet.evaluate", *words).succeeded()
+    assert evaluated.stderr.count("data.name=synthetic: the checkpoint was trained on digits") == 1, str(evaluated)

@@ -1,7 +1,10 @@
 """The Python API: a trained network that takes raw samples."""
 
+import pickle
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from distlenet import Datasets, ImageClassification, Task, UserError, evaluate, load_config, load_model, train
@@ -150,6 +153,20 @@ def test_evaluate_returns_the_metrics_of_the_training(tmp_path):
     result = evaluate(tmp_path / "run", make_task=Slope)
     assert (result["step"], result["test_count"]) == (2, 8)
     assert result["test_loss"] == summary["test_loss"] > 0
+
+
+def test_evaluate_pickles_no_large_tensor_to_send_it(tmp_path, monkeypatch):
+    """The weights and the state of the optimizer are 12 MB."""
+
+    class Large(Slope):
+        def model(self):
+            return nn.Sequential(nn.Linear(1, 500_000), nn.Linear(500_000, 1))
+
+    run(tmp_path, Large, "train.global_batch_size=4", "optim.lr=1e-9")
+    sent = []
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda values, **_: sent.append(len(pickle.dumps(values))))
+    evaluate(tmp_path / "run", make_task=Large)
+    assert 0 < max(sent) < 10**6
 
 
 def test_evaluate_builds_no_cache(tmp_path):
