@@ -128,8 +128,9 @@ def train(
         with raise_on_all_ranks():
             if rank_0:
                 check_prometheus_file(config.tracking.prometheus)
-            consoles = [make_console(config.run.console), History(run_dir, to_yaml(config)), sidecar] if rank_0 else []
-        tracker = stack.enter_context(closing(Trackers(consoles)))
+            # In this order: the sidecar's process reads what History has written.
+            trackers = [make_console(config.run.console), History(run_dir, to_yaml(config)), sidecar] if rank_0 else []
+        tracker = stack.enter_context(closing(Trackers(trackers)))
 
         def fit() -> Record:  # a function: the trainer must be released before the process group ends
             with closing(trainer_class(config, context, task, run_dir, tracker, preemption)) as trainer:

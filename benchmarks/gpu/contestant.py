@@ -29,10 +29,11 @@ def ours(settings: list[str], clock: TurnClock) -> None:
             clock.tick()
             return result
 
-        def finish_epoch(self) -> None:
+        def finish_epoch(self) -> str | None:
             with clock.paused():
-                super().finish_epoch()
+                not_saved = super().finish_epoch()
                 self.checkpoints.close()  # waits for the write
+            return not_saved
 
     sys.argv[1:] = settings
     run_entry(functools.partial(import_module("distlenet.train").main, trainer_class=InTurns))

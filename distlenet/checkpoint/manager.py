@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-import torch
 from torch import nn
 
 from distlenet.checkpoint.compatibility import choose_resumable
@@ -48,7 +47,6 @@ class CheckpointManager:
         self.blocker, self.before_write = blocker, before_write
         self.store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)
         self._reserved = False  # the memory of copies
-        self.not_saved: str | None = None  # why the last checkpoint was not written
 
     def restore(self, target: Stateful) -> Path | None:
         """Load the checkpoint that ``checkpoint.resume`` selects, and return its path; None without one.
@@ -64,8 +62,7 @@ class CheckpointManager:
         path = broadcast_object(selected and selected[0])
         if path is None:
             return None
-        device = self.context.device if self.context.backend == "nccl" else torch.device("cpu")
-        state = broadcast_state(selected[1] if selected else {}, device)
+        state = broadcast_state(selected[1] if selected else {}, self.context.broadcast_device)
         load_model(self.model, state, path)
         try:
             target.load_state_dict(state)
@@ -88,18 +85,21 @@ class CheckpointManager:
         if self.rank == 0:
             self.store.reserve(state)
 
-    def save(self, source: Stateful, best: bool = False, optional: bool = False) -> None:
-        """Have rank 0 write a checkpoint in the background; skip an ``optional`` one if it is still writing another."""
+    def save(self, source: Stateful, best: bool = False, optional: bool = False) -> str | None:
+        """Have rank 0 write a checkpoint in the background; skip an ``optional`` one if it is still writing another.
+
+        Return the reason if none may be written now.
+        """
         state = source.state_dict()  # collective
-        self.not_saved = self.blocker()  # collective
-        if self.not_saved is None and self.rank == 0 and not (optional and self.store.busy):
+        failure = self.blocker()  # collective
+        if failure is None and self.rank == 0 and not (optional and self.store.busy):
             self.store.save(state, best, before=self.before_write)
+        return failure
 
     def save_and_exit(self, source: Stateful, step: int, preemption: Preemption) -> NoReturn:
         """Save after ``step`` steps, and end the run as a signal requested. Raise Preempted on every rank."""
         self._extend_timeout()
-        self.save(source)
-        failure = self.not_saved
+        failure = self.save(source)
         if self.rank == 0:
             failure = failure or self.store.wait(preemption.seconds_left())
         by = preemption.requested_by or "a signal to another rank"
@@ -107,10 +107,13 @@ class CheckpointManager:
         outcome = f"NOT saved ({failure})" if failure else "saved"
         raise Preempted(f"stopped by {by} after step {step}, {outcome}; run the same command again to resume", status)
 
-    def finish(self) -> None:
-        """Wait until the last checkpoint is on the disk. Raise UserError, on every rank, if it cannot be written."""
+    def finish(self, failure: str | None = None) -> None:
+        """Wait until the last checkpoint is on the disk; ``failure`` is what its ``save`` returned.
+
+        Raise UserError, on every rank, if it is not written.
+        """
         self._extend_timeout()
-        failure = broadcast_object(self.not_saved or (self.store.wait() if self.rank == 0 else None))
+        failure = broadcast_object(failure or (self.store.wait() if self.rank == 0 else None))
         if failure:
             raise UserError(f"the trained network is not saved: {failure}; fix that and run the same command again")
 

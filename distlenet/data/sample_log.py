@@ -35,16 +35,18 @@ class SampleLog:
         if self.lines is not None:
             self.lines.add(json.dumps({"epoch": epoch, "step": step, "indices": indices.tolist()}))
 
-    @property
-    def has_unwritten_lines(self) -> bool:
-        """Try to write all lines; return whether that failed: a run that resumed from now would miss them."""
+    def flush(self) -> bool:
+        """Write all lines to the disk; return whether that succeeded.
+
+        Otherwise a run that resumed from now would miss them.
+        """
         try:
             if self.lines is not None:
                 self.lines.flush()
                 self.lines.sync()
         except OSError:
-            return True
-        return False
+            return False
+        return True
 
     def close(self) -> None:
         """Close the file."""

@@ -29,7 +29,7 @@ class Throughput:
         self.device, self.hosts = device, hosts
         self.images, self.seconds = 0, 0.0
         self.started = 0.0
-        self.begin_s = 0.0
+        self.begin_s = 0.0  # of the current step, the loading of its batch included
         self.last_step: StepTimes | None = None
         self._open_window()
 

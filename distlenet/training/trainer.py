@@ -96,10 +96,11 @@ class Trainer:
         begin_s = time.monotonic() if begin_s is None else begin_s
         self.start()
         start_s = time.monotonic() - begin_s
+        not_saved: str | None = None
         while not self.complete:
             self.train_epoch()
-            self.finish_epoch()
-        self.checkpoints.finish()  # collective
+            not_saved = self.finish_epoch()
+        self.checkpoints.finish(not_saved)  # collective
         self.network_files.write_embeddings()
         return summary(self.state, self.selection, self.throughput, start_s, self.context)
 
@@ -146,8 +147,11 @@ class Trainer:
         self.watchdog.heartbeat(self.state.step)
         return result
 
-    def finish_epoch(self) -> None:
-        """Log, evaluate and save at the end of an epoch, or of the run. A collective."""
+    def finish_epoch(self) -> str | None:
+        """Log, evaluate and save at the end of an epoch, or of the run. A collective.
+
+        Return the reason if no checkpoint may be written now.
+        """
         trained = self.meter.total()  # collective, host sync
         evaluated, state = self.evaluate()  # collective, host sync
         if ends_epoch := self.state.batch == self.sampler.steps:  # otherwise train.max_steps ended it
@@ -158,7 +162,7 @@ class Trainer:
         self.state = state.next_epoch() if ends_epoch else state
         if self.complete and not self.due(self.config.train.check_replicas_every):  # otherwise just checked
             check_replicas(self.model)  # collective, host sync
-        self.checkpoints.save(self, self.selection.is_best(state.best))  # collective
+        return self.checkpoints.save(self, self.selection.is_best(state.best))  # collective
 
     def evaluate(self) -> tuple[dict[str, Metrics], TrainState]:
         """Evaluate the model, or its average, on all splits; return metrics by split and the next state. A collective.
@@ -226,7 +230,7 @@ class Trainer:
 
     def _unwritten_sample_log(self) -> str | None:
         """Return why no checkpoint may be written: a run resumed from it would miss lines forever. A collective."""
-        unwritten = self.config.data.ledger and any_rank(self.sample_log.has_unwritten_lines, self.device)
+        unwritten = self.config.data.ledger and any_rank(not self.sample_log.flush(), self.device)
         return "lines of a rank's ledger could not be written" if unwritten else None
 
     def log(self, split: str, metrics: Metrics, **more: float) -> None:

@@ -105,8 +105,8 @@ def test_a_full_disk_is_reported_until_the_lines_are_written(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("os.write", full)
         log.record(0, 0, torch.tensor([1]))
-        assert log.has_unwritten_lines
-    assert not log.has_unwritten_lines
+        assert not log.flush()
+    assert log.flush()
     log.close()
     assert len(list(read_starts(tmp_path)[0].read_lines())) == 1
 
@@ -115,7 +115,7 @@ def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log = SampleLog()
     log.record(0, 0, torch.tensor([1]))
-    assert not log.has_unwritten_lines
+    assert log.flush()
     log.close()
     assert not list(tmp_path.iterdir())
 
