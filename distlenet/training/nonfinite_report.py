@@ -46,7 +46,7 @@ def diagnose(train_step: TrainStep, batch: Batch, step: int, run_dir: Path) -> s
 
     Steps count from 1 in the report, from 0 in ``step``.
     """
-    ranks = gather_on_rank_0(inspect_rank(train_step, batch, step))
+    ranks = gather_on_rank_0(inspect_rank(train_step, batch, step))  # collective
     cause = ""
     if train_step.context.env.rank == 0:
         path = run_dir / "diagnosis" / f"step-{step + 1:08d}.json"
