@@ -950,7 +950,7 @@ def test_a_multipart_body_without_a_file(body):
 
 
 def test_a_multipart_body_without_a_boundary():
-    with pytest.raises(HttpError, match="^Content-Type: multipart/form-data has no boundary$"):
+    with pytest.raises(HttpError, match=r"^Content-Type: multipart/form-data has no boundary$"):
         image_file(Request("POST", "/predict", b"", [(b"content-type", b"multipart/form-data")], b"--b\r\n"))
 
 
