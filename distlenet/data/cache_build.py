@@ -10,12 +10,12 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from distlenet.data.cache_file import CacheFile
-from distlenet.data.chunk_decoding import ChunkDecoder, StampedImages, stamp_of_chunk, text_of
+from distlenet.data.chunk_decoding import ChunkDecoder, StampedImages, stamp_of_chunk
 from distlenet.data.decoding_progress import DecodingProgress
 from distlenet.distributed.watchdog import restart_time_limit
-from distlenet.utils.errors import UserError, warn
+from distlenet.utils.errors import UserError, describe_error, warn
 
-ROUND_S = 20.0  # a rank decodes for so long before the ranks exchange their states
+ROUND_S = 20.0  # seconds that a rank decodes between two exchanges
 WAIT_S = 2.0  # the same while another process decodes the images
 
 State = Literal["waiting", "decoding", "complete", "failed"]
@@ -73,7 +73,7 @@ class CacheBuild:
         except OSError as failure:
             self.state, problem = "failed", " ".join(str(failure.strerror or failure).split())
         except Exception as bug:  # the other ranks wait for the report
-            error = f"{self.file.path}: cannot be written: {text_of(bug)}; give data.cache=off"
+            error = f"{self.file.path}: cannot be written: {describe_error(bug)}; give data.cache=off"
         progress = self.decoder.samples_read if self.state != "waiting" else self._size_of_records()
         is_leader, remaining = self.workers.rank == 0, len(self.decoder.chunks)
         return Report(self.workers.node, is_leader, self.state, remaining, progress, problem, error)

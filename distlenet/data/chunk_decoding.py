@@ -13,7 +13,7 @@ from torch import Tensor
 from distlenet.data.cache_file import CacheFile
 from distlenet.data.decoding_progress import DecodingProgress
 from distlenet.task import MapDataset
-from distlenet.utils.errors import UserError, log_traceback
+from distlenet.utils.errors import UserError, describe_error, log_traceback
 
 
 class StampedImages(MapDataset, Protocol):
@@ -120,12 +120,9 @@ class ChunkDecoder:
                 raise
             except Exception as error:  # not one of the cache's files
                 log = log_traceback(error)
-                where = f"; its traceback is in {log}" if log else ""
-                raise UserError(f"{self.dataset.name(row)}: {text_of(error)}; fix the dataset{where}") from error
+                log_hint = f"; its traceback is in {log}" if log else ""
+                raise UserError(
+                    f"{self.dataset.name(row)}: {describe_error(error)}; fix the dataset{log_hint}"
+                ) from error
             self.samples_read += 1
         return samples
-
-
-def text_of(error: Exception) -> str:
-    """Return the type and the text of an error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

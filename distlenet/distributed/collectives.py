@@ -18,7 +18,12 @@ T = TypeVar("T")
 LARGE_BYTES = 2**20
 """A larger tensor of a state is sent by itself, without pickling it."""
 PART_BYTES = 2**26
-"""At most so many bytes are sent at once: with NCCL, they take memory on the GPU."""
+"""Largest part that is sent at once, in bytes: with NCCL, it takes memory on the GPU."""
+
+
+def has_process_group() -> bool:
+    """Return whether ranks can communicate: not in a single process, nor in a dry run, whose process group is fake."""
+    return dist.is_initialized() and dist.get_backend() != "fake"
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -66,8 +71,8 @@ def broadcast_object(value: T) -> T:
 def broadcast_state(state: T, device: torch.device) -> T:
     """Return rank 0's ``state``, nested tensors on the CPU and other values, on every rank. A collective.
 
-    Large tensors are sent in parts, so that rank 0 needs no memory for a copy, and the others for one. ``device`` is
-    where the process group communicates.
+    Large tensors are sent in parts, so that rank 0 needs no second copy in memory, and the others only one. ``device``
+    is that of the process group's communication.
     """
     if dist.get_world_size() == 1:
         return state
@@ -97,7 +102,7 @@ def from_rank_0(compute: Callable[[], T]) -> T:
 
     Raise a UserError of rank 0 on all ranks.
     """
-    if not dist.is_initialized() or dist.get_backend() == "fake":
+    if not has_process_group():
         return compute()
     value: T | None = None
     with raise_on_all_ranks():

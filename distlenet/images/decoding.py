@@ -49,6 +49,15 @@ def _check_size(image: Image.Image, name: object) -> None:
         raise UnreadableImage(f"{name}: has {image.width} × {image.height} pixels; {SIZE_LIMITS}")
 
 
+def is_color(file: Path | IO[bytes]) -> bool:
+    """Return whether an image is in color, from its header; False if that is unreadable: decoding reports it."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return channels_of(image) == COLOR
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        return False
+
+
 def channels_of(image: Image.Image) -> int:
     """Return 1 for a grey image, 3 for one with colors or a palette."""
     return GREY if image.mode in GREY_MODES else COLOR

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from distlenet.data.resizing import resize_images, to_tensor
 from distlenet.data.sources.custom_cache import cache_samples
 from distlenet.data.sources.sizing import wanted_size
 from distlenet.data.validation import split_validation
-from distlenet.distributed.collectives import raise_on_all_ranks
+from distlenet.distributed.collectives import has_process_group, raise_on_all_ranks
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.images.decoding import channels_of, convert
 from distlenet.images.image_format import size_text
@@ -71,7 +70,7 @@ def load_custom(
     ``deterministic = True`` are cached, if their images are uint8.
     """
     datasets: Any = None
-    if dist.is_initialized() and dist.get_backend() != "fake":
+    if has_process_group():
         with raise_on_all_ranks():
             if env.local_rank == 0:
                 datasets = function(**args)

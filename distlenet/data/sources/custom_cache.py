@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distlenet.config.schema import DataConfig
@@ -16,7 +15,12 @@ from distlenet.data.sources.image_cache import cache_paths, is_usable
 from distlenet.data.sources.joined import Joined
 from distlenet.data.sources.labels import digest_of
 from distlenet.data.sources.opened import StoredImages
-from distlenet.distributed.collectives import all_gather_object, broadcast_from_local_rank_0, raise_on_all_ranks
+from distlenet.distributed.collectives import (
+    all_gather_object,
+    broadcast_from_local_rank_0,
+    has_process_group,
+    raise_on_all_ranks,
+)
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.watchdog import restart_time_limit
 from distlenet.task import MapDataset
@@ -66,7 +70,7 @@ def cache_samples(
     They are identified by ``fingerprint`` and some samples. Raise UserError if ``data.cache`` is a directory that
     cannot hold them.
     """
-    distributed = dist.is_initialized() and dist.get_backend() != "fake"
+    distributed = has_process_group()
     exchange: Callable[[Any], list[Any]] = all_gather_object if distributed else lambda value: [value]
     together = raise_on_all_ranks if distributed else nullcontext
     workers = Workers(env.local_rank, env.local_world_size, env.node_rank, env.rank == 0, exchange)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distlenet.config.schema import DataConfig
 from distlenet.data.sources.opened import OpenedImages
-from distlenet.images.decoding import COLOR, FORMATS, GREY, IMAGE_SUFFIXES, UnreadableImage, channels_of, open_image
+from distlenet.images.decoding import COLOR, GREY, IMAGE_SUFFIXES, UnreadableImage, is_color, open_image
 from distlenet.utils.errors import UserError
 
 LAYOUT = "ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png, and optionally ROOT/val/CLASS/*.png"
@@ -71,7 +71,7 @@ def _open(root: Path) -> OpenedImages:
     splits = [name for name in ("train", "test", "val") if (root / name).is_dir()]
     classes = _class_names(root / "train")
     listed = {split: _list_files(root / split, classes) for split in splits}
-    color = any(_is_color(root / split / file) for split in splits for file, _ in listed[split])
+    color = any(is_color(root / split / file) for split in splits for file, _ in listed[split])
     images, fingerprint = {}, {"classes": ", ".join(classes)}
     for split, files in listed.items():
         labels = torch.tensor([label for _, label in files], dtype=torch.int64)
@@ -110,12 +110,3 @@ def _list_files(directory: Path, classes: tuple[str, ...]) -> list[tuple[str, in
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _is_color(path: Path) -> bool:
-    """Return whether an image is in color, from its header. An unreadable one is reported when it is decoded."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return channels_of(image) == COLOR
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-        return False

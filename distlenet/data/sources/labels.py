@@ -8,7 +8,7 @@ from torch import Tensor
 from distlenet.utils.errors import UserError
 
 MAX_CLASSES = 2**20  # larger labels are not classes, but numbers such as ids
-DIGEST_PARTS, DIGEST_BYTES = 64, 2**20  # of a large tensor, so many parts of so many bytes are in its digest
+DIGEST_PARTS, DIGEST_BYTES = 64, 2**20  # number and size of the parts that the digest of a large tensor contains
 
 
 def check_images(name: str, images: Tensor) -> None:

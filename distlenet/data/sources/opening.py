@@ -6,8 +6,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
-import torch.distributed as dist
-
 from distlenet.config.names import check_arguments, is_import_name, resolve
 from distlenet.config.schema import DataConfig
 from distlenet.data import download, idx
@@ -23,7 +21,12 @@ from distlenet.data.sources.opened import OpenedImages, Source, StoredImages
 from distlenet.data.sources.sizing import fit_sizes
 from distlenet.data.sources.tar import open_tar
 from distlenet.data.validation import split_validation
-from distlenet.distributed.collectives import all_gather_object, broadcast_from_local_rank_0, raise_on_all_ranks
+from distlenet.distributed.collectives import (
+    all_gather_object,
+    broadcast_from_local_rank_0,
+    has_process_group,
+    raise_on_all_ranks,
+)
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
 from distlenet.task import Datasets, MapDataset
 from distlenet.utils.errors import UserError, warn
@@ -92,7 +95,7 @@ def load_data(config: DataConfig, fetch: bool = False) -> Datasets:
 
 def load_images(config: DataConfig) -> Datasets:
     """Load the configured data set, in a job once per node. Raise UserError as ``open_data``. A collective."""
-    if not dist.is_initialized() or dist.get_backend() == "fake":
+    if not has_process_group():
         return load_data(config)
     env = read_environment(os.environ)
     return _load_function(config, env) if is_import_name(config.name) else load_on_node(config, env)

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from distlenet.images.decoding import COLOR, FORMATS, IMAGE_SUFFIXES, channels_of
+from distlenet.images.decoding import IMAGE_SUFFIXES, is_color
 from distlenet.utils.errors import UserError
 from distlenet.utils.files import replace_text
 
@@ -128,9 +126,8 @@ def _read_shard(shard: Path, stamp: list[int]) -> Shard:
 
 
 def _is_color(entry: Entry) -> bool:
-    """Return whether an image is in color, from its header. An unreadable one is reported when it is decoded."""
+    """Return whether an image is in color; False if it cannot be read: decoding reports it."""
     try:
-        with Image.open(io.BytesIO(entry.read()), formats=FORMATS) as image:
-            return channels_of(image) == COLOR
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        return is_color(io.BytesIO(entry.read()))
+    except OSError:
         return False

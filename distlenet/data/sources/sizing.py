@@ -17,7 +17,7 @@ from distlenet.utils.errors import UserError
 
 CHUNK_IMAGES = 256  # images resized at a time
 MAX_DECODED_BYTES = 2**28  # image files that decode to no more than this are decoded once, into memory
-CHECKED_IMAGES = 64  # of a larger set, the sizes of so many images are checked before the training
+CHECKED_IMAGES = 64  # number of images of a larger set whose sizes are checked before the training
 
 
 def wanted_size(config: DataConfig) -> tuple[int, int] | None:
