@@ -57,7 +57,7 @@ def _peak() -> int:
 
 
 def make_model(parameters: int) -> nn.Module:
-    """Return a network with about so many parameters: layers that are not applied to data."""
+    """Return a network with about this number of ``parameters``: layers that are not applied to data."""
     layers, rest = divmod(parameters, LAYER * LAYER)
     sizes = [LAYER * LAYER] * layers + [rest] * (rest > 0)
     return nn.ParameterList([nn.Parameter(torch.full((size,), 0.5)) for size in sizes])

@@ -25,7 +25,7 @@ class Writable(Protocol):
 
 
 class _Stream:
-    """Where ``torch.save`` writes an archive: each part goes to the file directly, so no copy of the state is needed.
+    """A file for ``torch.save``: each part is written at once, so no copy of the state is needed.
 
     The last part is the end record of the archive, whose last two bytes are the length of the comment. A short part
     is therefore held back until the next one.

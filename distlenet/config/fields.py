@@ -153,7 +153,7 @@ FIELDS: dict[str, Field] = dict(_read_schema(Config))
 
 MAPPINGS = tuple(key for key, field in FIELDS.items() if field.kind is dict)
 
-RENAMED = {  # former and usual names of settings: unknown keys, for which the message suggests the present name
+RENAMED = {  # former and usual names of settings: unknown keys, for which the message suggests the current name
     "train.batch_size": "train.global_batch_size",
     "optim.learning_rate": "optim.lr",
     "train.clip_norm": "train.max_grad_norm",

@@ -22,7 +22,7 @@ from torch import Tensor
 from distlenet.distributed.watchdog import restart_time_limit
 
 CHUNK_IMAGES, CHUNK_BYTES = 64, 2**24  # at most, but at least one image: each thread holds a chunk in memory
-CHECKED_BYTES = 2**29  # a larger file is verified in part when it is opened: so many bytes, in evenly spaced chunks
+CHECKED_BYTES = 2**29  # bytes of a larger file that are verified when it is opened, in evenly spaced chunks
 LABEL_BYTES = 8
 DIGEST_BYTES, LENGTH_BYTES = 32, 8  # of the table, at the end of the file
 

@@ -68,7 +68,7 @@ def init_distributed(
     """Join the job until the end of the block.
 
     Only a training gives ``run_dir``, to which NCCL's trace of a hang is written, and touches the heartbeat file: other
-    commands take the settings of a checkpoint, and may run elsewhere or beside the training.
+    commands take the settings of a checkpoint, and may run elsewhere or next to the training.
     ``store`` is the result of ``rendezvous``, if the ranks have met before. Raise UserError before if a setting or the
     environment is invalid.
     """

@@ -50,14 +50,14 @@ def format_failure(error: Exception, env: DistributedEnvironment, log_file: str 
     If ``log_file`` contains the whole traceback, the message begins with the user's code.
     """
     rank = f"{env} " if env.world_size > 1 else ""
-    where = f"; the log is {log_file}" if log_file else ""
+    log_hint = f"; the log is {log_file}" if log_file else ""
     if _is_lost_connection(error):
         return (
             f"distlenet: {rank}lost a connection: {describe_failure(error)}; another rank has exited without a report: "
-            f"killed, out of memory, or its node is down{where}"
+            f"killed, out of memory, or its node is down{log_hint}"
         )
     lines = user_traceback(error) if log_file else format_traceback(error)
-    return f"distlenet: {rank}failed{where}:\n" + "\n".join(f"  {line}" for line in lines)
+    return f"distlenet: {rank}failed{log_hint}:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _is_lost_connection(error: Exception) -> bool:

@@ -64,11 +64,11 @@ class Preemption:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this rank received a signal."""
+        """Whether this rank has a stop request."""
         return self.requested_by is not None
 
     def seconds_left(self) -> float:
-        """Return the seconds until this rank must exit; ``grace_s`` if it received no signal."""
+        """Return the seconds until this rank must exit; ``grace_s`` if there is no stop request."""
         return max(0.0, min(self.deadline - time.monotonic(), self.grace_s))
 
     def close(self) -> None:

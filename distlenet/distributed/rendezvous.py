@@ -86,7 +86,7 @@ def wait_for_server(env: DistributedEnvironment, is_server: bool, timeout_s: flo
 def register(store: Store, env: DistributedEnvironment, timeout_s: float, setting: str) -> Store:
     """Register this rank, wait for all others, and return the part of ``store`` that only this start uses.
 
-    torchrun keeps one store over all restarts (seen with torch 2.15), so it may contain the addresses of ranks that
+    torchrun keeps one store over all restarts (seen with torch 2.14), so it may contain the addresses of ranks that
     have exited. Rank 0 therefore creates a new prefix, under which the other ranks register with a nonce. Rank 0
     returns the nonces; under an old prefix it does not.
     """

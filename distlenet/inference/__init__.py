@@ -1,5 +1,4 @@
-"""Prediction: load a checkpoint's network, read image files, and classify them.
+"""Prediction: load a checkpoint's network, and classify images, which ``distlenet.images`` reads.
 
-``trained_model.load_model`` is part of the Python API; ``predictor.Predictor`` and ``image_files.read_images`` are for
-the command.
+``trained_model.load_model`` is part of the Python API; ``predictor.Predictor`` is for the command.
 """

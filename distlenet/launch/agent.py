@@ -41,7 +41,7 @@ def run_agent(words: Sequence[str] | None = None) -> int:
 
 
 def report_restarts() -> None:
-    """Let torchrun's agents print which rank failed before they restart: torchrun's own lines do not say."""
+    """Let torchrun's agents print which rank failed before they restart: torchrun's own lines do not report it."""
     monitor = LocalElasticAgent._monitor_workers
 
     @functools.wraps(monitor)

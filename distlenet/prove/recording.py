@@ -33,11 +33,11 @@ class Recorder:
         self.directory = directory
         self.file = (directory / f"rank-{os.getpid()}.jsonl").open("a")
         self.place: str | None = None  # "step 3", "test after 6"; None: nothing is recorded
-        self.indices: list[int] = []  # of the present batch
+        self.indices: list[int] = []  # of the current batch
         # A micro-batch has no indices: they are found by the digests of its samples.
         self.index_of: dict[str, list[int]] = defaultdict(list)
-        # Its ``indices`` are those of the present micro-batch. Of a thread: shards in lockstep are threads.
-        self.present = threading.local()
+        # Its ``indices`` are those of the current micro-batch. Of a thread: shards in lockstep are threads.
+        self.current = threading.local()
 
     def add(self, stage: str, names: Iterable[Any], values: Iterable[Any]) -> None:
         """Add a line, complete on the file system: the rank may be killed at any time."""
@@ -59,7 +59,7 @@ class Recorder:
 
     def find_micro_batch(self, transformed: list[str]) -> None:
         """Find the indices of a micro-batch. Equal samples have equal digests, and equal losses."""
-        self.present.indices = [self.index_of[name].pop(0) if self.index_of[name] else -1 for name in transformed]
+        self.current.indices = [self.index_of[name].pop(0) if self.index_of[name] else -1 for name in transformed]
 
 
 class First:
@@ -113,7 +113,7 @@ class RecordedTask(Task):
         result = super().loss(model, data)  # type: ignore[safe-super]
         columns = result[0] if isinstance(result[0], tuple) else (result[0],)
         values = torch.stack([column.detach().double() for column in columns], 1)
-        recorder.add("losses", recorder.present.indices, values.tolist())  # host sync
+        recorder.add("losses", recorder.current.indices, values.tolist())  # host sync
         return result
 
     def metrics(self, outputs: Any, data: Data) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ class RecordedTask(Task):
         values = super().metrics(outputs, data)
         if self.recorder.place is not None:
             for name, value in values.items():
-                names = [f"{name} of sample {index}" for index in self.recorder.present.indices]
+                names = [f"{name} of sample {index}" for index in self.recorder.current.indices]
                 self.recorder.add("metrics", names, value.tolist())  # host sync
         return values
 

@@ -26,7 +26,7 @@ class Buffer:
 
     @property
     def tensor(self) -> Tensor:
-        """Return the present tensor."""
+        """Return the current tensor."""
         tensor = self.module._buffers[self.key]
         assert tensor is not None
         return tensor

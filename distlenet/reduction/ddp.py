@@ -42,7 +42,7 @@ class _ReadyMark:
         self.in_graph, self.event = in_graph, None
 
     def set(self, _: Tensor) -> None:
-        """Mark the present moment, with one event for all micro-batches: the result of the step keeps it."""
+        """Mark the current moment, with one event for all micro-batches: the result of the step keeps it."""
         self.mark = self.clock.mark(self.in_graph, self.event)
         self.event = self.mark.event
 

@@ -16,7 +16,7 @@ from distlenet.serve.request_metrics import RequestMetrics
 from distlenet.utils.errors import print_error
 
 VERSION = re.compile(r"^(/v[12]/models/[^/:]+)/versions/([0-9]{1,18})(?=[/:]|$)")
-LARGE_BODIES = 16  # so many bodies of the largest size are in memory at once
+LARGE_BODIES = 16  # number of bodies of the largest size that are in memory at once
 UNKNOWN = "other"  # the endpoint of paths that do not exist, in the metrics
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

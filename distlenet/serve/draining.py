@@ -23,7 +23,7 @@ from distlenet.utils.errors import print_error, warn
 from distlenet.utils.startup import signal_name
 
 HANDSHAKE_S = 0.2  # time for connections that are being established
-IDLE_S = 1.0  # a connection without a request for so long is closed
+IDLE_S = 1.0  # seconds without a request after which a connection is closed
 TICK_S = 0.02
 SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 # Classic BPF, (code, jt, jf, k): A = flags of TCP; A &= SYN | ACK; if A == SYN drop, else keep

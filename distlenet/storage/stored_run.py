@@ -15,7 +15,7 @@ from distlenet.utils.errors import Preempted, UserError, warn
 from distlenet.utils.files import convert_io_errors
 from distlenet.utils.step_names import in_order
 
-REPORT_TIMEOUT_S = 10.0
+REPORT_UPLOAD_TIMEOUT_S = 10.0
 
 
 class StopRequest(Protocol):
@@ -113,9 +113,9 @@ def _download_file(objects: Objects, copy: LocalCopy, name: str) -> Path:
 def closing_upload(upload: Upload, timeout_s: float, stop: StopRequest) -> Iterator[None]:
     """Upload what the block writes, and release the run.
 
-    The upload at the end may take ``timeout_s``, and never more than ``stop`` leaves, which a stop request shortens;
-    after an exception only that. Raise UserError at the end if not everything is uploaded; Preempted if a stop request
-    or another job, which has taken over the run, is the reason.
+    The final upload may take ``timeout_s``, but no longer than ``stop.seconds_left()``; after an exception, it may take
+    ``stop.seconds_left()``. Raise UserError at the end if not everything is uploaded; Preempted if a stop request or
+    another job, which has taken over the run, is the reason.
     """
     copy = f"{upload.copy.directory} on {socket.gethostname()}"
     lost = f"steps that only this job took are in {copy}, and are not uploaded"
@@ -138,6 +138,6 @@ def closing_upload(upload: Upload, timeout_s: float, stop: StopRequest) -> Itera
 def upload_report(url: str, run_dir: Path) -> None:
     """Upload the report, which is written after the run is released; a failure only warns."""
     try:
-        retry(lambda: Objects(url).upload(run_dir / "report.html", "report.html"), REPORT_TIMEOUT_S)
+        retry(lambda: Objects(url).upload(run_dir / "report.html", "report.html"), REPORT_UPLOAD_TIMEOUT_S)
     except StorageError as error:
         warn(f"{error}; the report is in {run_dir}")

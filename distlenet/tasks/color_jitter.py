@@ -28,7 +28,7 @@ class ColorJitter:
         """Change float32 images (n, C, H, W) with values from 0 to 255 in place, and return them.
 
         ``draws`` are float32 (n, 4) in [0, 1). Saturation and hue need three channels, contrast one or three. No host
-        sync. No fused products and sums: they have other last bits at the end of a row on some processors.
+        sync. No fused products and sums: on some processors, they differ in the last bits at the end of a row.
         """
         brightness, contrast, saturation, hue = draws.view(-1, 4, 1, 1, 1).unbind(1)
         if self.brightness:

@@ -96,7 +96,7 @@ def resample(images: Tensor, taps: Taps) -> Tensor:
     the result depend on neither the batch nor the device.
     """
     n, channels, height, width = images.shape
-    if torch.compiler.is_exporting():  # a smaller graph, with other last bits
+    if torch.compiler.is_exporting():  # a smaller graph, whose results differ in the last bits
         rows, columns = _matrix(taps.rows, taps.row_weights, height), _matrix(taps.columns, taps.column_weights, width)
         return rows @ images.float() @ columns.T
     uint8 = images.dtype == torch.uint8

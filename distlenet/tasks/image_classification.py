@@ -107,7 +107,7 @@ class ImageClassification(Task):
     def _smoothed_losses(self, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         """Return the cross-entropy (n,) of logits, float32 (n, C), and labels, int64 (n,), with label smoothing.
 
-        By a table of targets: 14 kernels less than torch's function, which on the CPU has other last bits.
+        By a table of targets: 14 kernels less than torch's function, which differs in the last bits on the CPU.
         """
         if self.negative_shares is None:
             classes = len(self.classes)

@@ -13,8 +13,8 @@ from distlenet.images.image_format import ImageFormat
 from distlenet.task import BatchDataset, MapDataset
 from distlenet.utils.sample_keys import SampleKeys
 
-SAMPLED_PARTS, PART_SIZE = 64, 1024  # a large set in memory is measured on so many parts of so many images
-SAMPLED_FILES = 2048  # another large set is measured on so many images
+SAMPLED_PARTS, PART_SIZE = 64, 1024  # number of parts of a large set in memory that are measured, and their images
+SAMPLED_FILES = 2048  # number of images of another large set that are measured
 DARK = 127  # the largest value of a dark border, for uint8
 
 

@@ -59,7 +59,7 @@ class ImageTransform:
         if bits is not None:
             images = self._augment(images, bits)
         values = images.to(torch.float32, copy=images is original)  # exact for uint8; stored images stay as they are
-        if self.images.channels == 1:  # plain numbers: a division by a tensor has other last bits on a GPU
+        if self.images.channels == 1:  # plain numbers: dividing by a tensor differs in the last bits on a GPU
             values.sub_(self.images.mean[0]).div_(self.images.std[0])
         else:
             if self.statistics.device != values.device:  # no assignment while torch.export traces

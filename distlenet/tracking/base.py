@@ -12,7 +12,7 @@ from typing import Any
 
 Record = dict[str, Any]
 
-TEST_FILE = "test.json"  # details of a run's last test; see distlenet.training.error_analysis
+TEST_FILE = "test.json"  # details of a run's last test; see distlenet.tasks.error_analysis
 NETWORK_GRAPH_FILE, NETWORK_INPUTS_FILE = "graph.json", "inputs.png"  # of RUN/tensorboard: training.network_files
 SPLITS = ("train", "train_epoch", "val", "test")  # in the order in which their records are logged after a step
 

@@ -133,7 +133,7 @@ def format_metrics(record: Record, prefix: str = "", digits: int = 2) -> str:
 
 
 def format_metric(name: str, value: float, digits: int = 2) -> str:
-    """Format an accuracy in percent, with so many ``digits``, and other values with four."""
+    """Format an accuracy in percent, with ``digits`` decimals, and other values with four."""
     return f"{value:.{digits}%}" if name == "accuracy" else f"{value:.4f}"
 
 

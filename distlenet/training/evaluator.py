@@ -58,7 +58,7 @@ class Evaluator:
         return metrics
 
     def _interruptible(self, loader: EvaluationLoader, step: int) -> Iterator[Batch]:
-        """Yield the batches; after every 16 of them, raise if a rank has a stop request. A collective."""
+        """Yield the batches; every ``stop_check_interval``, raise if a rank has a stop request. A collective."""
         for number, batch in enumerate(loader):
             self.context.watchdog.heartbeat(step)
             check = number < loader.batches_of_every_rank and (number + 1) % self.stop_check_interval == 0

@@ -27,7 +27,7 @@ def make_optimizer(config: OptimConfig, groups: list[Group], loss_scaling: bool 
     """Return the optimizer of the settings for the parameter groups ``groups``.
 
     With ``loss_scaling`` SGD is not fused: if the first step is skipped because of an overflow, the fused kernel keeps
-    momentum buffers that were never initialised (seen with torch 2.15). Raise UserError if it cannot be made.
+    momentum buffers that were never initialised (seen with torch 2.14). Raise UserError if it cannot be made.
     """
     args, function = config.args, resolve("optim.name", config.name, BUILT_IN)
     settings: dict[str, Any] = {"lr": config.lr}

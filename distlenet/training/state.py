@@ -26,7 +26,7 @@ class TrainState:
     restarts: int = 0  # starts of the run before this one
     micro_batch: int = 0  # samples of a rank's micro-batch when the run began
     started_from: str | None = None  # the checkpoint.resume=PATH that the run began with
-    run_id: str = ""  # the run's id in W&B: 8 lower-case letters and digits
+    run_id: str = ""  # the run's id in W&B: 8 characters 0-9, a-z
 
     def advance(self, lr: float, skipped: bool) -> "TrainState":
         """Return the state after one more step."""
@@ -58,6 +58,6 @@ class TrainState:
         expected["best"] = dict.fromkeys(state["best"], asdict(Best(0.0)))
         check_same_structure({name: state[name] for name in expected}, expected, "state")
         if state["run_id"] and not RUN_ID.fullmatch(state["run_id"]):  # it names a directory
-            raise ValueError(f"run_id {state['run_id']!r}: expected 8 letters and digits")
+            raise ValueError(f"run_id {state['run_id']!r}: expected 8 characters 0-9, a-z")
         best = {name: Best(**values) for name, values in state["best"].items()}
         return cls(**{each.name: state[each.name] for each in fields(cls)} | {"best": best})

@@ -1,4 +1,4 @@
-"""The flags of recent steps, read by the host when they are ready, so that it does not wait for the present step.
+"""The flags of recent steps, read by the host when they are ready, so that it does not wait for the current step.
 
 A flag is what the all-reduce of a step returned (``ReductionResult.flag``): positive if any rank has a stop request,
 NaN if something was not finite.

@@ -18,7 +18,7 @@ _FIXED = 3  # slot, epoch, stop; then the learning rates and the indices
 
 
 class StepInputs:
-    """Learning rates, stop request, epoch and sample indices of the present step."""
+    """Learning rates, stop request, epoch and sample indices of the current step."""
 
     def __init__(self, device: torch.device, groups: int, samples: int) -> None:
         """Reserve memory for the learning rates of ``groups`` and the indices of up to ``samples`` samples."""
@@ -49,7 +49,7 @@ class StepInputs:
         self.row.copy_(self.rows[slot], non_blocking=True)
 
     def keys(self, seed: int, samples: int, epoch: int | None = None) -> SampleKeys:
-        """Return the keys of the present step's ``samples`` samples, on the device.
+        """Return the keys of the current step's ``samples`` samples, on the device.
 
         Without ``epoch``, the epoch is read on the device, too, as in a CUDA graph.
         """

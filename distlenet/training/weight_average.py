@@ -17,7 +17,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Start from the present parameters of ``model``."""
+        """Start from the current parameters of ``model``."""
         self.model = model
         self.averaged_model = copy.deepcopy(model).requires_grad_(False)
         averages = (parameter.detach() for parameter in self.averaged_model.parameters())
@@ -26,7 +26,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Start again from the present parameters of the model."""
+        """Start again from the current parameters of the model."""
         for average, parameter in zip(self.averages, self.model.parameters(), strict=True):
             average.copy_(parameter)
 

@@ -20,7 +20,7 @@ class Clock:
         self.on_gpu = device.type == "cuda"
 
     def mark(self, in_graph: bool = False, again: torch.cuda.Event | None = None) -> Mark:
-        """Mark the present moment; on a GPU, of the work enqueued so far. No host sync.
+        """Mark the current moment; on a GPU, of the work enqueued so far. No host sync.
 
         In a captured CUDA graph only if ``in_graph``: it is one more node. Such an event must live as long as the
         graph. ``again`` is an event to record once more.

@@ -132,7 +132,7 @@ class TextNet(nn.Module):
 
 
 def bucket_of(words: int) -> int:
-    """Return the length to which a mail of so many words is padded."""
+    """Return the length to which a mail of ``words`` words is padded."""
     return next(length for length in BUCKETS if words <= length)
 
 
