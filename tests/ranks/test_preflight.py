@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from forked import run_python, run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -42,7 +43,6 @@ def test_all_checks_pass_and_the_network_is_timed(tmp_path):
     ("fault", "line"),
     [
         ("torch", "FAIL  versions        torch 2."),
-        ("clock", "FAIL  clocks          "),
         ("gpu", "FAIL  devices         device=cuda: 2 ranks on "),
         ("settings", "FAIL  settings        differ: "),
     ],
@@ -59,6 +59,13 @@ def test_a_rank_that_differs_is_reported(tmp_path, fault, line):
     assert "distlenet/preflight/" not in result.stderr, str(result)  # no traceback
 
 
+def test_a_rank_that_reads_the_clock_of_its_node_late_is_no_fault(tmp_path):
+    """On a busy machine, one rank may run seconds after another."""
+    result = run_ranks(2, FAULTY, "clock", *DIGITS, f"run.dir={tmp_path}", "--json").succeeded()
+    clocks = [check for check in json.loads(result.stdout)["checks"] if check["name"] == "clocks"]
+    assert [(check["status"], check["found"]) for check in clocks] == [("ok", "within 0.01 s")]
+
+
 def test_cuda_is_not_initialized_for_the_cpu(tmp_path):
     """It would wait for GPU 0, and take some of its memory, on every rank."""
     command = (FAULTY, "cuda", *DIGITS, f"run.dir={tmp_path}", "--json")
@@ -67,7 +74,7 @@ def test_cuda_is_not_initialized_for_the_cpu(tmp_path):
 
 def test_a_missing_rank_is_reported(tmp_path):
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    env = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20571"}
+    env = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = ("-m", "distlenet.preflight", *DIGITS, "--wait", "2")
     result = run_python(*command, env=env)
     assert result.status == 2

@@ -111,6 +111,11 @@ def test_clocks():
     assert (finding.status, finding.found) == ("FAIL", "n1 is 7.2 s behind n0")
 
 
+def test_ranks_of_one_node_may_read_its_clock_at_different_times():
+    finding = findings_of(make_ranks(4), [0.0, 1.5, 0.2, 9.0])["clocks"]
+    assert (finding.status, finding.found) == ("ok", "within 0.20 s")
+
+
 def test_loader_workers_need_shared_memory():
     config = load_config([], ["data.num_workers=300", "train.global_batch_size=2000"])
     assert "its ranks need 1,229 MB" in findings_of(make_ranks(2), config=config)["shared memory"].found
