@@ -2,12 +2,15 @@
 
 import os
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
-from conftest import run_command
+from conftest import LIMIT_S, run_command
 
 from distlenet.distributed.context import prepare_heartbeat_file
 from distlenet.distributed.environment import DistributedEnvironment
@@ -27,9 +30,17 @@ def watchdogs(ranks: int) -> list[Watchdog]:
 
 
 def collect(late: list[Watchdog]) -> list[str | None]:
-    """Return what ranks report that collect notes at the same time."""
-    with ThreadPoolExecutor(len(late)) as pool:
-        return list(pool.map(lambda watchdog: watchdog.collect_notes(0.5), late))
+    """Return what ranks report that collect notes at the same time: each waits until all have written theirs."""
+    all_written, written = threading.Barrier(len(late)), set()
+
+    def wait(_: float) -> None:
+        if (thread := threading.get_ident()) not in written:
+            written.add(thread)
+            all_written.wait(LIMIT_S)
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=wait)
+    with mock.patch("distlenet.distributed.watchdog.time", clock), ThreadPoolExecutor(len(late)) as pool:
+        return list(pool.map(lambda watchdog: watchdog.collect_notes(60.0), late))
 
 
 def test_ranks_without_a_note_are_reported_once_with_their_hosts():
@@ -64,28 +75,46 @@ def test_the_flight_recorder_is_reported_with_its_limit(tmp_path, monkeypatch, c
 
 
 HANGS = """
-import time
+import threading, time
+from types import SimpleNamespace
 import torch.distributed as dist
+from distlenet.distributed import watchdog as module
 from distlenet.distributed.environment import DistributedEnvironment
-from distlenet.distributed.watchdog import run_watchdog
 
+now, reads = 0.0, 0
+
+def monotonic():
+    global reads
+    reads += threading.current_thread().name == "watchdog"
+    return now
+
+def advance(seconds):
+    # Wait until the thread has checked the new time: a check reads the clock twice.
+    global now
+    now += seconds
+    target = reads + 4
+    while reads < target:
+        time.sleep(0.001)
+
+module.time = SimpleNamespace(monotonic=monotonic, sleep=time.sleep)
 store = dist.HashStore()
 store.set("host/0", "nonce host0")
-with run_watchdog(store, DistributedEnvironment(1, 0, 2), 60, None, None) as watchdog:
+with module.run_watchdog(store, DistributedEnvironment(1, 0, 2), 60, None, None) as watchdog:
     watchdog.set_timeout(0.5, "distributed.step_timeout_s")
-    for step in range(30):  # 1.5 s
+    for step in range(10):
+        advance(0.4)
         watchdog.heartbeat(step)
-        time.sleep(0.05)
     print("trained", flush=True)
-    time.sleep(60)
+    advance(0.6)
+    print("not ended")
 """
 
 
 @pytest.mark.slow
 def test_the_process_ends_if_no_step_ends_and_not_before():
-    ended = run_command(sys.executable, "-c", HANGS, timeout=60)
+    ended = run_command(sys.executable, "-c", HANGS)
     assert (ended.status, ended.stdout) == (1, "trained\n"), str(ended)
-    limit = "no step ended for 0.5 s (distributed.step_timeout_s) after step 29"
+    limit = "no step ended for 0.5 s (distributed.step_timeout_s) after step 9"
     assert ended.stderr == f"distlenet: {limit}; no answer from rank 0 on host0\n"
 
 
@@ -107,7 +136,7 @@ def test_the_heartbeat_file_exists_until_the_end(tmp_path):
     path, store = tmp_path / "heartbeat", dist.HashStore()
     store.set(host_key(0), "nonce host0")
     with run_watchdog(store, DistributedEnvironment(), 60.0, None, path):
-        deadline = time.monotonic() + 20  # the thread checks once a second
+        deadline = time.monotonic() + LIMIT_S  # the thread checks once a second
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert path.exists()
