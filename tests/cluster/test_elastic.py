@@ -58,8 +58,8 @@ def test_machines_that_leave_and_join(slurm: SlurmCluster, tmp_path: Path, head:
         with start("n2") as second:
             try:
                 first.wait_until(lambda: world_size() == 2, "two ranks again")
-            except AssertionError:
-                pytest.fail(f"{first.output()}\n--- n2\n{second.output()}")
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n--- n2\n{second.output()}") from error
             result = first.wait()
             second.wait()
     assert result.status == 0, str(result)

@@ -27,7 +27,6 @@ def _no_requests_but_to_the_server(monkeypatch):
 
 @pytest.fixture
 def store(tmp_path):
-    pytest.importorskip("mlflow")
     return f"file:{tmp_path / 'store'}"
 
 
@@ -144,7 +143,6 @@ def test_a_training_is_a_run_of_mlflow(tmp_path, store, capfd):
 
 
 def test_a_server_that_is_away_is_one_warning(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

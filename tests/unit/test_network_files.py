@@ -163,7 +163,6 @@ def train_digits(directory, *more):
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A run with TensorBoard's files, except the event file: the sidecar's process is not started."""
-    pytest.importorskip("tensorboard")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sidecar, "launch", lambda _: None)
         return train_digits(tmp_path_factory.mktemp("shown"), "tracking.tensorboard=true")

@@ -53,6 +53,7 @@ def test_predictions_agree_with_evaluation(run):
     assert 300 < correct < 360
     counts = [sum(answer["label"] == label for answer in answers) for label in range(10)]
     assert counts == [sum(row[c] for row in details["confusion"]) for c in range(10)]
+    assert details["mistakes"]
     for mistake in details["mistakes"]:
         answer = answers[mistake["index"]]
         assert answer["label"] == mistake["predicted"]

@@ -1,6 +1,7 @@
 """The file for Prometheus, as its official parser reads it."""
 
 import pytest
+from prometheus_client import parser
 
 from distlenet.config.loading import load_config
 from distlenet.tracking.prometheus import HELP, STATES, Prometheus
@@ -22,7 +23,6 @@ def config_of(path, *more):
 
 def samples_of(path):
     """Return {(metric, labels other than the run and the job): value}, and all sets of those two labels."""
-    parser = pytest.importorskip("prometheus_client.parser")
     found, owners = {}, set()
     for family in parser.text_string_to_metric_families(path.read_text()):
         name = family.name + "_total" * (family.type == "counter")

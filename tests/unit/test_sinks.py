@@ -112,7 +112,8 @@ RUN_SETTINGS = {"settings": {"optim.lr": 0.1, "optim.nesterov": True, "optim.nam
 
 
 def read_events(run_dir):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator
+
     return event_accumulator.EventAccumulator(str(run_dir / "tensorboard")).Reload()
 
 
@@ -124,7 +125,6 @@ def hyperparameters(events, tag):
 
 
 def test_tensorboard_has_each_number_of_the_last_start_once(tmp_path):
-    pytest.importorskip("tensorboard")
     for losses in ([0.5, 0.4, 0.3], [0.5, 0.45]):
         board = TensorBoard(tmp_path, RUN_SETTINGS)
         for step, loss in enumerate(losses):
@@ -140,7 +140,8 @@ def test_tensorboard_has_each_number_of_the_last_start_once(tmp_path):
 
 @pytest.mark.parametrize(("outcome", "status"), [("finished", "STATUS_SUCCESS"), ("failed", "STATUS_FAILURE")])
 def test_tensorboard_has_the_settings_and_the_outcome(tmp_path, outcome, status):
-    api = pytest.importorskip("tensorboard.plugins.hparams.api_pb2")
+    from tensorboard.plugins.hparams import api_pb2 as api
+
     TensorBoard(tmp_path / "run", RUN_SETTINGS).finish(outcome, {"steps": 6}, {})
     start, end = (hyperparameters(read_events(tmp_path / "run"), f"session_{tag}_info") for tag in ("start", "end"))
     assert start.group_name == "run"
@@ -150,7 +151,6 @@ def test_tensorboard_has_the_settings_and_the_outcome(tmp_path, outcome, status)
 
 
 def test_tensorboard_has_the_confusion_matrix_and_the_mistakes_as_images(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
     image = encode_png(torch.arange(12, dtype=torch.uint8).view(3, 4))
     mistakes = [{"index": i, "label": 0, "predicted": 1, "confidence": 0.9, "png": image} for i in range(7)]
     details = {"classes": [r"$\frac$", "dog"], "confusion": [[3, 7], [0, 1]], "mistakes": mistakes}
@@ -174,7 +174,6 @@ def test_tensorboard_has_the_confusion_matrix_and_the_mistakes_as_images(tmp_pat
 
 
 def test_the_figure_of_the_mistakes_shows_each_with_its_classes():
-    pytest.importorskip("matplotlib")
     from distlenet.tracking.figures import confusion_figure, mistakes_figure
 
     image = encode_png(torch.zeros(3, 4, dtype=torch.uint8))

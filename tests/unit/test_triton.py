@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import tritonclient
 
 from distlenet.export.triton import TYPES, write_triton
 from distlenet.utils.errors import UserError
@@ -21,9 +22,8 @@ METADATA = {
 
 
 def model_config():
-    """Load the definition without the gRPC client beside it, which needs grpcio."""
-    package = pytest.importorskip("tritonclient")
-    path = Path(package.__path__[0]) / "grpc/model_config_pb2.py"
+    """Load the definition without the gRPC client next to it, which needs grpcio."""
+    path = Path(tritonclient.__path__[0]) / "grpc/model_config_pb2.py"
     spec = importlib.util.spec_from_file_location("model_config_pb2", path)
     module = importlib.util.module_from_spec(spec)
     try:
