@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ GPUS = os.environ.setdefault("DISTLENET_TEST_GPUS", ALL_GPUS)  # pytest-xdist st
 """The GPUs of the tests in test_cuda.py, as in CUDA_VISIBLE_DEVICES."""
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests use the CPU, and test the same thing on every machine
 
-LIMIT_S = 90.0  # for one wait on a running command; several times what it takes on two cores
+LIMIT_S = 240.0  # for a command or one wait on it: it only ends a hang; a busy machine may need minutes
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -47,7 +49,7 @@ class CommandResult:
 
 
 def run_command(
-    *words: object, timeout: float = 120, env: dict[str, str] | None = None, cwd: Path = REPO
+    *words: object, timeout: float = LIMIT_S, env: dict[str, str] | None = None, cwd: Path = REPO
 ) -> CommandResult:
     """Run a command. At the time limit, kill it and its descendants, and fail with its output and Python stacks."""
     command = [str(word) for word in words]
@@ -96,6 +98,15 @@ def signal_all(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def free_port() -> int:
+    """Return a free port below those that the system gives to other programs before the command uses it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Job:
@@ -161,7 +172,9 @@ class Job:
         return [int(pid) for pid in path.read_text().split()]
 
 
-def run_torchrun(ranks: int, *words: object, timeout: float = 120, env: dict[str, str] | None = None) -> CommandResult:
+def run_torchrun(
+    ranks: int, *words: object, timeout: float = LIMIT_S, env: dict[str, str] | None = None
+) -> CommandResult:
     """Run ``-m MODULE ...`` or ``SCRIPT ...`` under torchrun."""
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
     return run_command(sys.executable, *launcher, *words, timeout=timeout, env=env)

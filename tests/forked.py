@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import REPO, CommandResult, clean_environment, process_tree, signal_all
+from conftest import LIMIT_S, REPO, CommandResult, clean_environment, free_port, process_tree, signal_all
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "pytest", "distlenet.train", "distlenet.evaluate", "distlenet.ledger"])
@@ -27,24 +26,22 @@ ABORT_S = 15.0  # from the first failure of a rank until the others are killed
 
 
 def run_python(
-    *words: object, timeout: float = 120, env: dict[str, str] | None = None, cwd: Path = REPO
+    *words: object, timeout: float = LIMIT_S, env: dict[str, str] | None = None, cwd: Path = REPO
 ) -> CommandResult:
     """Run ``-m MODULE ...`` or ``SCRIPT ...`` in one process."""
     return _run(words, [clean_environment(env)], timeout, cwd)
 
 
 def run_ranks(
-    ranks: int, *words: object, timeout: float = 120, env: dict[str, str] | None = None, cwd: Path = REPO
+    ranks: int, *words: object, timeout: float = LIMIT_S, env: dict[str, str] | None = None, cwd: Path = REPO
 ) -> CommandResult:
     """Run ``-m MODULE ...`` or ``SCRIPT ...`` on several ranks, without a launcher.
 
     The status is that of the first rank that failed; the other ranks are then terminated, as torchrun does.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common = clean_environment({**shared, **(env or {})})
+    sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = clean_environment({**sizes, **address, **(env or {})})
     return _run(words, [{**common, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)], timeout, cwd)
 
 

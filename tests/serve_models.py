@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from conftest import REPO, clean_environment
+from conftest import LIMIT_S, REPO, clean_environment
 from model_files import CLASSES, IMAGES, write_model, write_text_version, write_version
 
 __all__ = ["CLASSES", "IMAGES", "Server", "serving", "write_model", "write_text_version", "write_version"]
@@ -25,7 +25,7 @@ class Server:
         line = self.process.stdout.readline()
         match = re.search(r"at (http://127\.0\.0\.1:(\d+))$", line)
         if match is None:
-            raise AssertionError(f"{line}{self.process.communicate(timeout=60)[1]}")
+            raise AssertionError(f"{line}{self.process.communicate(timeout=LIMIT_S)[1]}")
         self.url, self.port = match[1], int(match[2])
 
     def stop(self) -> tuple[int, str]:
@@ -35,7 +35,7 @@ class Server:
 
     def wait(self) -> tuple[int, str]:
         """Wait until the server exits; return the status and what it has written to standard error."""
-        _, errors = self.process.communicate(timeout=60)
+        _, errors = self.process.communicate(timeout=LIMIT_S)
         return self.process.returncode, errors
 
 

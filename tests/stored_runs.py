@@ -28,10 +28,10 @@ def url_fixture(server, monkeypatch, tmp_path, request):
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()  # it may be of another server
-    monkeypatch.setattr("distlenet.storage.upload.POLL_S", 3600.0)  # tests say when to upload
+    monkeypatch.setattr("distlenet.storage.upload.POLL_S", 3600.0)  # tests select when to upload
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("distlenet.storage.lock.CHECKED_S", 0.0)  # each check asks the store
+    monkeypatch.setattr("distlenet.storage.lock.CHECKED_S", 0.0)  # each check queries the store
     server.fail()
     yield f"s3://runs/{request.node.name}/run"
     server.fail()

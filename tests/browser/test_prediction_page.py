@@ -111,10 +111,10 @@ def check_answer(answer: dict, predictor: Predictor, file: Path, invert: str = "
 
 READY = """
 new Promise((resolve, reject) => {
-  const end = performance.now() + 30000;
+  const end = performance.now() + 120000;
   const check = () => {
     const [file, error] = ["file", "error"].map(id => document.getElementById(id));
-    if (performance.now() > end) reject(new Error("not ready after 30 s"));
+    if (performance.now() > end) reject(new Error("not ready after 120 s"));
     else if (!error.hidden) reject(new Error(error.textContent));
     else if (file.disabled) setTimeout(check, 10);
     else resolve(true);
@@ -125,11 +125,11 @@ new Promise((resolve, reject) => {
 
 ANSWER = """
 new Promise(resolve => {
-  const element = id => document.getElementById(id), end = performance.now() + 30000;
+  const element = id => document.getElementById(id), end = performance.now() + 120000;
   const check = () => {
     const rows = [...element("classes").children].map(row => [".name", ".value"].map(
       part => row.querySelector(part).textContent));
-    if (performance.now() > end) resolve({error: "no answer after 30 s"});
+    if (performance.now() > end) resolve({error: "no answer after 120 s"});
     else if (element("answers").ariaBusy == "true") setTimeout(check, 10);
     else if (!element("token-form").hidden) resolve({token: element("error").textContent});
     else if (!element("error").hidden) resolve({error: element("error").textContent});

@@ -75,7 +75,7 @@ new Promise(resolve => {
   };
   new MutationObserver(check).observe(results, {childList: true, subtree: true});
   check();
-  setTimeout(() => resolve(["nothing was found in 20 s"]), 20000);
+  setTimeout(() => resolve(["nothing was found in 120 s"]), 120000);
 })
 """
 

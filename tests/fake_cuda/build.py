@@ -23,7 +23,7 @@ def why_not() -> str | None:
         return "PyTorch is not a CUDA build"
     if shutil.which("g++") is None:
         return "no g++"
-    return None if _toolkit() else "no headers of the CUDA runtime beside PyTorch"
+    return None if _toolkit() else "no headers of the CUDA runtime next to PyTorch"
 
 
 def _toolkit() -> Path | None:

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from conftest import REPO, CommandResult, run_command
+from conftest import LIMIT_S, REPO, CommandResult, run_command
 from forked import CONTEXT, run_python, run_ranks
 
 from fake_cuda.build import library
@@ -22,7 +22,7 @@ def environment() -> dict[str, str]:
 def run(
     *words: object,
     ranks: int = 1,
-    timeout: float = 120,
+    timeout: float = LIMIT_S,
     compute: bool = True,
     torchrun: bool = False,
     cwd: Path = REPO,

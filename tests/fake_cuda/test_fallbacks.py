@@ -35,7 +35,7 @@ def test_batch_larger_than_the_data_set_takes_no_memory(tmp_path):
 
 
 def test_failure_of_nccl_in_a_capture_ends_the_run(tmp_path):
-    """Nothing says that NCCL is usable afterwards."""
+    """Nothing reports that NCCL is usable afterwards."""
     ended = run(Path(__file__).parent / "fallbacks.py", *WORDS, f"run.dir={tmp_path}")
     assert ended.status == 1
     assert "DistBackendError: NCCL error: unhandled cuda error" in ended.stderr

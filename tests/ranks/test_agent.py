@@ -15,12 +15,12 @@ WRONG = ("-m", "distlenet.train", "optim.lr=-1")
 
 @pytest.fixture
 def program(tmp_path):
-    """A program whose rank 1 fails as the argument says."""
+    """A program whose rank 1 fails as the argument selects."""
     path = tmp_path / "program.py"
     path.write_text(
         "import os, signal, sys, time\nfrom distlenet.distributed.entry_point import run_entry\n"
         "def main():\n"
-        "    if os.environ['RANK'] == '0':\n        time.sleep(60)\n"
+        "    if os.environ['RANK'] == '0':\n        time.sleep(600)\n"
         "    if sys.argv[1] == 'raise':\n        raise MemoryError('no room')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "run_entry(main)\n"

@@ -37,8 +37,9 @@ def test_killed_rank_ends_the_job_and_the_next_job_resumes_to_the_same_bits(tmp_
     for directory in (whole, broken):
         directory.mkdir()
     run_ranks(ranks, PROGRAM, whole, *SETTINGS, f"run.dir={whole}").succeeded()
-    # The time limit is the promise: the job ends long before distributed.step_timeout_s (120 s).
-    died = launch(ranks, PROGRAM, broken, "--die-at", die_at, *SETTINGS, f"run.dir={broken}", timeout=60)
+    # The job ends before the watchdog ends it, and before the time limit of the command.
+    words = ("--die-at", die_at, *SETTINGS, "distributed.step_timeout_s=600", f"run.dir={broken}")
+    died = launch(ranks, PROGRAM, broken, *words)
     assert died.status != 0, str(died)
     assert not (broken / "run/summary.json").exists()
     resumed = run_ranks(ranks, PROGRAM, broken, *SETTINGS, f"run.dir={broken}").succeeded()
@@ -52,7 +53,7 @@ def test_killed_rank_ends_the_job_and_the_next_job_resumes_to_the_same_bits(tmp_
 @pytest.mark.parametrize("every", [1, 23])
 def test_kill_at_the_end_of_an_epoch_duplicates_no_record(tmp_path, every):
     settings = (*SETTINGS, f"run.dir={tmp_path}", f"checkpoint.every_steps={every}")
-    died = run_ranks(2, PROGRAM, tmp_path, "--die-after-records", *settings, timeout=60)
+    died = run_ranks(2, PROGRAM, tmp_path, "--die-after-records", *settings)
     assert died.status != 0, str(died)
     assert history(tmp_path)[-1]["split"] == "test"
     run_ranks(2, PROGRAM, tmp_path, *settings).succeeded()
@@ -62,7 +63,7 @@ def test_kill_at_the_end_of_an_epoch_duplicates_no_record(tmp_path, every):
 
 
 def test_user_error_under_torchrun_is_one_line(tmp_path):
-    ended = run_torchrun(3, "-m", "distlenet.train", "data.name=digits", "train.global_batch_size=64", timeout=60)
+    ended = run_torchrun(3, "-m", "distlenet.train", "data.name=digits", "train.global_batch_size=64")
     assert ended.status != 0
     ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
     assert ours == [
@@ -89,7 +90,7 @@ run_entry(train.main)
 def test_error_on_one_rank_ends_the_job_and_names_the_rank(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(ERROR_ON_RANK_1)
-    ended = run_ranks(2, script, "data.name=digits", f"run.dir={tmp_path}", timeout=60)
+    ended = run_ranks(2, script, "data.name=digits", f"run.dir={tmp_path}")
     assert ended.status != 0
     ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
     assert ours == ["distlenet: rank 1: disk not readable"], str(ended)

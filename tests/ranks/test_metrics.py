@@ -65,7 +65,7 @@ def test_stop_after_any_step_does_not_change_an_early_end(tmp_path):
 def test_kill_between_an_evaluation_and_its_checkpoint_counts_it_once(tmp_path):
     words = (*STOPPING, "run.name=run", f"run.dir={tmp_path}")
     for _ in range(2):
-        died = run_ranks(2, DIRECTORY / "rank_program.py", tmp_path, "--die-after-records", *words, timeout=60)
+        died = run_ranks(2, DIRECTORY / "rank_program.py", tmp_path, "--die-after-records", *words)
         assert died.status != 0, str(died)
     run_ranks(2, DIRECTORY / "rank_program.py", tmp_path, *words).succeeded()
     summary = json.loads((tmp_path / "run/summary.json").read_text())

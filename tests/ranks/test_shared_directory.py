@@ -27,7 +27,7 @@ def test_hosts_that_do_not_see_the_directory_of_rank_0(tmp_path):
         (tmp_path / name).mkdir()
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
-    lines = run_ranks(3, script, tmp_path, timeout=60).succeeded().stdout.splitlines()
+    lines = run_ranks(3, script, tmp_path).succeeded().stdout.splitlines()
     assert sorted(lines) == [
         "0 [] ['b']",
         "0 one host: []",

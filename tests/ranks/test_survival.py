@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, Job, process_tree, run_command, signal_all
+from conftest import LIMIT_S, REPO, Job, free_port, process_tree, run_command, signal_all
 from forked import run_python, run_ranks
 
 from distlenet.checkpoint.format import load_checkpoint
@@ -90,12 +90,12 @@ def test_signal_to_one_process_saves_and_exits(tmp_path, reference, number, stat
 
 @pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_torchrun_forwards_the_signal_and_the_next_job_ends_with_the_same_bits(tmp_path, reference):
-    """SIGTERM; and Ctrl-C, which reaches only the agent, since each rank is in a session of its own."""
+    """SIGTERM; and Ctrl-C, which reaches only the agent, since each rank is in a separate session."""
     for launcher, number, status in ((TORCHRUN, signal.SIGTERM, 1), (WARM, signal.SIGINT, 130)):
         with Job(tmp_path, *launcher, *TRAIN, f"run.dir={tmp_path}") as job:
             job.wait_for_records()
             job.process.send_signal(number)
-            ended = job.wait(20)  # well before the 30 s after which torchrun kills
+            ended = job.wait()
         assert ended.status == status, str(ended)
         assert ended.stdout.count(f"stopped by {number.name}") == 1, str(ended)
     *_, line, end = ended.stdout.splitlines()
@@ -149,12 +149,12 @@ def test_stop_during_an_evaluation_duplicates_and_loses_no_record(tmp_path, refe
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_unresponsive_rank_ends_the_job_and_is_named(tmp_path, rank):
-    words = (*TRAIN, "distributed.step_timeout_s=4", f"run.dir={tmp_path}")
+    words = (*TRAIN, "distributed.step_timeout_s=15", f"run.dir={tmp_path}")
     with Job(tmp_path, *TORCHRUN, *words) as job:
         job.wait_for_records()
         os.kill(job.rank_pids()[rank], signal.SIGSTOP)
-        # After 4 s without a step and 1 s of queries, torchrun waits up to 30 s for the stopped rank.
-        job.wait_until(lambda: "no step ended for 4 s" in job.output(), "the message")
+        # After 15 s without a step and 1.5 s of queries, torchrun waits up to 30 s for the stopped rank.
+        job.wait_until(lambda: "no step ended for 15 s" in job.output(), "the message")
         os.kill(job.rank_pids()[rank], signal.SIGKILL)
         ended = job.wait()
     assert ended.status == 1
@@ -165,11 +165,9 @@ def test_unresponsive_rank_ends_the_job_and_is_named(tmp_path, rank):
 
 def test_unresponsive_rank_with_the_store_is_named(tmp_path):
     """Without torchrun, rank 0 holds the store."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    words = (sys.executable, *TRAIN, "distributed.step_timeout_s=4", f"run.dir={tmp_path}")
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common = {**sizes, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    words = (sys.executable, *TRAIN, "distributed.step_timeout_s=15", f"run.dir={tmp_path}")
     with (
         Job(tmp_path, *words, env={**common, "RANK": "0", "LOCAL_RANK": "0"}) as first,
         Job(tmp_path, *words, env={**common, "RANK": "1", "LOCAL_RANK": "1"}) as second,
@@ -183,9 +181,7 @@ def test_unresponsive_rank_with_the_store_is_named(tmp_path):
 
 def test_missing_rank_is_named(tmp_path):
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        env["MASTER_PORT"] = str(free.getsockname()[1])
+    env["MASTER_PORT"] = str(free_port())
     words = (*TRAIN, "distributed.init_timeout_s=2", f"run.dir={tmp_path}")
     ended = run_python(*words, env=env)
     assert ended.status == 2, str(ended)
@@ -202,7 +198,7 @@ def test_killed_agent_leaves_no_process(tmp_path):
             assert b"distlenet.launch.fork_server" in Path(f"/proc/{rank}/cmdline").read_bytes()
         job.process.kill()
         job.process.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + LIMIT_S
         while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
             assert time.monotonic() < deadline, f"left: {left}"
             time.sleep(0.02)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Job, run_command
+from conftest import LIMIT_S, Job, free_port, run_command
 from forked import run_python, run_ranks
 from wandb_server import WandbServer
 
@@ -23,6 +22,7 @@ from distlenet.tracking.wandb import row, row_number
 pytestmark = pytest.mark.ranks
 
 SETTINGS = ("data.name=digits", "train.epochs=4", "train.log_every=5", "checkpoint.every_steps=4", "run.name=run")
+ALL_ROWS, ALL_ROWS_S = ("wandb.finish_timeout_s=600",), 280.0  # the process that sends them has the lowest priority
 KILLED_AT_STEP_32 = """
 import os, signal
 from distlenet import train
@@ -76,11 +76,11 @@ def test_a_killed_offline_run_has_each_step_once(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(KILLED_AT_STEP_32)
     environ = {"WANDB_MODE": "offline"}
-    command = (program, *SETTINGS, f"run.dir={tmp_path}")
-    assert run_ranks(2, *command, env=environ).status != 0
+    command = (program, *SETTINGS, *ALL_ROWS, f"run.dir={tmp_path}")
+    assert run_ranks(2, *command, env=environ, timeout=ALL_ROWS_S).status != 0
     first = json.loads((tmp_path / "run/starts.jsonl").read_text())["run_id"]
     assert records(tmp_path / "run")[-1]["step"] == 29
-    ended = run_ranks(2, *command, env=environ).succeeded()
+    ended = run_ranks(2, *command, env=environ, timeout=ALL_ROWS_S).succeeded()
     assert "resumed at step 28" in ended.stdout
     run_id, rows = offline_rows(tmp_path / "run")
     assert run_id == first
@@ -90,9 +90,9 @@ def test_a_killed_offline_run_has_each_step_once(tmp_path):
 def test_a_killed_online_run_of_four_ranks_is_one_run_with_each_step_once(tmp_path, server):
     program = tmp_path / "program.py"
     program.write_text(KILLED_AT_STEP_32)
-    command = (program, *SETTINGS, f"run.dir={tmp_path}", "checkpoint.every_steps=7")
-    assert run_ranks(4, *command, env=server.environ).status != 0
-    ended = run_ranks(4, *command, env=server.environ).succeeded()
+    command = (program, *SETTINGS, *ALL_ROWS, f"run.dir={tmp_path}", "checkpoint.every_steps=7")
+    assert run_ranks(4, *command, env=server.environ, timeout=ALL_ROWS_S).status != 0
+    ended = run_ranks(4, *command, env=server.environ, timeout=ALL_ROWS_S).succeeded()
     assert "resumed at step 28" in ended.stdout
     (run_id,) = server.rows
     assert run_id == json.loads((tmp_path / "run/starts.jsonl").read_text().splitlines()[0])["run_id"]
@@ -103,16 +103,10 @@ def test_a_killed_online_run_of_four_ranks_is_one_run_with_each_step_once(tmp_pa
     assert "k" * 40 not in json.dumps(server.configs)
 
 
-def closed_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
-
-
 def test_a_slow_server_receives_everything(tmp_path, server):
     server.behavior = "slow"
-    command = ("-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
-    ended = run_python(*command, env=server.environ).succeeded()
+    command = ("-m", "distlenet.train", *SETTINGS, *ALL_ROWS, f"run.dir={tmp_path}")
+    ended = run_python(*command, env=server.environ, timeout=ALL_ROWS_S).succeeded()
     assert "distlenet:" not in ended.stderr
     (run_id,) = server.rows
     assert_rows(server.history(run_id), records(tmp_path / "run"))
@@ -120,8 +114,8 @@ def test_a_slow_server_receives_everything(tmp_path, server):
 
 def test_with_a_wrong_key_the_run_is_kept_offline(tmp_path, server):
     server.behavior = "wrong key"
-    command = ("-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=100")
-    ended = run_python(*command, env=server.environ).succeeded()
+    command = ("-m", "distlenet.train", *SETTINGS, *ALL_ROWS, f"run.dir={tmp_path}")
+    ended = run_python(*command, env=server.environ, timeout=ALL_ROWS_S).succeeded()
     assert len(re.findall("distlenet: W&B: .*; this run is kept offline, wandb sync sends it later", ended.stderr)) == 1
     assert ended.stderr.count("distlenet:") == 1
     run_id, rows = offline_rows(tmp_path / "run")
@@ -161,20 +155,20 @@ def test_a_preempted_run_is_marked_and_a_finished_one_sends_its_best_checkpoint(
         *SETTINGS,
         f"run.dir={tmp_path}",
         "wandb.log_checkpoints=true",
-        "wandb.finish_timeout_s=60",
-        "checkpoint.preemption_grace_s=60",
+        "wandb.finish_timeout_s=240",
+        "checkpoint.preemption_grace_s=240",
         "train.epochs=40",
         "data.validation=0.1",
     )
     with Job(tmp_path, sys.executable, "-m", "distlenet.train", *arguments, env=server.environ) as job:
         job.wait_for_records()
         job.process.send_signal(signal.SIGUSR2)
-        assert job.wait().status == 75
+        assert job.wait(ALL_ROWS_S).status == 75
     (run_id,) = server.rows
     assert server.endings[run_id]["preempting"] is True
     assert not any("CreateArtifact" in query for query in server.queries)
     command = ("-m", "distlenet.train", *arguments)
-    run_python(*command, env=server.environ).succeeded()
+    run_python(*command, env=server.environ, timeout=ALL_ROWS_S).succeeded()
     assert server.endings[run_id] == {"exitcode": 0, "preempting": False}
     assert any("CreateArtifact" in query for query in server.queries)
     assert_rows(server.history(run_id), records(tmp_path / "run"), NONDETERMINISTIC_KEYS)
@@ -183,7 +177,10 @@ def test_a_preempted_run_is_marked_and_a_finished_one_sends_its_best_checkpoint(
 @pytest.mark.parametrize("behavior", ["error", "hang", "drop", "unreachable"])
 def test_a_broken_server_causes_one_warning(tmp_path, server, behavior):
     server.behavior = behavior
-    environ = {**server.environ, **({"WANDB_BASE_URL": closed_port()} if behavior == "unreachable" else {})}
+    environ = {
+        **server.environ,
+        **({"WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}"} if behavior == "unreachable" else {}),
+    }
     command = ("-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=0.5")
     ended = run_python(*command, env=environ).succeeded()
     assert ended.stderr.count("distlenet:") == 1
@@ -194,7 +191,7 @@ def test_a_broken_server_causes_one_warning(tmp_path, server, behavior):
 
 def assert_lowest_priority(training: int) -> None:
     """Wait until W&B's own process runs, and the processes below ``training`` have the lowest priority."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT_S
     found: dict[str, tuple[int, bool]] = {}
     while time.monotonic() < deadline:
         with suppress(psutil.Error, OSError):
@@ -218,7 +215,7 @@ from distlenet.config.loading import load_config
 from distlenet.tracking.sidecar import Sidecar
 sidecar = Sidecar(Path(sys.argv[1]), load_config([], ["wandb.mode=offline"]).to_dict(), lambda: math.inf)
 sidecar.launch()
-cores, deadline = [], time.monotonic() + 60
+cores, deadline = [], time.monotonic() + 240
 while not cores and time.monotonic() < deadline:
     time.sleep(0.05)
     with suppress(psutil.Error):  # a process has just exited
@@ -241,7 +238,7 @@ def test_a_training_that_ends_before_its_start_leaves_no_process(tmp_path, how):
         pids = training.stdout.readline().split()
         if how == "closed":
             assert training.stdout.readline() == "closed\n"
-        psutil.wait_procs([psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))], timeout=30)
+        psutil.wait_procs([psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))], timeout=120)
         assert not any(psutil.pid_exists(int(pid)) for pid in pids)
         training.communicate("")
 
@@ -268,7 +265,7 @@ def test_the_sidecar_has_the_lowest_priority_while_the_ranks_train(tmp_path):
 def test_training_does_not_wait_for_wandb(tmp_path, server):
     """The run completes before the server answers the first request."""
     server.behavior = "hang"
-    command = [sys.executable, "-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=120"]
+    command = [sys.executable, "-m", "distlenet.train", *SETTINGS, *ALL_ROWS, f"run.dir={tmp_path}"]
     environ = {**os.environ, **server.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -277,7 +274,7 @@ def test_training_does_not_wait_for_wandb(tmp_path, server):
         assert not server.rows  # nothing was received
         server.released.set()
         server.behavior = "ok"
-        process.wait(60)
+        process.wait(ALL_ROWS_S)
     finally:
         process.kill()
     assert process.returncode == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torchvision.datasets
-from conftest import run_command
+from conftest import LIMIT_S, run_command
 from idx_files import digests, original_gz, small_set, write_set
 
 from distlenet.config.loading import load_config
@@ -89,7 +89,7 @@ def test_one_of_several_processes_downloads(tmp_path, server):
     sums = [f"{name}={hashlib.md5(data).hexdigest()}" for name, data in packed.items()]
     command = [sys.executable, "-c", DOWNLOADER, server.url, str(tmp_path / "data"), *sums]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=LIMIT_S) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert len({stdout for stdout, _ in outputs}) == 1
     # torchvision requests each file twice: for redirects, then for the content.

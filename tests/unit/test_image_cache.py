@@ -70,7 +70,7 @@ def images(made, tmp_path):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """How often each image of a folder is decoded, except the first one, which tells the shape."""
+    """How often each image of a folder is decoded, except the first one, which determines the shape."""
     counts, open_image = Counter(), folder.open_image
 
     def count(path, *more):

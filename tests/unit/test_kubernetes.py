@@ -7,14 +7,13 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import yaml
-from conftest import REPO, Job
+from conftest import REPO, Job, free_port
 from kubeflow_trainer_api import models
 from torch.distributed import run
 
@@ -263,9 +262,7 @@ def indexed_job_variables(pod, pods, port):
     ids=["PyTorchJob", "Indexed Job"],
 )
 def test_pods_train_together(tmp_path, variables_of, launcher):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = ("data.name=digits", "train.epochs=1", f"run.dir={tmp_path}", "run.name=run", "run.report=never")
     command = (sys.executable, *launcher, "-m", "distlenet.train", *settings)
     with contextlib.ExitStack() as stack:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
+from conftest import LIMIT_S
 
 from distlenet.config.loading import load_config
 from distlenet.data.sources import opening
@@ -35,7 +36,7 @@ def test_a_mapping_in_another_process_outlives_the_file(tmp_path, kind):
         reader = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert [reader.stdout.readline() for _ in range(2)] == ["[6, 6, 7]\n", "ready\n"]
         assert file.ref.map().tolist() == [5, 6, 7]
-    assert reader.communicate("\n", timeout=60)[0] == "[6, 6, 7]\n"  # after the file is closed
+    assert reader.communicate("\n", timeout=LIMIT_S)[0] == "[6, 6, 7]\n"  # after the file is closed
 
 
 def test_another_file_at_the_path_is_not_mapped():

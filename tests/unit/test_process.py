@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import run_command
+from conftest import LIMIT_S, run_command
 
 pytestmark = pytest.mark.unit
 
@@ -57,7 +57,7 @@ def test_only_ranks_of_torchrun_exit_with_their_parent(mode, output):
         assert parent.stdout.readline() == "ready\n"
         parent.kill()
         parent.wait()
-        assert parent.communicate("\n", timeout=60)[0] == output  # of the child, which has the same pipes
+        assert parent.communicate("\n", timeout=LIMIT_S)[0] == output  # of the child, which has the same pipes
 
 
 def test_it_imports_only_the_standard_library():

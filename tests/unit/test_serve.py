@@ -23,7 +23,7 @@ import pytest
 import requests
 import tritonclient.http as triton
 import uvloop
-from conftest import clean_environment, run_command
+from conftest import LIMIT_S, clean_environment, run_command
 from onnx import helper
 from PIL import Image
 from serve_models import CLASSES, IMAGES, serving, write_model, write_text_version, write_version
@@ -354,16 +354,16 @@ def test_the_command_does_not_wait_for_threads_or_fail_for_a_full_disk(models):
     )
     command = [sys.executable, "-W", "ignore", "-c", code, models / "text", "--port", "0"]
     with open("/dev/full", "w") as full:
-        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, env=clean_environment())
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=LIMIT_S, env=clean_environment())
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_ctrl_c_during_the_imports(tmp_path):
-    (tmp_path / "uvloop.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)")
+    (tmp_path / "uvloop.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(600)")
     environment = clean_environment()
     environment["PYTHONPATH"] = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
     command = [sys.executable, "-m", "distlenet.serve", tmp_path]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
     assert (ended.returncode, ended.stderr) == (130, "distlenet: stopped by SIGINT (Ctrl-C)\n")
 
 

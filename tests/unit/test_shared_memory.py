@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import LIMIT_S
 
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.reduction import shared_memory
@@ -33,7 +34,7 @@ def make_all_reduces(ranks: int, cpus: frozenset[int] = MANY_CPUS) -> list[Share
 def run_on_all_ranks(ranks: int, function) -> list:
     """Run ``function(rank)`` on all ranks at once, and return the results."""
     with ThreadPoolExecutor(ranks) as pool:
-        return [future.result(timeout=120) for future in [pool.submit(function, rank) for rank in range(ranks)]]
+        return [future.result(timeout=LIMIT_S) for future in [pool.submit(function, rank) for rank in range(ranks)]]
 
 
 @pytest.mark.parametrize("cpus", [MANY_CPUS, ONE_CPU])
@@ -96,7 +97,7 @@ def test_wait_fails_if_a_rank_has_exited(cpus):
     memory = torch.zeros(Barrier.required_bytes(2), dtype=torch.uint8)
     Barrier.init_semaphores(memory, 2)
     barrier = Barrier(memory, 0, [make_peer(os.getpid(), cpus), make_peer(process.pid, cpus)])
-    process.communicate(b"\n", timeout=60)
+    process.communicate(b"\n", timeout=LIMIT_S)
     with pytest.raises(RuntimeError, match="rank 1: remote process exited"):
         barrier.wait()
 
@@ -108,7 +109,7 @@ def test_rank_that_arrived_and_then_exited_has_arrived(monkeypatch):
     Barrier.init_semaphores(memory, 2)
     peers = [make_peer(os.getpid(), ONE_CPU), make_peer(process.pid, ONE_CPU)]
     waiting, exiting = Barrier(memory, 0, peers), Barrier(memory, 1, peers)
-    process.communicate(b"\n", timeout=60)
+    process.communicate(b"\n", timeout=LIMIT_S)
     exiting._acquire = lambda: None  # the exiting rank posts without waiting
     sleeps = []
     monkeypatch.setattr(waiting, "_sleep", lambda: sleeps.append(exiting.wait()))

@@ -11,7 +11,7 @@ import time
 from concurrent.futures import Future
 
 import pytest
-from conftest import run_command
+from conftest import LIMIT_S, run_command
 
 from distlenet.config.loading import load_config
 from distlenet.tracking import sender
@@ -90,7 +90,7 @@ def test_a_process_whose_training_ends_before_its_start_exits(tmp_path):
     sidecar = make_sidecar(tmp_path)
     sidecar.launch()
     sidecar.process.stdin.close()
-    assert sidecar.process.wait(60) == 0
+    assert sidecar.process.wait(LIMIT_S) == 0
 
 
 def test_the_process_gets_the_job_and_the_outcome(tmp_path, use_command):

@@ -3,14 +3,13 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT_S, REPO, clean_environment, run_command
+from conftest import LIMIT_S, REPO, clean_environment, free_port, run_command
 
 from distlenet.utils.startup import announce_start
 
@@ -25,11 +24,11 @@ def wait_until(condition, process):
         time.sleep(0.01)
 
 
-def handles_sigterm(process):
-    """Return whether the process handles the signal, from the mask in /proc: bit n - 1 stands for signal n."""
+def handles(process, number):
+    """Return whether the process handles a signal, from the mask in /proc: bit n - 1 stands for signal n."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     mask = int(status.partition("SigCgt:")[2].split()[0], 16)
-    return bool(mask >> (signal.SIGTERM - 1) & 1)
+    return bool(mask >> (number - 1) & 1)
 
 
 def has_socket(process):
@@ -42,16 +41,13 @@ def has_socket(process):
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGINT), (1, signal.SIGUSR2)])
 def test_a_rank_that_waits_for_others_ends_with_one_line(tmp_path, rank, number):
     """The main thread waits in C++ for the rank that never starts: a handler of Python alone would not run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     env = clean_environment({name: str(value) for name, value in (ranks | address).items()})
     command = [sys.executable, "-m", "distlenet.train", "data.name=digits", "device=cpu", "wandb.mode=disabled"]
     with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as process:
         try:
-            wait_until(lambda: handles_sigterm(process), process)
+            wait_until(lambda: handles(process, number), process)
             if rank == 0:
                 wait_until(lambda: has_socket(process), process)  # of its store: it waits for the other rank
             process.send_signal(number)
@@ -94,7 +90,7 @@ def test_a_child_and_a_run_that_trains_are_not_ended(tmp_path):
         env=clean_environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT_S,
     )
     assert (ended.stdout, ended.returncode) == ("child -15\nSIGTERM\n", -signal.SIGTERM), ended.stderr
 
@@ -119,7 +115,7 @@ os.system("kill -TERM $PPID; exec tail -s 0.1 --pid=$PPID -f /dev/null > /dev/nu
 @pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_a_second_ctrl_c_ends_a_process_whose_main_thread_waits(tmp_path):
     env = {"TORCHELASTIC_RUN_ID": "1"}
-    ended = run_command(sys.executable, "-c", SECOND, timeout=30, cwd=tmp_path, env=env)
+    ended = run_command(sys.executable, "-c", SECOND, cwd=tmp_path, env=env)
     assert ended.status == 130, str(ended)
     *_, line = ended.stderr.splitlines()
     assert line == "distlenet: ended by a second Ctrl-C, without a save"
@@ -134,7 +130,7 @@ def test_after_an_error_of_another_rank_the_end_is_silent(tmp_path):
     program += "while True:\n    signal.pause()"
     for lines in (1, 0):
         words, env = (sys.executable, "-c", program), {"TORCHELASTIC_ERROR_FILE": str(files[0])}
-        ended = run_command(*words, timeout=30, env=env)
+        ended = run_command(*words, env=env)
         assert (ended.status, ended.stderr.count("\n")) == (75, lines), str(ended)
         files[1].touch()
 
@@ -144,9 +140,7 @@ def test_after_an_error_of_another_rank_the_end_is_silent(tmp_path):
 def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path, module):
     """A module that each of them imports presses it."""
     (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    ended = run_command(
-        sys.executable, "-m", module, timeout=30, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{REPO}"}
-    )
+    ended = run_command(sys.executable, "-m", module, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{REPO}"})
     assert (ended.status, ended.stderr) == (130, "distlenet: stopped by SIGINT (Ctrl-C)\n"), str(ended)
 
 
