@@ -84,10 +84,10 @@ test-browser: $(VENV)/.installed-dev $(NODE)/.installed
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; }
 	DISTLENET_BROWSER=required $(BIN)/pytest tests/browser
 
-# ONNX Runtime Web, which the prediction page without a server runs.
+# ONNX Runtime Web, which the prediction page without a server runs; axe-core, which checks that pages are accessible.
 $(NODE)/.installed: Makefile
 	@command -v npm > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends npm > /dev/null; }
-	npm install --silent --no-audit --no-fund --no-save --ignore-scripts --prefix $(NODE) onnxruntime-web@1.30.0
+	npm install --silent --no-audit --no-fund --no-save --ignore-scripts --prefix $(NODE) onnxruntime-web@1.30.0 axe-core@4.14.1
 	@touch $@
 
 test-container: $(VENV)/.installed

@@ -1,5 +1,6 @@
 """The charts of a report, drawn with matplotlib: SVG for the page, and PNG files."""
 
+import html
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ def thin(xs: list[Any], ys: list[Any], lines: int = 1) -> tuple[list[float], lis
 
 
 def _to_svg(figure: Figure, title: str, slug: str) -> str:
-    """Return a figure as an SVG element that fills the available width, with ids that are unique on the page."""
+    """Return a figure as an SVG image that fills the available width, with ids that are unique on the page."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
     text = file.getvalue()
@@ -89,7 +90,7 @@ def _to_svg(figure: Figure, title: str, slug: str) -> str:
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{slug}-", text)
     for attribute in ("width", "height"):
         text = re.sub(rf'(<svg[^>]*?) {attribute}="[^"]*"', r"\1", text, count=1)
-    return text
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
 
 
 def _plot(axes: Axes, runs: list[Run], points: list[list[Any]], line_format: str = "-", **style: Any) -> None:

@@ -109,3 +109,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: objec
 def on_page_content(html: str, page: Page, **_: object) -> str:
     """Mark the tables of the settings, which the style sheet stacks on a phone."""
     return f'<div class="settings">{html}</div>' if page.file.src_uri == "settings.md" else html
+
+
+def on_post_page(output: str, **_: object) -> str:
+    """Name the theme's search for screen readers."""
+    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"')

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPO
 
+NODE_MODULES = REPO / ".node/node_modules"  # make test-browser installs it
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LIMIT_S = 60.0
 
@@ -101,6 +103,21 @@ class Browser:
     def screenshot(self) -> bytes:
         """Return the whole page as PNG."""
         return base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+
+    def prefer(self, scheme: str) -> None:
+        """Prefer a color scheme, light or dark, as a user's system does."""
+        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def accessibility_problems(self, without: tuple[str, ...] = ()) -> list[str]:
+        """Return what axe-core finds wrong with the page for users of a keyboard, a screen reader or low vision.
+
+        ``without`` has the rules that are not checked.
+        """
+        self.evaluate((NODE_MODULES / "axe-core/axe.min.js").read_text() + "; undefined")
+        result = self.evaluate(f"axe.run({{rules: {json.dumps({rule: {'enabled': False} for rule in without})}}})")
+        assert result["passes"], "axe-core has checked nothing"
+        rules = result["violations"]
+        return [f"{rule['id']}: {node['html']}: {node['failureSummary']}" for rule in rules for node in rule["nodes"]]
 
     def close(self) -> None:
         """Kill the browser."""

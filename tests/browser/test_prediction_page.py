@@ -14,8 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from browser import open_browser
-from conftest import REPO
+from browser import NODE_MODULES, open_browser
 from forked import run_python
 from PIL import Image
 from serve_models import serving
@@ -29,7 +28,7 @@ from distlenet.predict import top_classes
 
 pytestmark = pytest.mark.browser
 
-RUNTIME = REPO / ".node/node_modules/onnxruntime-web"  # make test-browser installs it
+RUNTIME = NODE_MODULES / "onnxruntime-web"
 PHONE, DESKTOP = (390, 844), (1400, 900)
 CONTROL, SHIFT = 2, 8  # modifiers of key events
 BY_MOUSE, BY_TOUCH = "mouse", "touch"
@@ -188,9 +187,9 @@ def save_drawing(browser, file):
     file.write_bytes(base64.b64decode(url.partition(",")[2]))
 
 
-def check_page(browser, address, size, picture):
-    """Check that nothing is too wide, that no other host was asked, and that the console is empty."""
-    picture.write_bytes(browser.screenshot())
+def check_page(browser, address, size, screenshot):
+    """Check that nothing is too wide, that no other host received a request, and that the console is empty."""
+    screenshot.write_bytes(browser.screenshot())
     assert browser.evaluate("document.documentElement.scrollWidth") <= size[0]
     sent = [event["params"] for event in browser.events if event.get("method") == "Network.requestWillBeSent"]
     urls = [request["request"]["url"] for request in sent]
@@ -219,6 +218,23 @@ def test_a_file_and_a_drawing_are_classified_as_by_predict(browser, address, pre
     check_answer(answer, predictor, tmp_path / "drawing.png")
     assert answer["top"][0][0] == "7"
     check_page(browser, address, size, tmp_path / "drawn.png")
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_each_state_of_the_page_is_accessible(browser, server, photo, scheme, tmp_path):
+    browser.prefer(scheme)
+    open_page(browser, server, PHONE)
+    assert browser.accessibility_problems() == []
+    choose(browser, photo)
+    assert "top" in browser.evaluate(ANSWER)
+    assert browser.accessibility_problems() == []
+    forget(browser)
+    (tmp_path / "notes.png").write_text("no image")
+    choose(browser, tmp_path / "notes.png")
+    assert "error" in browser.evaluate(ANSWER)
+    assert browser.accessibility_problems() == []
+    browser.evaluate("document.getElementById('mode-drawing').click()")
+    assert browser.accessibility_problems() == []
 
 
 def test_the_keyboard_is_enough(browser, address, predictor, photo, tmp_path):
@@ -309,6 +325,7 @@ def test_a_server_can_ask_for_a_token_and_can_be_gone(browser, directory, predic
         choose(browser, photo)
         assert browser.evaluate(ANSWER) == {"token": ""}
         assert browser.evaluate("document.activeElement.id") == "token"
+        assert browser.accessibility_problems() == []
         browser.send("Input.insertText", text="wrong")
         press(browser, "Enter", 13, text="\r")
         assert browser.evaluate(ANSWER) == {"token": "The server does not accept this token."}

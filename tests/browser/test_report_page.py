@@ -58,6 +58,8 @@ def test_everything_is_visible(browser, pages, page, charts, width, height):
     assert [url for url in requests if not url.startswith("data:")] == [pages[page].as_uri()]
     methods = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
     assert [event for event in browser.events if event.get("method") in methods] == []
+    browser.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert browser.accessibility_problems() == []
 
 
 def test_script_in_a_name_does_not_run(browser, tmp_path):

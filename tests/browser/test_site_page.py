@@ -61,6 +61,22 @@ def test_pages_fit_the_screen_and_need_no_other_host(browser, site, width):
         assert hosts == {urlsplit(site).netloc}, page
 
 
+UNCHECKED = ("landmark-unique", "scrollable-region-focusable")
+"""Rules about what the theme's script does in each block of code: an unnamed navigation, and no ``tabindex`` on screens
+without a mouse. Browsers let the keyboard scroll it nevertheless."""
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_pages_are_accessible(browser, site, scheme):
+    browser.prefer(scheme)
+    browser.open(f"{site}/index.html", 1400, 844)
+    browser.evaluate("localStorage.clear()")  # the scheme of the page before
+    for page in PAGES:
+        browser.open(f"{site}/{page}.html", 1400, 844)
+        assert browser.evaluate("document.body.dataset.mdColorScheme") == {"dark": "slate", "light": "default"}[scheme]
+        assert browser.accessibility_problems(UNCHECKED) == [], page
+
+
 SEARCH = """
 new Promise(resolve => {
   if (innerWidth < 900) document.querySelector("label[for=__search]").click();
