@@ -121,7 +121,7 @@ def _name(text: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
         return text
     raise argparse.ArgumentTypeError(
-        f"{text[:100]}: expected letters, digits, '.', '_' and '-', starting with a letter or a digit"
+        f"{text[:100]}: expected the characters a-z, A-Z, 0-9, '.', '_' and '-', starting with one of a-z, A-Z or 0-9"
     )
 
 

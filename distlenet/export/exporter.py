@@ -72,6 +72,8 @@ def export(checkpoint: str, options: ExportOptions) -> Exported:
         check_runtime(options.onnxruntime_web)
     if options.quantize and options.check == "random":
         raise UserError("--quantize int8: needs the data, for the calibration and the accuracy; remove --check random")
+    if options.split and not formats & {"onnx", "pt2"}:
+        raise UserError("--split: no file of --to safetensors is split; add --to onnx or pt2, or remove --split")
     source = load_source(checkpoint, options.weights, options.overrides, options.files)
     if "web" in options.formats:
         check_images(image_format(source))

@@ -10,6 +10,7 @@ from distlenet.export.measured import FileResult
 from distlenet.export.reference import Reference
 from distlenet.export.trained_source import TrainedSource
 from distlenet.utils.errors import UserError
+from distlenet.utils.process import exit_with_parent
 
 TORCH_FREE = ".onnx"
 
@@ -39,7 +40,7 @@ def compare_in_fresh_processes(
         }
         (work / "job.json").write_text(json.dumps(job))
         command = [sys.executable, "-m", "distlenet.export.parity", str(work)]
-        ended = subprocess.run(command, capture_output=True, text=True)
+        ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=exit_with_parent)
         if ended.returncode:
             reason = (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1][:500]
             raise UserError(f"export: {', '.join(group)}: cannot be loaded and run: {reason}; nothing is written")

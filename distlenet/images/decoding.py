@@ -77,8 +77,13 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Scale values (H, W) of 16 bits, or larger ones, to uint8; values up to 255 stay."""
+    """Scale values (H, W) of 16 bits, or larger ones, to uint8; values up to 255 stay.
+
+    Raise ValueError for values that are not finite.
+    """
     limit = 255.0 if values.max(initial=0) <= 255 else 65535.0
+    if not (np.isfinite(values.max(initial=0)) and np.isfinite(values.min(initial=0))):  # NaN is the result of both
+        raise ValueError("contains values that are not finite")
     result = np.empty(values.shape, np.uint8)
     for rows in _row_blocks(len(values)):
         result[rows] = values[rows].astype(np.float64).clip(0, limit) * (255 / limit)

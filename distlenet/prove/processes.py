@@ -44,7 +44,8 @@ class Job:
     def wait(self, killed: bool = False) -> None:
         """Wait until all ranks have ended; with ``killed``, by SIGKILL.
 
-        Raise UserError if a rank reports one, ProcessFailed if one ends in another unexpected way.
+        Raise UserError if a rank reports one, ProcessFailed if one ends in another unexpected way, or runs longer than
+        ``LIMIT_S``.
         """
         deadline = time.monotonic() + LIMIT_S
         expected = -signal.SIGKILL if killed else 0
@@ -52,7 +53,11 @@ class Job:
             time.sleep(0.05)
             if any(process.exitcode not in (None, expected) for process in self.processes):
                 deadline = min(deadline, time.monotonic() + GRACE_S)
+        running = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
+        has_failed = any(process.exitcode not in (None, expected) for process in self.processes)
         self.kill()
+        if running and not has_failed:
+            raise ProcessFailed(f"ranks {running} have not ended after {LIMIT_S:g} s, the time limit of a run")
         statuses = [process.exitcode for process in self.processes]
         if all(status == expected for status in statuses):
             return

@@ -150,7 +150,8 @@ def _draw_class_accuracies(runs: list[Run], axes: Axes) -> None:
     """Draw each class's accuracy; omit classes without images."""
     counts, names = runs[0].error_analysis["confusion"], runs[0].error_analysis["classes"]
     rows = [(names[label], row[label] / sum(row)) for label, row in enumerate(counts) if sum(row)][::-1]
-    bars = axes.barh([name for name, _ in rows], [accuracy for _, accuracy in rows], color="C0", alpha=0.8)
+    bars = axes.barh(range(len(rows)), [accuracy for _, accuracy in rows], color="C0", alpha=0.8)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.bar_label(bars, [f"{accuracy:.1%}" for _, accuracy in rows], padding=2, fontsize=7)
     axes.set_xlim(0, 1.12)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))

@@ -35,6 +35,8 @@ def replay(directory: Path) -> None:
                 locks.enter_context(FileLock(directory / name, timeout=0))
             except Timeout as error:
                 raise UserError(f"{directory}: a running job writes and sends this run; wait until it ends") from error
+            except OSError as error:
+                raise UserError(f"{directory / name}: cannot be locked: {error.strerror}; make it writable") from error
         outcome = "finished" if read_json(directory / "summary.json") else "failed"
         sinks = make_sinks(directory, start)
         send(directory, sinks, iter([outcome]))

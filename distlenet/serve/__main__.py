@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -110,17 +111,18 @@ def main() -> None:
         raise UserError(f"{MISSING.name}: not installed; pip install 'distlenet[serve]'")
     arguments = make_parser().parse_args()
     path = Path(arguments.model)
-    with tempfile.TemporaryDirectory(prefix="distlenet-") as temporary:
+    temporary = tempfile.TemporaryDirectory(prefix="distlenet-", ignore_cleanup_errors=True)
+    with temporary as directory:
         if not is_model(path):
             if not path.exists() and "://" not in arguments.model:
                 raise UserError(f"{path}: does not exist; expected an exported model, a run or a checkpoint")
-            export_run(arguments.model, Path(temporary), arguments.int8)
-            path = Path(temporary)
-        serve(path, arguments)
+            export_run(arguments.model, Path(directory), arguments.int8)
+            path = Path(directory)
+        serve(path, arguments, on_exit=temporary.cleanup)
 
 
-def serve(path: Path, arguments: argparse.Namespace) -> None:
-    """Serve the versions in a directory until SIGTERM or SIGINT."""
+def serve(path: Path, arguments: argparse.Namespace, on_exit: Callable[[], None]) -> None:
+    """Serve the versions in a directory until SIGTERM or SIGINT; ``on_exit`` as for DrainingServer."""
     token = read_token(arguments.token_file) if arguments.token_file else None
     threads = arguments.threads or len(os.sched_getaffinity(0))
     versions = Versions(path, INT8 if arguments.int8 else "model.onnx", threads)
@@ -151,6 +153,7 @@ def serve(path: Path, arguments: argparse.Namespace) -> None:
         arguments.grace_s,
         on_start=lambda: print_start(line),
         on_drain=endpoints.start_draining,
+        on_exit=on_exit,
     )
     server.run_with([listener], batcher.run(), versions.poll(arguments.poll_s))
 
@@ -201,7 +204,10 @@ def allow_many_connections() -> None:
 
 
 def silence_parsers() -> None:
-    """Let no file of a client print to standard error: an invalid one is an answer with status 400."""
+    """Print nothing for an invalid file of a client, which is an answer with status 400.
+
+    The C library of TIFF still prints one line for a damaged file, to the standard error of the process.
+    """
     warnings.filterwarnings("ignore", module="PIL")
     for name in ("PIL", "python_multipart"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -40,10 +40,15 @@ class DrainingServer(uvicorn.Server):
         grace_s: float,
         on_start: Callable[[], None],
         on_drain: Callable[[], None],
+        on_exit: Callable[[], None],
     ) -> None:
-        """``on_drain`` is called when draining starts, ``drain_s`` seconds before the server stops listening."""
+        """``on_drain`` is called when draining starts, ``drain_s`` seconds before the server stops listening.
+
+        ``on_exit`` is called before the process is ended without unwinding.
+        """
         super().__init__(config)
-        self.drain_s, self.grace_s, self.on_start, self.on_drain = drain_s, grace_s, on_start, on_drain
+        self.drain_s, self.grace_s = drain_s, grace_s
+        self.on_start, self.on_drain, self.on_exit = on_start, on_drain, on_exit
 
     def run_with(self, sockets: list[socket.socket], *background: Coroutine[Any, Any, None]) -> None:
         """Serve on bound sockets until a signal has drained the server, together with tasks that never end."""
@@ -63,6 +68,7 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start to drain, or exit. uvicorn would raise the signal again after a complete drain."""
         if self.should_exit:
+            self.on_exit()
             os._exit(128 + sig)
         warn(f"{signal_name(sig)}: answering what has arrived, then exiting; a second signal exits at once")
         self.should_exit = True
@@ -77,6 +83,7 @@ class DrainingServer(uvicorn.Server):
         """End the process if a background task fails: without it, no request would be answered."""
         if not task.cancelled() and (error := task.exception()) is not None:
             print_error("".join(traceback.format_exception(error)).rstrip())
+            self.on_exit()
             os._exit(1)
 
     def _connections(self) -> list[LimitedProtocol]:

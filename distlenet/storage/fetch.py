@@ -47,10 +47,11 @@ def fetch_run(url: str) -> Path:
     """
     if not is_url(url):
         return Path(url)
-    objects, directory = Objects(url), _cache(url)
+    objects = Objects(url)
     names = [name for name in objects.list() if not name.startswith((f"{LOCKS}/", "checkpoints/"))]
     if not names:
         raise UserError(f"run {url}: has no files; give the URL of a run, run.dir and run.name joined by /")
+    directory = _cache(url)
     with FileLock(directory / ".lock"):  # other commands may read the same run
         for name in names:
             objects.download(name, directory / name)

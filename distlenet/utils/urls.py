@@ -2,7 +2,9 @@
 
 import os
 import re
+import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from distlenet.utils.errors import UserError
@@ -28,12 +30,13 @@ def join_url(url: str, *names: str) -> str:
 def temporary_directory() -> Path:
     """Make the directory for copies of objects, which only this user can read; ``TMPDIR`` moves it. Return it.
 
-    Raise UserError if another user made it.
+    Raise UserError if another user made it, or it is not a directory.
     """
     path = Path(tempfile.gettempdir(), f"distlenet-{os.getuid()}")
-    path.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
     status = path.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise UserError(f"{path}: is not a directory of this user alone; remove it, set TMPDIR or give run.local_dir")
     return path
 

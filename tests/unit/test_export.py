@@ -3,9 +3,11 @@
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from distlenet.checkpoint.format import load_checkpoint, write_atomically
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.data.sources import load_data, load_images
 from distlenet.export.__main__ import main
+from distlenet.export.fresh_process import compare_in_fresh_processes
 from distlenet.export.graph import trace, write_pt2
 from distlenet.export.measured import FileResult, check_int8
 from distlenet.export.tolerances import RoundingError
@@ -300,6 +303,27 @@ def test_a_directory_with_a_version_that_cannot_be_read_is_an_error(tmp_path):
         is_model(tmp_path)
 
 
+def test_only_graphs_are_split(export, fails, run, tmp_path):
+    words = (run / "run", "--to", "safetensors", "--split", "--out", tmp_path / "model")
+    assert "--split: no file of --to safetensors is split" in fails(lambda: export(*words))
+
+
+def test_a_killed_export_leaves_no_process(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "python").write_text(f"#!/bin/sh\nexec > {tmp_path}/pipe\necho started\nexec sleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    reference = SimpleNamespace(parts=1, singles=0, example={}, tolerances={})
+    words = (tmp_path, SimpleNamespace(file="x", overrides=(), files=()), reference, {"model.onnx": []})
+    process = multiprocessing.get_context("fork").Process(target=compare_in_fresh_processes, args=words)
+    process.start()
+    with (tmp_path / "pipe").open() as pipe:
+        assert pipe.readline() == "started\n"
+        process.kill()
+        process.join()
+        assert select.select([pipe], [], [], 20)[0], "the child still runs"
+
+
 def test_versions_are_directories_with_a_number_that_the_server_accepts(tmp_path):
     for name in ("01", "\u0663", "\u00b2", "1" + 18 * "0", "-1"):
         (tmp_path / name).mkdir()
@@ -430,7 +454,7 @@ def test_the_rounding_error_is_that_of_float32():
         (["--to", "bmp", "--out", "x"], "invalid choice: 'bmp'"),
         (
             ["--to", "onnx", "--out", "x", "--name", "a/b"],
-            "a/b: expected letters, digits, '.', '_' and '-', starting with a letter or a digit",
+            "a/b: expected the characters a-z, A-Z, 0-9, '.', '_' and '-', starting with one of a-z, A-Z or 0-9",
         ),
         (["--to", "onnx", "--out", "x", "--max-drop", "many"], "many: expected percentage points"),
         (["--to", "onnx", "--out", "x", "--quantize", "int8", "--check", "random"], "--quantize int8: needs the data"),

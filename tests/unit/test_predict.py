@@ -98,6 +98,15 @@ def test_16_bits_are_scaled_to_8(tmp_path):
     assert set(read_image(tmp_path / "x.png", "no", GREY_28, "x").flat) == {100}
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path, value):
+    pixels = np.ones((28, 28), np.float32)
+    pixels[3, 4] = value
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    with pytest.raises(UnreadableImage, match="x: is not a readable image: contains values that are not finite"):
+        read_image(tmp_path / "x.tif", "no", GREY_28, "x")
+
+
 def test_unreadable_images_are_named_and_the_others_classified(run, tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     whole = (run / "images/000.png").read_bytes()

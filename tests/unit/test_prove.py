@@ -2,7 +2,9 @@
 
 import glob
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -22,6 +24,7 @@ from distlenet.prove.comparison import Promise, compare
 from distlenet.prove.contract import Contract
 from distlenet.prove.digests import digest, is_per_sample, sample_digests, take
 from distlenet.prove.listing import sort_listings
+from distlenet.prove.processes import Job, ProcessFailed
 from distlenet.prove.recording import Recorder, recorded
 from distlenet.prove.trials import plan
 from distlenet.tasks.image_classification import ImageClassification
@@ -261,6 +264,16 @@ def test_runs_are_killed_twice():
     assert plan([1, 2, 4, 8], 47, exact=True)[-1].ranks == (1, 2, 4, 8, 1)
     assert plan([1, 2], 3, exact=True)[-1].kills == (1, 2)
     assert plan([2], 3, exact=True)[-1].ranks == (2, 2, 2)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_process_that_does_not_end_within_the_time_limit_is_a_failure(tmp_path, monkeypatch, killed):
+    monkeypatch.setattr("distlenet.prove.processes.LIMIT_S", 0.1)
+    process = multiprocessing.get_context("fork").Process(target=signal.pause)
+    process.start()
+    with pytest.raises(ProcessFailed, match=r"ranks \[0\] have not ended after 0\.1 s, the time limit"):
+        Job(tmp_path, [process]).wait(killed)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_number_of_ranks_has_only_decimal_digits(fails, monkeypatch):

@@ -188,6 +188,20 @@ def test_class_without_images_has_no_accuracy(tmp_path):
     assert ">dog</text>" not in chart
 
 
+def test_classes_with_equal_beginnings_have_one_bar_each(tmp_path):
+    classes, confusion = [60 * "x" + end for end in "ab"], [[3, 1], [0, 2]]
+    write_report([read_run(make_run(tmp_path / "run", classes=classes, confusion=confusion))], tmp_path / "report.html")
+    chart = (tmp_path / "report.html").read_text().split("<figcaption>Accuracy of each class")[1]
+    assert len(re.findall(">x{9,}[^<]*</text>", chart)) == 2
+
+
+def test_a_run_whose_records_cannot_be_locked_is_refused(tmp_path, monkeypatch, fails):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (make_run(tmp_path / "run") / ".lock").mkdir()
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "run"), "--replay-wandb"])
+    assert f"{tmp_path}/run/.lock: cannot be locked: Is a directory" in fails(main)
+
+
 def test_command_prints_the_path_of_the_page(tmp_path, monkeypatch, capsys, fails):
     run_dir = make_run(tmp_path / "run")
 

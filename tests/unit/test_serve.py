@@ -358,6 +358,32 @@ def test_the_command_does_not_wait_for_threads_or_fail_for_a_full_disk(models):
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
+SECOND_SIGNAL = """
+def run(server, *_):
+    server.handle_exit(15, None)
+    server.handle_exit(15, None)
+patch = mock.patch.object(command.DrainingServer, "run_with", run)
+"""
+FAILED_TASK = """
+async def poll(*_):
+    raise OSError
+patch = mock.patch.object(command.Versions, "poll", poll)
+"""
+
+
+@pytest.mark.parametrize(("code", "status"), [(SECOND_SIGNAL, 128 + 15), (FAILED_TASK, 1)], ids=["signal", "task"])
+def test_the_temporary_export_is_removed_at_a_sudden_end(models, tmp_path, code, status):
+    export = f"lambda run, out, _: shutil.copytree({str(models / 'text')!r}, out, dirs_exist_ok=True)"
+    before = "import shutil\nfrom unittest import mock\nimport distlenet.serve.__main__ as command\n"
+    after = f"with patch, mock.patch.object(command, 'export_run', {export}): command.run_command()"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "temporary").mkdir()
+    command = (sys.executable, "-W", "ignore", "-c", before + code + after, tmp_path / "run", "--port", "0")
+    ended = run_command(*command, env={"TMPDIR": str(tmp_path / "temporary")})
+    assert ended.status == status, str(ended)
+    assert list((tmp_path / "temporary").glob("distlenet-*")) == []
+
+
 def test_ctrl_c_during_the_imports(tmp_path):
     (tmp_path / "uvloop.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(600)")
     environment = clean_environment()

@@ -61,6 +61,11 @@ def test_the_directory_of_copies_is_of_this_user_alone(tmp_path, monkeypatch):
     path.chmod(0o755)
     with pytest.raises(UserError, match="is not a directory of this user alone"):
         temporary_directory()
+    path.rmdir()
+    path.write_text("a file")
+    path.chmod(0o600)
+    with pytest.raises(UserError, match="is not a directory of this user alone"):
+        temporary_directory()
 
 
 @pytest.mark.parametrize("text", ["s3://", "S3://bucket/runs", "s3:/bucket/runs"])

@@ -290,6 +290,14 @@ def test_a_fetched_run_has_no_files_of_an_earlier_one(url):
     assert files == [".lock", "metrics.jsonl", "report.html"]
 
 
+@pytest.mark.parametrize("bucket", ["s3://rnus", "s3://runs"])
+def test_nothing_stays_of_a_run_that_is_not_in_the_store(url, tmp_path, monkeypatch, bucket):  # a server
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(UserError):
+        fetch_run(f"{bucket}/another/run")
+    assert list(tmp_path.rglob("fetched")) == []
+
+
 def test_which_checkpoint_a_url_names(url, tmp_path):
     job = start(url, tmp_path / "a")
     write_run(tmp_path / "a", 1, best=True)
