@@ -1,5 +1,5 @@
 // What answers: the server that delivers this page, or a network in this page.
-// predict(file, {top, invert, signal}), where top is the number of classes to return or undefined, returns {top: [{class, label, probability}], seen, milliseconds}; `seen` is an
+// predict(file, {top, invert, signal}), where top is the number of classes to return, or null, returns {top: [{class, label, probability}], seen, milliseconds}; `seen` is an
 // ImageBitmap or ImageData of what the network got.
 
 import { decodeFile, pixelsOf, UserError } from "./image_decoding.js";
@@ -92,7 +92,7 @@ class WebBackend {
     signal.throwIfAborted();
     const probabilities = await this.run(toPlanes(image));
     const milliseconds = performance.now() - start;
-    const labels = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]).slice(0, top);
+    const labels = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]).slice(0, top ?? 3);
     const { classes } = this.metadata;
     const predictions = labels.map((label) => ({
       class: classes ? classes[label] : String(label), label, probability: probabilities[label],

@@ -7,12 +7,12 @@ const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], Arrow
 export function makeDrawing(canvas, pen, brush, finished) {
   const context = canvas.getContext("2d");
   const position = { x: canvas.width / 2, y: canvas.height / 2 }; // of the keyboard's pen
-  let pointer = null, last = null, drawn = false;
+  let pointer = null, last = null, byKeyboard = false;
 
   function clear() {
     context.fillStyle = "#fff";
     context.fillRect(0, 0, canvas.width, canvas.height);
-    drawn = false;
+    byKeyboard = false;
   }
 
   function line(from, to) {
@@ -22,7 +22,6 @@ export function makeDrawing(canvas, pen, brush, finished) {
     context.moveTo(from.x, from.y);
     context.lineTo(to.x, to.y);
     context.stroke();
-    drawn = true;
   }
 
   function place({ clientX, clientY }) {
@@ -54,7 +53,13 @@ export function makeDrawing(canvas, pen, brush, finished) {
     });
   }
 
-  let byKeyboard = false;
+  // End a line that was drawn with the keyboard.
+  function finishByKeyboard() {
+    if (!byKeyboard) return;
+    byKeyboard = false;
+    finished();
+  }
+
   canvas.addEventListener("keydown", (event) => {
     if (event.key === "Delete" || event.key === "Backspace") canvas.dispatchEvent(new Event("clear"));
     if (!(event.key in ARROWS)) return;
@@ -72,20 +77,16 @@ export function makeDrawing(canvas, pen, brush, finished) {
     }
   });
   canvas.addEventListener("keyup", (event) => {
-    if (event.key !== "Shift" || !byKeyboard) return;
-    byKeyboard = false;
-    finished();
+    if (event.key === "Shift") finishByKeyboard();
   });
   canvas.addEventListener("blur", () => {
     pen.hidden = true;
+    finishByKeyboard(); // Shift+Tab moves the focus before Shift is released
   });
 
   clear();
   return {
     clear,
-    get empty() {
-      return !drawn;
-    },
     toFile: async () => {
       const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
       return new File([blob], "drawing.png", { type: "image/png" });

@@ -11,15 +11,19 @@ const percent = (probability) => `${(100 * probability).toFixed(1)} %`;
 
 let backend, drawing;
 let lastFile = null; // classified again after a change of the settings, or with a token
+let isDrawing = false; // whether the newest request is for the drawing, which can be cleared
 let request = null; // the AbortController of the newest request; older answers are dropped
 
 // Classify a file, or the file that a promise resolves to.
-async function classify(source) {
+async function classify(source, drawn = isDrawing) {
   request?.abort();
+  isDrawing = drawn;
   const current = (request = new AbortController());
   element("answers").ariaBusy = "true"; // dims the old answer; a screen reader waits for the new one
   try {
-    const file = (lastFile = await source);
+    const file = await source;
+    if (current !== request) return;
+    lastFile = file;
     const settings = { top: backend.classes && Math.min(TOP, backend.classes.length), invert: element("invert").value, signal: current.signal };
     const [answer, preview] = await Promise.all([backend.predict(file, settings), decodeFile(file).catch(() => null)]);
     if (current === request) show(answer, file, preview);
@@ -100,7 +104,7 @@ function showError(error) {
 
 function takeFile(files) {
   if (!backend) return;
-  if (files.length) classify(files[0]);
+  if (files.length) classify(files[0], false);
   else showError(new UserError("This is not a file. Save the image first, and choose or drop the file."));
 }
 
@@ -135,10 +139,10 @@ function listen() {
     element("token").value = "";
     if (lastFile) classify(lastFile);
   });
-  drawing = makeDrawing(element("drawing"), element("pen"), element("brush"), () => classify(drawing.toFile()));
+  drawing = makeDrawing(element("drawing"), element("pen"), element("brush"), () => classify(drawing.toFile(), true));
   const clear = () => {
     drawing.clear();
-    if (lastFile?.name !== "drawing.png") return;
+    if (!isDrawing) return;
     request?.abort();
     request = lastFile = null;
     hideAnswer();

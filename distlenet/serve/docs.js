@@ -1,5 +1,5 @@
 // Lists the operations of openapi.json. Texts are set as text, never as HTML.
-const paths = document.getElementById("paths");
+const paths = document.getElementById("paths"), loading = document.getElementById("loading");
 
 function add(parent, tag, text) {
   const element = document.createElement(tag);
@@ -24,15 +24,17 @@ function show(method, path, operation, parameters) {
 
 try {
   const answer = await fetch("openapi.json");
+  if (!answer.ok) throw new Error(`status ${answer.status}`);
   const description = await answer.json();
   document.getElementById("title").textContent = description.info.title;
   document.title = description.info.title;
-  paths.textContent = "";
+  loading.hidden = true;
   for (const [path, item] of Object.entries(description.paths)) {
     for (const [method, operation] of Object.entries(item)) {
       if (method !== "parameters") show(method, path, operation, [...(item.parameters ?? []), ...(operation.parameters ?? [])]);
     }
   }
 } catch (error) {
-  paths.textContent = `openapi.json cannot be read: ${error.message}`;
+  loading.hidden = false;
+  loading.textContent = `openapi.json cannot be read: ${error.message}`;
 }

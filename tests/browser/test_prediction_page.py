@@ -5,7 +5,9 @@ import io
 import json
 import os
 import random
+import shutil
 import threading
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -403,3 +405,87 @@ def test_a_png_of_16_bits_differs_by_a_level_at_most(browser, static_host):
     (result,) = read_in_browser(browser, [(file.getvalue(), "no", images)])
     wanted = read_image(file, "no", images, "image").ravel()
     assert np.abs(np.frombuffer(result, np.uint8).astype(int) - wanted).max() == 1
+
+
+@contextmanager
+def hosting(directory: Path):
+    """Serve a directory as a static host; yield its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=directory)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_a_network_without_class_names_shows_the_labels(browser, directory, photo, tmp_path):
+    web = shutil.copytree(directory / "model/1/web", tmp_path / "web")
+    file = web / json.loads((web / "page.json").read_text())["metadata"]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "classes": None}))
+    with hosting(web) as address:
+        open_page(browser, address, DESKTOP)
+        choose(browser, photo)
+        answer = browser.evaluate(ANSWER)
+    assert len(answer.get("top", [])) == 3, answer
+
+
+def test_a_line_by_keyboard_ends_when_the_focus_moves(browser, static_host, predictor, tmp_path):
+    open_page(browser, static_host, DESKTOP)
+    browser.evaluate("document.getElementById('mode-drawing').click()")
+    browser.evaluate("document.getElementById('drawing').focus()")
+    browser.send("Input.dispatchKeyEvent", type="keyDown", key="Shift", windowsVirtualKeyCode=16, modifiers=SHIFT)
+    press(browser, "ArrowUp", 38, SHIFT)
+    press(browser, "Tab", 9, SHIFT)
+    browser.send("Input.dispatchKeyEvent", type="keyUp", key="Shift", windowsVirtualKeyCode=16)
+    answer = browser.evaluate(ANSWER)
+    save_drawing(browser, tmp_path / "drawing.png")
+    check_answer(answer, predictor, tmp_path / "drawing.png")
+
+
+SLOW_DRAWING = """{
+const toBlob = HTMLCanvasElement.prototype.toBlob;
+HTMLCanvasElement.prototype.toBlob = function (use, kind) {
+  window.finishDrawing = () => new Promise(resolve =>
+    toBlob.call(this, blob => { use(blob); setTimeout(resolve); }, kind));
+};
+}"""
+
+
+def test_a_drawing_that_a_file_has_superseded_is_forgotten(browser, static_host, predictor, photo):
+    open_page(browser, static_host, DESKTOP)
+    browser.evaluate(SLOW_DRAWING)
+    browser.evaluate("document.getElementById('mode-drawing').click()")
+    draw_seven(browser, BY_MOUSE)
+    choose(browser, photo)
+    check_answer(browser.evaluate(ANSWER), predictor, photo)
+    browser.evaluate("finishDrawing()")
+    forget(browser)
+    browser.evaluate(
+        "{const e = document.getElementById('invert'); e.value = 'no'; e.dispatchEvent(new Event('change'))}"
+    )
+    check_answer(browser.evaluate(ANSWER), predictor, photo, "no")
+
+
+def test_a_file_with_the_name_of_a_drawing_is_not_cleared(browser, static_host, predictor, photo, tmp_path):
+    open_page(browser, static_host, DESKTOP)
+    choose(browser, shutil.copy(photo, tmp_path / "drawing.png"))
+    browser.evaluate(ANSWER)
+    browser.evaluate("document.getElementById('clear').click()")
+    check_answer(browser.evaluate(ANSWER), predictor, photo)
+
+
+LOADED = """
+new Promise(resolve => {
+  const check = () => {
+    const text = document.querySelector("[role=status]")?.textContent ?? "no status";
+    if (text.startsWith("Loading")) setTimeout(check, 10);
+    else resolve(text);
+  };
+  check();
+})
+"""
+
+
+def test_the_page_of_the_paths_shows_the_status_of_a_failure(browser):
+    with hosting(REPO / "distlenet/serve") as address:
+        browser.open(f"{address}docs.html", *DESKTOP)
+        text = browser.evaluate(LOADED)
+    assert text == "openapi.json cannot be read: status 404"
