@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from browser import NODE_MODULES, open_browser
+from conftest import REPO
 from forked import run_python
 from PIL import Image
 from serve_models import serving
