@@ -18,7 +18,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import LIMIT_S, REPO, CommandResult, clean_environment, free_port, process_tree, signal_all
+from conftest import LIMIT_S, REPO, CommandResult, clean_environment, process_tree, signal_all
+
+from distlenet.prove.processes import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "pytest", "distlenet.train", "distlenet.evaluate", "distlenet.ledger"])

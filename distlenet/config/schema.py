@@ -245,7 +245,7 @@ class DistributedConfig:
     )
     shared_memory: Literal["auto", "off"] = setting(
         "auto",
-        "auto: ranks that all run on the CPUs of one machine add gradients in shared memory; off: Gloo adds them: "
+        "auto: ranks that all run on the CPUs of one machine add gradients in shared memory; off: Gloo adds them; "
         "from 3 ranks on, the last bits differ.",
     )
     virtual_shards: int | Literal["auto"] = setting(

@@ -90,7 +90,7 @@ def start(directory: Path, words: Sequence[str], ranks: int = 1, hash_seed: int 
     launcher = ("SLURM_", "TORCHELASTIC_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
     common = {"OMP_NUM_THREADS": "1", **inherited, "WANDB_MODE": "disabled", "PYTHONHASHSEED": str(hash_seed)}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, **address}
     SERVER.set_forkserver_preload(["torch._dynamo", "distlenet.prove.child"])
     context = SERVER if hash_seed == SERVER_HASH_SEED else INTERPRETER
@@ -108,7 +108,7 @@ def start(directory: Path, words: Sequence[str], ranks: int = 1, hash_seed: int 
         job.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a free port below those that the system gives to other programs while the ranks start."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)

@@ -6,17 +6,13 @@ import json
 import os
 import random
 import shutil
-import threading
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
-from browser import NODE_MODULES, open_browser
+from browser import NODE_MODULES, open_browser, static_host_of
 from conftest import REPO
 from forked import run_python
 from PIL import Image
@@ -57,18 +53,11 @@ def directory(tmp_path_factory):
     return directory
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
-        """Print nothing."""
-
-
 @pytest.fixture(scope="module")
 def static_host(directory):
     """The address of a static host of the exported directory."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=directory / "model/1/web")) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    with static_host_of(directory / "model/1/web") as address:
+        yield f"{address}/"
 
 
 @pytest.fixture(scope="module")
@@ -408,20 +397,11 @@ def test_a_png_of_16_bits_differs_by_a_level_at_most(browser, static_host):
     assert np.abs(np.frombuffer(result, np.uint8).astype(int) - wanted).max() == 1
 
 
-@contextmanager
-def hosting(directory: Path):
-    """Serve a directory as a static host; yield its address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=directory)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
 def test_a_network_without_class_names_shows_the_labels(browser, directory, photo, tmp_path):
     web = shutil.copytree(directory / "model/1/web", tmp_path / "web")
     file = web / json.loads((web / "page.json").read_text())["metadata"]
     file.write_text(json.dumps({**json.loads(file.read_text()), "classes": None}))
-    with hosting(web) as address:
+    with static_host_of(web) as address:
         open_page(browser, address, DESKTOP)
         choose(browser, photo)
         answer = browser.evaluate(ANSWER)
@@ -486,7 +466,7 @@ new Promise(resolve => {
 
 
 def test_the_page_of_the_paths_shows_the_status_of_a_failure(browser):
-    with hosting(REPO / "distlenet/serve") as address:
-        browser.open(f"{address}docs.html", *DESKTOP)
+    with static_host_of(REPO / "distlenet/serve") as address:
+        browser.open(f"{address}/docs.html", *DESKTOP)
         text = browser.evaluate(LOADED)
     assert text == "openapi.json cannot be read: status 404"

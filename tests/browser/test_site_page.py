@@ -1,13 +1,10 @@
 """The documentation site in a browser: no other host, nothing wider than a phone, and a search that finds."""
 
 import sys
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
-from browser import open_browser
+from browser import open_browser, static_host_of
 from conftest import REPO, run_command
 
 pytestmark = pytest.mark.browser
@@ -31,21 +28,14 @@ def browser(tmp_path_factory):
         yield browser
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
-        """Print nothing."""
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The address of the built site: its search needs a server."""
     directory = tmp_path_factory.mktemp("site")
     build = ("build", "--strict", "--config-file", REPO / "docs/site/mkdocs.yml", "--site-dir", directory)
     run_command(sys.executable, "-m", "mkdocs", *build, env={"NO_MKDOCS_2_WARNING": "1"}).succeeded()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=directory)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with static_host_of(directory) as address:
+        yield address
 
 
 @pytest.mark.parametrize("width", [390, 1400])

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import free_port
 from forked import run_python, run_ranks
+
+from distlenet.prove.processes import free_port
 
 pytestmark = pytest.mark.ranks
 

@@ -6,9 +6,11 @@ import signal
 import sys
 
 import pytest
-from conftest import Job, free_port
+from conftest import Job
 from forked import run_ranks
 from test_failures import newest_weights
+
+from distlenet.prove.processes import free_port
 
 pytestmark = pytest.mark.ranks
 

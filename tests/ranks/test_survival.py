@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LIMIT_S, REPO, Job, free_port, process_tree, run_command, signal_all
+from conftest import LIMIT_S, REPO, Job, process_tree, run_command, signal_all
 from forked import run_python, run_ranks
 
 from distlenet.checkpoint.format import load_checkpoint
 from distlenet.checkpoint.store import CheckpointStore
+from distlenet.prove.processes import free_port
 from distlenet.report.runs import read_run
 from distlenet.tracking.base import NONDETERMINISTIC_KEYS
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import LIMIT_S, Job, free_port, run_command
+from conftest import LIMIT_S, Job, run_command
 from forked import run_python, run_ranks
 from wandb_server import WandbServer
 
+from distlenet.prove.processes import free_port
 from distlenet.tracking.base import NONDETERMINISTIC_KEYS
 from distlenet.tracking.wandb import row, row_number
 

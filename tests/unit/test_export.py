@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, run_command
+from conftest import LIMIT_S, REPO, run_command
 from forked import run_python
 from PIL import Image
 from serve_models import serving
@@ -310,7 +310,7 @@ def test_only_graphs_are_split(export, fails, run, tmp_path):
 
 def test_a_killed_export_leaves_no_process(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "python").write_text(f"#!/bin/sh\nexec > {tmp_path}/pipe\necho started\nexec sleep 60\n")
+    (tmp_path / "python").write_text(f"#!/bin/sh\nexec > {tmp_path}/pipe\necho started\nexec sleep 600\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     reference = SimpleNamespace(parts=1, singles=0, example={}, tolerances={})
@@ -321,7 +321,7 @@ def test_a_killed_export_leaves_no_process(tmp_path, monkeypatch):
         assert pipe.readline() == "started\n"
         process.kill()
         process.join()
-        assert select.select([pipe], [], [], 20)[0], "the child still runs"
+        assert select.select([pipe], [], [], LIMIT_S)[0], "the child still runs"
 
 
 def test_versions_are_directories_with_a_number_that_the_server_accepts(tmp_path):

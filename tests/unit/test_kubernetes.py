@@ -13,11 +13,12 @@ import time
 
 import pytest
 import yaml
-from conftest import REPO, Job, free_port
+from conftest import REPO, Job
 from kubeflow_trainer_api import models
 from torch.distributed import run
 
 from distlenet.config.loading import load_config
+from distlenet.prove.processes import free_port
 from distlenet.utils.startup import PREEMPTED
 
 pytestmark = pytest.mark.unit

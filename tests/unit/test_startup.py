@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT_S, REPO, clean_environment, free_port, run_command
+from conftest import LIMIT_S, REPO, clean_environment, run_command
 
+from distlenet.prove.processes import free_port
 from distlenet.utils.startup import announce_start
 
 pytestmark = pytest.mark.unit
