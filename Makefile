@@ -1,5 +1,5 @@
 # make train [NPROC=4] [ARGS="train.epochs=2 ..."]    install, download the data, train
-# make check                                          the inner loop, below a minute: linters, types, fast unit tests
+# make check                                          the inner loop, 3 minutes on 2 cores: linters, types, fast unit tests
 # make test                                           install, download the data, all tests except cluster and browser
 # make test-lowest                                    the unit tests with the lowest versions of all packages, in .venv-lowest
 # make prove-exact                                    compare the bits of runs on 1, 2, 4, 8 ranks, and after kills
