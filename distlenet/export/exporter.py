@@ -26,6 +26,7 @@ from distlenet.export.trained_source import RunData, TrainedSource, load_source
 from distlenet.export.triton import check_types
 from distlenet.export.version_directory import new_version, sha256_of
 from distlenet.export.web import DEFAULT_RUNTIME, check_images, check_runtime
+from distlenet.task import Task
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.utils.errors import UserError
 from distlenet.utils.exported_model import INT8
@@ -78,6 +79,7 @@ def export(checkpoint: str, options: ExportOptions) -> Exported:
     if "web" in options.formats:
         check_images(image_format(source))
     task, network = source.trained.task, ExportedNetwork(source.trained.model, source.trained.task).eval()
+    _check_predict(task)
     if options.split and not isinstance(task, ImageClassification):
         raise UserError(
             "--split: the task is not an ImageClassification, which has a transform of images; remove --split"
@@ -114,6 +116,16 @@ def export(checkpoint: str, options: ExportOptions) -> Exported:
         metadata["bundles"] = _describe_bundles(version.path, bundles)
         (version.path / "model.json").write_text(json.dumps(metadata, indent=1) + "\n")
         return Exported(version.publish(), metadata)
+
+
+def _check_predict(task: Task) -> None:
+    """Raise UserError if ``predict`` computes the loss, whose targets are not among the inputs."""
+    kind = type(task)
+    if kind.predict is Task.predict and kind.export_inputs is Task.export_inputs:
+        raise UserError(
+            f"{kind.__name__}.predict: the default needs targets, which an exported network does not get; define "
+            f"{kind.__name__}.predict, which takes the inputs alone; see docs/own.md"
+        )
 
 
 def _load_data(source: TrainedSource) -> RunData:

@@ -37,5 +37,6 @@ def export_run(run: str, out: Path, quantize: bool) -> None:
     if ended.returncode:
         raise UserError(
             f"{run}: the export failed with status {ended.returncode}; its message is above. Export a run of your own "
-            "task or network first: distlenet export RUN model.name=... --to onnx --out DIR, then distlenet serve DIR"
+            "task or network first: distlenet export RUN task.name=... or model.name=... --to onnx --out DIR, then "
+            "distlenet serve DIR"
         )

@@ -303,6 +303,14 @@ def test_a_directory_with_a_version_that_cannot_be_read_is_an_error(tmp_path):
         is_model(tmp_path)
 
 
+def test_a_task_that_cannot_predict_without_targets_is_an_error(export, fails, tmp_path):
+    settings = ("task.name=prove_tasks:Correct",)
+    file = write_checkpoint(tmp_path / "task.pt", *settings, steps=1)
+    words = (file, *settings, "--to", "onnx", "--out", tmp_path / "model")
+    assert "Correct.predict: the default needs targets" in fails(lambda: export(*words))
+    assert not (tmp_path / "model").exists()
+
+
 def test_only_graphs_are_split(export, fails, run, tmp_path):
     words = (run / "run", "--to", "safetensors", "--split", "--out", tmp_path / "model")
     assert "--split: no file of --to safetensors is split" in fails(lambda: export(*words))
