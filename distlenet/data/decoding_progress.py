@@ -36,15 +36,15 @@ class DecodingProgress:
             if self.bar is None and now < self.next_line:
                 return
             self.next_line = now + LINE_S
-            first_line, self.first_line = self.first_line, ""
-        if first_line:
-            warn(first_line)
-        if self.bar is not None:
-            self.bar.start()
-            self.bar.update(self.task, completed=share)
-            return
-        left_s = (now - self.started) * (1 - share) / share
-        warn(f"decoding {self.images:,} images: {share:.0%}, about {left_s:.0f} s left")
+            if self.first_line:
+                warn(self.first_line)
+                self.first_line = ""
+            if self.bar is not None:
+                self.bar.start()
+                self.bar.update(self.task, completed=share)
+                return
+            left_s = (now - self.started) * (1 - share) / share
+            warn(f"decoding {self.images:,} images: {share:.0%}, about {left_s:.0f} s left")
 
     def close(self) -> None:
         """Remove the bar."""

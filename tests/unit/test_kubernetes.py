@@ -270,5 +270,6 @@ def test_pods_train_together(tmp_path, variables_of, launcher):
         environments = [variables_of(pod, 2, port) for pod in range(2)]
         jobs = [stack.enter_context(Job(tmp_path, *command, env=variables)) for variables in environments]
         results = [job.wait().succeeded() for job in jobs]
-    assert "world size 2, gloo" in results[0].stdout
-    assert results[1].stdout == ""
+    for text in ("world size 2, gloo", "epoch 1/1", "Accuracy of the network"):
+        assert text in results[0].stdout
+        assert text not in results[1].stdout  # torchrun may warn that the first agent has ended
