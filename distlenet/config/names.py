@@ -40,8 +40,9 @@ def resolve(key: str, name: str, builtin: Mapping[str, Any]) -> Any:
     value: Any = _import(module_name, f"{key}={name}")
     for part in attribute.split("."):
         if not hasattr(value, part):
-            close = difflib.get_close_matches(part, dir(value), n=1)
             content = getattr(value, "__dict__", {})
+            names = [name for name in dir(value) if not isinstance(content.get(name), ModuleType)]
+            close = difflib.get_close_matches(part, names, n=1)
             own = [name for name, each in content.items() if getattr(each, "__module__", "") == module_name]
             hint = f"; did you mean {close[0]}?" if close else f"; it defines {', '.join(own)[:300]}" if own else ""
             raise UserError(f"{key}={name}: {module_name} has no attribute {attribute}{hint}")

@@ -88,6 +88,7 @@ def test_a_network_is_made_from_a_name_and_arguments(directory):
     [
         ("none_such:Net", "there is no module none_such; start in the directory that contains it"),
         ("torch.nn:Linaer", "torch.nn has no attribute Linaer; did you mean Linear?"),
+        ("torchvision.models:resnet99", "has no attribute resnet99; did you mean resnet50?"),  # not resnet, a module
         ("{module}:number", "is a int; expected a class or a function"),
         ("{module}:Something", "has no attribute Something; it defines Net, Halved"),
         ("broken:Net", "importing broken failed: ZeroDivisionError"),

@@ -15,7 +15,7 @@ from distlenet.data.sources.opened import OpenedImages
 from distlenet.images.decoding import COLOR, GREY, IMAGE_SUFFIXES, UnreadableImage, is_color, open_image
 from distlenet.utils.errors import UserError
 
-LAYOUT = "ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png, and optionally ROOT/val/CLASS/*.png"
+LAYOUT = "image files in ROOT/train/CLASS/ and ROOT/test/CLASS/, and optionally ROOT/val/CLASS/"
 
 
 @dataclass(frozen=True)
