@@ -35,8 +35,25 @@ SETTINGS = (
     "checkpoint.max_restarts_without_progress=1000000",
     "run.name=run",
 )
-EPOCHS_PER_KILL = 3
+EPOCHS_PER_KILL, STEPS_PER_EPOCH = 3, 23
 LIMIT_S = 120.0  # per recovery
+
+# On a fast machine, or while this program stands still, the run must not end before the last kill: one of its last
+# steps waits. Its number ends in 5, so that a start that resumes from a checkpoint takes a step before it.
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from distlenet.distributed.entry_point import run_entry
+from distlenet.train import main
+from distlenet.training.trainer import Trainer
+all_sent, held_step = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+class KilledTrainer(Trainer):
+    def step(self, batch):
+        while self.state.step == held_step and not all_sent.exists():
+            time.sleep(0.01)
+        return super().step(batch)
+run_entry(lambda: main(trainer_class=KilledTrainer))
+"""
 
 # The optimizers and DistributedDataParallel of torch import torch._dynamo on first use, which takes about a second.
 JOIN = """
@@ -61,6 +78,11 @@ def launch(ranks: int, *words: object, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
         )
+
+
+def epochs(kills: int) -> int:
+    """Return the length of a run with that many kills."""
+    return max(10, EPOCHS_PER_KILL * kills)
 
 
 def children(pid: int) -> list[int]:
@@ -135,7 +157,10 @@ def train_with_kills(arguments: argparse.Namespace, directory: Path, words: list
     """Train while killing; print the cost."""
     random_ = random.Random(arguments.seed)
     log, ledger = directory / "log.txt", Ledger(directory / "run")
-    command = ("-m", "distlenet.train", *words, f"run.dir={directory}")
+    script, all_sent = directory / "program.py", directory / "all-sent"
+    script.write_text(PROGRAM)
+    held_step = (STEPS_PER_EPOCH * epochs(arguments.kills) - 6) // 10 * 10 + 5
+    command = (script, all_sent, held_step, *words, f"run.dir={directory}")
     agent, recoveries = launch(arguments.ranks, *command, log=log), []
     killed = {"rank": 0, "fork server": 0, "agent": 0}
     wait_for_start(0, ledger, agent, log)
@@ -160,6 +185,7 @@ def train_with_kills(arguments: argparse.Namespace, directory: Path, words: list
             wait_for_start(starts, ledger, agent, log)
             if what == "rank" and agent.poll() is None:
                 recoveries.append(time.monotonic() - killed_at)
+    all_sent.touch()
     if agent.wait() != 0 or sum(killed.values()) < arguments.kills:
         sys.exit(f"{log.read_text()[-6000:]}\nstatus {agent.returncode} after {killed} kills")
     starts = [json.loads(line) for line in (directory / "run/starts.jsonl").read_text().splitlines()]
@@ -185,7 +211,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=5, help="measurements of the time to start (5); 0: none")
     parser.add_argument("--seed", type=int, default=0, help="seed of the times and victims (0)")
     arguments = parser.parse_args()
-    words = [*SETTINGS, f"train.epochs={max(10, EPOCHS_PER_KILL * arguments.kills)}"]
+    words = [*SETTINGS, f"train.epochs={epochs(arguments.kills)}"]
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
         whole.mkdir()

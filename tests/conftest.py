@@ -1,6 +1,7 @@
 """Shared helpers: data, a process group of one, and commands with a hard time limit."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -141,8 +142,11 @@ class Job:
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait until ``condition`` is true; fail if the command exits first."""
         deadline = time.monotonic() + LIMIT_S
-        while not condition():
-            assert self.process.poll() is None, f"exited before {what}: {self.output()}"
+        while True:
+            has_exited = self.process.poll() is not None  # read first: the command may meet the condition and exit
+            if condition():
+                return
+            assert not has_exited, f"exited before {what}: {self.output()}"
             assert time.monotonic() < deadline, f"timed out waiting for {what}: {self.output()}"
             time.sleep(0.02)
 
@@ -151,9 +155,17 @@ class Job:
         target = self._records() + count
         self.wait_until(lambda: self._records() >= target, "a record")
 
+    def wait_for_step(self, step: int) -> None:
+        """Wait for a record of the training run after ``step`` steps or more."""
+        self.wait_until(lambda: any(json.loads(line)["step"] >= step for line in self._lines()), f"step {step}")
+
     def _records(self) -> int:
+        return len(self._lines())
+
+    def _lines(self) -> list[str]:
+        """Return the complete lines of the history: the last one may just be written."""
         path = self.run / "metrics.jsonl"
-        return path.read_text().count("\n") if path.exists() else 0
+        return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
 
     def rank_pids(self) -> list[int]:
         """Return the pids of torchrun's ranks, in rank order."""

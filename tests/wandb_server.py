@@ -37,7 +37,9 @@ class WandbServer(ThreadingHTTPServer):
 
     @property
     def environ(self) -> dict[str, str]:
-        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "k" * 40, "WANDB_MODE": "online"}
+        # The process that sends has the lowest priority: W&B's start may take a minute on a busy machine.
+        start = {"WANDB_MODE": "online", "WANDB_INIT_TIMEOUT": "600"}
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "k" * 40, **start}
 
     def history(self, run: str) -> list[dict[str, Any]]:
         rows = self.rows.get(run, {})

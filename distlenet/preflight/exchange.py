@@ -74,11 +74,21 @@ def run_node_checks(config: Config, exchange: Exchange) -> list[Finding]:
                 os.makedirs(runs_directory(config), exist_ok=True)
                 file = stack.enter_context(NamedTemporaryFile(prefix=".preflight-", dir=runs_directory(config)))
                 token = os.path.basename(file.name)
+        before = time.time()
         token, num_nodes = exchange.broadcast("start", [token, num_nodes], 2)
-        clocks = exchange.gather("clock", time.time())  # at the same time on all ranks
+        clocks = exchange.gather("clock", time.time())  # at the same time on all ranks, unless a node is busy
+        clocks = [clock_offset(clock, before, time.time()) for clock in clocks]
         report = asdict(check_node(config, info, num_nodes, store, token)) if env.local_rank == 0 else None
         nodes = [NodeReport(**value) for value in exchange.gather("node", report, 3) if value]
         findings = apply_rules(infos, clocks, config) + apply_node_rules(nodes, config) if env.rank == 0 else []
         if env.rank == 0 and is_url(config.run.dir):
             findings.append(check_object_store(config.run.dir))
         return [Finding(*value) for value in exchange.broadcast("node findings", findings, 5)]
+
+
+def clock_offset(clock: float, before: float, after: float) -> float:
+    """Return by how many seconds a clock is certainly ahead of this one (behind: below 0).
+
+    It was read between the times ``before`` and ``after`` of this one, perhaps seconds after the others.
+    """
+    return clock - min(max(clock, before), after)

@@ -16,7 +16,7 @@ NCCL_SHM_BYTES = 32 << 20
 
 
 def apply_rules(ranks: Sequence[RankInfo], clocks: Sequence[float], config: Config) -> list[Finding]:
-    """Check what the ranks observed; ``clocks`` are their times in seconds, read at the same moment."""
+    """Check what the ranks observed; ``clocks`` are their times in seconds at the same moment."""
     findings = [check(ranks) for check in (check_versions, check_settings, check_devices, check_cores, check_names)]
     return [*findings, check_clocks(ranks, clocks), check_shared_memory(ranks, config), check_open_files(ranks)]
 

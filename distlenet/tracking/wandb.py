@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from distlenet.tracking.base import SPLITS, Record
 from distlenet.utils.errors import UserError, describe_error, warn
 
-INIT_TIMEOUT_S = 30.0  # in which W&B must answer at the start; then the run is kept offline
+INIT_TIMEOUT_S = 30.0  # without WANDB_INIT_TIMEOUT: in which W&B must answer at the start, else the run is kept offline
 MODES = {name: name for name in ("online", "offline", "disabled")} | {"dryrun": "offline", "run": "online"}
 """Values of WANDB_MODE; the last two are W&B's old names."""
 
@@ -103,6 +103,9 @@ class Wandb:
         self.last: Record | None = None
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
+        settings = self.wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True)
+        if not os.environ.get("WANDB_INIT_TIMEOUT"):  # which W&B reads
+            settings.init_timeout = INIT_TIMEOUT_S
         replayed = "hosts" not in self.run_info  # on another machine, perhaps: its environment is not the run's
         return self.wandb.init(
             mode=mode,
@@ -111,9 +114,7 @@ class Wandb:
             name=self.run_dir.name,
             dir=str(self.run_dir),
             config=self.config if replayed else {**self.config, "environment": environment(self.run_info)},
-            settings=self.wandb.Settings(
-                silent=True, console="off", disable_git=True, disable_code=True, init_timeout=INIT_TIMEOUT_S
-            ),
+            settings=settings,
             **{key: self.config["wandb"][key] or None for key in ("project", "entity", "group", "tags", "notes")},
         )
 

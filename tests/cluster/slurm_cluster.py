@@ -23,7 +23,7 @@ PREFIX = "distlenet-slurm-"  # of the temporary directory, which appears in the 
 SLURM_PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "munged")
 PROGRAMS = (*SLURM_PROGRAMS, "ip", "unshare", "nsenter", "hostname", "mount")
 CONTROLLER = "ctl"
-START_S = 60.0
+START_S = 120.0
 STOP_S = 10.0
 ENDED_STATES = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
@@ -45,7 +45,7 @@ SlurmctldHost={controller}({address})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={directory}/munge.socket,cred_expire=5
+AuthInfo=socket={directory}/munge.socket,cred_expire=15
 StateSaveLocation={directory}/state
 SlurmctldPidFile={directory}/slurmctld.pid
 SlurmdPidFile={directory}/slurmd.%n.pid
@@ -64,9 +64,9 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=5,bf_interval=5
 ReturnToService=2
 JobRequeue=1
 SlurmctldTimeout=30
-SlurmdTimeout=10
-MessageTimeout=5
-KillWait=5
+SlurmdTimeout=20
+MessageTimeout=15
+KillWait=30
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -189,7 +189,7 @@ class SlurmCluster:
         self.poll(lambda: self.job(job_id)["JobState"] in wanted, f"job {job_id} in {sorted(wanted)}", timeout)
         return self.job(job_id)
 
-    def cancel_all(self, timeout: float = 60) -> None:
+    def cancel_all(self, timeout: float = 120) -> None:
         """Cancel all queued and running jobs, so that the next test starts with an empty queue."""
         if queued := self._queued():
             self.run(CONTROLLER, "scancel", *queued).succeeded()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import REPO, Job, run_command
 
+from cluster.held_task import HELD_EPOCHS
 from cluster.slurm_cluster import SlurmCluster
 from distlenet.checkpoint.format import load_checkpoint
 from distlenet.checkpoint.store import CheckpointStore
@@ -24,6 +25,7 @@ SETTINGS = (
     "train.log_every=5",
     "optim.lr=0.05",
     "checkpoint.every_steps=3",
+    "task.name=cluster.held_task:Held",
     "run.name=run",
 )
 
@@ -34,38 +36,58 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return dict(load_checkpoint(newest)["model"])
 
 
+def read_lines(path: Path) -> list[dict]:
+    """Return the complete lines: the last one may just be written."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
+
+
 @pytest.mark.parametrize("head", ["10.77.0.2"])
 def test_machines_that_leave_and_join(slurm: SlurmCluster, tmp_path: Path, head: str) -> None:
-    """The head is given by its address, by which torchrun alone does not recognise it."""
+    """The head is given by its address, by which torchrun alone does not recognise it.
+
+    The run waits before some epochs: it cannot end before a machine has left and joined.
+    """
     command = (REPO / "launch/node.sh", "--nodes", "1:2", "--head", head, "--interface", "eth0", "-n", "1", *SETTINGS)
 
+    held = {"HELD_DIRECTORY": str(tmp_path), "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    run = tmp_path / "run"
+
     def start(node: str) -> Job:
-        environ = ("env", f"PYTHON={sys.executable}")
+        environ = ("env", f"PYTHON={sys.executable}", *(f"{name}={value}" for name, value in held.items()))
         return Job(tmp_path, *slurm.hosts[node].enter(*environ, *command, f"run.dir={tmp_path}", cwd=REPO))
 
-    def world_size() -> int:
-        path = tmp_path / "run/starts.jsonl"
-        starts = [json.loads(text)["world_size"] for text in path.read_text().splitlines()] if path.exists() else [0]
-        return int(starts[-1])
+    def last_start() -> dict:
+        return (read_lines(run / "starts.jsonl") or [{"world_size": 0}])[-1]
+
+    def has_record() -> bool:
+        """Return whether the last start has logged a record."""
+        return any(record["step"] > last_start()["step"] for record in read_lines(run / "metrics.jsonl"))
+
+    def release(epoch: int) -> None:
+        (tmp_path / f"released-{epoch}").touch()
 
     with start("n1") as first:
         with start("n2") as second:
-            first.wait_until(lambda: world_size() == 2, "two ranks")
-            first.wait_for_records()
+            first.wait_until(lambda: last_start()["world_size"] == 2, "two ranks")
+            release(HELD_EPOCHS[0])
+            first.wait_until(has_record, "a record")
             second.kill()  # agent and ranks
-        first.wait_until(lambda: world_size() == 1, "one rank")
-        first.wait_for_records()
+        release(HELD_EPOCHS[1])
+        first.wait_until(lambda: last_start()["world_size"] == 1, "one rank")
+        first.wait_until(has_record, "a record of one rank")
         with start("n2") as second:
             try:
-                first.wait_until(lambda: world_size() == 2, "two ranks again")
+                first.wait_until(lambda: last_start()["world_size"] == 2, "two ranks again")
             except AssertionError as error:
                 raise AssertionError(f"{error}\n--- n2\n{second.output()}") from error
+            release(HELD_EPOCHS[2])
             result = first.wait()
             second.wait()
     assert result.status == 0, str(result)
-    run_command(sys.executable, "-m", "distlenet.ledger", tmp_path / "run").succeeded()
+    run_command(sys.executable, "-m", "distlenet.ledger", run).succeeded()
     alone = tmp_path / "alone"
     settings = (*SETTINGS, "data.ledger=false", "checkpoint.every_steps=null", f"run.dir={alone}")
-    run_command(sys.executable, "-m", "distlenet.train", *settings).succeeded()
-    a, b = weights(tmp_path / "run"), weights(alone / "run")
+    run_command(sys.executable, "-m", "distlenet.train", *settings, env=held).succeeded()
+    a, b = weights(run), weights(alone / "run")
     assert all(torch.equal(a[name], b[name]) for name in a | b)

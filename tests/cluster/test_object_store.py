@@ -110,8 +110,12 @@ class Machines:
         self.jobs: dict[str, Job] = {}
 
     def start_missing(self) -> None:
-        """Start the job where it does not run. If an agent has given up, start all, as a scheduler does."""
-        if any(job.process.poll() not in (None, 0) for job in self.jobs.values()):
+        """Start the job where it does not run. If an agent has given up, start all, as a scheduler does.
+
+        Also if another has ended with success: the run was complete before its machine was lost.
+        """
+        statuses = [job.process.poll() for job in self.jobs.values()]
+        if any(status not in (None, 0) for status in statuses) or (0 in statuses and len(statuses) < len(NODES)):
             self.kill(*self.jobs)
         for node in NODES:
             if node not in self.jobs:
@@ -181,7 +185,7 @@ def train_with_kills(store: Store, machines: Machines, directory: Path) -> None:
     finally:
         machines.kill(*machines.jobs)
     print(f"kills: {sent}")
-    run_torchrun(2, "-m", "distlenet.train", *SETTINGS, f"run.dir={directory}", timeout=120 + 20 * KILLS).succeeded()
+    run_torchrun(2, "-m", "distlenet.train", *SETTINGS, f"run.dir={directory}", timeout=240 + 20 * KILLS).succeeded()
     newest = CheckpointStore(directory / "run/checkpoints", keep_last=1).newest()
     assert newest is not None
     stored = store.get(f"checkpoints/{newest.name}")

@@ -1,6 +1,7 @@
 """Preflight on several hosts: each fault is created and reported."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,13 +90,13 @@ def test_the_batch_script(slurm: SlurmCluster, shared: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        ("torch", "FAIL  versions        torch 2."),
-        ("clock", "FAIL  clocks          n2 is 300."),
+        ("torch", r"FAIL  versions        torch 2\."),
+        ("clock", r"FAIL  clocks          n2 is (29\d|300)\.\d s ahead of n1"),  # at least, on a busy machine
     ],
 )
 def test_a_node_that_differs(slurm: SlurmCluster, shared: Path, fault: str, expected: str) -> None:
     (line,) = failed(run_preflight(slurm, sys.executable, FAULTY, fault, *SETTINGS, f"run.dir={shared}"))
-    assert line.startswith(expected)
+    assert re.match(expected, line), line
 
 
 def test_a_pair_of_nodes_that_is_slow(slurm: SlurmCluster, shared: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_pair_of_nodes_that_is_slow(slurm: SlurmCluster, shared: Path) -> None
     report = json.loads("".join(line.partition(": ")[2] for line in result.stdout.splitlines()))
     ((one, other, times),) = report["slow_pairs"]
     assert (one, other) == ("n1", "n2")
-    assert times > 5  # 0.2 s back and forth, compared with milliseconds
+    assert times > 5  # compared with milliseconds, or tens of them on a busy machine
     (pairs,) = [check for check in report["checks"] if check["name"] == "pairs of nodes"]
     assert pairs["status"] == "note"
     assert pairs["found"] == f"slower than the median: n1 – n2 {times:.1f}×"

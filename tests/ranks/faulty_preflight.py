@@ -1,6 +1,6 @@
 """Run preflight with a simulated fault, ``faulty_preflight.py FAULT ...``, on the last rank.
 
-``gpu`` and ``cuda`` apply to all ranks, and ``pair`` to the first two: a message between them takes 0.1 s.
+``gpu`` and ``cuda`` apply to all ranks, and ``pair`` to the first two: a message between them takes 0.5 s.
 """
 
 import os
@@ -29,7 +29,7 @@ elif fault == "pair" and rank < 2:
     ping_pong = allreduce._ping_pong
 
     def slow_ping_pong(buffer, peer, first):
-        time.sleep(0.1 if peer < 2 else 0)
+        time.sleep(0.5 if peer < 2 else 0)
         ping_pong(buffer, peer, first)
 
     allreduce._ping_pong = slow_ping_pong

@@ -42,7 +42,8 @@ def test_an_error_of_the_user_ends_the_output_and_gives_the_status(tmp_path, mor
     more = [option.replace("LOGS", str(tmp_path / "logs")) for option in more]
     ended = run_command(*LAUNCH, *more, *WRONG, env={"TMPDIR": str(tmp_path)})
     assert ended.status == 2, str(ended)
-    reason, end = ended.stderr.splitlines()
+    # On a busy machine, rank 1 does not wait long enough for rank 0, and repeats the line.
+    reason, end = dict.fromkeys(ended.stderr.splitlines())
     assert reason.startswith("distlenet: optim.lr=-1"), str(ended)
     assert end in [f"distlenet: {line}" for line in ends]
     assert not list(tmp_path.glob("*elastic*"))  # that of torchrun

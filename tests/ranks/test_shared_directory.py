@@ -65,7 +65,7 @@ def test_ranks_without_a_shared_directory_have_the_same_id_and_number_of_restart
     script.write_text(SEPARATE)
     for steps in (1, 2):
         allowed = "checkpoint.allow_changed=[train.max_steps]"
-        run_ranks(2, script, tmp_path, f"train.max_steps={steps}", allowed, timeout=60).succeeded()
+        run_ranks(2, script, tmp_path, f"train.max_steps={steps}", allowed).succeeded()
     states = [[json.loads(line) for line in (tmp_path / name / "states").open()] for name in "01"]
     assert states[0] == states[1]
     assert [restarts for _, restarts in states[0]] == [0, 1]

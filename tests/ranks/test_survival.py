@@ -35,7 +35,8 @@ SETTINGS = (
     "optim.lr=0.05",
     "run.name=run",
 )
-TRAIN = ("-m", "distlenet.train", *SETTINGS)
+TRAIN = ("-m", "distlenet.train", *SETTINGS)  # 368 steps
+HELD = Path(__file__).with_name("held_program.py")
 AGENT = ("--standalone", "--nproc-per-node=2")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", *AGENT)
 WARM = (sys.executable, "-m", "distlenet.launch", *AGENT)  # what the launch scripts start
@@ -74,8 +75,8 @@ def assert_same(run: Path, reference: Path) -> None:
 )
 def test_signal_to_one_process_saves_and_exits(tmp_path, reference, number, status, name):
     settings = (f"run.dir={tmp_path}", "data.num_workers=1")
-    with Job(tmp_path, sys.executable, *TRAIN, *settings) as job:
-        job.wait_for_records()
+    with Job(tmp_path, sys.executable, HELD, tmp_path, "100", *SETTINGS, *settings) as job:
+        job.wait_for_step(5)
         job.process.send_signal(number)
         ended = job.wait()
     assert ended.status == status, str(ended)
@@ -92,9 +93,10 @@ def test_signal_to_one_process_saves_and_exits(tmp_path, reference, number, stat
 @pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_torchrun_forwards_the_signal_and_the_next_job_ends_with_the_same_bits(tmp_path, reference):
     """SIGTERM; and Ctrl-C, which reaches only the agent, since each rank is in a separate session."""
-    for launcher, number, status in ((TORCHRUN, signal.SIGTERM, 1), (WARM, signal.SIGINT, 130)):
-        with Job(tmp_path, *launcher, *TRAIN, f"run.dir={tmp_path}") as job:
-            job.wait_for_records()
+    stops = ((TORCHRUN, "100", 5, signal.SIGTERM, 1), (WARM, "200", 105, signal.SIGINT, 130))
+    for launcher, held_at, seen, number, status in stops:
+        with Job(tmp_path, *launcher, HELD, tmp_path, held_at, *SETTINGS, f"run.dir={tmp_path}") as job:
+            job.wait_for_step(seen)
             job.process.send_signal(number)
             ended = job.wait()
         assert ended.status == status, str(ended)
@@ -108,9 +110,9 @@ def test_torchrun_forwards_the_signal_and_the_next_job_ends_with_the_same_bits(t
 
 
 def test_signal_to_one_rank_stops_all_ranks(tmp_path, reference):
-    words = (*WARM, *TRAIN, f"run.dir={tmp_path}")
+    words = (*WARM, HELD, tmp_path, "100", *SETTINGS, f"run.dir={tmp_path}")
     with Job(tmp_path, *words) as job:
-        job.wait_for_records()
+        job.wait_for_step(5)
         os.kill(job.rank_pids()[2], signal.SIGUSR2)  # rank 1; the fork server is the first
         ended = job.wait()
     assert ended.stdout.count("stopped by a signal to another rank after step") == 1, str(ended)
@@ -150,13 +152,14 @@ def test_stop_during_an_evaluation_duplicates_and_loses_no_record(tmp_path, refe
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_unresponsive_rank_ends_the_job_and_is_named(tmp_path, rank):
-    words = (*TRAIN, "distributed.step_timeout_s=15", f"run.dir={tmp_path}")
+    words = (*TRAIN, "train.epochs=5000", "distributed.step_timeout_s=15", f"run.dir={tmp_path}")
     with Job(tmp_path, *TORCHRUN, *words) as job:
         job.wait_for_records()
-        os.kill(job.rank_pids()[rank], signal.SIGSTOP)
+        stopped = job.rank_pids()[rank]
+        os.kill(stopped, signal.SIGSTOP)
         # After 15 s without a step and 1.5 s of queries, torchrun waits up to 30 s for the stopped rank.
         job.wait_until(lambda: "no step ended for 15 s" in job.output(), "the message")
-        os.kill(job.rank_pids()[rank], signal.SIGKILL)
+        signal_all([stopped], signal.SIGKILL)  # the other one has exited
         ended = job.wait()
     assert ended.status == 1
     messages = [line for line in ended.stdout.splitlines() if "no step ended" in line]
@@ -168,7 +171,7 @@ def test_unresponsive_rank_with_the_store_is_named(tmp_path):
     """Without torchrun, rank 0 holds the store."""
     sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     common = {**sizes, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    words = (sys.executable, *TRAIN, "distributed.step_timeout_s=15", f"run.dir={tmp_path}")
+    words = (sys.executable, *TRAIN, "train.epochs=5000", "distributed.step_timeout_s=15", f"run.dir={tmp_path}")
     with (
         Job(tmp_path, *words, env={**common, "RANK": "0", "LOCAL_RANK": "0"}) as first,
         Job(tmp_path, *words, env={**common, "RANK": "1", "LOCAL_RANK": "1"}) as second,
@@ -191,7 +194,7 @@ def test_missing_rank_is_named(tmp_path):
 
 
 def test_killed_agent_leaves_no_process(tmp_path):
-    with Job(tmp_path, *WARM, *TRAIN, "data.num_workers=1", f"run.dir={tmp_path}") as job:
+    with Job(tmp_path, *WARM, *TRAIN, "train.epochs=5000", "data.num_workers=1", f"run.dir={tmp_path}") as job:
         job.wait_for_records()
         pids = process_tree(job.process.pid)
         assert len(pids) == 6, pids  # the agent, the fork server, two ranks, and one loader worker each
@@ -207,11 +210,13 @@ def test_killed_agent_leaves_no_process(tmp_path):
 
 def test_killed_ranks_are_restarted_within_the_job(tmp_path, reference):
     """Twice: forked from the fork server, and, after that was killed, in a new interpreter or from the next server."""
-    words = (*WARM, "--max-restarts=3", *TRAIN, "checkpoint.every_steps=3", f"run.dir={tmp_path}")
-    with Job(tmp_path, *words) as job:
-        for victims in (slice(2, 3), slice(0, 2)):  # rank 1; the fork server and rank 0
-            job.wait_for_records(4)
-            signal_all(job.rank_pids()[victims], signal.SIGKILL)  # the fork server is the first
+    words = (*WARM, "--max-restarts=3", HELD, tmp_path, "100,250", *SETTINGS, "checkpoint.every_steps=3")
+    with Job(tmp_path, *words, f"run.dir={tmp_path}") as job:
+        # Rank 1; the fork server, which is the first, and rank 0. Only restarted ranks reach step 120.
+        for seen, victims, held_at in ((20, slice(2, 3), 100), (120, slice(0, 2), 250)):
+            job.wait_for_step(seen)
+            signal_all(job.rank_pids()[victims], signal.SIGKILL)
+            (tmp_path / f"released-{held_at}").touch()
         ended = job.wait()
     assert ended.status == 0, str(ended)
     assert_same(tmp_path / "run", reference)
@@ -253,22 +258,28 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    """Fill the file system completely."""
-    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+    """Fill the file system completely, also with what has become free since the last call."""
+    with contextlib.suppress(OSError), (disk / "filler").open("ab", buffering=0) as file:
         while True:
             file.write(bytes(4096))
 
 
 def test_training_continues_on_a_full_disk_and_saves_when_there_is_space_again(small_disk, reference):
-    words = (*TORCHRUN, *TRAIN, "checkpoint.every_steps=5", "checkpoint.keep_last=1", f"run.dir={small_disk}")
-    with Job(small_disk.parent, *words) as job:
+    directory, settings = small_disk.parent, (*SETTINGS, "checkpoint.every_steps=5", "checkpoint.keep_last=1")
+
+    def warned() -> bool:
+        fill(small_disk)  # again: the removal of an older checkpoint may have made room for the next
+        return "saves again when the next checkpoint is due" in job.output()
+
+    with Job(directory, *TORCHRUN, HELD, directory, "100,250", *settings, f"run.dir={small_disk}") as job:
         job.run = small_disk / "run"
-        job.wait_for_records()
         job.wait_until(lambda: any(job.run.glob("checkpoints/step-*.pt")), "a checkpoint")
         fill(small_disk)
-        job.wait_until(lambda: "saves again when the next checkpoint is due" in job.output(), "the warning")
+        (directory / "released-100").touch()
+        job.wait_until(warned, "the warning")
         before = load_checkpoint(next(job.run.glob("checkpoints/step-*.pt")))["step"]
         (small_disk / "filler").unlink()
+        (directory / "released-250").touch()
         job.wait_until(
             lambda: max(int(p.stem[5:]) for p in job.run.glob("checkpoints/step-*.pt")) > before, "a later checkpoint"
         )
@@ -293,17 +304,19 @@ def test_disk_that_stays_full_fails_the_job_at_its_end(small_disk):
 
 
 def test_read_only_directory_keeps_the_older_checkpoints(small_disk, reference):
-    words = (*TRAIN, "checkpoint.every_steps=5", "checkpoint.keep_last=1", f"run.dir={small_disk}")
-    with Job(small_disk.parent, *TORCHRUN, *words) as job:
+    directory, settings = small_disk.parent, ("checkpoint.every_steps=5", "checkpoint.keep_last=1")
+    words = (*SETTINGS, *settings, f"run.dir={small_disk}")
+    with Job(directory, *TORCHRUN, HELD, directory, "100", *words) as job:
         job.run = small_disk / "run"
         job.wait_until(lambda: any(job.run.glob("checkpoints/step-*.pt")), "a checkpoint")
         run_command("mount", "--bind", "-o", "ro", small_disk, small_disk).succeeded()
+        (directory / "released-100").touch()
         ended = job.wait()
     run_command("umount", small_disk).succeeded()
     assert ended.status == 1, str(ended)  # torchrun's; the rank's is 2
     assert ended.stdout.count("Read-only file system; training continues") == 1, str(ended)
     assert "the trained network is not saved" in ended.stdout, str(ended)
-    run_ranks(2, *words).succeeded()  # the saved files are intact; the same command resumes
+    run_ranks(2, "-m", "distlenet.train", *words).succeeded()  # the saved files are intact; the run resumes
     assert_same(small_disk / "run", reference)
 
 

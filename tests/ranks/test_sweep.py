@@ -43,7 +43,7 @@ def test_an_agent_runs_the_trials_of_the_shipped_sweep_on_two_ranks(tmp_path, se
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     environ = {**server.environ, "WANDB_AGENT_MAX_INITIAL_FAILURES": "1"}
     server.trials = TRIALS
-    ended = run_command(sys.executable, "-c", COMMANDS, env=environ, cwd=tmp_path, timeout=240).succeeded()
+    ended = run_command(sys.executable, "-c", COMMANDS, env=environ, cwd=tmp_path, timeout=800).succeeded()
     assert "wandb agent tester/lenet/sweep1" in ended.stderr  # the command that the first one prints
     assert yaml.safe_load(server.sweep)["parameters"].keys() == sweep["parameters"].keys()
     assert server.sweep_of == dict.fromkeys(TRIALS, "sweep1")

@@ -23,7 +23,7 @@ from distlenet.tracking.wandb import row, row_number
 pytestmark = pytest.mark.ranks
 
 SETTINGS = ("data.name=digits", "train.epochs=4", "train.log_every=5", "checkpoint.every_steps=4", "run.name=run")
-ALL_ROWS, ALL_ROWS_S = ("wandb.finish_timeout_s=600",), 280.0  # the process that sends them has the lowest priority
+ALL_ROWS, ALL_ROWS_S = ("wandb.finish_timeout_s=600",), 400.0  # the process that sends them has the lowest priority
 KILLED_AT_STEP_32 = """
 import os, signal
 from distlenet import train
@@ -126,6 +126,16 @@ def test_with_a_wrong_key_the_run_is_kept_offline(tmp_path, server):
     assert not any(b"k" * 40 in path.read_bytes() for path in files)  # the key is not saved
 
 
+def test_a_server_that_does_not_answer_in_time_leaves_the_run_offline(tmp_path, server):
+    """In the time of W&B's own variable."""
+    server.behavior = "hang"
+    environ = {**server.environ, "WANDB_INIT_TIMEOUT": "1"}
+    command = ("-m", "distlenet.train", *SETTINGS, *ALL_ROWS, f"run.dir={tmp_path}")
+    ended = run_python(*command, env=environ, timeout=ALL_ROWS_S).succeeded()
+    assert "this run is kept offline, wandb sync sends it later" in ended.stderr
+    assert_rows(offline_rows(tmp_path / "run")[1], records(tmp_path / "run"))
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """Mount a disk of 64 KiB on the directory in which W&B keeps the run."""
@@ -144,8 +154,8 @@ def test_a_full_disk_stops_only_wandb(tmp_path, server, small_disk, mode):
         while True:
             file.write(bytes(4096))
     environ = {**server.environ, "WANDB_MODE": mode}
-    command = ("-m", "distlenet.train", *SETTINGS, f"run.dir={tmp_path}", "wandb.finish_timeout_s=20")
-    ended = run_python(*command, env=environ).succeeded()
+    command = ("-m", "distlenet.train", *SETTINGS, *ALL_ROWS, f"run.dir={tmp_path}")
+    ended = run_python(*command, env=environ, timeout=ALL_ROWS_S).succeeded()
     assert "W&B: OSError: [Errno 28] No space left on device; nothing more is sent there now" in ended.stderr
     assert "--replay-wandb" in ended.stderr
     assert [r["step"] for r in records(tmp_path / "run") if r["split"] == "test"] == [12, 24, 36, 48]
@@ -161,8 +171,9 @@ def test_a_preempted_run_is_marked_and_a_finished_one_sends_its_best_checkpoint(
         "train.epochs=40",
         "data.validation=0.1",
     )
-    with Job(tmp_path, sys.executable, "-m", "distlenet.train", *arguments, env=server.environ) as job:
-        job.wait_for_records()
+    held = Path(__file__).with_name("held_program.py")
+    with Job(tmp_path, sys.executable, held, tmp_path, "100", *arguments, env=server.environ) as job:
+        job.wait_for_step(5)
         job.process.send_signal(signal.SIGUSR2)
         assert job.wait(ALL_ROWS_S).status == 75
     (run_id,) = server.rows
@@ -239,7 +250,7 @@ def test_a_training_that_ends_before_its_start_leaves_no_process(tmp_path, how):
         pids = training.stdout.readline().split()
         if how == "closed":
             assert training.stdout.readline() == "closed\n"
-        psutil.wait_procs([psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))], timeout=120)
+        psutil.wait_procs([psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))], timeout=LIMIT_S)
         assert not any(psutil.pid_exists(int(pid)) for pid in pids)
         training.communicate("")
 

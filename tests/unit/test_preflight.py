@@ -18,6 +18,7 @@ from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.preflight import __main__ as preflight
 from distlenet.preflight import trial_step
 from distlenet.preflight.allreduce import fit_line, tournament_rounds
+from distlenet.preflight.exchange import clock_offset
 from distlenet.preflight.node_checks import check_run_dir, remove_if_created
 from distlenet.preflight.ports import ALL_PAIRS_LIMIT, peers_of, publish_listener, try_peers
 from distlenet.preflight.rank_info import collect_rank_info, own_address, route_to
@@ -114,6 +115,11 @@ def test_clocks():
 def test_ranks_of_one_node_may_read_its_clock_at_different_times():
     finding = findings_of(make_ranks(4), [0.0, 1.5, 0.2, 9.0])["clocks"]
     assert (finding.status, finding.found) == ("ok", "within 0.20 s")
+
+
+def test_a_node_that_reads_its_clock_late_is_not_ahead():
+    """Rank 0 asks for the clocks when its own shows 100 s, and has all of them at 107 s."""
+    assert [clock_offset(clock, 100.0, 107.0) for clock in (100.1, 106.5, 400.0, 95.0)] == [0.0, 0.0, 293.0, -5.0]
 
 
 def test_loader_workers_need_shared_memory():
