@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distlenet.tasks.image_classification import ImageClassification
 
-HELD_EPOCHS = (6, 12, 25)
+HELD_EPOCHS = (4, 8, 16)
 
 
 class Held(ImageClassification):

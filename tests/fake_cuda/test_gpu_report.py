@@ -16,7 +16,7 @@ import gpu_report
 from gpu.questions import Question
 
 names = ("crash", "fp32", "one_run")
-gpu_report.main([Question(name, name, f"fake_cuda.report_questions:{name}", 0, 200) for name in names])
+gpu_report.main([Question(name, name, f"fake_cuda.report_questions:{name}", 0, 250) for name in names])
 """
 
 
@@ -26,7 +26,7 @@ def test_the_report_on_the_fake(tmp_path):
     path = f"{HERE / 'every_process'}:{fake['PYTHONPATH']}:{REPO / 'benchmarks'}"
     settings = {**fake, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "0", "FAKE_CUDA_DEVICES": "1"}
     words = ("--out", tmp_path / "GPU.md", "--steps-scale", "0.01", "--require", "plain=1e9", "--require", "replay=0")
-    ended = run_command(sys.executable, "-c", PROGRAM, *words, env=settings, timeout=250)
+    ended = run_command(sys.executable, "-c", PROGRAM, *words, env=settings, timeout=800)
     page = (tmp_path / "GPU.md").read_text()
     assert ended.status == 1, f"{ended}\n{page}"
     assert "| GPU | Fake GPU |" in page

@@ -33,7 +33,7 @@ def check(rows, names, ranks):
 
 def run_cases(names, ranks=1):
     """Return the rows that all ranks printed."""
-    printed = run(PROGRAM, *names, ranks=ranks, timeout=180).succeeded().stdout
+    printed = run(PROGRAM, *names, ranks=ranks).succeeded().stdout
     return [json.loads(line[line.index("{") :]) for line in printed.splitlines() if "{" in line]
 
 
