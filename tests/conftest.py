@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, settings
 
 from distlenet.data.download import DEBIAN_DIRECTORY, locate
 from distlenet.data.idx import find_files
@@ -24,6 +25,10 @@ ALL_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.
 GPUS = os.environ.setdefault("DISTLENET_TEST_GPUS", ALL_GPUS)  # pytest-xdist starts its workers from this process
 """The GPUs of the tests in test_cuda.py, as in CUDA_VISIBLE_DEVICES."""
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests use the CPU, and test the same thing on every machine
+
+# By default, an example that takes longer than 0.2 s is a failure.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 LIMIT_S = 240.0  # for a command or one wait on it: it only ends a hang; a busy machine may need minutes
 REPO = Path(__file__).resolve().parent.parent

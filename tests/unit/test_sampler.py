@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from distlenet.data.sampler import GlobalBatchSampler, permutation
@@ -33,11 +33,9 @@ def assert_equal(batches, expected):
     assert all(torch.equal(a, b) for a, b in zip(batches, expected, strict=True))
 
 
-no_deadline = settings(deadline=None)  # a call takes up to 70 ms, and several times that while other tests run
 sizes = st.tuples(st.integers(1, 1000), st.integers(1, 40), st.sampled_from([1, 2, 3, 4, 8]))
 
 
-@no_deadline
 @given(sizes, st.integers(0, 3), st.booleans())
 def test_global_batches_do_not_depend_on_the_world_size(size, epoch, drop_last):
     samples, per_rank, world_size = size
@@ -49,7 +47,6 @@ def test_global_batches_do_not_depend_on_the_world_size(size, epoch, drop_last):
     assert len(one_rank) == len(make_samplers(samples, batch_size, 1, drop_last=drop_last)[0])
 
 
-@no_deadline
 @given(sizes, st.integers(0, 3))
 def test_epoch_has_every_sample_once(size, epoch):
     samples, per_rank, world_size = size
@@ -57,7 +54,6 @@ def test_epoch_has_every_sample_once(size, epoch):
     assert torch.equal(seen.sort().values, torch.arange(samples))
 
 
-@no_deadline
 @given(sizes, st.integers(0, 30), st.integers(0, 30))
 def test_part_of_an_epoch_equals_the_same_part_of_the_whole(size, start, length):
     samples, per_rank, world_size = size
