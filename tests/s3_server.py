@@ -9,7 +9,6 @@ import re
 import socket
 import sys
 import threading
-import time
 import urllib.request
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -31,6 +30,7 @@ class FaultyApp:
     def __init__(self):
         self.app = DomainDispatcherApplication(create_backend_app)
         self.faults = {}
+        self.replaced = threading.Event()  # set when other faults replace these: slow requests then continue
         self.counts = {}  # requests by method and result, for tests
         self.hook = lambda _method, _path: None  # called before each request, for tests
         self.lock = threading.Lock()
@@ -42,6 +42,8 @@ class FaultyApp:
             with self.lock:
                 counts, self.counts = self.counts, {}
                 self.faults = json.loads(body or b"{}")
+                self.replaced.set()
+                self.replaced = threading.Event()
             start_response("200 OK", [("Content-Type", "application/json")])
             return [json.dumps(counts).encode()]
         self.hook(method, path)
@@ -55,7 +57,7 @@ class FaultyApp:
             start_response("500 Cut", [])
             return [b""]
         if kind == "slow":
-            time.sleep(self.faults.get("seconds", 1.0))
+            self.replaced.wait(self.faults.get("seconds", 1.0))
         if kind in ERRORS:
             status, code, message = ERRORS[kind]
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

@@ -1,6 +1,7 @@
 """Runs in an object store for tests: the store, and what a job does."""
 
 import json
+import threading
 
 import pytest
 from checkpoint_states import tiny_state
@@ -36,6 +37,9 @@ def url_fixture(server, monkeypatch, tmp_path, request):
     yield f"s3://runs/{request.node.name}/run"
     server.fail()
     server.app.hook = lambda _method, _path: None
+    for thread in threading.enumerate():  # of a job that did not wait: its requests are not for the next test
+        if thread.name == "upload":
+            thread.join(WAIT_S)
 
 
 def refuse_loss(by: str) -> None:

@@ -27,6 +27,7 @@ from distlenet.storage.fetch import fetch_run
 from distlenet.storage.lock import LockLost, RunLock
 from distlenet.storage.objects import Objects, StorageError, retry
 from distlenet.storage.stored_run import closing_upload
+from distlenet.storage.upload import ATTEMPTS
 from distlenet.utils.errors import Preempted, UserError
 from distlenet.utils.urls import is_url, local_copy_of, temporary_directory
 
@@ -346,7 +347,7 @@ def test_a_store_that_fails_for_a_while_does_not_stop_training(server, url, tmp_
 
 def train(url, directory, server, fault, error=None):
     """Train as a job does: write a checkpoint when the store begins to fail, and end with ``error``."""
-    with closing_upload(start(url, directory), 2.0, Preemption(0.2)):
+    with closing_upload(start(url, directory), WAIT_S, Preemption(0.2)):
         write_run(directory, 1)
         server.fail(**fault)
         if error is not None:
@@ -359,7 +360,17 @@ def test_a_job_that_must_end_does_not_wait_for_the_store(server, url, tmp_path, 
     assert f"the newest files are in {tmp_path / 'a'}" in capsys.readouterr().err
 
 
-def test_a_run_that_cannot_be_uploaded_fails_at_its_end(server, url, tmp_path):
+def test_the_last_upload_is_repeated(server, url, tmp_path, monkeypatch):
+    monkeypatch.setattr("distlenet.storage.upload.FIRST_DELAY_S", 0.05)
+    with closing_upload(start(url, tmp_path / "a"), WAIT_S, Preemption(0.2)):
+        write_run(tmp_path / "a", 1)
+        server.fail(kind="full", method="PUT", path="checkpoints", times=ATTEMPTS + 1)
+    assert server.fail()["PUT full"] == ATTEMPTS + 1
+    assert "checkpoints/step-00000001.pt" in names(url)
+
+
+def test_a_run_that_cannot_be_uploaded_fails_at_its_end(server, url, tmp_path, monkeypatch):
+    monkeypatch.setattr("distlenet.storage.upload.FIRST_DELAY_S", 2 * WAIT_S)  # later than the end of the time
     with pytest.raises(UserError, match=r"QuotaExceeded.*the complete run is in .*: the same command there uploads it"):
         train(url, tmp_path / "a", server, {"kind": "full", "method": "PUT", "path": "checkpoints"})
     server.fail()
