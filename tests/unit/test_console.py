@@ -6,6 +6,7 @@ import pty
 import re
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from conftest import run_command
@@ -60,7 +61,7 @@ def evaluation(step: int) -> dict:
 
 def test_training_lines_are_limited_in_time(capsys, monkeypatch):
     clock = iter([0.0, 0.0, 1.0, 4.9, 5.1, 5.1, 6.0])
-    monkeypatch.setattr("distlenet.tracking.text.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("distlenet.tracking.text.time", SimpleNamespace(monotonic=lambda: next(clock)))
     console = TextLogger()
     console.start(RUN_INFO)
     capsys.readouterr()
@@ -134,7 +135,7 @@ def test_training_continues_if_standard_output_cannot_be_written(tmp_path):
     script = (
         "from distlenet.tracking.text import TextLogger\n"
         "lines = TextLogger()\n"
-        "for number in range(10000): lines.print(f'line {number}')\n"
+        "for number in range(50000): lines.print(f'line {number}')\n"
         "import sys; print('done', file=sys.stderr)\n"
     )
     command = f'{sys.executable} -c "$SCRIPT"'

@@ -33,8 +33,10 @@ def handles(process, number):
 
 
 def has_socket(process):
+    """Return whether the process has opened a socket; its standard streams may be sockets of this process."""
     with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-        return any("socket" in os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir())
+        files = [file for file in Path(f"/proc/{process.pid}/fd").iterdir() if int(file.name) > 2]
+        return any("socket" in os.readlink(file) for file in files)
     return False
 
 
