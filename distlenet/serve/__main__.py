@@ -111,14 +111,14 @@ def main() -> None:
         raise UserError(f"{MISSING.name}: not installed; pip install 'distlenet[serve]'")
     arguments = make_parser().parse_args()
     path = Path(arguments.model)
-    temporary = tempfile.TemporaryDirectory(prefix="distlenet-", ignore_cleanup_errors=True)
-    with temporary as directory:
+    with contextlib.ExitStack() as stack:
         if not is_model(path):
             if not path.exists() and "://" not in arguments.model:
                 raise UserError(f"{path}: does not exist; expected an exported model, a run or a checkpoint")
-            export_run(arguments.model, Path(directory), arguments.int8)
-            path = Path(directory)
-        serve(path, arguments, on_exit=temporary.cleanup)
+            temporary = tempfile.TemporaryDirectory(prefix="distlenet-", ignore_cleanup_errors=True)
+            path = Path(stack.enter_context(temporary))
+            export_run(arguments.model, path, arguments.int8)
+        serve(path, arguments, on_exit=stack.close)
 
 
 def serve(path: Path, arguments: argparse.Namespace, on_exit: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ import uvloop
 
 from distlenet.serve.connections import LimitedProtocol
 from distlenet.utils.errors import print_error, warn
-from distlenet.utils.startup import signal_name
+from distlenet.utils.startup import print_line, signal_name
 
 HANDSHAKE_S = 0.2  # time for connections that are being established
 IDLE_S = 1.0  # seconds without a request after which a connection is closed
@@ -70,8 +70,8 @@ class DrainingServer(uvicorn.Server):
         if self.should_exit:
             self.on_exit()
             os._exit(128 + sig)
-        warn(f"{signal_name(sig)}: answering what has arrived, then exiting; a second signal exits at once")
         self.should_exit = True
+        print_line(f"{signal_name(sig)}: answering what has arrived, then exiting; a second signal exits at once")
 
     async def on_tick(self, counter: int) -> bool:
         """Check the time limits of the connections once per second."""

@@ -129,13 +129,12 @@ class Endpoints:
 
     async def v1_status(self, request: Request) -> Response:
         """Answer with the states of the versions, as TensorFlow Serving does."""
+        available = ("AVAILABLE", "OK", "")
         if request.version is not None:
-            self.versions.get(request.version)
-        states = dict.fromkeys(self.versions.loaded, ("AVAILABLE", "OK", ""))
-        if request.version is None:
-            states |= {version: ("END", "DATA_LOSS", text) for version, text in self.versions.failures.items()}
+            states = {self.versions.get(request.version).version: available}
         else:
-            states = {request.version: states[request.version]}
+            states = dict.fromkeys(self.versions.loaded, available)
+            states |= {version: ("END", "DATA_LOSS", text) for version, text in self.versions.failures.items()}
         entries = [
             {"version": str(version), "state": state, "status": {"error_code": code, "error_message": text}}
             for version, (state, code, text) in sorted(states.items(), reverse=True)

@@ -28,18 +28,20 @@ class Versions:
 
     def newest(self) -> ServedModel:
         """Return the model that answers requests without a version."""
-        if not self.loaded:
+        loaded = self.loaded  # read once: ``scan`` may replace it
+        if not loaded:
             raise overloaded("no version is loaded")
-        return self.loaded[max(self.loaded)]
+        return loaded[max(loaded)]
 
     def get(self, version: int | None) -> ServedModel:
         """Return a version, None for the newest. Raise HttpError if it is not loaded."""
         if version is None:
             return self.newest()
-        if version not in self.loaded:
-            reason = self.failures.get(version, f"loaded are {', '.join(map(str, sorted(self.loaded)))}")
+        loaded = self.loaded  # as in ``newest``
+        if version not in loaded:
+            reason = self.failures.get(version, f"loaded are {', '.join(map(str, sorted(loaded)))}")
             raise HttpError(404, f"version {version} is not available: {reason}")
-        return self.loaded[version]
+        return loaded[version]
 
     def start(self) -> None:
         """Load the versions. Raise UserError if none can be served."""

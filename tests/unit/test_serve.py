@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import re
@@ -394,6 +395,42 @@ def test_the_temporary_export_is_removed_at_a_sudden_end(models, tmp_path, code,
     assert list((tmp_path / "temporary").glob("distlenet-*")) == []
 
 
+WITHIN_A_WRITE = """
+import io, os, sys
+from distlenet.serve.draining import DrainingServer
+from distlenet.utils.errors import warn
+
+class Stream(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def write(self, data):
+        if not server.should_exit:
+            server.handle_exit(15, None)
+        os.write(2, data)
+        return len(data)
+
+server = DrainingServer.__new__(DrainingServer)
+server.should_exit = False
+sys.stderr = io.TextIOWrapper(io.BufferedWriter(Stream()))
+warn("version 2 is served now")
+"""
+
+
+def test_a_signal_that_interrupts_a_write_starts_to_drain():
+    """The pipe of standard error may be full: then the write waits, and the handler of the signal runs within it."""
+    ended = run_command(sys.executable, "-W", "ignore", "-c", WITHIN_A_WRITE)
+    first, second = ended.stderr.splitlines()
+    assert (ended.status, first.split(":")[1:2], second) == (0, [" SIGTERM"], "distlenet: version 2 is served now")
+
+
+def test_a_killed_server_of_an_exported_model_leaves_no_directory(models, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with serving(models / "text"):
+        pass
+    assert list(tmp_path.glob("distlenet-*")) == []
+
+
 def test_ctrl_c_during_the_imports(tmp_path):
     (tmp_path / "uvloop.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(600)")
     environment = clean_environment()
@@ -660,6 +697,34 @@ def test_a_version_that_cannot_be_read_is_not_served(tmp_path):
     shutil.copytree(tmp_path / "1", tmp_path / "2", dirs_exist_ok=True)
     versions.scan()
     assert sorted(versions.loaded) == [1, 2]
+
+
+class ChangingVersions(Versions):
+    """Another thread replaces ``loaded`` after each time that it is read."""
+
+    numbers = itertools.cycle((1, 2))
+
+    @property
+    def loaded(self):
+        number = next(self.numbers)
+        return {number: SimpleNamespace(version=number)}
+
+    @loaded.setter
+    def loaded(self, _):
+        pass
+
+
+def test_versions_may_change_during_a_request():
+    versions = ChangingVersions(Path("models"), "model.onnx", 1)
+    assert {versions.newest().version for _ in range(2)} == {1, 2}
+    endpoints = Endpoints("text", versions, Batcher(1, 0, 1, lambda _: None), RequestMetrics())
+    for _ in range(4):
+        with suppress(HttpError):
+            assert versions.get(1).version == 1
+        with suppress(HttpError):
+            answer = asyncio.run(endpoints.v1_status(SimpleNamespace(version=1)))
+            assert [state["version"] for state in json.loads(answer.body)["model_version_status"]] == ["1"]
+        next(versions.numbers)
 
 
 def test_a_version_that_is_being_loaded_does_not_delay_the_end(models):
