@@ -216,8 +216,10 @@ def write_report(run_dir: str) -> bool:
         warn(f"no report: {missing}; then python -m distlenet.report {run_dir} writes it")
         return False
     command = [sys.executable, "-m", "distlenet.report", run_dir]
+    # It is no rank, which would end its parent process, torchrun's agent, for an error of the user.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     try:
-        status = subprocess.run(command, timeout=REPORT_TIMEOUT_S).returncode
+        status = subprocess.run(command, env=env, timeout=REPORT_TIMEOUT_S).returncode
         reason = f"the command ended with status {status}" if status else ""
     except subprocess.TimeoutExpired:
         reason = f"the command took more than {REPORT_TIMEOUT_S:.0f} s"

@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import sys
 from dataclasses import replace
 
@@ -226,7 +227,15 @@ def test_a_report_that_fails_is_one_line_and_a_warning_after_training(tmp_path, 
     run_dir = make_run(tmp_path / "run")
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert not write_report_after_training(str(run_dir))
+    agent = {"RUN_ID": "1", "RESTART_COUNT": "0", "MAX_RESTARTS": "3", "ERROR_FILE": str(tmp_path / "error.json")}
+    for name, value in agent.items():  # a rank would end its parent process, torchrun's agent
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    previous = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the command has ended its parent process"))
+    try:
+        assert not write_report_after_training(str(run_dir))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert not (tmp_path / "error.json").exists()
     install, warning = capfd.readouterr().err.splitlines()
     assert install == "distlenet: matplotlib: not installed; pip install 'distlenet[report]'"
     fix = f"python -m distlenet.report {run_dir} writes it"
