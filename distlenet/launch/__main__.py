@@ -9,7 +9,6 @@ if __name__ == "__main__":
     exit_on_ctrl_c()  # before the imports that take seconds; then torchrun's agent has its own handlers
 
 import os
-import signal
 import sys
 
 from distlenet.launch.warm_start import ForkServer
@@ -24,5 +23,4 @@ if __name__ == "__main__":
         from distlenet.launch.forked_rank import use_fork_server
 
         use_fork_server(server)
-    signal.set_wakeup_fd(-1)  # the ranks, not the agent, end at a second Ctrl-C
     sys.exit(run_agent())

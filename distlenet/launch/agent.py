@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from distlenet.utils.agent_report import NO_RESTARTS_FILE, restarts_are_forbidden
 from distlenet.utils.errors import warn
+from distlenet.utils.startup import exit_on_signals
 
 USER_ERROR = 2  # exit status of a rank
 
@@ -33,7 +34,9 @@ def run_agent(words: Sequence[str] | None = None) -> int:
     agent.addFilter(lambda record: "death signal" not in str(record.msg))
     report_restarts()
     arguments = run.parse_args(words)
-    with TemporaryDirectory(prefix="distlenet-agent-") as directory:
+    temporary = TemporaryDirectory(prefix="distlenet-agent-", ignore_cleanup_errors=True)
+    with temporary as directory:
+        exit_on_signals(temporary.cleanup)  # until torchrun starts ranks: before, it waits for other nodes
         if not writes_logs(arguments):
             arguments.log_dir = directory  # else torchrun makes a directory that it does not remove
         os.environ[NO_RESTARTS_FILE] = str(Path(directory) / "no-restarts")

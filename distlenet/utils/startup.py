@@ -16,10 +16,13 @@ from types import FrameType
 from distlenet.utils.agent_report import rank_has_failed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # not SIGUSR1, which NCCL may use
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # which torchrun's agent handles, too
 PREEMPTED = 75  # exit status of a run that stopped on request and can be resumed: EX_TEMPFAIL of BSD's sysexits.h
 INTERRUPTED = 130  # after Ctrl-C: as shells report it, and no script that requeues takes it for a preemption
 
 REPEAT_S = 1.0  # wrappers forward the SIGINT that the terminal has sent, too: until then, both are one Ctrl-C
+
+Handler = Callable[[int, FrameType | None], None]
 
 STOPPING = threading.Lock()  # held by the thread that ends the process
 
@@ -43,12 +46,21 @@ def exit_on_stop_request() -> None:
 
     Afterwards, a second Ctrl-C still ends the process.
     """
-    _exit_on(STOP_SIGNALS, stop)
+    _exit_on(STOP_SIGNALS, stop, RepeatedCtrlC())
 
 
 def exit_on_ctrl_c() -> None:
     """Exit at Ctrl-C, with one line and status 130, until ``run_entry``, and then at the second one."""
-    _exit_on((signal.SIGINT,), interrupt)
+    _exit_on((signal.SIGINT,), interrupt, RepeatedCtrlC())
+
+
+def exit_on_signals(cleanup: Callable[[], None]) -> None:
+    """Exit at a signal, with one line and after ``cleanup``, until other handlers are installed."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        _end(f"stopped by {signal_name(number)}", 128 + number, cleanup)
+
+    _exit_on(END_SIGNALS, end, lambda _: False)
 
 
 def stop(number: int, _: FrameType | None) -> None:
@@ -101,16 +113,17 @@ def print_line(text: str) -> None:
             os.write(2, f"{start}distlenet: {text}\n".encode())
 
 
-def _end(text: str, status: int) -> None:
+def _end(text: str, status: int, cleanup: Callable[[], None] = lambda: None) -> None:
     """End the process at once, with one line or none, unless another thread does that."""
     if STOPPING.acquire(blocking=False):
         if text:
             print_line(text)
+        cleanup()
         os._exit(status)
 
 
-def _exit_on(numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> None:
-    """Install a handler, and call it also in a second thread.
+def _exit_on(numbers: Sequence[signal.Signals], handler: Handler, is_repeated: Callable[[int], bool]) -> None:
+    """Install a handler, and call it also in a second thread, which ends the process if a later signal ``is_repeated``.
 
     Python calls handlers between two operations of the main thread, which may wait for other ranks for minutes.
     """
@@ -120,24 +133,21 @@ def _exit_on(numbers: Sequence[signal.Signals], handler: Callable[[int, FrameTyp
         if not is_ignored(number):
             signal.signal(number, handler)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_restore)  # a signal to a child is not one to this process
-    threading.Thread(target=_wait, args=(reading,), name="signals", daemon=True).start()
+
+    def restore() -> None:  # in a forked child: a signal to it is not one to this process
+        signal.set_wakeup_fd(-1)
+        for number in numbers:
+            if signal.getsignal(number) is handler:
+                signal.signal(number, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=restore)
+    threading.Thread(target=_wait, args=(reading, handler, is_repeated), name="signals", daemon=True).start()
 
 
-def _restore() -> None:
-    """Return to the default actions, in a forked child."""
-    signal.set_wakeup_fd(-1)
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) in (stop, interrupt):
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _wait(reading: int) -> None:
+def _wait(reading: int, handler: Handler, is_repeated: Callable[[int], bool]) -> None:
     """End the process at a signal. Python's signal handler writes its number to the pipe ``reading``, in any thread."""
-    is_repeated = RepeatedCtrlC()
     while numbers := os.read(reading, 1):
-        handler = signal.getsignal(numbers[0])
-        if handler is stop or handler is interrupt:
+        if signal.getsignal(numbers[0]) is handler:
             handler(numbers[0], None)
         elif is_repeated(numbers[0]):
             _end("ended by a second Ctrl-C, without a save", INTERRUPTED)

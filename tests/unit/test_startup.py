@@ -62,6 +62,24 @@ def test_a_rank_that_waits_for_others_ends_with_one_line(tmp_path, rank, number)
     assert error == (line if rank == 0 else "")
 
 
+@pytest.mark.usefixtures("python_handles_ctrl_c")
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "SIGINT (Ctrl-C)"), (signal.SIGTERM, "SIGTERM")])
+def test_an_agent_that_waits_for_other_nodes_ends_and_leaves_no_directory(tmp_path, number, name):
+    """Its main thread waits in C++, and torchrun has installed no handlers."""
+    node = ("--nnodes=2", "--node-rank=0", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
+    command = [sys.executable, "-m", "distlenet.launch", *node, "-m", "distlenet.train"]
+    env = clean_environment({"TMPDIR": str(tmp_path), "DISTLENET_WARM_START": "0"})
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until(lambda: any(tmp_path.glob("distlenet-agent-*")) and has_socket(process), process)
+            process.send_signal(number)
+            _, error = process.communicate(timeout=LIMIT_S)
+        finally:
+            process.kill()
+    assert (process.returncode, error) == (128 + number, f"distlenet: stopped by {name}\n")
+    assert not list(tmp_path.glob("distlenet-*"))
+
+
 PROGRAM = """
 import os, signal, sys
 from distlenet.distributed.preemption import Preemption
