@@ -105,7 +105,7 @@ class ChunkDecoder:
                 self.failed = True
                 raise
             if self.progress is not None:
-                self.progress.update(1 - len(self.chunks) / self.total)
+                self.progress.update(lambda: 1 - len(self.chunks) / self.total)
 
     def _read(self, chunk: int, deadline: float) -> list[tuple[Tensor, int]] | None:
         """Return the samples of a chunk, or None if they are not complete in time; the next call continues."""

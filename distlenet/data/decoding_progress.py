@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -29,13 +30,13 @@ class DecodingProgress:
             self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self.task = self.bar.add_task("", total=1.0)
 
-    def update(self, share: float) -> None:
-        """Show the ``share``, from 0 to 1."""
+    def update(self, current_share: Callable[[], float]) -> None:
+        """Show the share, from 0 to 1, that ``current_share`` returns when it is this thread's turn."""
         with self.lock:
             now = time.monotonic()
             if self.bar is None and now < self.next_line:
                 return
-            self.next_line = now + LINE_S
+            self.next_line, share = now + LINE_S, current_share()
             if self.first_line:
                 warn(self.first_line)
                 self.first_line = ""

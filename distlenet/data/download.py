@@ -4,7 +4,6 @@ import http.client
 import os
 import socket
 import subprocess
-import tempfile
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ from distlenet.config.schema import DataConfig
 from distlenet.data.idx import FILES, find_files
 from distlenet.images.decoding import IMAGE_SUFFIXES
 from distlenet.utils.errors import UserError
+from distlenet.utils.files import scratch_directory
 
 TORCHVISION_CLASS = {"fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
 DEBIAN_PACKAGE = {"fashion_mnist": "dataset-fashion-mnist"}
@@ -104,9 +104,9 @@ def locate_or_download(name: str, root: Path, fetch: bool) -> dict[str, Path]:
 def _download(name: str, root: Path, debian: bool) -> dict[str, Path]:
     failures = []
     for source in [_torchvision, _debian] if debian and name in DEBIAN_PACKAGE else [_torchvision]:
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as scratch:
+        with scratch_directory(root, f".download-{name}-") as scratch:
             try:
-                downloaded = source(name, Path(scratch))
+                downloaded = source(name, scratch)
             except (OSError, RuntimeError, http.client.HTTPException, subprocess.SubprocessError) as error:
                 text = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
                 failures.append(text.splitlines()[-1])

@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from typing_extensions import Buffer
 
 from distlenet.data import idx
 from distlenet.utils.errors import UserError
+from distlenet.utils.files import scratch_directory
 from distlenet.utils.mapped_file import SharedFile, create_shared, open_shared
 
 CHUNK_IMAGES = 2**16  # images generated at a time
@@ -32,13 +32,13 @@ def open_synthetic(root: Path, train: int, test: int) -> dict[str, SharedFile]:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".synthetic.lock"):
             if not directory.exists():
-                if (needed := sum(map(math.prod, shapes.values()))) > (free := shutil.disk_usage(root).free):
-                    raise UserError(
-                        f"data.synthetic_train={train}: {train + test} images take {needed:,} bytes, but data.root="
-                        f"{root} has {free:,} free; give a smaller number, or another data.root"
-                    )
-                with tempfile.TemporaryDirectory(prefix=".synthetic-", dir=root) as scratch:
-                    complete = Path(scratch) / "complete"
+                with scratch_directory(root, ".synthetic-") as scratch:
+                    if (needed := sum(map(math.prod, shapes.values()))) > (free := shutil.disk_usage(root).free):
+                        raise UserError(
+                            f"data.synthetic_train={train}: {train + test} images take {needed:,} bytes, but data.root="
+                            f"{root} has {free:,} free; give a smaller number, or another data.root"
+                        )
+                    complete = scratch / "complete"
                     complete.mkdir()
                     for name, shape in shapes.items():
                         with (complete / name).open("wb") as file:

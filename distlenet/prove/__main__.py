@@ -1,6 +1,7 @@
 """``python -m distlenet.prove``: run a user's task in many ways, and report whether all give the same result."""
 
 import json
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from distlenet.prove.trials import Run, check_ledger, plan, settings_of_runs
 from distlenet.reduction.batch_size import micro_batch_size
 from distlenet.utils.errors import UserError
 from distlenet.utils.parser import positive_int
+from distlenet.utils.startup import unwind_on
 
 
 def main() -> None:
@@ -147,4 +149,5 @@ def differing(first: dict[str, str], second: dict[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    unwind_on(signal.SIGTERM, signal.SIGHUP)
     run_entry(main)

@@ -1,6 +1,6 @@
 """``python -m distlenet.serve DIR_OR_RUN``: answer predictions over HTTP."""
 
-from distlenet.utils.startup import exit_on_ctrl_c
+from distlenet.utils.startup import exit_on_ctrl_c, unwind_on
 
 if __name__ == "__main__":
     exit_on_ctrl_c()  # before the imports that take seconds
@@ -216,8 +216,7 @@ def silence_parsers() -> None:
 def run_command() -> NoReturn:
     """Run the command and exit: 0 stopped, 2 user error, 130 Ctrl-C before the start. It imports no PyTorch."""
     signal.set_wakeup_fd(-1)  # of exit_on_ctrl_c
-    for each in (signal.SIGTERM, signal.SIGINT):  # before the start: removes the export
-        signal.signal(each, lambda number, _: sys.exit(128 + number))
+    unwind_on(signal.SIGTERM, signal.SIGINT)  # before the start: removes the export
     try:
         main()
     except UserError as error:

@@ -3,9 +3,11 @@
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from distlenet.utils.errors import UserError, warn
@@ -94,6 +96,18 @@ def replace_atomically(path: Path, write: Callable[[BinaryIO], object], durable:
         raise
     if durable:
         sync_path(path.parent)
+
+
+@contextmanager
+def scratch_directory(parent: Path, prefix: str) -> Iterator[Path]:
+    """Make a temporary directory, and remove those with this prefix, of killed processes.
+
+    The caller holds a lock, so that no other process uses one. Raise OSError.
+    """
+    for path in parent.glob(f"{prefix}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    with TemporaryDirectory(prefix=prefix, dir=parent) as scratch:
+        yield Path(scratch)
 
 
 def temporary_path(path: Path) -> Path:

@@ -63,6 +63,13 @@ def exit_on_signals(cleanup: Callable[[], None]) -> None:
     _exit_on(END_SIGNALS, end, lambda _: False)
 
 
+def unwind_on(*numbers: signal.Signals) -> None:
+    """Raise SystemExit at these signals, so that the command removes its temporary files."""
+    for each in numbers:
+        if not is_ignored(each):
+            signal.signal(each, lambda number, _: sys.exit(128 + number))
+
+
 def stop(number: int, _: FrameType | None) -> None:
     """Handle a signal before the first step: nothing has to be saved."""
     status = INTERRUPTED if number == signal.SIGINT else PREEMPTED

@@ -146,6 +146,7 @@ def test_an_interrupted_download_of_cifar10_is_repeated(cifar10, monkeypatch, tm
         patch.setattr("torchvision.datasets.utils.extract_archive", unpack_a_part)
         with pytest.raises(KeyboardInterrupt):
             load_data(cifar10_in(root), fetch=True)
+    (root / ".download-cifar10-of-a-killed-job" / directory.name).mkdir(parents=True)
     data = load_data(cifar10_in(root), fetch=True)
     assert torch.equal(data.train.images, torch.from_numpy(pixels).view(4, 3, 32, 32))
     assert [path.name for path in root.iterdir() if path.name != ".cifar10.lock"] == [directory.name]

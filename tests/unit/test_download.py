@@ -64,6 +64,7 @@ def test_fashion_mnist_is_downloaded_by_torchvision_and_verified(
         server.files[f"{name}.gz"] = original_gz(name, path.with_name(f"{name}.gz").read_bytes())
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [server.url])
     config = load_config([], [f"data.root={tmp_path / 'data'}"]).data
+    (tmp_path / "data/.download-fashion_mnist-of-a-killed-job/raw").mkdir(parents=True)
     data = load_data(config, fetch=True)
     assert (len(data.train), len(data.test)) == (60000, 10000)
     assert data.train.images.shape[1:] == (28, 28)

@@ -624,7 +624,28 @@ def test_a_long_decoding_prints_the_file_once_and_then_the_share(tmp_path, monke
     file = f"{tmp_path}/a0.images (0.0 GB)"
     assert [line for line in lines if file in line] == lines[:1]
     assert lines[0] == f"distlenet: decoding 300 images into {file}, once, for this and later jobs"
-    assert any(line.startswith("distlenet: decoding 300 images: 100%") for line in lines)
+    assert lines[-1].startswith("distlenet: decoding 300 images: 100%")
+
+
+class WaitingProgress:
+    """Its first thread waits for its turn until the other one has finished all chunks."""
+
+    def __init__(self):
+        self.first, self.complete, self.shares = threading.Lock(), threading.Event(), []
+
+    def update(self, share):
+        if self.first.acquire(blocking=False):
+            assert self.complete.wait(30)
+        self.shares.append(share())
+        if self.shares[-1] == 1:
+            self.complete.set()
+
+
+def test_the_share_that_a_thread_shows_is_not_older_than_one_shown_before(tmp_path):
+    file, progress = make_file(tmp_path, 600), WaitingProgress()
+    file.create()
+    ChunkDecoder(file, Counted(600), range(file.chunks), 2, progress).decode(60)
+    assert progress.shares == sorted(progress.shares)
 
 
 def test_selected_images_are_copied_in_parts(monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 import prove_tasks
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, run_command
 from PIL import Image
 
 from distlenet.config.loading import load_config
@@ -274,6 +274,19 @@ def test_a_process_that_does_not_end_within_the_time_limit_is_a_failure(tmp_path
     with pytest.raises(ProcessFailed, match=r"ranks \[0\] have not ended after 0\.1 s, the time limit"):
         Job(tmp_path, [process]).wait(killed)
     assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_scheduler_that_ends_a_proof_leaves_no_directory(tmp_path):
+    code = (
+        "import os, runpy\n"
+        "from distlenet.prove import processes\n"
+        "processes.start = lambda *_, **__: os.kill(os.getpid(), int(os.environ['SIGNAL']))\n"
+        "runpy.run_module('distlenet.prove', run_name='__main__')"
+    )
+    env = {"TMPDIR": str(tmp_path), "SIGNAL": str(int(signal.SIGTERM))}
+    ended = run_command(sys.executable, "-c", code, env=env)
+    assert (ended.status, ended.stderr) == (128 + signal.SIGTERM, ""), str(ended)
+    assert not list(tmp_path.glob("prove-*"))
 
 
 def test_a_number_of_ranks_has_only_decimal_digits(fails, monkeypatch):

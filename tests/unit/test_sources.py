@@ -49,7 +49,9 @@ def test_there_is_a_class_name_for_each_label(name):
 def test_a_large_synthetic_set_is_written_once_and_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "MAX_IMAGES_IN_MEMORY", 100)
     overrides = ("data.name=synthetic", "data.synthetic_train=101", "data.synthetic_test=7", f"data.root={tmp_path}")
+    (tmp_path / ".synthetic-of-a-killed-job").mkdir()
     first = load(*overrides)
+    assert not list(tmp_path.glob(".synthetic-*"))
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "synthetic-101-7").iterdir()}
     assert len(times) == 4
     assert torch.equal(load(*overrides).train.images, first.train.images)

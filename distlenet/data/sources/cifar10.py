@@ -4,7 +4,6 @@ import http.client
 import socket
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -12,6 +11,7 @@ from distlenet.config.schema import DataConfig
 from distlenet.data.download import LOCK_TIMEOUT_S, SOCKET_TIMEOUT_S, is_default
 from distlenet.data.sources.opened import OpenedImages, store_images
 from distlenet.utils.errors import UserError, one_line
+from distlenet.utils.files import scratch_directory
 
 DIRECTORY = "cifar-10-batches-py"
 
@@ -54,9 +54,9 @@ def _download(root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".cifar10.lock", timeout=LOCK_TIMEOUT_S):
             if not (root / DIRECTORY).is_dir():
-                with TemporaryDirectory(prefix=".download-", dir=root) as scratch:
-                    CIFAR10(scratch, download=True)
-                    Path(scratch, DIRECTORY).rename(root / DIRECTORY)
+                with scratch_directory(root, ".download-cifar10-") as scratch:
+                    CIFAR10(str(scratch), download=True)
+                    (scratch / DIRECTORY).rename(root / DIRECTORY)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         reason = one_line(error, 200)
         hint = f"put the published {DIRECTORY} into {root}, or run again with a network"
