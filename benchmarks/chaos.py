@@ -41,6 +41,10 @@ LIMIT_S = 120.0  # per recovery
 # On a fast machine, or while this program stands still, the run must not end before the last kill: one of its last
 # steps waits. Its number ends in 5, so that a start that resumes from a checkpoint takes a step before it.
 PROGRAM = """
+from distlenet.utils.process import exit_with_agent
+from distlenet.utils.startup import exit_on_stop_request
+exit_with_agent()  # as ``-m distlenet.train``, before the imports that take seconds
+exit_on_stop_request()
 import sys, time
 from pathlib import Path
 from distlenet.distributed.entry_point import run_entry

@@ -4,6 +4,13 @@ Before each of these steps it waits for the file ``DIRECTORY/released-STEP``, so
 has disturbed it, however slow the test is. A stop request releases it, too.
 """
 
+from distlenet.utils.process import exit_with_agent
+from distlenet.utils.startup import exit_on_stop_request
+
+if __name__ == "__main__":  # as ``-m distlenet.train``, before the imports that take seconds
+    exit_with_agent()
+    exit_on_stop_request()
+
 import sys
 import time
 from pathlib import Path
