@@ -18,7 +18,7 @@ from distlenet.reduction.global_statistics import use_global_statistics
 from distlenet.reduction.lockstep import LockstepReducer, connect
 from distlenet.utils.errors import UserError
 
-pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("group"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("group"), pytest.mark.timeout(240)]
 
 SHARDS = 4
 
