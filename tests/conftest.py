@@ -26,9 +26,9 @@ GPUS = os.environ.setdefault("DISTLENET_TEST_GPUS", ALL_GPUS)  # pytest-xdist st
 """The GPUs of the tests in test_cuda.py, as in CUDA_VISIBLE_DEVICES."""
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests use the CPU, and test the same thing on every machine
 
-# By default, an example that takes longer than 0.2 s is a failure.
-settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy machine")
+# The same examples each time; by default, one that takes longer than 0.2 s is a failure.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 LIMIT_S = 240.0  # for a command or one wait on it: it only ends a hang; a busy machine may need minutes
 REPO = Path(__file__).resolve().parent.parent
