@@ -1,6 +1,6 @@
 """``python -m distlenet.train``, alone or under torchrun, srun or mpirun: compose a run, train, clean up."""
 
-from distlenet.utils.process import exit_with_agent
+from distlenet.utils.process import environment_outside_job, exit_with_agent
 from distlenet.utils.startup import announce_start, exit_on_stop_request
 
 if __name__ == "__main__":  # before the imports that take seconds
@@ -216,8 +216,7 @@ def write_report(run_dir: str) -> bool:
         warn(f"no report: {missing}; then python -m distlenet.report {run_dir} writes it")
         return False
     command = [sys.executable, "-m", "distlenet.report", run_dir]
-    # It is no rank, which would end its parent process, torchrun's agent, for an error of the user.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    env = environment_outside_job()  # a rank ends its parent process, torchrun's agent, for an error of the user
     try:
         status = subprocess.run(command, env=env, timeout=REPORT_TIMEOUT_S).returncode
         reason = f"the command ended with status {status}" if status else ""

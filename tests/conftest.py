@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 
 from distlenet.data.download import DEBIAN_DIRECTORY, locate
 from distlenet.data.idx import find_files
+from distlenet.utils.process import environment_outside_job
 
 os.environ["WANDB_MODE"] = "disabled"  # except in the tests of W&B
 
@@ -81,8 +82,7 @@ def run_command(
 
 def clean_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a command: without launcher variables, one thread, fault handler on."""
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TORCHELASTIC_"))}
-    return {**plain, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **(extra or {})}
+    return {**environment_outside_job(), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **(extra or {})}
 
 
 def process_tree(pid: int) -> list[int]:
@@ -102,6 +102,12 @@ def signal_all(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Return the records of a .jsonl file, but the last one if it is just being written."""
+    lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 class Job:
@@ -157,20 +163,15 @@ class Job:
 
     def wait_for_records(self, count: int = 1) -> None:
         """Wait for ``count`` new records of the training run."""
-        target = self._records() + count
-        self.wait_until(lambda: self._records() >= target, "a record")
+        target = len(self._records()) + count
+        self.wait_until(lambda: len(self._records()) >= target, "a record")
 
     def wait_for_step(self, step: int) -> None:
         """Wait for a record of the training run after ``step`` steps or more."""
-        self.wait_until(lambda: any(json.loads(line)["step"] >= step for line in self._lines()), f"step {step}")
+        self.wait_until(lambda: any(record["step"] >= step for record in self._records()), f"step {step}")
 
-    def _records(self) -> int:
-        return len(self._lines())
-
-    def _lines(self) -> list[str]:
-        """Return the complete lines of the history: the last one may just be written."""
-        path = self.run / "metrics.jsonl"
-        return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    def _records(self) -> list[dict]:
+        return read_lines(self.run / "metrics.jsonl")
 
     def rank_pids(self) -> list[int]:
         """Return the pids of torchrun's ranks, in rank order."""

@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from distlenet.utils.errors import UserError
+from distlenet.utils.process import environment_outside_job
 
 LIMIT_S = 3600.0
 """For one run. The watchdog of a run ends it much earlier if it hangs."""
@@ -87,9 +88,8 @@ def output_of(directory: Path, rank: int) -> Path:
 def start(directory: Path, words: Sequence[str], ranks: int = 1, hash_seed: int = SERVER_HASH_SEED) -> Iterator[Job]:
     """Start ``ranks`` processes of ``distlenet.prove.child``; kill them at the end of the block."""
     directory.mkdir(parents=True, exist_ok=True)
-    launcher = ("SLURM_", "TORCHELASTIC_")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
-    common = {"OMP_NUM_THREADS": "1", **inherited, "WANDB_MODE": "disabled", "PYTHONHASHSEED": str(hash_seed)}
+    fixed = {"WANDB_MODE": "disabled", "PYTHONHASHSEED": str(hash_seed)}
+    common = {"OMP_NUM_THREADS": "1", **environment_outside_job(), **fixed}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, **address}
     SERVER.set_forkserver_preload(["torch._dynamo", "distlenet.prove.child"])

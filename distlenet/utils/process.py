@@ -1,4 +1,4 @@
-"""Settings of this process in the kernel and the C library: when it exits, and how it allocates memory.
+"""Settings of processes: when this one exits, how it allocates memory, and which variables a new one gets.
 
 This module imports only the standard library: entry points use it before they import torch, which takes seconds.
 """
@@ -26,6 +26,11 @@ def exit_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent died before the call
         sys.exit(1)
+
+
+def environment_outside_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment of a new process that is no rank of this job: without the variables of its launcher."""
+    return {name: value for name, value in environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))}
 
 
 def tune_malloc() -> None:

@@ -1,12 +1,11 @@
 """An elastic job with launch/node.sh: machines leave and join while it runs."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, Job, run_command
+from conftest import REPO, Job, read_lines, run_command
 
 from cluster.held_task import HELD_EPOCHS
 from cluster.slurm_cluster import SlurmCluster
@@ -34,12 +33,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     newest = CheckpointStore(run / "checkpoints", keep_last=1).newest()
     assert newest is not None
     return dict(load_checkpoint(newest)["model"])
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Return the complete lines: the last one may just be written."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
 
 
 @pytest.mark.parametrize("head", ["10.77.0.2"])

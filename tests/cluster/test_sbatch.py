@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, read_lines
 
 from cluster.slurm_cluster import SlurmCluster
 from distlenet.checkpoint.format import load_checkpoint
@@ -56,11 +56,11 @@ class SlurmJob:
         path, history = self.run / "starts.jsonl", self.run / "metrics.jsonl"
 
         def has_record() -> bool:
-            lines = complete_lines(path)
-            if len(lines) < starts:
+            records = read_lines(path)
+            if len(records) < starts:
                 return False
-            step = json.loads(lines[starts - 1])["step"]
-            return any(json.loads(line)["step"] > step for line in complete_lines(history))
+            step = records[starts - 1]["step"]
+            return any(record["step"] > step for record in read_lines(history))
 
         self.slurm.poll(has_record, f"start {starts} of {self.run}\n{self.output()}", LIMIT_S)
 
@@ -78,11 +78,6 @@ class SlurmJob:
     def signal(self) -> None:
         """Signal the batch shell, as SLURM does before the time limit."""
         self.slurm.run("ctl", "scancel", "--batch", "--signal=USR2", self.id).succeeded()
-
-
-def complete_lines(path: Path) -> list[str]:
-    """Return the lines of a file but the last one if it is just being written."""
-    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
