@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -49,12 +50,33 @@ class Fetched:
         """Return a copy in pinned memory; the DataLoader calls this."""
         return Fetched(*map_tensors(lambda tensor: tensor.pin_memory(), (self.data, self.indices, self.on_device)))
 
+    def __reduce__(self) -> tuple[Callable[..., "Fetched"], tuple[Data, np.ndarray]]:
+        """Return from a worker, which has no GPU, with the indices by value: a file in shared memory costs more."""
+        return _fetched_on_host, (self.data, self.indices.numpy())
+
+
+def _fetched_on_host(data: Data, array: np.ndarray) -> Fetched:
+    indices = torch.from_numpy(array)
+    return Fetched(data, indices, indices)
+
 
 class Request(NamedTuple):
     """The samples to load in one batch. A loader worker receives nothing else."""
 
     epoch: int  # or EVALUATION_EPOCH
     indices: Tensor  # int64 (n,), on the host; n may be 0
+
+    def __reduce__(self) -> tuple[Callable[..., "Request"], tuple[int, np.ndarray]]:
+        """Send the indices to a worker by value.
+
+        The indices of an epoch are views of one tensor, which torch would move to shared memory while several threads,
+        one per worker, send its views.
+        """
+        return _request, (self.epoch, self.indices.numpy())
+
+
+def _request(epoch: int, array: np.ndarray) -> Request:
+    return Request(epoch, torch.from_numpy(array))
 
 
 class BatchedDataset(Dataset[Fetched]):

@@ -1,4 +1,5 @@
 from itertools import chain
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from loaders import make_evaluation_loader, make_loader
 
 from distlenet.config.schema import Config
+from distlenet.data.batched_dataset import Fetched, Request
 from distlenet.data.placement import place_datasets
 from distlenet.data.sources import ImageDataset
 from distlenet.task import Datasets, Task
@@ -38,6 +40,16 @@ def test_a_loader_fetches_the_batches_of_the_sampler(num_workers):
         assert [batch.global_size for batch in batches] == [5, 5, 5, 5, 1][start:]
         assert {batch.epoch for batch in batches} == {epoch}
     assert [len(batch) for batch in batches] == [2, 0]  # of the last batch this rank has no sample
+
+
+def test_indices_reach_and_leave_a_worker_by_value():
+    """Views of one tensor must not move to shared memory while several threads send them."""
+    indices, _ = torch.arange(10).split(5)
+    for sent in (Request(3, indices), Fetched((), indices, indices)):
+        received = ForkingPickler.loads(ForkingPickler.dumps(sent))
+        assert received.indices.tolist() == indices.tolist()
+        assert not indices.is_shared()
+        assert not received.indices.is_shared()
 
 
 def test_one_batch_is_loaded_again():
