@@ -76,7 +76,8 @@ def run_command(
             process.wait(timeout=5)
         signal_all(pids, signal.SIGKILL)
         stdout, stderr = process.communicate()
-        pytest.fail(f"still running after {timeout} s: " + str(CommandResult(" ".join(command), -9, stdout, stderr)))
+        result = CommandResult(" ".join(command), process.returncode, stdout, stderr)
+        pytest.fail(f"still running, or its output still open, after {timeout} s: {result}")
     return CommandResult(" ".join(command), process.returncode, stdout, stderr)
 
 
@@ -86,14 +87,18 @@ def clean_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def process_tree(pid: int) -> list[int]:
-    """Return the process and its descendants in all sessions; torchrun starts a session for each rank."""
-    parents = {}
+    """Return the process and its descendants in all sessions; torchrun starts a session for each rank.
+
+    A descendant whose parent has exited is found by its session.
+    """
+    parents_and_sessions = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # has exited
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+            _, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            parents_and_sessions[int(stat.parent.name)] = int(parent), int(session)
     pids = [pid]
     for ancestor in pids:
-        pids += [child for child, parent in parents.items() if parent == ancestor]
+        pids += [other for other, origin in parents_and_sessions.items() if ancestor in origin and other not in pids]
     return pids
 
 

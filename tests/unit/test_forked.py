@@ -1,6 +1,7 @@
-"""The test helpers that run commands in forked processes."""
+"""The test helpers that run commands, in forked processes or not."""
 
 import pytest
+from conftest import run_command
 from forked import run_python, run_ranks
 
 pytestmark = pytest.mark.unit
@@ -30,3 +31,9 @@ def test_failed_rank_ends_the_others(tmp_path):
     script.write_text(PROGRAM)
     result = run_ranks(2, script, "fail")
     assert (result.status, result.stdout) == (3, "")
+
+
+def test_an_orphan_that_keeps_the_output_open_is_killed_and_the_output_shown():
+    shown = r"open, after 1 s: .*\nstatus -11\n--- stdout\noutput\n"
+    with pytest.raises(pytest.fail.Exception, match=shown):
+        run_command("sh", "-c", "echo output; sleep 1000 & kill -SEGV $$", timeout=1)

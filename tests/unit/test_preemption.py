@@ -94,6 +94,7 @@ from distlenet.distributed.preemption import Preemption, worker_init_fn
 
 signals_sent, send = os.pipe()
 def late(worker):  # the second worker is still starting when the signals arrive
+    os.close(send)  # if the rank fails, the read ends
     if worker == 1:
         os.read(signals_sent, 1)
     worker_init_fn(worker)
