@@ -15,6 +15,7 @@ from distlenet.utils.agent_report import record_failure
 from distlenet.utils.errors import Preempted, UserError, one_line, print_error
 
 STORE_TIMEOUT_S = 2.0
+USER_ERROR = "user_error"  # the store's key of its text
 MAX_REPORTS = 8  # in a large job all ranks fail after the first
 MAX_CHARACTERS = 140  # of the message in a report of one line
 PEER_LOST = re.compile("(?i)closed by peer|reset by peer|broken pipe|remote process exited|connection refused")
@@ -23,12 +24,23 @@ SOURCE_LINE = re.compile(r"^\[\S+:\d+\] ")  # at the start of Gloo's messages
 
 @contextmanager
 def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> Iterator[None]:
-    """Report an exception of this rank, log its traceback, and raise it again; ``store`` counts the failures."""
+    """Report an exception of this rank, log its traceback, and raise it again; ``store`` counts the failures.
+
+    A UserError is only passed on. A rank that loses its connection to one that raised it raises it, too, and rank 0
+    prints it.
+    """
     try:
         yield
-    except (UserError, Preempted):
+    except Preempted:
+        raise
+    except UserError as error:
+        with contextlib.suppress(RuntimeError):  # the store may not respond
+            store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
+            store.set(USER_ERROR, str(error))
         raise
     except Exception as error:
+        if _is_lost_connection(error) and (text := _user_error_of_another_rank(store)):
+            raise UserError(text) from error
         log.write("\n".join(format_traceback(error)))
         failures = 1
         with contextlib.suppress(RuntimeError):  # the store may not respond
@@ -42,6 +54,15 @@ def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> 
             print_error(f"distlenet: {env} failed after it: {describe_failure(error)}")
         error.reported = True  # type: ignore[attr-defined]
         raise
+
+
+def _user_error_of_another_rank(store: Store) -> str:
+    """Return the text of a UserError that a rank has raised; an empty string if there is none."""
+    with contextlib.suppress(RuntimeError):  # the store may not respond
+        store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
+        if store.check([USER_ERROR]):
+            return store.get(USER_ERROR).decode()
+    return ""
 
 
 def format_failure(error: Exception, env: DistributedEnvironment, log_file: str | None = None) -> str:

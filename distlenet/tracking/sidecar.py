@@ -122,7 +122,8 @@ class Sidecar(Tracker):
         finish_timeout_s = self.config["wandb"]["finish_timeout_s"]
         limit = max(0.0, min(finish_timeout_s, left - EXIT_S))
         try:
-            process.communicate(self.outcome.encode(), timeout=limit)
+            # A whole line: a process forked by this one may keep the pipe open, so its end may not arrive.
+            process.communicate(f"{self.outcome}\n".encode(), timeout=limit)
         except subprocess.TimeoutExpired:
             reason = "wandb.finish_timeout_s" if limit == finish_timeout_s else "a stop was requested"
             return f"was not done within {limit:.3g} s ({reason})"

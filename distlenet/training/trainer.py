@@ -267,6 +267,7 @@ class Trainer:
 
     def close(self) -> None:
         """Release what the process group must not outlive, and let a write in progress end. Not a collective."""
+        self.loader.close()
         self.checkpoints.close()
         self.sample_log.close()
         self.profiler.close()

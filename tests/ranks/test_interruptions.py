@@ -97,6 +97,32 @@ def test_error_on_one_rank_ends_the_job_and_names_the_rank(tmp_path):
     assert ours == {"distlenet: rank 1: disk not readable"}, str(ended)
 
 
+ERROR_IN_A_BATCH_OF_RANK_1 = """
+import os
+from distlenet import train
+from distlenet.data.sources import ImageDataset
+from distlenet.distributed.entry_point import run_entry
+from distlenet.utils.errors import UserError
+def get_batch(self, indices):
+    batches.append(indices)
+    if os.environ["RANK"] == "1" and len(batches) == 5:
+        raise UserError("sample 7: no label")
+    return original(self, indices)
+batches, original, ImageDataset.get_batch = [], ImageDataset.get_batch, get_batch
+run_entry(train.main)
+"""
+
+
+def test_error_in_a_batch_of_one_rank_is_the_error_of_the_job(tmp_path):
+    """The other rank loses its connection, and must not report that a rank was killed."""
+    script = tmp_path / "program.py"
+    script.write_text(ERROR_IN_A_BATCH_OF_RANK_1)
+    ended = run_torchrun(2, script, "data.name=digits", f"run.dir={tmp_path}")
+    assert ended.status != 0
+    ours = {line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")}  # a set: see above
+    assert ours == {"distlenet: sample 7: no label"}, str(ended)
+
+
 def test_complete_run_is_not_trained_again_and_evaluates_to_the_same_loss(tmp_path):
     words = ("-m", "distlenet.train", "--config", REPO / "configs/ci.yaml", "train.epochs=1", f"run.dir={tmp_path}")
     run_python(*words, "run.name=run").succeeded()

@@ -141,3 +141,12 @@ def test_without_a_store_every_rank_prints_its_traceback(capsys):
 def test_a_user_error_is_not_reported_here(capsys):
     fail(HashStore(), 3, UserError("x"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_loses_the_connection_to_one_with_a_user_error_raises_it_too(capsys):
+    """Rank 0 prints it, whichever rank had it."""
+    store = HashStore()
+    fail(store, 3, UserError("sample 7: no label"))
+    with pytest.raises(UserError, match=r"^sample 7: no label$"):
+        raise_in_distlenet(store, DistributedEnvironment(rank=0, world_size=20), error_of_gloo())
+    assert capsys.readouterr().err == ""

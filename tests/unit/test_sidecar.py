@@ -113,6 +113,19 @@ def test_the_process_gets_the_job_and_the_outcome(tmp_path, use_command):
         assert last == outcome
 
 
+def test_the_outcome_arrives_although_another_process_keeps_the_pipe_open(tmp_path, use_command, capsys):
+    use_command(sys.executable, "-c", "import sys; sys.stdin.readline(), sys.stdin.readline()")
+    sidecar = make_sidecar(tmp_path, f"wandb.finish_timeout_s={LIMIT_S}")
+    sidecar.launch()
+    sidecar.start({"complete": False})
+    kept_open = os.dup(sidecar.process.stdin.fileno())
+    try:
+        sidecar.close()
+    finally:
+        os.close(kept_open)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_process_that_does_not_end_is_killed(tmp_path, use_command, capsys):
     use_command("sleep", "600")
     sidecar = make_sidecar(tmp_path, "wandb.finish_timeout_s=30", seconds_left=2.25)  # 2 s are kept for the exit

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import multiprocessing.util
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import LIMIT_S
 from distlenet import evaluate, train
 from distlenet.checkpoint.store import CheckpointStore
 from distlenet.config.loading import load_config
+from distlenet.distributed.preemption import worker_init_fn
 from distlenet.reduction.replica_check import ReplicaMismatch
 from distlenet.report.page import write_report
 from distlenet.report.runs import read_run
@@ -52,6 +54,18 @@ def test_a_run_leaves_no_file_of_its_directory_open(tmp_path):
             files.append(os.readlink(link))
     assert files
     assert not [file for file in files if file.startswith(str(tmp_path))]
+
+
+def test_the_workers_of_the_loader_end_by_themselves(tmp_path, monkeypatch):
+    """A worker that SIGTERM has to end runs no finalizers, and is waited for."""
+
+    def init_worker(number):
+        worker_init_fn(number)
+        multiprocessing.util.Finalize(None, (tmp_path / f"worker {number}").touch, exitpriority=0)
+
+    monkeypatch.setattr("distlenet.data.loader.worker_init_fn", init_worker)
+    train_digits(tmp_path, "data.num_workers=2")
+    assert len(list(tmp_path.glob("worker *"))) == 2
 
 
 def test_the_memory_of_checkpoints_is_reserved_once_for_the_whole_state(tmp_path, monkeypatch):
