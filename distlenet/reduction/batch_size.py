@@ -35,7 +35,7 @@ def _ranks_do_not_divide(config: Config, shards: int, world_size: int) -> UserEr
     auto = f" (auto, for train.global_batch_size={batch})" * (config.distributed.virtual_shards == "auto")
     other = f"distributed.virtual_shards={world_size}, which changes the result,"
     return UserError(
-        f"distributed.virtual_shards={shards}{auto}: does not divide by {world_size} ranks; start {ranks}, or give "
+        f"distributed.virtual_shards={shards}{auto}: is not divisible by {world_size} ranks; start {ranks}, or give "
         f"{other if batch % world_size == 0 else 'another value'} or distributed.reduction=ddp"
     )
 
@@ -43,4 +43,4 @@ def _ranks_do_not_divide(config: Config, shards: int, world_size: int) -> UserEr
 def _does_not_divide(batch: int, divisor: int, description: str) -> UserError:
     below = batch // divisor * divisor
     sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
-    return UserError(f"train.global_batch_size={batch}: does not divide by {description}; give {sizes}")
+    return UserError(f"train.global_batch_size={batch}: is not divisible by {description}; give {sizes}")

@@ -36,6 +36,11 @@ class TextLogger(Tracker):
             f"epochs {i['epochs']}, steps {i['steps']}, global batch {i['global_batch_size']} = "
             f"ranks {i['world_size']} × micro-batches {i['micro_batches']} × {self.unit} {i['micro_batch_size']}"
         )
+        if i["global_batch_size"] > i["train_count"]:
+            self.print(
+                f"train.global_batch_size={i['global_batch_size']} is larger than the training set: each epoch is one "
+                f"step, of {i['train_count']} {self.unit}"
+            )
         restart = i.get("restart", "")
         if i["complete"]:
             by_steps = i["steps"] < i["epochs"] * i["steps_per_epoch"]

@@ -108,6 +108,10 @@ def test_a_task_without_accuracy_and_a_validation_set(capsys):
     ("change", "part"),
     [
         ({}, "global batch 64 = ranks 2 × micro-batches 1 × images 32"),
+        (
+            {"train_count": 38},
+            "\ntrain.global_batch_size=64 is larger than the training set: each epoch is one step, of 38 ",
+        ),
         ({"step": 8, "resumed_from": "runs/x/c.pt"}, "resumed at step 8 of 40 from runs/x/c.pt"),
         ({"initialised_from": "runs/x/c.pt"}, "\ninitial weights from runs/x/c.pt\n"),
         ({"step": 40, "complete": True}, "this run is complete; to train longer, give run.name=name checkpoint.allow"),

@@ -118,7 +118,7 @@ def test_settings_that_need_a_gpu_are_listed():
         (["--world-size", "3"], "is for --dry-run"),
         (["--dry-run", "--world-size", "0"], "--world-size: 0: expected an integer, at least 1"),
         (["--dry-run", "--world-size", "2000000"], "expected at most 1,000,000"),
-        (["--dry-run", "--world-size", "3"], "does not divide by 3 ranks"),
+        (["--dry-run", "--world-size", "3"], "is not divisible by 3 ranks"),
         (["--dry-run", "data.name=fashion_mnist", "data.root=none"], "python -m distlenet.data"),
         (["--dry-run", *DIGITS, "optim.warmup_steps=9999"], "the run has 96 steps; give fewer"),
     ],

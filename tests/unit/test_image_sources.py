@@ -158,6 +158,8 @@ def test_files_of_a_folder_that_cannot_be_read_and_names_that_are_no_text(tmp_pa
 def test_a_directory_without_the_layout_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no directory train and test; expected image files in ROOT/train/CLASS"):
         load("folder", tmp_path)
+    with pytest.raises(UserError, match=r"/typo: no such directory; expected image files in ROOT/train/CLASS"):
+        load("folder", tmp_path / "typo")
     root = save_folder(tmp_path, random_images(4, 8, 8), random_images(4, 8, 8))
     (root / "test/c9").mkdir()
     with pytest.raises(UserError, match="class c9 is not in the training set"):

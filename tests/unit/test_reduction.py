@@ -412,12 +412,12 @@ SHARDS = "distributed.virtual_shards=8"
         (
             [DDP, "train.global_batch_size=64"],
             3,
-            "64: does not divide by 3 ranks × 1 accumulation steps; give 63 or 66",
+            "64: is not divisible by 3 ranks × 1 accumulation steps; give 63 or 66",
         ),
         ([DDP, "train.global_batch_size=10", "train.accumulation_steps=4"], 2, "give 8 or 16"),
         ([DDP, "train.global_batch_size=5"], 8, "; give 8$"),
         ([EXACT, SHARDS, "train.global_batch_size=100"], 1, "virtual_shards=8; give 96 or 104"),
-        ([EXACT, SHARDS], 3, "virtual_shards=8: does not divide by 3 ranks; start 1 or 2 or 4 or 8 ranks, or"),
+        ([EXACT, SHARDS], 3, "virtual_shards=8: is not divisible by 3 ranks; start 1 or 2 or 4 or 8 ranks, or"),
         ([EXACT, SHARDS], 3, "another value"),
         ([EXACT], 4, r"start 1 or 2 ranks, or give distributed.virtual_shards=4, which changes the result"),
         ([EXACT, "train.global_batch_size=32"], 2, r"=1 \(auto, for train.global_batch_size=32\): .*start 1 rank, or"),
@@ -505,10 +505,10 @@ def test_rank_without_samples_takes_part(make):
 
 @pytest.mark.parametrize(("overrides", "size"), [([], 43), ([EXACT, SHARDS], 16)])
 def test_uneven_batches_need_a_setting(overrides, size):
-    with pytest.raises(UserError, match="does not divide by 3 ranks"):
+    with pytest.raises(UserError, match="is not divisible by 3 ranks"):
         micro_batch_size(load_config([], overrides), 3)
     assert micro_batch_size(load_config([], [*overrides, "distributed.allow_uneven_batches=true"]), 3) == size
-    with pytest.raises(UserError, match="does not divide by 9 ranks"):
+    with pytest.raises(UserError, match="is not divisible by 9 ranks"):
         micro_batch_size(load_config([], [EXACT, "distributed.allow_uneven_batches=true"]), 9)
 
 

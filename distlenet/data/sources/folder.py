@@ -65,6 +65,8 @@ def open_folder(config: DataConfig, stack: ExitStack, fetch: bool) -> OpenedImag
 
 
 def _open(root: Path) -> OpenedImages:
+    if not root.is_dir():
+        raise UserError(f"data.root={root}: no such directory; expected {LAYOUT}")
     missing = [name for name in ("train", "test") if not (root / name).is_dir()]
     if missing:
         raise UserError(f"data.root={root}: has no directory {' and '.join(missing)}; expected {LAYOUT}")
