@@ -15,7 +15,7 @@ def micro_batch_size(config: Config, world_size: int) -> int:
     if config.distributed.reduction == "ddp":
         parts = world_size * accumulation
         if batch % parts and not uneven:
-            raise _does_not_divide(batch, parts, f"{world_size} ranks × {accumulation} accumulation steps")
+            raise _not_divisible(batch, parts, f"{world_size} ranks × {accumulation} accumulation steps")
         return -(-batch // parts)
     if world_size > shards or (shards % world_size and not uneven):
         raise _ranks_do_not_divide(config, shards, world_size)
@@ -25,7 +25,7 @@ def micro_batch_size(config: Config, world_size: int) -> int:
             "takes one micro-batch per virtual shard; for smaller ones raise distributed.virtual_shards"
         )
     if batch % shards:
-        raise _does_not_divide(batch, shards, f"distributed.virtual_shards={shards}")
+        raise _not_divisible(batch, shards, f"distributed.virtual_shards={shards}")
     return batch // shards
 
 
@@ -40,7 +40,7 @@ def _ranks_do_not_divide(config: Config, shards: int, world_size: int) -> UserEr
     )
 
 
-def _does_not_divide(batch: int, divisor: int, description: str) -> UserError:
+def _not_divisible(batch: int, divisor: int, description: str) -> UserError:
     below = batch // divisor * divisor
     sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
     return UserError(f"train.global_batch_size={batch}: is not divisible by {description}; give {sizes}")

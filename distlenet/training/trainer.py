@@ -267,8 +267,8 @@ class Trainer:
 
     def close(self) -> None:
         """Release what the process group must not outlive, and let a write in progress end. Not a collective."""
-        self.loader.close()
         self.checkpoints.close()
         self.sample_log.close()
         self.profiler.close()
         self.train_step.close()
+        self.loader.close()  # last: a worker that is reading may take seconds to end
