@@ -86,6 +86,8 @@ def _main(command: list[str], env: dict[str, str], cwd: Path, outputs: list[Path
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
+    for stream in (sys.stdout, sys.stderr):  # the ranks share the files: each line is one write
+        stream.reconfigure(line_buffering=True, write_through=False)
     os.environ.clear()
     os.environ.update(env)
     tempfile.tempdir = None  # read TMPDIR again

@@ -26,6 +26,26 @@ def test_output_and_status(tmp_path):
     assert sorted(run_ranks(3, script, "pass").succeeded().stdout.splitlines()) == [f"rank {i} None" for i in range(3)]
 
 
+LINES = """
+import os, sys, torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+for number in range(2000):
+    for stream in (sys.stdout, sys.stderr):
+        print("rank", os.environ["RANK"], "line", number, file=stream)
+dist.destroy_process_group()
+"""
+
+
+def test_lines_of_several_ranks_are_not_mixed(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(LINES)
+    result = run_ranks(2, script).succeeded()
+    lines = sorted(f"rank {rank} line {number}" for rank in range(2) for number in range(2000))
+    assert sorted(result.stdout.splitlines()) == lines
+    assert sorted(result.stderr.splitlines()) == lines
+
+
 def test_failed_rank_ends_the_others(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
