@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, device, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 from distlenet.config.schema import Config
@@ -179,8 +180,8 @@ class Task(ABC):
                 raise
             name = type(self).__name__
             raise UserError(
-                f"{name}.collate: samples have different shapes, which the default cannot combine; define "
-                f"{name}.collate, which returns a list of tensors; see docs/own.md"
+                f"{name}.collate: samples have different shapes{_different_shapes(samples)}, which the default cannot "
+                f"combine; define {name}.collate, which returns a list of tensors; see docs/own.md"
             ) from error
 
     def transform(self, data: Data, keys: SampleKeys | None) -> Data:
@@ -249,6 +250,16 @@ class Task(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, before the model is used for an evaluation or a prediction."""
+
+
+def _different_shapes(samples: list[Any]) -> str:
+    """Return two shapes of the same part of two samples, for a message."""
+    first, *others = ([list(getattr(part, "shape", ())) for part in tree_leaves(sample)] for sample in samples)
+    for other in others:
+        for expected, shape in zip(first, other, strict=False):
+            if shape != expected:
+                return f", such as {min(shape, expected)} and {max(shape, expected)}"
+    return ""
 
 
 def _lists_to_tuples(data: Any) -> Any:

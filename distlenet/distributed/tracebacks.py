@@ -27,7 +27,7 @@ def user_traceback(error: Exception) -> list[str]:
     """Return the lines of a traceback from the user's code on, where distlenet called it last; else all."""
     start, raised_it = _find_user_code(error)
     if not raised_it and IN_WORKER in str(error):
-        return _format(error, None)
+        return _from_user_code(_format(error, None))
     return format_traceback(error) if start is None else _format(error, start)
 
 
@@ -50,6 +50,17 @@ def _find_user_code(error: Exception) -> tuple[TracebackType | None, bool]:
             start, is_inside = start if is_inside else frame, True
         frame = frame.tb_next
     return start, is_inside
+
+
+def _from_user_code(lines: list[str]) -> list[str]:
+    """Return the lines of an exception of a loader's worker without the frames before the user's code."""
+    first = lines.index(IN_WORKER) + 1 if IN_WORKER in lines else 0
+    frames = [number for number in range(first, len(lines)) if lines[number].startswith('  File "')]
+    for number in frames:
+        path = Path(lines[number].split('"')[1])
+        if not path.is_relative_to(PACKAGE) and not _is_library(path):
+            return lines[:first] + lines[number:]
+    return lines
 
 
 def _is_library(path: Path) -> bool:

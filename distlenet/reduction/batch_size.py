@@ -15,7 +15,8 @@ def micro_batch_size(config: Config, world_size: int) -> int:
     if config.distributed.reduction == "ddp":
         parts = world_size * accumulation
         if batch % parts and not uneven:
-            raise _not_divisible(batch, parts, f"{world_size} ranks × {accumulation} accumulation steps")
+            ranks = f"{world_size} ranks × {accumulation} accumulation steps"
+            raise _not_divisible(batch, parts, ranks, or_give=" or distributed.allow_uneven_batches=true")
         return -(-batch // parts)
     if world_size > shards or (shards % world_size and not uneven):
         raise _ranks_do_not_divide(config, shards, world_size)
@@ -40,7 +41,7 @@ def _ranks_do_not_divide(config: Config, shards: int, world_size: int) -> UserEr
     )
 
 
-def _not_divisible(batch: int, divisor: int, description: str) -> UserError:
+def _not_divisible(batch: int, divisor: int, description: str, or_give: str = "") -> UserError:
     below = batch // divisor * divisor
     sizes = " or ".join(str(size) for size in (below, below + divisor) if size)
-    return UserError(f"train.global_batch_size={batch}: is not divisible by {description}; give {sizes}")
+    return UserError(f"train.global_batch_size={batch}: is not divisible by {description}; give {sizes}{or_give}")

@@ -20,9 +20,10 @@ from distlenet.tracking.base import Record
 from distlenet.training.train_step import DIVERGENCE_HINT, TrainStep
 from distlenet.utils.errors import UserError, warn
 from distlenet.utils.files import replace_text
+from distlenet.utils.nested import nonfinite_samples
 
 MAX_SAMPLES = 10
-"""Samples of a rank that are listed with their losses, the worst first."""
+"""Samples of a rank that are listed with their losses, the worst first; samples that a message names."""
 
 
 def handle_nonfinite(train_step: TrainStep, batch: Batch, step: int, skipped: int, run_dir: Path) -> None:
@@ -88,6 +89,7 @@ def inspect_rank(train_step: TrainStep, batch: Batch, step: int) -> Record:
         "loss": sum(weighted.tolist()) / (total or 1.0),
         "weight": total,
         "indices": batch.indices.tolist(),
+        "not_finite_data": batch.indices[nonfinite_samples(batch.inputs(train_step.on_device.task))].tolist(),
         "worst": worst_first[:MAX_SAMPLES],
         "gradients": sorted(rows, key=lambda row: (row["not_finite"], row["norm"]), reverse=True),
     }
@@ -108,7 +110,13 @@ def _describe(ranks: list[Record]) -> str:
     if not any(rank["weight"] for rank in ranks):
         return "the weights of all losses are 0"
     if bad := [rank for rank in ranks if not rank["finite"]]:
-        return f"the loss of {format_ranks([rank['rank'] for rank in bad])} is not finite (on {bad[0]['host']})"
+        cause = f"the loss of {format_ranks([rank['rank'] for rank in bad])} is not finite (on {bad[0]['host']})"
+        samples = [str(index) for rank in ranks for index in rank["not_finite_data"]]
+        if not samples:
+            return cause
+        more = f" and of {len(samples) - MAX_SAMPLES} others" * (len(samples) > MAX_SAMPLES)
+        named = f"sample{'s' * (len(samples) > 1)} {', '.join(samples[:MAX_SAMPLES])}{more}"
+        return f"{cause}, nor is the input of {named}"
     gradients = [row for rank in ranks for row in rank["gradients"]]
     if names := dict.fromkeys(row["name"] for row in gradients if row["not_finite"]):
         return f"the gradient of {', '.join(names)} is not finite"

@@ -46,6 +46,12 @@ def count_samples(data: Any) -> int:
     return len(data)
 
 
+def nonfinite_samples(data: Any) -> list[int]:
+    """Return the positions of the samples of ``data`` that hold NaN or an infinity. Host syncs."""
+    samples = [tensors_in(select_samples(data, slice(i, i + 1))) for i in range(count_samples(data))]
+    return [i for i, tensors in enumerate(samples) if not all(tensor.isfinite().all() for tensor in tensors)]
+
+
 def select_samples(data: Any, samples: slice) -> Any:
     """Return some samples of ``data``: tensors, contiguous along the first dimension, and lists are sliced."""
     if isinstance(data, Tensor):

@@ -5,13 +5,14 @@ from contextlib import closing
 
 import pytest
 import torch
+from loaders import make_loader
 from torch.distributed import HashStore
 
 from distlenet.data.sources.custom import SampleImages
 from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.failures import MAX_REPORTS, format_failure, report_failures
 from distlenet.distributed.rank_log import RankLog
-from distlenet.distributed.tracebacks import PACKAGE
+from distlenet.distributed.tracebacks import PACKAGE, user_traceback
 from distlenet.utils.agent_report import rank_has_failed
 from distlenet.utils.errors import UserError
 
@@ -114,6 +115,28 @@ def test_an_exception_of_a_loader_worker_is_shown_without_the_frames_that_raise_
     except IndexError as error:
         lines = format_failure(error, DistributedEnvironment(), "a.log").splitlines()
     assert lines[:2] == ["distlenet: failed; the log is a.log:", "  IndexError: " + text.splitlines()[0]]
+
+
+class UnreadableFiles:
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.read(index)
+
+    def read(self, index):
+        raise ValueError(f"cannot read file {index}")
+
+
+def test_an_exception_in_a_loader_worker_is_shown_from_the_code_of_the_user_on():
+    loader = make_loader(UnreadableFiles(), 2, num_workers=1)
+    with closing(loader), pytest.raises(ValueError, match="cannot read file") as error:
+        next(loader.epoch(0))
+    shown = user_traceback(error.value)
+    frames = [line for line in shown if line.startswith('  File "')]
+    assert [frame.split()[-1] for frame in frames] == ["__getitem__", "read"]
+    assert shown[0] == "ValueError: Caught ValueError in DataLoader worker process 0."
+    assert shown[-1].startswith("ValueError: cannot read file")
 
 
 def test_torchrun_gets_the_first_failure_but_not_a_lost_connection(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 from itertools import chain
 from multiprocessing.reduction import ForkingPickler
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -193,20 +194,29 @@ def test_images_stay_on_the_host_without_a_gpu():
 
 
 @pytest.mark.parametrize(
-    ("samples", "num_workers"),
+    ("samples", "num_workers", "shapes"),
     [
-        ([torch.ones(9), torch.ones(1)], 0),
-        ([[1, 2], [1]], 0),
-        ([torch.ones(9), torch.ones(1)], 1),  # in a loader process, torch stacks into a buffer; one of these two
-        ([torch.ones(1), torch.ones(9)], 1),  # batches has the longest sample first, which does not fit into it
+        ([torch.ones(9), torch.ones(1)], 0, ", such as [1] and [9]"),
+        ([np.ones((2, 3)), np.ones((2, 4))], 0, ", such as [2, 3] and [2, 4]"),
+        ([[1, 2], [1]], 0, ""),
+        (
+            [torch.ones(9), torch.ones(1)],
+            1,
+            ", such as [1] and [9]",
+        ),  # in a loader process, torch stacks into a buffer; one of these two
+        (
+            [torch.ones(1), torch.ones(9)],
+            1,
+            ", such as [1] and [9]",
+        ),  # batches has the longest sample first, which does not fit into it
     ],
 )
-def test_samples_of_different_shapes_are_a_message_of_one_line(samples, num_workers):
+def test_samples_of_different_shapes_are_a_message_of_one_line(samples, num_workers, shapes):
     dataset = [(sample, 0) for sample in samples]
     task = type("Mine", (Task,), {"model": None, "loss": None, "datasets": None})(Config())
     with pytest.raises(UserError) as error:
         next(make_loader(dataset, 2, num_workers=num_workers, collate=task.collate).epoch(0))
     assert str(error.value) == (
-        "Mine.collate: samples have different shapes, which the default cannot combine; define Mine.collate, which "
-        "returns a list of tensors; see docs/own.md"
+        f"Mine.collate: samples have different shapes{shapes}, which the default cannot combine; define Mine.collate, "
+        "which returns a list of tensors; see docs/own.md"
     )

@@ -3,7 +3,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from distlenet.utils.nested import count_samples, has_lists, map_tensors, select_samples, tensors_in
+from distlenet.utils.nested import (
+    count_samples,
+    has_lists,
+    map_tensors,
+    nonfinite_samples,
+    select_samples,
+    tensors_in,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -76,3 +83,10 @@ def test_selection_of_other_values_is_refused():
 )
 def test_lists_are_found(data, expected):
     assert has_lists(data) == expected
+
+
+def test_samples_that_are_not_finite_are_found_in_each_part():
+    data = map_tensors(torch.clone, NESTED)
+    assert nonfinite_samples(data) == nonfinite_samples(()) == []
+    data["image"][0, 2], data["boxes"][2][1, 1], data["target"][1]["weight"][3] = torch.nan, torch.inf, -torch.inf
+    assert nonfinite_samples(data) == [0, 2, 3]

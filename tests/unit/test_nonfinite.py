@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from torch import nn
 
 from distlenet.config.loading import load_config
 from distlenet.distributed.context import init_distributed
@@ -29,6 +30,19 @@ class PoisonedTask(ImageClassification):
         if keys is not None:
             inputs[keys.indices == POISONED] = math.nan
         return inputs, labels
+
+
+class BatchNorm(PoisonedTask):
+    """The loss of each sample of the poisoned batch is NaN."""
+
+    def model(self):
+        return nn.Sequential(nn.BatchNorm2d(1), super().model())
+
+
+class AllPoisoned(ImageClassification):
+    def transform(self, data, keys):
+        inputs, labels = super().transform(data, keys)
+        return inputs if keys is None else inputs * math.nan, labels
 
 
 class InfiniteGradient(ImageClassification):
@@ -112,8 +126,20 @@ def test_run_stops_with_the_weights_from_before(tmp_path, optimizer, reduction, 
     assert rank["worst"][0] == {"index": POISONED, "loss": "nan"}
     assert isinstance(rank["worst"][1]["loss"], float)
     assert len(rank["indices"]) == 64
+    assert rank["not_finite_data"] == [POISONED]
     assert rank["gradients"][0]["not_finite"] > 0
     assert not list((tmp_path / "bad/checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("task", "samples"), [(BatchNorm, f"sample {POISONED};"), (AllPoisoned, r"samples (\d+, ){9}\d+ and of 54 others;")]
+)
+def test_samples_whose_input_is_not_finite_are_named(tmp_path, task, samples):
+    config = load_config([], [*SETTINGS])
+    message = rf"the loss of rank 0 is not finite \(on .*\), nor is the input of {samples} see"
+    with init_distributed(config) as context, make(tmp_path / "run", context, config, task) as trainer:  # noqa: SIM117
+        with pytest.raises(UserError, match=message):
+            trainer.fit()
 
 
 @pytest.mark.parametrize("task", [PoisonedTask, FrozenLayer])

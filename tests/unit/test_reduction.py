@@ -412,10 +412,10 @@ SHARDS = "distributed.virtual_shards=8"
         (
             [DDP, "train.global_batch_size=64"],
             3,
-            "64: is not divisible by 3 ranks × 1 accumulation steps; give 63 or 66",
+            "64: is not divisible by 3 ranks × 1 accumulation steps; give 63 or 66 or distributed.allow_uneven",
         ),
         ([DDP, "train.global_batch_size=10", "train.accumulation_steps=4"], 2, "give 8 or 16"),
-        ([DDP, "train.global_batch_size=5"], 8, "; give 8$"),
+        ([DDP, "train.global_batch_size=5"], 8, "; give 8 or distributed"),
         ([EXACT, SHARDS, "train.global_batch_size=100"], 1, "virtual_shards=8; give 96 or 104"),
         ([EXACT, SHARDS], 3, "virtual_shards=8: is not divisible by 3 ranks; start 1 or 2 or 4 or 8 ranks, or"),
         ([EXACT, SHARDS], 3, "another value"),
