@@ -159,10 +159,14 @@ class ImageClassification(Task):
             raise
         except (RuntimeError, ValueError) as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            reason = one_line(error)
+            reason, advice = one_line(error), "give another network, model.args or data.size"
+            if "view size" in reason:
+                advice = "use flatten or reshape, or give model.channels_last=false"
+            elif "channels" in reason:
+                advice = f"give another network, or model.args for images with channels: {shape[1]}"
             raise UserError(
                 f"{name}: does not accept images of shape {shape}: {reason} ({frame.filename}, line {frame.lineno}); "
-                "give another network, model.args, model.channels_last=false, or data.size"
+                f"{advice}"
             ) from error
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
             found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"

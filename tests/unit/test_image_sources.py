@@ -203,10 +203,23 @@ def test_images_that_lenet_does_not_take_are_refused(tmp_path, shape, message):
         assert task.images.size == (32, 32)
 
 
+class ViewsImages(nn.Module):
+    def forward(self, images):
+        return images.expand(-1, 3, -1, -1).to(memory_format=torch.channels_last).view(1, -1)
+
+
 def test_a_network_that_does_not_fit_is_refused_at_the_first_sample(tmp_path):
     path = save_array(tmp_path / "set.npz", random_images(6, 8, 8), random_images(6, 8, 8))
     for network, message in (
-        (nn.Linear(7, 3), "does not accept images of shape .1, 1, 32, 32.: mat1 and mat2"),
+        (
+            nn.Linear(7, 3),
+            "does not accept images of shape .1, 1, 32, 32.: mat1 and mat2.*give another network, model.args",
+        ),
+        (
+            nn.Conv2d(3, 8, 3),
+            "to have 3 channels, but got 1 .*; give another network, or model.args for images with channels: 1$",
+        ),
+        (ViewsImages(), "view size is not compatible.*; use flatten or reshape, or give model.channels_last=false$"),
         (nn.Flatten(), "returns 1024 values per image, but data.name=array has 3 classes; give a network with 3"),
         (nn.Identity(), "expected one value per image and class"),
     ):
