@@ -1,9 +1,12 @@
 """Batches for one rank, on its device."""
 
 from collections.abc import Iterator
+from threading import Timer
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils import signal_handling
 
 from distlenet.config.schema import Config
 from distlenet.config.virtual_shards import virtual_shards
@@ -17,6 +20,9 @@ from distlenet.distributed.preemption import block_signals, worker_init_fn
 from distlenet.task import Batch, Datasets, SampleKeys, Task
 from distlenet.utils.errors import UserError
 from distlenet.utils.nested import map_tensors
+
+WORKERS_EXIT_S = 5.0
+"""For all workers together."""
 
 
 class _EpochSampler(Sampler[Request]):
@@ -109,12 +115,25 @@ class Loader:
         return self._batch(self.batched[Request(0, torch.zeros(1, dtype=torch.int64))], 0, 0)
 
     def close(self) -> None:
-        """End the workers.
+        """End the workers, and kill those that do not exit within ``WORKERS_EXIT_S``, such as one that reads a file.
 
-        The garbage collector would close their queues before it asks them to exit, and then wait 5 s for each of them.
+        The garbage collector would close their queues before it asks them to exit, and then wait for each of them.
         """
-        if self.workers is not None and self.workers._iterator is not None:  # no public method does this
-            self.workers._iterator._shutdown_workers()  # type: ignore[attr-defined]
+        iterator: Any = None if self.workers is None else self.workers._iterator  # no public method does this
+        if iterator is None:
+            return
+
+        def kill() -> None:
+            # torch raises an exception for a worker that is killed
+            signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
+            iterator._worker_pids_set = False
+            for worker in iterator._workers:
+                worker.kill()
+
+        timer = Timer(WORKERS_EXIT_S, kill)
+        timer.start()
+        iterator._shutdown_workers()
+        timer.cancel()
 
     def _batch(self, fetched: Fetched, epoch: int, number: int) -> Batch:
         data, indices, on_device = fetched.data, fetched.indices, fetched.on_device

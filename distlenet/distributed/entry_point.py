@@ -46,18 +46,20 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
 def _run(main: Callable[[], None]) -> int:
     """Return the exit status of ``main``.
 
-    Rank 0 prints a user error; the first rank of each node prints a RankError. The other ranks linger: torchrun and
-    mpirun end all ranks when one exits, and rank 0 may still be importing. A rank still running after that prints it.
+    Rank 0 prints a user error that no rank has printed; the first rank of each node prints a RankError. The other ranks
+    linger: torchrun and mpirun end all ranks when one exits, and rank 0 may still be importing. A rank still running
+    after that prints it.
     """
     try:
         main()
     except UserError as error:
-        if not should_report(error):
-            time.sleep(LINGER_S)
-            if not any(name in os.environ for name in ENDS_RANKS):  # srun ends no rank early: rank 0 has printed it
-                return 2
-        warn(str(error))
-        record_failure(f"distlenet: {error}")
+        if not hasattr(error, "reported"):
+            if not should_report(error):
+                time.sleep(LINGER_S)
+                if not any(name in os.environ for name in ENDS_RANKS):  # srun ends no rank early: rank 0 has printed it
+                    return 2
+            warn(str(error))
+            record_failure(f"distlenet: {error}")
         _stop_agent()
         return 2
     except Preempted as stopped:

@@ -12,7 +12,7 @@ from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.tracebacks import format_traceback, is_raised_by_user, user_traceback
 from distlenet.utils.agent_report import record_failure
-from distlenet.utils.errors import Preempted, UserError, one_line, print_error
+from distlenet.utils.errors import Preempted, RankError, UserError, one_line, print_error, printable, warn
 
 STORE_TIMEOUT_S = 2.0
 USER_ERROR = "user_error"  # the store's key of its text
@@ -26,21 +26,22 @@ SOURCE_LINE = re.compile(r"^\[\S+:\d+\] ")  # at the start of Gloo's messages
 def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> Iterator[None]:
     """Report an exception of this rank, log its traceback, and raise it again; ``store`` counts the failures.
 
-    A UserError is only passed on. A rank that loses its connection to one that raised it raises it, too, and rank 0
-    prints it.
+    A rank that loses its connection to one that raised a UserError raises it, too; see ``_report_user_error``. A
+    RankError is passed on: it may differ between nodes.
     """
     try:
         yield
-    except Preempted:
+    except (Preempted, RankError):
         raise
     except UserError as error:
-        with contextlib.suppress(RuntimeError):  # the store may not respond
-            store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
-            store.set(USER_ERROR, str(error))
+        if env.world_size > 1:
+            _report_user_error(store, error)
         raise
     except Exception as error:
         if _is_lost_connection(error) and (text := _user_error_of_another_rank(store)):
-            raise UserError(text) from error
+            user_error = UserError(text)
+            user_error.reported = True  # type: ignore[attr-defined]
+            raise user_error from error
         log.write("\n".join(format_traceback(error)))
         failures = 1
         with contextlib.suppress(RuntimeError):  # the store may not respond
@@ -54,6 +55,17 @@ def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> 
             print_error(f"distlenet: {env} failed after it: {describe_failure(error)}")
         error.reported = True  # type: ignore[attr-defined]
         raise
+
+
+def _report_user_error(store: Store, error: UserError) -> None:
+    """Print the line if no rank has printed one, before this rank ends: torchrun ends all ranks when one exits."""
+    with contextlib.suppress(RuntimeError):  # the store may not respond: then the entry point prints
+        store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
+        store.set(USER_ERROR, printable(str(error)))  # a store takes UTF-8 only; names of files may be none
+        if store.add("user_errors", 1) == 1:
+            warn(str(error))
+            record_failure(f"distlenet: {error}")
+        error.reported = True  # type: ignore[attr-defined]
 
 
 def _user_error_of_another_rank(store: Store) -> str:

@@ -94,8 +94,8 @@ def test_error_on_one_rank_ends_the_job_and_names_the_rank(tmp_path):
     script.write_text(ERROR_ON_RANK_1)
     ended = run_ranks(2, script, "data.name=digits", f"run.dir={tmp_path}")
     assert ended.status != 0
-    ours = {line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")}  # a set: see above
-    assert ours == {"distlenet: rank 1: disk not readable"}, str(ended)
+    ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
+    assert ours == ["distlenet: rank 1: disk not readable"], str(ended)
 
 
 ERROR_IN_A_BATCH_OF_RANK_1 = """
@@ -120,8 +120,8 @@ def test_error_in_a_batch_of_one_rank_is_the_error_of_the_job(tmp_path):
     script.write_text(ERROR_IN_A_BATCH_OF_RANK_1)
     ended = run_torchrun(2, script, "data.name=digits", f"run.dir={tmp_path}")
     assert ended.status != 0
-    ours = {line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")}  # a set: see above
-    assert ours == {"distlenet: sample 7: no label"}, str(ended)
+    ours = [line for line in ended.stderr.splitlines() if line.startswith("distlenet: ")]
+    assert ours == ["distlenet: sample 7: no label"], str(ended)
 
 
 def test_complete_run_is_not_trained_again_and_evaluates_to_the_same_loss(tmp_path):

@@ -14,13 +14,13 @@ from distlenet.distributed.failures import MAX_REPORTS, format_failure, report_f
 from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.tracebacks import PACKAGE, user_traceback
 from distlenet.utils.agent_report import rank_has_failed
-from distlenet.utils.errors import UserError
+from distlenet.utils.errors import RankError, UserError
 
 pytestmark = pytest.mark.unit
 
 
-def fail(store, rank, error):
-    env = DistributedEnvironment(rank=rank, world_size=20)
+def fail(store, rank, error, ranks=20):
+    env = DistributedEnvironment(rank=rank, world_size=ranks)
     with pytest.raises(type(error)), report_failures(store, env, RankLog(env, torch.device("cpu"))):
         raise error
 
@@ -161,15 +161,26 @@ def test_without_a_store_every_rank_prints_its_traceback(capsys):
     assert "  ValueError: x" in capsys.readouterr().err
 
 
-def test_a_user_error_is_not_reported_here(capsys):
-    fail(HashStore(), 3, UserError("x"))
+def test_a_user_error_is_printed_once_and_at_once(capsys):
+    store = HashStore()
+    fail(store, 3, UserError("image caf\udce9.png: no label"))  # a name that is no UTF-8
+    assert capsys.readouterr().err == "distlenet: image caf\\udce9.png: no label\n"
+    fail(store, 0, UserError("image caf\udce9.png: no label"))
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("error", "ranks"), [(RankError("x"), 20), (UserError("x"), 1)])
+def test_the_entry_point_prints_what_may_differ_between_nodes_or_is_of_one_process(capsys, error, ranks):
+    fail(HashStore(), 0, error, ranks)
+    assert capsys.readouterr().err == ""
+    assert not hasattr(error, "reported")
+
+
 def test_a_rank_that_loses_the_connection_to_one_with_a_user_error_raises_it_too(capsys):
-    """Rank 0 prints it, whichever rank had it."""
     store = HashStore()
     fail(store, 3, UserError("sample 7: no label"))
-    with pytest.raises(UserError, match=r"^sample 7: no label$"):
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"^sample 7: no label$") as error:
         raise_in_distlenet(store, DistributedEnvironment(rank=0, world_size=20), error_of_gloo())
+    assert error.value.reported
     assert capsys.readouterr().err == ""

@@ -1,12 +1,18 @@
+import ctypes
+import multiprocessing
+import signal
+import time
 from itertools import chain
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
+from conftest import LIMIT_S
 from hypothesis import given
 from hypothesis import strategies as st
 from loaders import make_evaluation_loader, make_loader
+from torch.utils.data import Dataset, get_worker_info
 
 from distlenet.config.schema import Config
 from distlenet.data.batched_dataset import Fetched, Request
@@ -220,3 +226,31 @@ def test_samples_of_different_shapes_are_a_message_of_one_line(samples, num_work
         f"Mine.collate: samples have different shapes{shapes}, which the default cannot combine; define Mine.collate, "
         "which returns a list of tensors; see docs/own.md"
     )
+
+
+class HoldsTheInterpreter(Dataset):
+    """In one worker, a call of C that does not release the GIL: no thread of the worker handles a signal."""
+
+    def __init__(self, started):
+        self.started = started
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if get_worker_info().id == 1:
+            self.started.touch()
+            ctypes.PyDLL(None).sleep(1000)
+        return index
+
+
+@pytest.mark.slow
+def test_a_worker_that_does_not_respond_is_killed(tmp_path):
+    loader = make_loader(HoldsTheInterpreter(tmp_path / "started"), 2, num_workers=2)
+    next(loader.epoch(0))
+    workers, deadline = multiprocessing.active_children(), time.monotonic() + LIMIT_S
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    loader.close()
+    assert sorted(worker.exitcode for worker in workers) == [-signal.SIGKILL, 0]
