@@ -10,7 +10,7 @@ from distlenet.checkpoint.format import State, evaluation_weights, load_checkpoi
 from distlenet.checkpoint.format import load_model as load_weights
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.loading import check_modules, load_config, warn_of_unused_settings
-from distlenet.task import Data, Task
+from distlenet.task import Data, Task, new_model
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tasks.registry import create_task, make_task
 
@@ -60,6 +60,6 @@ def restore_model(
     warn_of_unused_settings(files, overrides, state["config"])
     made = create_task(task or make_task, config)
     load_task_state(made, state, file)
-    model = made.model()
+    model = new_model(made)
     load_weights(model, state, file)
     return TrainedModel(model, made).eval()
