@@ -24,7 +24,7 @@ from distlenet.distributed.collectives import broadcast_object, broadcast_state
 from distlenet.distributed.context import init_distributed
 from distlenet.distributed.entry_point import run_entry
 from distlenet.distributed.environment import read_environment
-from distlenet.task import Batch
+from distlenet.task import Batch, datasets_of, new_model
 from distlenet.tasks.registry import MakeTask, create_task, reads_images
 from distlenet.tasks.registry import make_task as make_configured_task
 from distlenet.tracking.base import Record
@@ -110,11 +110,11 @@ def _evaluate(config: Config, state: State, path: Path, split: str, make_task: M
         path = broadcast_object(path)  # during a run, ranks may have found different ones
         state = broadcast_state(state, context.broadcast_device)
         task = create_task(make_task, config)
-        datasets = task.datasets()
+        datasets = datasets_of(task)
         loaders = evaluation_loaders(config, context, datasets, task)
         if split not in loaders:
             raise UserError("--split val: the run has no validation set; give --split test")
-        model = task.model().to(context.device)
+        model = new_model(task).to(context.device)
         load_model(model, evaluation_weights(state), path)  # first: another architecture is the clearer message
         load_task_state(task, state, path)
         loader = loaders[split]

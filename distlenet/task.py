@@ -252,6 +252,26 @@ class Task(ABC):
         """Load what ``state_dict`` returned, before the model is used for an evaluation or a prediction."""
 
 
+def new_model(task: Task) -> nn.Module:
+    """Return what ``task.model`` returns. Raise UserError if it is no network."""
+    model = task.model()
+    if not isinstance(model, nn.Module):
+        raise _wrong_type(task, "model", model, "a torch.nn.Module")
+    return model
+
+
+def datasets_of(task: Task) -> Datasets:
+    """Return what ``task.datasets`` returns. Raise UserError if it is of another type. A collective."""
+    datasets = task.datasets()
+    if not isinstance(datasets, Datasets):
+        raise _wrong_type(task, "datasets", datasets, "distlenet.Datasets")
+    return datasets
+
+
+def _wrong_type(task: Task, hook: str, value: object, expected: str) -> UserError:
+    return UserError(f"{type(task).__name__}.{hook}: returned a {type(value).__name__}; expected {expected}")
+
+
 def _different_shapes(samples: list[Any]) -> str:
     """Return two shapes of the same part of two samples, for a message."""
     first, *others = ([list(getattr(part, "shape", ())) for part in tree_leaves(sample)] for sample in samples)

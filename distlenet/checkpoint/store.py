@@ -164,5 +164,8 @@ def find_checkpoint(path: str | Path) -> Path:
     newest = next((found for each in directories if (found := CheckpointStore(each, keep_last=1).newest())), None)
     if newest is None:
         reason = "has no checkpoints/step-*.pt" if os.path.exists(path) else "no such file or directory"
-        raise UserError(f"checkpoint {path}: {reason}; give a checkpoint file or a run directory")
+        advice = "give a checkpoint file or a run directory"
+        if path.name == "best.pt":
+            advice += "; best.pt needs a validation set, see data.validation"
+        raise UserError(f"checkpoint {path}: {reason}; {advice}")
     return newest

@@ -107,6 +107,15 @@ def check_arguments(key: str, function: Callable[..., Any], args: Mapping[str, A
         raise UserError(f"{key}: {name}: {error}; it {accepted}") from error
 
 
+def accepts_positional(function: Callable[..., Any]) -> bool:
+    """Return whether ``function`` accepts a positional argument, as far as it is known."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # as above
+        return True
+    return any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
+
+
 def create(kind: type[T], given: str, function: Callable[..., Any], value: Any, key: str, args: Mapping[str, Any]) -> T:
     """Return ``function(value, **args)``, an object of torch's class ``kind``.
 

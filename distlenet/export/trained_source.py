@@ -18,7 +18,7 @@ from distlenet.data.sources import require_local_data
 from distlenet.distributed.context import init_distributed, set_threads
 from distlenet.export.version_directory import sha256_of
 from distlenet.inference.trained_model import TrainedModel, restore_model
-from distlenet.task import Data, Datasets, Task
+from distlenet.task import Data, Datasets, Task, datasets_of
 from distlenet.tasks.registry import make_task, reads_images
 from distlenet.utils.errors import UserError
 from distlenet.utils.urls import is_url, join_url
@@ -94,7 +94,7 @@ class RunData:
         config = replace(config, device="cpu", precision="fp32", data=replace(config.data, build_cache=False))
         self.task: Task = make_task(config)
         with init_distributed(config):  # datasets() is a collective
-            self.datasets: Datasets = self.task.datasets()
+            self.datasets: Datasets = datasets_of(self.task)
         load_task_state(self.task, source.state, source.file)
         self.seed = config.seed
 

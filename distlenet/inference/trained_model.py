@@ -10,9 +10,10 @@ from distlenet.checkpoint.format import State, evaluation_weights, load_checkpoi
 from distlenet.checkpoint.format import load_model as load_weights
 from distlenet.checkpoint.store import find_checkpoint
 from distlenet.config.loading import check_modules, load_config, warn_of_unused_settings
-from distlenet.task import Data, Task
+from distlenet.task import Data, Task, new_model
 from distlenet.tasks.image_classification import ImageClassification
 from distlenet.tasks.registry import create_task, make_task
+from distlenet.utils.errors import UserError, describe_error
 
 
 class TrainedModel(nn.Module):
@@ -23,8 +24,20 @@ class TrainedModel(nn.Module):
         self.model, self.task = model, task
 
     def forward(self, data: Data) -> Any:
-        """Return the outputs for a batch of samples as the dataset holds them; see ``Task.predict``."""
-        return self.task.predict(self.model, data)
+        """Return the outputs for a batch of samples as the dataset holds them; see ``Task.predict``.
+
+        Raise UserError if the default of ``Task.predict`` fails on them.
+        """
+        kind = type(self.task)
+        if kind.predict is not Task.predict:
+            return self.task.predict(self.model, data)
+        try:
+            return self.task.predict(self.model, data)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{kind.__name__}.predict: the default needs targets ({describe_error(error)}); define "
+                f"{kind.__name__}.predict, which takes the inputs alone; see docs/own.md"
+            ) from error
 
 
 def load_model(
@@ -60,6 +73,6 @@ def restore_model(
     warn_of_unused_settings(files, overrides, state["config"])
     made = create_task(task or make_task, config)
     load_task_state(made, state, file)
-    model = made.model()
+    model = new_model(made)
     load_weights(model, state, file)
     return TrainedModel(model, made).eval()

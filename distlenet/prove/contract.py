@@ -13,7 +13,7 @@ from distlenet.distributed.context import DistributedContext
 from distlenet.prove.checks import Finding, HookError, compare_digests, hook, spoil_generators
 from distlenet.prove.digests import digest, is_per_sample, sample_digests, take
 from distlenet.prove.model_contract import ModelContract
-from distlenet.task import Data, SampleKeys, Task
+from distlenet.task import Data, SampleKeys, Task, datasets_of
 from distlenet.utils.nested import map_tensors
 
 SAMPLES, ALONE = 64, 8  # samples of each set that are loaded; those of them that are also transformed alone
@@ -34,7 +34,7 @@ class Contract:
         """Run all checks, until a hook raises an exception."""
         try:
             with hook("dataset"):
-                datasets = self.task.datasets()
+                datasets = datasets_of(self.task)
             for split in ("validation", "test"):
                 if getattr(datasets, split) is not None:
                     self.check_data(split, getattr(datasets, split), EVALUATION_EPOCH)

@@ -19,7 +19,7 @@ from distlenet.prove.checks import (
     spoil_generators,
 )
 from distlenet.prove.digests import digest, is_per_sample, take
-from distlenet.task import Data, Task
+from distlenet.task import Data, Task, new_model
 from distlenet.utils.nested import count_samples
 
 ALONE = 8  # samples whose loss is also computed alone
@@ -47,7 +47,7 @@ class ModelContract:
         """Return a network with the initial weights of the run."""
         torch.manual_seed(self.config.seed)
         with hook("model"):
-            return self.task.model().to(self.context.device)
+            return new_model(self.task).to(self.context.device)
 
     def weights(self) -> dict[str, str]:
         """Return the digests of the initial weights and buffers."""

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from distlenet.data.image_dataset import ImageDataset
 from distlenet.data.seeding import EVALUATION_EPOCH, load_samples
+from distlenet.data.validation import Subset
 from distlenet.images.decoding import GREY
 from distlenet.images.image_format import ImageFormat
 from distlenet.task import BatchDataset, MapDataset
+from distlenet.utils.errors import UserError
 from distlenet.utils.sample_keys import SampleKeys
 
 SAMPLED_PARTS, PART_SIZE = 64, 1024  # number of parts of a large set in memory that are measured, and their images
@@ -74,6 +76,12 @@ def _parts(dataset: MapDataset | BatchDataset) -> Iterator[Tensor]:
         rows = [k * (count - 1) // max(wanted - 1, 1) for k in range(wanted)]
         for row in rows:  # seeded: a random transform gives the same statistics in every start of a run
             ((image, _),) = load_samples(dataset, SampleKeys(0, EVALUATION_EPOCH, torch.tensor([row])))  # type: ignore[arg-type]
+            if image.is_floating_point() and not image.isfinite().all():
+                source, index = (
+                    (dataset.dataset, int(dataset.rows[row])) if isinstance(dataset, Subset) else (dataset, row)
+                )
+                name = getattr(source, "name", "training set")
+                raise UserError(f"{name}, sample {index}: has values that are not finite; correct or remove it")
             yield image.unsqueeze(0)
         return
     last = count - PART_SIZE

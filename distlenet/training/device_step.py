@@ -17,7 +17,7 @@ from distlenet.reduction.factory import make_reducer
 from distlenet.reduction.global_statistics import use_global_statistics
 from distlenet.reduction.lockstep import connect
 from distlenet.reduction.reducer import MicroBatch, ReductionResult
-from distlenet.task import Batch, Data, Task
+from distlenet.task import Batch, Data, Task, new_model
 from distlenet.training.compilation import compile_model
 from distlenet.training.meter import DeferredMeter, Meter
 from distlenet.training.optimizers import check_optimizer, make_optimizer
@@ -56,7 +56,7 @@ class DeviceStep:
         self.task, self.device, self.autocast = task, context.device, context.autocast()
         self.seed_value, self.max_grad_norm = config.seed, config.train.max_grad_norm
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.model = task.model().to(self.device).train()  # also what a library returns in evaluation mode
+        self.model = new_model(task).to(self.device).train()  # also what a library returns in evaluation mode
         if config.model.sync_batchnorm:
             use_global_statistics(self.model)
         self.example = example

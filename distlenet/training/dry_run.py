@@ -28,7 +28,7 @@ from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.rendezvous import host_key
 from distlenet.distributed.watchdog import Watchdog
 from distlenet.reduction.batch_size import micro_batch_size
-from distlenet.task import Data
+from distlenet.task import Data, new_model
 from distlenet.tasks.registry import MakeTask, create_task, reads_images
 from distlenet.tasks.registry import make_task as make_configured_task
 from distlenet.tracking.base import Trackers
@@ -167,7 +167,7 @@ def _activations(trainer: Trainer, sample: Data) -> int | None:
     """
     size = trainer.reducer.micro_batch_size
     data = map_tensors(lambda t: torch.empty(size, *t.shape[1:], dtype=t.dtype, device="meta"), sample)
-    model = trainer.task.model().to("meta")
+    model = new_model(trainer.task).to("meta")
     saved: dict[int, torch.UntypedStorage] = {}
 
     def save(tensor: Tensor) -> Tensor:

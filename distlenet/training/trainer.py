@@ -20,7 +20,7 @@ from distlenet.distributed.context import DistributedContext
 from distlenet.distributed.preemption import Preemption
 from distlenet.reduction.global_statistics import check_global_statistics
 from distlenet.reduction.replica_check import check_replicas
-from distlenet.task import Batch, Task
+from distlenet.task import Batch, Task, datasets_of
 from distlenet.tracking.base import Record, Tracker
 from distlenet.training.evaluator import EvaluationStopped, Evaluator, check_error_analysis
 from distlenet.training.meter import Metrics
@@ -53,7 +53,7 @@ class Trainer:
         self.config, self.context, self.task, self.run_dir = config, context, task, run_dir
         self.tracker, self.preemption = tracker, preemption
         self.env, self.device, self.watchdog = context.env, context.device, context.watchdog
-        datasets = task.datasets()
+        datasets = datasets_of(task)
         self.selection = Selection(config, datasets.validation is not None)
         self.loader, evaluation_loaders = make_loaders(config, context, datasets, task)
         self.sampler, self.data_source = self.loader.sampler, datasets.source

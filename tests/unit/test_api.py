@@ -133,6 +133,11 @@ def test_a_task_that_is_no_classification_of_images(tmp_path):
     net = load_model(tmp_path / "run", Slope)
     x = torch.tensor([[2.0]])
     assert torch.equal(net((x, x)), net.model(x))
+    with pytest.raises(UserError, match=r"Slope.predict: the default needs targets \(.*Error.*define Slope.predict"):
+        net(x)
+    own = type("Own", (Slope,), {"predict": lambda *_: int("x")})
+    with pytest.raises(ValueError, match="invalid literal"):
+        load_model(tmp_path / "run", own)(x)
 
 
 def test_datasets_other_than_two_need_names():

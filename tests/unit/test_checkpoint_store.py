@@ -317,6 +317,8 @@ def test_find_checkpoint_accepts_a_file_or_a_run_directory(tmp_path):
     with pytest.raises(UserError, match="has no checkpoints"):
         find_checkpoint(run_dir)
     store = CheckpointStore(run_dir / "checkpoints", keep_last=3)
+    with pytest.raises(UserError, match=r"no such file.*; best.pt needs a validation set, see data.validation$"):
+        find_checkpoint(store.directory / "best.pt")
     store.save(tiny_state(7), best=True)
     assert store.wait() is None
     newest = store.write(tiny_state(8))

@@ -1,6 +1,7 @@
 """Datasets of a user's function, and CIFAR-10, with files that a test writes."""
 
 import hashlib
+import math
 import pickle
 import shutil
 import threading
@@ -192,3 +193,13 @@ def test_statistics_of_random_transforms_are_the_same_in_every_start():
     torch.manual_seed(3)
     assert measure_images(data.train) == first
     assert 2 < first.mean[0] < 3
+
+
+@pytest.mark.parametrize("validation", [0, 0.25])
+def test_a_training_image_that_is_not_finite_is_named_where_the_statistics_are_measured(validation):
+    images = torch.zeros(8, 4, 4)
+    images[6, 1, 1] = math.nan
+    config = load_config([], ["data.name=digits", f"data.validation={validation}"]).data
+    data = load_custom(make(*((image, 0) for image in images)), {}, config, ONE_RANK)
+    with pytest.raises(UserError, match=r"training set, sample 6: has values that are not finite; correct or remove"):
+        measure_images(data.train)

@@ -106,6 +106,12 @@ def test_npy_files_are_read_from_a_directory(tmp_path):
     assert torch.equal(load("array", tmp_path).train.images, train)
 
 
+def with_one_value(count, index, value):
+    images = np.zeros((count, 8, 8), np.float32)
+    images[index, 2, 2] = value
+    return images
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -118,6 +124,11 @@ def test_npy_files_are_read_from_a_directory(tmp_path):
             r"test images of shape \[9, 8\].*of \[8, 8\]; give data.size=",
         ),
         ({"val_images": np.zeros((3, 8, 8), np.uint8)}, "has no val_labels"),
+        (
+            {"train_images": with_one_value(5, 3, np.nan)},
+            "train_images: image 3 has values that are not finite; correct or remove it",
+        ),
+        ({"test_images": with_one_value(3, 1, -np.inf)}, "test_images: image 1 has values that are not finite"),
     ],
 )
 def test_invalid_arrays_are_refused(tmp_path, more, message):
@@ -162,8 +173,18 @@ def test_a_directory_without_the_layout_is_refused(tmp_path):
         load("folder", tmp_path / "typo")
     root = save_folder(tmp_path, random_images(4, 8, 8), random_images(4, 8, 8))
     (root / "test/c9").mkdir()
+    (root / "train/c9").mkdir()
+    with pytest.raises(UserError, match=r"train/c9: has no images; add some or remove the directory$"):
+        load("folder", root)
+    (root / "train/c9").rmdir()
     with pytest.raises(UserError, match="class c9 is not in the training set"):
         load("folder", root)
+    (root / "test/c9").rename(root / "train/c9")
+    Image.new("L", (8, 8)).save(root / "train/c9/0.png")
+    with pytest.raises(UserError, match=r"data .*/test: class c9 has no directory; add it, also if it contains no im"):
+        load("folder", root)
+    (root / "test/c9").mkdir()
+    assert load("folder", root).classes == ("c0", "c1", "c2", "c9")
 
 
 def test_grey_files_among_colored_ones_become_color(tmp_path):

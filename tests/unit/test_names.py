@@ -19,8 +19,11 @@ from distlenet.config.loading import (
 from distlenet.config.names import check_arguments, resolve
 from distlenet.config.schema import ModelConfig
 from distlenet.models.networks import make_model
-from distlenet.tasks.registry import make_task
+from distlenet.task import Task, datasets_of, new_model
+from distlenet.tasks.image_classification import ImageClassification
+from distlenet.tasks.registry import create_task, make_task
 from distlenet.train import train
+from distlenet.training.dry_run import plan
 from distlenet.utils.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -145,6 +148,72 @@ def test_what_is_no_network_or_no_task_is_refused():
         make_task(load_config([], ["task.name=tests_of_names:Nothing"]))
     with pytest.raises(UserError, match="does not define datasets, loss, model; add each of these methods"):
         make_task(load_config([], ["task.name=distlenet:Task"]))
+
+
+class NotTask:
+    pass
+
+
+class Plain(Task):
+    def model(self):
+        return None
+
+    def datasets(self):
+        return [], []
+
+    def loss(self, model, data):
+        return None
+
+
+class NoConfig(Plain):
+    def __init__(self):
+        super().__init__(None)
+
+
+class NoSuper(Plain):
+    def __init__(self, config):
+        self.width = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NotTask", "is not a subclass of distlenet.Task"),
+        ("NoConfig", "__init__ must accept config as its first argument"),
+        ("NoSuper", "has no config; call super().__init__(config) in NoSuper.__init__"),
+    ],
+)
+def test_a_class_that_cannot_be_a_task_is_refused(name, message):
+    config = load_config([], [f"task.name={__name__}:{name}"])
+    with pytest.raises(UserError) as error:
+        make_task(config)
+    assert str(error.value) == f"task.name={__name__}:{name}: {message}"
+    with pytest.raises(UserError) as error:
+        create_task(globals()[name], config)
+    assert str(error.value) == f"{name}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (new_model, "Plain.model: returned a NoneType; expected a torch.nn.Module"),
+        (datasets_of, "Plain.datasets: returned a tuple; expected distlenet.Datasets"),
+    ],
+)
+def test_what_a_hook_returns_is_checked(function, message):
+    with pytest.raises(UserError) as error:
+        function(Plain(load_config()))
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("methods", [{"model": Plain.model}, {"datasets": Plain.datasets}])
+def test_training_and_a_dry_run_check_what_a_hook_returns(methods, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = type("Mine", (ImageClassification,), methods)
+    config = load_config([], DIGITS)
+    for run in (lambda: train(config, task), lambda: plan(config, 2, task)):
+        with pytest.raises(UserError, match=r"^Mine\.\w+: returned a \w+; expected"):
+            run()
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,8 @@ def _open(root: Path) -> OpenedImages:
     splits = [name for name in ("train", "test", "val") if (root / name).is_dir()]
     classes = _class_names(root / "train")
     listed = {split: _list_files(root / split, classes) for split in splits}
+    if empty := sorted(set(range(len(classes))) - {label for _, label in listed["train"]}):
+        raise UserError(f"data {root / 'train' / classes[empty[0]]}: has no images; add some or remove the directory")
     color = any(is_color(root / split / file) for split in splits for file, _ in listed[split])
     images, fingerprint = {}, {"classes": ", ".join(classes)}
     for split, files in listed.items():
@@ -100,6 +102,8 @@ def _list_files(directory: Path, classes: tuple[str, ...]) -> list[tuple[str, in
     """Return the files and labels of a split, sorted by the name within the class, then by the class."""
     if unknown := sorted(set(_class_names(directory)) - set(classes)):
         raise UserError(f"data {directory}: class {unknown[0]} is not in the training set; add it there, or remove it")
+    if missing := [name for name in classes if not (directory / name).is_dir()]:
+        raise UserError(f"data {directory}: class {missing[0]} has no directory; add it, also if it contains no images")
     found = []
     for label, name in enumerate(classes):
         for place, _, files in os.walk(directory / name, onerror=_raise):

@@ -12,7 +12,7 @@ DIGEST_PARTS, DIGEST_BYTES = 64, 2**20  # number and size of the parts that the 
 
 
 def check_images(name: str, images: Tensor) -> None:
-    """Raise UserError unless images are uint8 or floating point, (N, H, W) or (N, C, H, W), and at least one."""
+    """Raise UserError unless images are uint8 or finite floating point, (N, H, W) or (N, C, H, W), and at least one."""
     shape = list(images.shape)
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise UserError(f"data {name}: is of type {str(images.dtype)[6:]}; expected uint8 or floating point")
@@ -20,6 +20,9 @@ def check_images(name: str, images: Tensor) -> None:
         raise UserError(f"data {name}: has shape {shape}; expected (images, height, width), or with channels second")
     if images.dim() == 4 and shape[3] <= 4 < shape[1]:
         raise UserError(f"data {name}: has shape {shape}, channels last; store it as numpy.transpose(x, (0, 3, 1, 2))")
+    if images.is_floating_point() and not torch.stack(images.aminmax()).isfinite().all():
+        index = next(index for index, image in enumerate(images) if not image.isfinite().all())
+        raise UserError(f"data {name}: image {index} has values that are not finite; correct or remove it")
 
 
 def check_labels(name: str, labels: Tensor, images: int, classes: int | None = None) -> None:
