@@ -43,7 +43,7 @@ check: $(VENV)/.installed-dev lint
 test: $(VENV)/.installed-dev lint
 	@$(BIN)/python -m distlenet.data
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/unit
-	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/ranks
+	$(BIN)/pytest --numprocesses=3 --dist=worksteal tests/ranks
 	$(BIN)/pytest --numprocesses=2 --dist=worksteal tests/fake_cuda
 
 # Of the slow tests, those that call other packages in ways that no fast test does. The others start processes, measure

@@ -31,27 +31,29 @@ def handle_nonfinite(train_step: TrainStep, batch: Batch, step: int, skipped: in
 
     Raise UserError, on every rank, unless ``train.on_nonfinite`` allows to skip the step.
     """
-    cause = diagnose(train_step, batch, step, run_dir)
+    cause, advice = diagnose(train_step, batch, step, run_dir)
     config = train_step.config.train
     if config.on_nonfinite == "stop":
-        raise UserError(f"{cause}; {DIVERGENCE_HINT}, or give train.on_nonfinite=skip")
+        raise UserError(f"{cause}; {advice}, or give train.on_nonfinite=skip")
     limit = config.max_skipped_steps
     if skipped > limit:
-        raise UserError(f"{cause}; {limit} steps were skipped before (train.max_skipped_steps); {DIVERGENCE_HINT}")
+        raise UserError(f"{cause}; {limit} steps were skipped before (train.max_skipped_steps); {advice}")
     if train_step.context.env.rank == 0:
         warn(f"{cause}; skipped (train.on_nonfinite=skip), {skipped} of at most {limit}")
 
 
-def diagnose(train_step: TrainStep, batch: Batch, step: int, run_dir: Path) -> str:
-    """Write ``RUN/diagnosis/step-00000012.json`` and return, on every rank, the cause. A collective.
+def diagnose(train_step: TrainStep, batch: Batch, step: int, run_dir: Path) -> tuple[str, str]:
+    """Write ``RUN/diagnosis/step-00000012.json`` and return, on every rank, the cause and an advice. A collective.
 
     Steps count from 1 in the report, from 0 in ``step``.
     """
     ranks = gather_on_rank_0(inspect_rank(train_step, batch, step))  # collective
-    cause = ""
+    cause, advice = "", DIVERGENCE_HINT
     if train_step.context.env.rank == 0:
         path = run_dir / "diagnosis" / f"step-{step + 1:08d}.json"
         cause = f"step {step + 1}: {_describe(ranks)}; see {path}"
+        if any(rank["not_finite_data"] for rank in ranks):
+            advice = "correct these samples, or what loads them"
         parameters = train_step.on_device.model.named_parameters()
         report = {
             "step": step + 1,
@@ -69,7 +71,7 @@ def diagnose(train_step: TrainStep, batch: Batch, step: int, run_dir: Path) -> s
             replace_text(path, json.dumps(_to_json_values(report), indent=1) + "\n")
         except OSError as error:
             warn(f"{path}: cannot be written: {error.strerror or error}; the diagnosis is lost, give another run.dir")
-    return broadcast_object(cause)
+    return broadcast_object((cause, advice))
 
 
 def inspect_rank(train_step: TrainStep, batch: Batch, step: int) -> Record:
@@ -78,6 +80,9 @@ def inspect_rank(train_step: TrainStep, batch: Batch, step: int) -> Record:
     A collective with ``model.sync_batchnorm``.
     """
     losses, weights, gradients = train_step.on_device.recompute(batch, step)
+    # A value that is not finite may also be a mask: only of samples whose loss is not finite either.
+    finite = losses.isfinite().tolist()
+    bad = [i for i in nonfinite_samples(batch.inputs(train_step.on_device.task)) if not finite[i]]
     samples = [{"index": i, "loss": loss} for i, loss in zip(batch.indices.tolist(), losses.tolist(), strict=True)]
     worst_first = sorted(samples, key=lambda s: math.inf if math.isnan(s["loss"]) else s["loss"], reverse=True)
     rows = [_gradient_row(name, gradient) for name, gradient in gradients.items()]
@@ -89,7 +94,7 @@ def inspect_rank(train_step: TrainStep, batch: Batch, step: int) -> Record:
         "loss": sum(weighted.tolist()) / (total or 1.0),
         "weight": total,
         "indices": batch.indices.tolist(),
-        "not_finite_data": batch.indices[nonfinite_samples(batch.inputs(train_step.on_device.task))].tolist(),
+        "not_finite_data": batch.indices[bad].tolist(),
         "worst": worst_first[:MAX_SAMPLES],
         "gradients": sorted(rows, key=lambda row: (row["not_finite"], row["norm"]), reverse=True),
     }

@@ -39,6 +39,19 @@ class BatchNorm(PoisonedTask):
         return nn.Sequential(nn.BatchNorm2d(1), super().model())
 
 
+class Masked(ImageClassification):
+    """Each sample has a mask with -inf; the loss of one is NaN."""
+
+    def transform(self, data, keys):
+        inputs, labels = super().transform(data, keys)
+        mask = torch.full((len(labels), 2), -math.inf)
+        return inputs, labels, mask, torch.zeros(len(labels)) if keys is None else keys.indices == POISONED
+
+    def loss(self, model, data):
+        losses, logits = super().loss(model, data[:2])
+        return torch.where(data[3] > 0, math.nan, losses), logits
+
+
 class AllPoisoned(ImageClassification):
     def transform(self, data, keys):
         inputs, labels = super().transform(data, keys)
@@ -132,11 +145,18 @@ def test_run_stops_with_the_weights_from_before(tmp_path, optimizer, reduction, 
 
 
 @pytest.mark.parametrize(
-    ("task", "samples"), [(BatchNorm, f"sample {POISONED};"), (AllPoisoned, r"samples (\d+, ){9}\d+ and of 54 others;")]
+    ("task", "samples"),
+    [
+        (BatchNorm, f"sample {POISONED};"),
+        (Masked, f"sample {POISONED};"),
+        (AllPoisoned, r"samples (\d+, ){9}\d+ and of 54 others;"),
+    ],
 )
 def test_samples_whose_input_is_not_finite_are_named(tmp_path, task, samples):
     config = load_config([], [*SETTINGS])
-    message = rf"the loss of rank 0 is not finite \(on .*\), nor is the input of {samples} see"
+    message = (
+        rf"the loss of rank 0 is not finite \(on .*\), nor is the input of {samples} see .*; correct these samples"
+    )
     with init_distributed(config) as context, make(tmp_path / "run", context, config, task) as trainer:  # noqa: SIM117
         with pytest.raises(UserError, match=message):
             trainer.fit()
