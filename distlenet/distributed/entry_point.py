@@ -13,7 +13,7 @@ from typing import NoReturn
 from distlenet.distributed.environment import DistributedEnvironment, read_environment
 from distlenet.distributed.failures import describe_failure, format_failure
 from distlenet.distributed.rank_log import dump_stacks_on_signal
-from distlenet.utils.agent_report import forbid_restarts, record_failure
+from distlenet.utils.agent_report import forbid_restarts, rank_has_failed, record_failure
 from distlenet.utils.errors import Preempted, RankError, UserError, print_error, warn
 from distlenet.utils.startup import INTERRUPTED, interrupt, is_first_rank, signal_name
 
@@ -60,6 +60,8 @@ def _run(main: Callable[[], None]) -> int:
                     return 2
             warn(str(error))
             record_failure(f"distlenet: {error}")
+        elif not error.reported and rank_has_failed():
+            return 2  # that rank stops the agent
         _stop_agent()
         return 2
     except Preempted as stopped:
@@ -97,6 +99,5 @@ def _stop_agent() -> None:
     """End torchrun's agent, the parent process, if it would restart ranks that must fail again."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         count, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-        if count < limit:
-            forbid_restarts()
+        if count < limit and forbid_restarts():
             os.kill(os.getppid(), signal.SIGTERM)

@@ -40,7 +40,7 @@ def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> 
     except Exception as error:
         if _is_lost_connection(error) and (text := _user_error_of_another_rank(store)):
             user_error = UserError(text)
-            user_error.reported = True  # type: ignore[attr-defined]
+            user_error.reported = False  # type: ignore[attr-defined]
             raise user_error from error
         log.write("\n".join(format_traceback(error)))
         failures = 1
@@ -58,14 +58,17 @@ def report_failures(store: Store, env: DistributedEnvironment, log: RankLog) -> 
 
 
 def _report_user_error(store: Store, error: UserError) -> None:
-    """Print the line if no rank has printed one, before this rank ends: torchrun ends all ranks when one exits."""
+    """Print the line if no rank has printed one, before this rank ends: torchrun ends all ranks when one exits.
+
+    ``error.reported`` is then whether this rank has printed it.
+    """
     with contextlib.suppress(RuntimeError):  # the store may not respond: then the entry point prints
         store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
         store.set(USER_ERROR, printable(str(error)))  # a store takes UTF-8 only; names of files may be none
-        if store.add("user_errors", 1) == 1:
+        error.reported = store.add("user_errors", 1) == 1  # type: ignore[attr-defined]
+        if error.reported:  # type: ignore[attr-defined]
             warn(str(error))
             record_failure(f"distlenet: {error}")
-        error.reported = True  # type: ignore[attr-defined]
 
 
 def _user_error_of_another_rank(store: Store) -> str:

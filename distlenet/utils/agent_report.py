@@ -31,10 +31,17 @@ def rank_has_failed(environ: Mapping[str, str] = os.environ) -> bool:
     return path is not None and any(Path(path).parent.parent.glob(f"*/{Path(path).name}"))
 
 
-def forbid_restarts() -> None:
-    """Record for ``python -m distlenet.launch`` that a rank ends it because all ranks would fail again."""
+def forbid_restarts() -> bool:
+    """Record for ``python -m distlenet.launch`` that a rank ends it because all ranks would fail again.
+
+    Return False if another rank of this node has done so: a second signal would interrupt the cleanup of the agent.
+    """
     with contextlib.suppress(OSError, KeyError):
-        Path(os.environ[NO_RESTARTS_FILE]).touch()
+        try:
+            Path(os.environ[NO_RESTARTS_FILE]).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+    return True
 
 
 def restarts_are_forbidden() -> bool:

@@ -13,7 +13,7 @@ from distlenet.distributed.environment import DistributedEnvironment
 from distlenet.distributed.failures import MAX_REPORTS, format_failure, report_failures
 from distlenet.distributed.rank_log import RankLog
 from distlenet.distributed.tracebacks import PACKAGE, user_traceback
-from distlenet.utils.agent_report import rank_has_failed
+from distlenet.utils.agent_report import forbid_restarts, rank_has_failed, restarts_are_forbidden
 from distlenet.utils.errors import RankError, UserError
 
 pytestmark = pytest.mark.unit
@@ -182,5 +182,11 @@ def test_a_rank_that_loses_the_connection_to_one_with_a_user_error_raises_it_too
     capsys.readouterr()
     with pytest.raises(UserError, match=r"^sample 7: no label$") as error:
         raise_in_distlenet(store, DistributedEnvironment(rank=0, world_size=20), error_of_gloo())
-    assert error.value.reported
+    assert not error.value.reported
     assert capsys.readouterr().err == ""
+
+
+def test_only_one_rank_of_a_node_ends_the_agent(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTLENET_NO_RESTARTS_FILE", str(tmp_path / "no-restarts"))
+    assert [forbid_restarts() for _ in range(3)] == [True, False, False]
+    assert restarts_are_forbidden()
