@@ -80,7 +80,7 @@ def inspect_rank(train_step: TrainStep, batch: Batch, step: int) -> Record:
     A collective with ``model.sync_batchnorm``.
     """
     losses, weights, gradients = train_step.on_device.recompute(batch, step)
-    # A value that is not finite may also be a mask: only of samples whose loss is not finite either.
+    # A value that is not finite may also be a mask: list only samples whose loss is not finite either.
     finite = losses.isfinite().tolist()
     bad = [i for i in nonfinite_samples(batch.inputs(train_step.on_device.task)) if not finite[i]]
     samples = [{"index": i, "loss": loss} for i, loss in zip(batch.indices.tolist(), losses.tolist(), strict=True)]
