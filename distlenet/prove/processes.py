@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from distlenet.utils.agent_report import ERROR_FILE, read_failure
 from distlenet.utils.errors import UserError
 from distlenet.utils.process import environment_outside_job
 
@@ -62,11 +63,11 @@ class Job:
         statuses = [process.exitcode for process in self.processes]
         if all(status == expected for status in statuses):
             return
+        failures = [read_failure(_failure_file(self.directory, rank)) for rank in range(len(statuses))]
+        if 2 in statuses and (text := next(filter(None, failures), None)):  # one rank reports it
+            raise UserError(text.removeprefix("distlenet: "))
         outputs = [output_of(self.directory, rank) for rank in range(len(statuses))]
         texts = [path.read_text(errors="replace") if path.exists() else "" for path in outputs]
-        lines = [line.removeprefix("distlenet: ") for text in texts for line in text.splitlines()[-1:]]
-        if 2 in statuses and lines:
-            raise UserError(lines[statuses.index(2)] if len(lines) == len(statuses) else lines[0])
         shown = next((text for text, status in zip(texts, statuses, strict=True) if status not in (expected, -9)), "")
         raise ProcessFailed(f"exit status {statuses}: " + "\n".join(shown.splitlines()[-12:]))
 
@@ -84,6 +85,10 @@ def output_of(directory: Path, rank: int) -> Path:
     return directory / f"output-{rank:04}.txt"
 
 
+def _failure_file(directory: Path, rank: int) -> Path:
+    return directory / f"rank-{rank:04}" / "error.json"
+
+
 @contextmanager
 def start(directory: Path, words: Sequence[str], ranks: int = 1, hash_seed: int = SERVER_HASH_SEED) -> Iterator[Job]:
     """Start ``ranks`` processes of ``distlenet.prove.child``; kill them at the end of the block."""
@@ -98,7 +103,11 @@ def start(directory: Path, words: Sequence[str], ranks: int = 1, hash_seed: int 
     try:
         with _environment(common):  # the server and the interpreter inherit it
             for rank in range(ranks):
-                own = {name: str(value) for name, value in {**sizes, "RANK": rank, "LOCAL_RANK": rank}.items()}
+                failure_file = _failure_file(directory, rank)
+                failure_file.parent.mkdir(exist_ok=True)
+                failure_file.unlink(missing_ok=True)  # of an earlier start
+                values = {**sizes, "RANK": rank, "LOCAL_RANK": rank, ERROR_FILE: failure_file}
+                own = {name: str(value) for name, value in values.items()}
                 arguments = ([f"--out={directory}", *words], {**common, **own}, output_of(directory, rank))
                 process = context.Process(target=_become_child, args=arguments)
                 process.start()

@@ -25,6 +25,15 @@ def record_failure(text: str) -> None:
             Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))
 
 
+def read_failure(path: Path) -> str | None:
+    """Return what a rank has recorded in ``path``, or None if there is nothing."""
+    try:
+        text: str = json.loads(path.read_text())["message"]["message"]
+    except (OSError, ValueError):  # killed before or while it wrote
+        return None
+    return text
+
+
 def rank_has_failed(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether a rank of this node has recorded a failure, which is then the last line on the screen."""
     path = environ.get(ERROR_FILE)
