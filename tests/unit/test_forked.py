@@ -28,12 +28,11 @@ def test_output_and_status(tmp_path):
 
 LINES = """
 import os, sys, torch.distributed as dist
-dist.init_process_group("gloo")
-dist.barrier()
+rank, address, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+store = dist.TCPStore(address, int(port), 2, is_master=rank == "0")  # waits for both ranks
 for number in range(2000):
     for stream in (sys.stdout, sys.stderr):
-        print("rank", os.environ["RANK"], "line", number, file=stream)
-dist.destroy_process_group()
+        print("rank", rank, "line", number, file=stream)
 """
 
 
